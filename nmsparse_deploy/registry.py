@@ -1,0 +1,39 @@
+"""Names to code, loaded on first use, with a "did you mean" for names that are not there."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from typing import Any
+
+from .errors import UsageError
+
+
+class Registry:
+    """A dict of lazy `"module:attribute"` strings; relative to this package."""
+
+    def __init__(self, kind: str, entries: dict[str, str]) -> None:
+        self.kind = kind
+        self.entries = entries
+
+    def names(self) -> list[str]:
+        return sorted(self.entries)
+
+    def check(self, name: str) -> str:
+        """Return `name` if it is registered; raise `UsageError` with the nearest name otherwise."""
+        if name in self.entries:
+            return name
+        near = difflib.get_close_matches(name, self.entries, n=1)
+        guess = f" Did you mean '{near[0]}'?" if near else ""
+        raise UsageError(f"There is no {self.kind} called '{name}'.{guess}", f"one of: {', '.join(self.names())}")
+
+    def load(self, name: str) -> Any:
+        module, attribute = self.entries[self.check(name)].split(":")
+        return getattr(import_module(module, __package__), attribute)
+
+
+METHODS = Registry("method", {
+    "magnitude": ".methods.magnitude:METHOD",
+    "wanda": ".methods.wanda:METHOD",
+    "sparsegpt": ".methods.sparsegpt:METHOD",
+})
