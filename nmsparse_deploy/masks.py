@@ -1,0 +1,106 @@
+"""Masks as small portable files: packed bits in safetensors, keyed by parameter name, bound to the dense weights.
+
+One bit per value, so the masks of an 8B model take 1 GB in memory and on disk. A mask is stored, never inferred from
+zeros in a weight, and each carries its pattern, its group axis and a hash of the dense weight it was found for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from .errors import CheckFailed, UsageError
+from .pattern import NMPattern
+
+FORMAT = "nmsparse-masks-1"
+
+
+def tensor_hash(weight: torch.Tensor) -> str:
+    """SHA-256 of a tensor's shape, dtype and bytes: the identity of a dense weight."""
+    digest = hashlib.sha256(f"{weight.dtype}{tuple(weight.shape)}".encode())
+    digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One packed mask. `bits` holds one bit per value of the row-major weight, lowest bit first."""
+
+    bits: np.ndarray
+    shape: tuple[int, ...]
+    axis: int
+    pattern: NMPattern
+    dense_hash: str
+
+    @classmethod
+    def pack(cls, mask: torch.Tensor, axis: int, pattern: NMPattern, dense_hash: str) -> Mask:
+        bits = np.packbits(mask.cpu().contiguous().numpy().reshape(-1), bitorder="little")
+        return cls(bits, tuple(mask.shape), axis % mask.ndim, pattern, dense_hash)
+
+    def unpack(self) -> torch.Tensor:
+        """The mask as a bool tensor, True = keep."""
+        size = int(np.prod(self.shape))
+        return torch.from_numpy(np.unpackbits(self.bits, count=size, bitorder="little").astype(bool)).view(self.shape)
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight with every pruned value exactly +0.0."""
+        return torch.where(self.unpack().to(weight.device), weight, torch.zeros((), dtype=weight.dtype))
+
+
+@dataclass(frozen=True)
+class MaskSet:
+    """The masks of one model, and where they came from (method, recipe fingerprint, base model)."""
+
+    masks: dict[str, Mask]
+    info: dict[str, str] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file. The caller makes it atomic."""
+        table = {name: {"shape": m.shape, "axis": m.axis, "pattern": str(m.pattern), "dense": m.dense_hash}
+                 for name, m in self.masks.items()}
+        metadata = {"format": FORMAT, "masks": json.dumps(table), **self.info}
+        save_file({name: m.bits for name, m in self.masks.items()}, path, metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> MaskSet:
+        """Read a mask file. Raises `UsageError` when it is missing, truncated or not a mask file."""
+        if not path.is_file():
+            raise UsageError(f"There is no mask file '{path}'.")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = dict(file.metadata() or {})
+                if metadata.pop("format", None) != FORMAT:
+                    raise UsageError(f"'{path}' is not a mask file of this tool (no '{FORMAT}' in its header).")
+                table = json.loads(metadata.pop("masks"))
+                masks = {name: _read(name, row, file.get_tensor(name)) for name, row in table.items()}
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"The mask file '{path}' is damaged: {error}.") from error
+        return cls(masks, metadata)
+
+    def check_base(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Raise `CheckFailed` unless every mask was found for exactly these dense weights."""
+        for name, mask in self.masks.items():
+            weight = weights.get(name)
+            if weight is None:
+                raise CheckFailed(f"These masks belong to another model: it has no parameter '{name}'.")
+            if tuple(weight.shape) != mask.shape:
+                raise CheckFailed(f"These masks belong to another model: '{name}' has shape {tuple(weight.shape)}, "
+                                  f"its mask {mask.shape}.")
+            if tensor_hash(weight) != mask.dense_hash:
+                raise CheckFailed(f"These masks belong to another model: '{name}' has other dense weights than the "
+                                  "mask was found for.")
+
+
+def _read(name: str, row: dict, bits: np.ndarray) -> Mask:
+    shape = tuple(int(n) for n in row["shape"])
+    if bits.dtype != np.uint8 or bits.size != -(-int(np.prod(shape)) // 8):
+        raise ValueError(f"'{name}' holds {bits.size} bytes, which do not fit its shape {shape}")
+    return Mask(bits, shape, int(row["axis"]), NMPattern.parse(row["pattern"]), str(row["dense"]))

@@ -1,0 +1,95 @@
+"""What a model family has to answer, and the matrix multiplications found in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight that a GEMM reads and that may be pruned.
+
+    `k` is the length of the reduction axis (`axis` of the stored weight), `n` the number of outputs. Targets with the
+    same `fusion` read the same input tensor; compilers merge them into one GEMM, so they are pruned all or none.
+    """
+
+    name: str
+    module: str
+    block: int
+    axis: int
+    k: int
+    n: int
+    fusion: str
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A weight matrix that is never pruned, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """Everything with two or more axes in a model: what can be pruned, and what cannot and why."""
+
+    blocks: tuple[str, ...]
+    targets: tuple[Target, ...]
+    skipped: tuple[Skipped, ...]
+
+    def of_block(self, index: int) -> list[Target]:
+        return [t for t in self.targets if t.block == index]
+
+
+@dataclass
+class LoadedModel:
+    """A pretrained model in memory with what the later stages need to know about it."""
+
+    module: nn.Module
+    source: str
+    """What the user can type to load the same model again."""
+    name: str
+    """A short name for folders and headings."""
+    family: str
+    """`llm`, `encoder` or `vision`: which data it eats and which metric it is judged by."""
+    processor: Any = None
+    """Tokenizer (text) or preprocessing settings (images)."""
+    provenance: dict[str, str] = field(default_factory=dict)
+    """Revision, file hashes, dtype, library versions."""
+
+
+class ModelAdapter(Protocol):
+    """A family of models. `discover` and the block walk need nothing that is specific to a family."""
+
+    def load(self, source: str, dtype: torch.dtype | None = None) -> LoadedModel: ...
+
+    def sample_inputs(self, model: LoadedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
+        """Keyword arguments for one forward pass, for tracing and for export."""
+        ...
+
+    def save(self, model: LoadedModel, folder: Any) -> None:
+        """Write a folder that the stock library loads."""
+        ...
+
+
+def block_index(blocks: tuple[str, ...], module: str) -> int | None:
+    """Which block a module path lies in."""
+    for index, block in enumerate(blocks):
+        if module == block or module.startswith(block + "."):
+            return index
+    return None
+
+
+def weights(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(module path, parameter name, parameter) of everything with two or more axes; tied ones once per name."""
+    for path, child in module.named_modules():
+        for name, parameter in child.named_parameters(recurse=False):
+            if parameter.ndim >= 2:
+                yield path, f"{path}.{name}" if path else name, parameter
