@@ -1,0 +1,42 @@
+"""Verify the parameters of a model in memory against its stored masks."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..masks import Mask, MaskSet
+from ..pattern import ELEMENT_TYPES, TORCH_ELEMENTS
+from .rows import masked_check, unmatched
+from .scan import MemoryBytes, Scanner
+from .types import TensorCheck, VerifyReport
+
+
+def verify_module(module: nn.Module, masks: MaskSet) -> VerifyReport:
+    """Every masked parameter is there, in its pattern, zero outside its mask, finite and free of minus zeros."""
+    start, scanner = time.perf_counter(), Scanner()
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    checks, problems = [], []
+    for name, mask in masks.masks.items():
+        if name in parameters:
+            checks.append(_check(name, parameters[name], mask, scanner))
+        else:
+            problems.append(f"The model has no parameter '{name}', which has a mask.")
+    if not masks.masks:
+        problems.append("There are no masks, so nothing was verified.")
+    return VerifyReport("torch", type(module).__name__, tuple(checks), tuple(problems), scanner.bytes_read,
+                        time.perf_counter() - start)
+
+
+def _check(name: str, parameter: torch.Tensor, mask: Mask, scanner: Scanner) -> TensorCheck:
+    dtype, shape = TORCH_ELEMENTS.get(parameter.dtype), tuple(parameter.shape)
+    row = TensorCheck("torch", name, dtype or str(parameter.dtype), shape, str(mask.pattern), mask.axis, name)
+    if parameter.is_meta:
+        return unmatched(row, "the parameter has no values (it is on the meta device)")
+    if dtype is None:
+        return unmatched(row, f"values of type {parameter.dtype} cannot be checked")
+    raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return masked_check(row, ELEMENT_TYPES[dtype], MemoryBytes(np.asarray(raw)), mask, scanner)
