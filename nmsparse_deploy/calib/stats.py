@@ -1,0 +1,65 @@
+"""What the methods know about a layer's inputs: token count, column norms, Gram matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+Need = Literal["none", "norms", "gram"]
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Statistics of the inputs `X` (`n` columns, `tokens` rows) that one or more layers read.
+
+    `square_sum[j]` is the sum of squares of column j (fp32); `gram` is `XᵀX` (fp32, symmetric) or None.
+    """
+
+    tokens: int
+    square_sum: torch.Tensor
+    gram: torch.Tensor | None = None
+
+    @property
+    def rms(self) -> torch.Tensor:
+        """Root mean square of every input column."""
+        return (self.square_sum / max(self.tokens, 1)).sqrt()
+
+
+class StatsAccumulator:
+    """Sums statistics over batches, in fp32 and outside autocast whatever dtype the forward pass runs in."""
+
+    def __init__(self, need: Need) -> None:
+        self.need = need
+        self.tokens = 0
+        self.square_sum: torch.Tensor | None = None
+        self.gram: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def update(self, layer: nn.Module, x: torch.Tensor) -> None:
+        """Add one batch of a layer's inputs. Convolutions are unfolded in the order of `to_rows`."""
+        with torch.autocast(x.device.type, enabled=False):
+            rows = _as_rows(layer, x)
+            self.tokens += rows.shape[0]
+            if self.need == "gram":
+                self.gram = rows.T @ rows if self.gram is None else self.gram.addmm_(rows.T, rows)
+            else:
+                squares = rows.square().sum(0)
+                self.square_sum = squares if self.square_sum is None else self.square_sum.add_(squares)
+
+    def finish(self) -> LayerStats:
+        if self.gram is not None:
+            gram = (self.gram + self.gram.T).mul_(0.5)
+            return LayerStats(self.tokens, gram.diagonal().clone(), gram)
+        return LayerStats(self.tokens, self.square_sum if self.square_sum is not None else torch.zeros(0))
+
+
+def _as_rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    x = x.float()
+    if not isinstance(layer, nn.Conv2d):
+        return x.reshape(-1, x.shape[-1])
+    columns = nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+    batch, _, places = columns.shape
+    return columns.view(batch, layer.in_channels, -1, places).permute(0, 3, 2, 1).reshape(batch * places, -1)

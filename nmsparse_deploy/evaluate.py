@@ -1,0 +1,89 @@
+"""What pruning cost: token perplexity of the dense and the pruned model on the same held-out text, and continuations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .calib.text import TokenSample
+from .models.base import LoadedModel
+from .progress import Progress, silent
+
+PROMPTS = ("The capital of France is", "Three things you need to bake bread are")
+BOOTSTRAP = 2000
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One metric with its protocol. `per_sample` holds the mean negative log-likelihood of every window, in nats."""
+
+    metric: str
+    value: float
+    standard_error: float
+    samples: int
+    where: str
+    protocol: dict[str, Any]
+    per_sample: tuple[float, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def perplexity(module: nn.Module, sample: TokenSample, where: str, label: str = "",
+               progress: Progress = silent) -> EvalResult:
+    """Token perplexity over non-overlapping windows; the first token of a window has no prediction.
+
+    The standard error is that of the mean over windows, carried to the perplexity (delta method). Logits are reduced in
+    fp32, whatever dtype the forward pass runs in.
+    """
+    device = next(module.parameters()).device
+    losses = []
+    for number, row in enumerate(sample.ids):
+        progress(f"perplexity {label}", number, len(sample.ids))
+        ids = row.unsqueeze(0).to(device)
+        logits = module(input_ids=ids, use_cache=False).logits[0, :-1]
+        losses.append(sum(float(nn.functional.cross_entropy(part.float(), target, reduction="sum")) for part, target in
+                          zip(logits.split(256), ids[0, 1:].split(256))) / (ids.shape[1] - 1))
+    progress(f"perplexity {label}", len(losses), len(losses))
+    mean = math.fsum(losses) / len(losses)
+    spread = math.sqrt(sum((x - mean) ** 2 for x in losses) / (len(losses) - 1) / len(losses)) if len(losses) > 1 else 0.0
+    context = sample.ids.shape[1]
+    value = math.exp(mean) if mean < 700 else math.inf
+    protocol = {"data": sample.source, "data_fingerprint": sample.fingerprint, "windows": list(sample.windows),
+                "context": context, "stride": context, "bos": False, "tokens": sample.ids.numel(),
+                "dtype": str(next(module.parameters()).dtype).removeprefix("torch.")}
+    return EvalResult(f"token_ppl@{context}", value, value * spread, len(losses), where, protocol, tuple(losses))
+
+
+def paired_ratio(dense: EvalResult, pruned: EvalResult, seed: int = 0) -> dict[str, float]:
+    """Pruned over dense perplexity on the same windows, with a 95 % bootstrap interval over windows."""
+    difference = torch.tensor(pruned.per_sample, dtype=torch.float64) - torch.tensor(dense.per_sample, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(len(difference), (BOOTSTRAP, len(difference)), generator=generator)
+    means = difference[draws].mean(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"ratio": _exp(float(difference.mean())), "low": _exp(low), "high": _exp(high)}
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+@torch.no_grad()
+def continuations(model: LoadedModel, tokens: int, prompts: tuple[str, ...] = PROMPTS) -> list[dict[str, str]]:
+    """Greedy continuations of a few prompts: what the numbers look like to a reader."""
+    rows = []
+    device = next(model.module.parameters()).device
+    for prompt in prompts:
+        inputs = model.processor(prompt, return_tensors="pt").to(device)
+        generate: Any = model.module.generate
+        output = generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=tokens,
+                          do_sample=False, pad_token_id=model.processor.eos_token_id)
+        rows.append({"prompt": prompt, "text": model.processor.decode(output[0, inputs["input_ids"].shape[1] :],
+                                                                      skip_special_tokens=True)})
+    return rows

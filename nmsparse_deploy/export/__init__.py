@@ -1,0 +1,12 @@
+"""Export to ONNX, and the map that ties every pruned weight to its place in the graph.
+
+`export_onnx` traces a cast copy of the module with the dynamo exporter and writes three files: `NAME.onnx` (graph),
+`NAME.onnx.data` (weights) and `NAME.link.json` (`LinkMap`). The precision is cast before tracing, so the graph needs no
+converter, and every weight in it is proven to be the parameter bit for bit.
+"""
+
+from .link import LinkMap, LinkRow
+from .onnx import ExportResult, TensorSpec, export_onnx
+from .prepare import PRECISIONS
+
+__all__ = ["PRECISIONS", "ExportResult", "LinkMap", "LinkRow", "TensorSpec", "export_onnx"]

@@ -1,0 +1,181 @@
+"""Trace, save, tidy, link: one call from a module to an ONNX file that is known to hold its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import MissingExtra, NmsparseError, UsageError, from_os_error
+from ..models.base import Target
+from .link import LinkMap, link
+from .prepare import PRECISIONS, cast_copy, dynamic_shapes, take_one_output, trace_inputs
+from .tidy import TensorSpec, dynamic_dims, refuse_masked_weights, tensor_specs, tidy
+
+OPSETS = range(18, 24)
+"""What the dynamo exporter of torch 2.11 to 2.13 writes. From 23 on, attention and RMSNorm are single nodes."""
+
+Progress = Callable[[int, int, str], None]
+"""Called with steps done, steps in all, and what is being done."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written. `files` maps file name to bytes; `link` says where every target is in the graph."""
+
+    name: str
+    files: dict[str, int]
+    precision: str
+    opset: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dynamic: tuple[str, ...]
+    """Names of the axes that may vary."""
+    dense_bytes: int
+    """What the weights of the unpruned model take at this precision."""
+    seconds: float
+    link: LinkMap
+    warnings: tuple[str, ...]
+
+    @property
+    def size_note(self) -> str:
+        """ONNX stores every zero: no claim about a smaller file can be made."""
+        return (f"The ONNX files take {sum(self.files.values()) / 1e6:.1f} MB, the dense weights "
+                f"{self.dense_bytes / 1e6:.1f} MB: ONNX stores the zeros, so pruning saves nothing here.")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "link": self.link.as_dict(), "size_note": self.size_note}
+
+
+def export_onnx(
+    module: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    folder: Path,
+    name: str,
+    targets: Sequence[Target],
+    *,
+    precision: str = "fp32",
+    opset: int = 20,
+    dynamic: bool = True,
+    output: str | None = None,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Write `NAME.onnx`, `NAME.onnx.data` and `NAME.link.json` into `folder`.
+
+    `inputs` are the keyword arguments of one forward pass; `output` is the field of the result to keep (by default the
+    logits, else the last hidden state). The caller's module is left as it is. With `dynamic`, the batch and, for
+    inputs of two axes, the sequence may vary. Either all three files appear or none.
+
+    Raises `NmsparseError` when the model cannot be traced, `CheckFailed` when a target's values are not in the graph.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"'{precision}' is not a precision; choose one of {', '.join(PRECISIONS)}.")
+    if opset not in OPSETS:
+        raise UsageError(f"Opset {opset} cannot be exported; choose one from {OPSETS[0]} to {OPSETS[-1]}.")
+    if Path(name).name != name:
+        raise UsageError(f"'{name}' is not a file name.")
+    _require("onnx", "onnxscript")
+    report = progress or (lambda done, steps, what: None)
+    start = time.perf_counter()
+    dtype = PRECISIONS[precision]
+    report(0, 4, f"casting to {precision}")
+    copied, notes = cast_copy(module, dtype)
+    sample = trace_inputs(inputs, dtype, dynamic)
+    taken = take_one_output(copied, list(sample), output)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as scratch:
+            path = Path(scratch) / f"{name}.onnx"
+            report(1, 4, "tracing")
+            program = _trace(copied, sample, opset, dynamic)
+            report(2, 4, "writing weights")
+            program.model.graph.outputs[0].name = taken[0]
+            program.save(path, external_data=True)
+            del program
+            model = tidy(path)
+            refuse_masked_weights(model)
+            report(3, 4, "proving the link map")
+            linked = link(path, copied, targets)
+            linked.save(path.with_suffix(".link.json"))
+            files = _publish(Path(scratch), folder)
+    except OSError as error:
+        raise from_os_error(error) from error
+    report(4, 4, "done")
+    inputs_out = tensor_specs(model.graph.input), tensor_specs(model.graph.output)
+    return ExportResult(name, files, precision, opset, *inputs_out, dynamic_dims(*inputs_out), _dense_bytes(copied),
+                        time.perf_counter() - start, linked, tuple(notes))
+
+
+def _trace(module: nn.Module, sample: Mapping[str, torch.Tensor], opset: int, dynamic: bool) -> Any:
+    shapes = (dynamic_shapes(sample),) if dynamic else None
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(module, tuple(sample.values()), dynamo=True, opset_version=opset, verbose=False,
+                                        input_names=list(sample), output_names=["output"], dynamic_shapes=shapes)
+    except NmsparseError:
+        raise
+    except Exception as error:
+        cause = _root(error)
+        if isinstance(cause, NmsparseError):
+            raise cause from error
+        hint = "try dynamic=False, which exports the exact shapes of the sample" if dynamic else None
+        raise NmsparseError(f"The model could not be exported to ONNX: {_first_line(cause)}", hint) from error
+    return program
+
+
+def _publish(scratch: Path, folder: Path) -> dict[str, int]:
+    """Move the files to their place, the graph last: whoever sees it finds its weights."""
+    files = sorted(scratch.iterdir(), key=lambda p: p.suffix == ".onnx")
+    sizes = {file.name: file.stat().st_size for file in files}
+    for file in files:
+        os.replace(file, folder / file.name)
+    return sizes
+
+
+def _dense_bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.itemsize for p in module.parameters())
+
+
+def _require(*packages: str) -> None:
+    for package in packages:
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise MissingExtra(package, "onnx", "The export to ONNX") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter logs and warns about packages that nobody asked for; real failures are exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return text if text.endswith(".") else f"{text}."

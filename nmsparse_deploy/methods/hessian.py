@@ -1,0 +1,54 @@
+"""The damped Hessian of a layer's least-squares problem, and the factor that the sweeps walk along."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import NmsparseError
+
+FP64_WIDTH = 4096
+"""Factor in fp64 up to this width: cheap there, and safe for badly conditioned Grams."""
+
+
+def dampen(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """`G + λI` with λ = `damping` times the mean diagonal; columns that never saw an input get a unit diagonal."""
+    hessian = gram.to(torch.float64 if gram.shape[0] <= FP64_WIDTH else torch.float32, copy=True)
+    diagonal = hessian.diagonal()
+    diagonal[diagonal <= 0] = 1.0
+    diagonal += damping * diagonal.mean()
+    return hessian
+
+
+def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """Upper triangular `U` with `H⁻¹ = UᵀU` for the damped Hessian `H`; fp32, `[n, n]`.
+
+    Its trailing blocks factor the inverses of the trailing blocks of `H`. When the factorisation fails the damping is
+    raised tenfold up to 1, then negative eigenvalues are lifted; raises `NmsparseError` when even that fails.
+    """
+    if not torch.isfinite(gram).all():
+        raise NmsparseError("The calibration statistics contain NaN or Inf; the model's activations overflow.")
+    strength = damping
+    while True:
+        factor = _factor(dampen(gram, strength))
+        if factor is not None:
+            return factor.float()
+        if strength >= 1.0:
+            break
+        strength = min(1.0, strength * 10)
+    values, vectors = torch.linalg.eigh(dampen(gram, damping).double())
+    lifted = (vectors * values.clamp(min=float(values[-1]) * 1e-6)) @ vectors.T
+    factor = _factor((lifted + lifted.T) / 2)
+    if factor is None:
+        raise NmsparseError("The calibration statistics of this layer cannot be factorised, even damped.",
+                            "use more calibration samples")
+    return factor.float()
+
+
+def _factor(hessian: torch.Tensor) -> torch.Tensor | None:
+    """Cholesky from the last row up gives `H = V Vᵀ` with `V` upper triangular; then `U = V⁻¹`. None on failure."""
+    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    if int(info) or not torch.isfinite(lower).all():
+        return None
+    identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.flip(0, 1) if torch.isfinite(inverse).all() else None

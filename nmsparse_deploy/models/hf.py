@@ -1,0 +1,153 @@
+"""Hugging Face models: a hub name, a local folder, or a GGUF file (dequantised once and cached)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..assets import cache_dir
+from ..errors import NmsparseError, UsageError
+from .base import LoadedModel
+
+
+def load(source: str, dtype: torch.dtype | None = None, alias: str | None = None, name: str | None = None) -> LoadedModel:
+    """Load a pretrained model and its tokenizer on the CPU, in the checkpoint's dtype unless `dtype` is given.
+
+    `alias` is what the user typed, when that was a shorthand for `source`.
+
+    Raises `UsageError` for what is not there or not a model, `NmsparseError` for what cannot be reached. Remote code is
+    never run.
+    """
+    path = Path(source)
+    if path.suffix == ".gguf":
+        folder = _dequantised(path)
+        return _from_pretrained(str(folder), alias or source, name or path.stem, dtype, {"gguf_sha256": folder.name})
+    if path.exists() and not (path / "config.json").is_file():
+        raise UsageError(f"'{source}' is not a model: the folder has no config.json.")
+    if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise UsageError(f"There is no model '{source}'.")
+    return _from_pretrained(source, alias or source, name or path.name, dtype, {})
+
+
+def _from_pretrained(where: str, source: str, name: str, dtype: torch.dtype | None,
+                     provenance: dict[str, str]) -> LoadedModel:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(where)
+        architectures = config.architectures or [""]
+        causal = architectures[0].endswith(("ForCausalLM", "LMHeadModel"))
+        auto = AutoModelForCausalLM if causal else AutoModel
+        module = auto.from_pretrained(where, dtype=dtype or "auto", config=config)
+        family = "llm" if causal else "vision" if module.main_input_name == "pixel_values" else "encoder"
+        processor = _processor(where, family)
+    except Exception as error:
+        raise _explain(error, source) from error
+    commit = getattr(module.config, "_commit_hash", None)
+    facts = {**provenance, **({"revision": commit} if commit else {}), "class": type(module).__name__,
+             "dtype": str(module.dtype).removeprefix("torch.")}
+    return LoadedModel(module.eval(), source, name, family, processor, facts)
+
+
+def _processor(where: str, family: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return None if family == "vision" else AutoTokenizer.from_pretrained(where)
+
+
+def _explain(error: Exception, source: str) -> NmsparseError:
+    """One sentence for the many ways in which loading fails."""
+    from huggingface_hub import errors as hub
+    from safetensors import SafetensorError
+
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    if any(isinstance(e, hub.GatedRepoError) for e in chain):
+        return NmsparseError(f"The model '{source}' is gated: its owner has to grant you access.", "hf auth login")
+    if any(isinstance(e, hub.RepositoryNotFoundError) for e in chain):
+        return UsageError(f"There is no model '{source}' on the hub, and no local folder of that name.")
+    if any(isinstance(e, SafetensorError) for e in chain):
+        return UsageError(f"The weights of '{source}' are damaged or truncated: {_first_line(chain)}.")
+    offline = (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, ConnectionError)
+    if any(isinstance(e, offline) or "Connect" in type(e).__name__ for e in chain):
+        return NmsparseError(f"The model '{source}' is not on this machine and the hub cannot be reached.",
+                             "give a local folder, or leave MODEL out to use the demo model")
+    if isinstance(error, (OSError, ValueError, KeyError, ImportError, RuntimeError)):
+        return UsageError(f"'{source}' cannot be loaded as a model: {_first_line([error])}.")
+    return NmsparseError(f"'{source}' cannot be loaded: {type(error).__name__}: {_first_line([error])}.")
+
+
+def _first_line(chain: list[BaseException]) -> str:
+    lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()]
+    return lines[0].rstrip(".")[:200] if lines else type(chain[-1]).__name__
+
+
+def _dequantised(path: Path) -> Path:
+    """A folder with the unpacked weights of a GGUF file, cached under the file's SHA-256 (unpacking takes a while)."""
+    if not path.is_file():
+        raise UsageError(f"There is no file '{path}'.")
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UsageError(f"'{path}' is not a GGUF file.")
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    folder = cache_dir() / "dequantised" / digest
+    if not (folder / "config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            _unpack_gguf(path, work / "model")
+            (work / "model").rename(folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _unpack_gguf(path: Path, folder: Path) -> None:
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    # Without this option the model keeps a quantizer that refuses to be saved.
+    options = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(
+        transformers, "GgufConfig") else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        module = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **options)
+    except Exception as error:
+        raise UsageError(f"The GGUF file '{path}' cannot be read: {_first_line([error])}.") from error
+    logging.disable_progress_bar()
+    module.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def sample_inputs(model: LoadedModel, batch: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
+    """Keyword arguments for one forward pass of the right shapes; `length` is in tokens (text only)."""
+    config: Any = model.module.config
+    parameter = next(model.module.parameters())
+    if model.family == "vision":
+        size = getattr(config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": parameter.new_zeros(batch, getattr(config, "num_channels", 3), height, width)}
+    ids = torch.arange(batch * length, device=parameter.device).view(batch, length) % config.get_text_config().vocab_size
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} if model.family == "encoder" else {"input_ids": ids}
+
+
+def save(model: LoadedModel, folder: Path) -> None:
+    """Write config, weights and tokenizer so that stock `from_pretrained` loads them."""
+    model.module.save_pretrained(folder)
+    if model.processor is not None:
+        model.processor.save_pretrained(folder)
+    for file in folder.iterdir():  # the library creates weight files that only the owner can read
+        os.chmod(file, 0o644)

@@ -1,0 +1,75 @@
+"""Which matrices get the pattern, and why the others stay dense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from .errors import NmsparseError, UsageError
+from .models.base import Discovery, Skipped, Target
+from .pattern import NMPattern
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One target: the pattern it gets (None = dense) and the reason."""
+
+    target: Target
+    pattern: NMPattern | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decision for every target, and everything that was never a target."""
+
+    rows: tuple[PlanRow, ...]
+    skipped: tuple[Skipped, ...]
+
+    def pruned(self, block: int | None = None) -> list[PlanRow]:
+        return [row for row in self.rows if row.pattern and (block is None or row.target.block == block)]
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [{**asdict(r.target), "pattern": str(r.pattern) if r.pattern else None, "reason": r.reason}
+                for r in self.rows]
+        return {"rows": rows, "skipped": [asdict(s) for s in self.skipped]}
+
+
+def make_plan(discovery: Discovery, pattern: NMPattern, include: Sequence[str] = (),
+              exclude: Sequence[str] = ()) -> Plan:
+    """Apply shape and user rules, then make every fusion group all or nothing.
+
+    Compilers merge the layers of a fusion group (q/k/v, gate/up) into one GEMM; one dense member would make the merged
+    weight dense. `include` and `exclude` are globs on parameter names. Raises `UsageError` when a glob matches nothing
+    and `NmsparseError` when nothing is left to prune.
+    """
+    for glob in (*include, *exclude):
+        if not any(fnmatchcase(t.name, glob) for t in discovery.targets):
+            raise UsageError(f"'{glob}' matches no prunable parameter.", "nmsparse-deploy inspect lists them")
+    reasons = {t.name: _stays_dense(t, pattern, include, exclude) for t in discovery.targets}
+    dense_groups = {t.fusion: t for t in discovery.targets if reasons[t.name]}
+    rows = []
+    for target in discovery.targets:
+        reason = reasons[target.name]
+        partner = dense_groups.get(target.fusion)
+        if reason is None and partner is not None:
+            reason = f"reads the same input as {partner.name}, which stays dense"
+        rows.append(PlanRow(target, None, reason) if reason else PlanRow(target, pattern, "selected"))
+    plan = Plan(tuple(rows), discovery.skipped)
+    if not plan.pruned():
+        why = rows[0].reason if rows else "no weight lies in the repeated blocks"
+        raise NmsparseError(f"Nothing can be pruned to {pattern}: {why}.")
+    return plan
+
+
+def _stays_dense(target: Target, pattern: NMPattern, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    if target.k % pattern.group:
+        return f"reduction length {target.k} is not divisible by {pattern.group}"
+    if include and not any(fnmatchcase(target.name, glob) for glob in include):
+        return "not named by --include"
+    for glob in exclude:
+        if fnmatchcase(target.name, glob):
+            return f"excluded by '{glob}'"
+    return None

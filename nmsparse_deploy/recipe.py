@@ -1,0 +1,129 @@
+"""A recipe: everything that decides a result, validated before anything is loaded, frozen, and fingerprinted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .errors import UsageError
+from .registry import METHODS
+
+DEFAULT_MODEL = "demo"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Calibration(_Frozen):
+    """Which data the statistics come from. `data` is a packaged sample's name, a text file or a folder of them."""
+
+    data: str = "wikipedia"
+    samples: int = Field(64, ge=0)
+    length: int = Field(512, ge=8, description="tokens per sample")
+    batch: int = Field(4, ge=1)
+    seed: int = 0
+
+
+class Prune(_Frozen):
+    """How the mask is found."""
+
+    method: str = "sparsegpt"
+    pattern: str = "2:4"
+    calibration: Calibration = Calibration()
+    include: tuple[str, ...] = Field((), description="globs on parameter names; empty = everything prunable")
+    exclude: tuple[str, ...] = ()
+    compute: Literal["auto", "fp32", "bf16"] = Field("auto", description="dtype of forward passes; statistics are fp32")
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        return METHODS.check(name)
+
+    @field_validator("pattern")
+    @classmethod
+    def _valid_pattern(cls, text: str) -> str:
+        keep, _, group = text.partition(":")
+        if not (keep.isdigit() and group.isdigit() and 1 <= int(keep) < int(group)):
+            raise UsageError(f"'{text}' is not a pattern; write keep:group with 1 <= keep < group, for example 2:4.")
+        return f"{int(keep)}:{int(group)}"
+
+
+class Export(_Frozen):
+    """Which ONNX files are written."""
+
+    precisions: tuple[Literal["fp32", "fp16", "bf16"], ...] = ("fp32", "fp16")
+    opset: Literal[20, 23] = 20
+
+
+class Evaluate(_Frozen):
+    """Which held-out text the dense and the pruned model are compared on."""
+
+    data: str = "bbc"
+    tokens: int = Field(16384, ge=1)
+    context: int = Field(1024, ge=8)
+    continuation: int = Field(40, ge=0, description="tokens of the sample continuations; 0 leaves them out")
+
+
+class Bench(_Frozen):
+    """Shape and length of the latency arms."""
+
+    batch: int = Field(1, ge=1)
+    length: int = Field(128, ge=1)
+    rounds: int = Field(10, ge=3)
+
+
+class Recipe(_Frozen):
+    """One model through every stage."""
+
+    model: str = DEFAULT_MODEL
+    prune: Prune = Prune()
+    export: Export | None = Export()
+    evaluate: Evaluate | None = Evaluate()
+    bench: Bench | None = Bench()
+
+    @classmethod
+    def load(cls, path: Path) -> Recipe:
+        """Read a YAML recipe. Raises `UsageError` naming the field that is wrong."""
+        if not path.is_file():
+            raise UsageError(f"There is no recipe '{path}'.")
+        try:
+            data = yaml.safe_load(path.read_text()) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}.") from error
+        if not isinstance(data, dict):
+            raise UsageError(f"'{path}' is not a recipe: expected a mapping at the top.")
+        return validate(cls, data)
+
+
+def validate(model: type[Any], data: dict[str, Any]) -> Any:
+    """Build a recipe model from plain data; the first problem becomes one `UsageError` sentence."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "recipe"
+        raise UsageError(f"{field}: {first['msg']} (got {first['input']!r}).") from error
+
+
+def fingerprint(model: str, prune: Prune) -> str:
+    """Identity of a prune stage: 16 hex digits over everything that can change its masks."""
+    canonical = json.dumps({"model": model, **prune.model_dump(mode="json")}, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the fields in which two recipes differ, with both values."""
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found.append(f"{prefix}{name} ({a!r} there, {b!r} now)")
+    return found
