@@ -6,7 +6,7 @@ converter, and every weight in it is proven to be the parameter bit for bit.
 """
 
 from .link import LinkMap, LinkRow
-from .onnx import ExportResult, TensorSpec, export_onnx
 from .prepare import PRECISIONS
+from .trace import ExportResult, TensorSpec, export_onnx
 
 __all__ = ["PRECISIONS", "ExportResult", "LinkMap", "LinkRow", "TensorSpec", "export_onnx"]

@@ -23,7 +23,7 @@ from ..models.base import Target
 from ..pattern import TORCH_ELEMENTS
 
 if TYPE_CHECKING:
-    from ..verify.onnx_graph import WeightUse
+    from ..verify.onnx_graph import OnnxGraph, WeightUse
 
 FORMAT = "nmsparse-link-1"
 BAKE = "bake the mask into the weight before the export"
@@ -79,28 +79,29 @@ def link(path: Path, module: nn.Module, targets: Sequence[Target]) -> LinkMap:
 
     Raises `CheckFailed` for a target without a proven row, or with a use whose values are not the parameter's.
     """
-    from ..verify.onnx_graph import weight_uses
+    from ..verify.onnx_graph import OnnxGraph
 
+    graph = OnnxGraph(path)
     modules = {name for name, _ in module.named_modules()}
     uses: dict[str, list[WeightUse]] = {}
-    for use in weight_uses(path):
+    for use in graph.uses:
+        if use.problems:
+            raise CheckFailed(f"The ONNX node '{use.node}' does not multiply by what is stored: {use.problems[0]}.",
+                              BAKE)
         uses.setdefault(_innermost(use.scopes, modules), []).append(use)
     rows = [row for target in targets
-            for row in _rows(path, target, _own_tensors(module, target), uses.get(target.module, []))]
+            for row in _rows(graph, target, _own_tensors(module, target), uses.get(target.module, []))]
     return LinkMap(path.name, tuple(rows))
 
 
-def _rows(path: Path, target: Target, own: dict[str, torch.Tensor], uses: list[WeightUse]) -> Iterator[LinkRow]:
+def _rows(graph: OnnxGraph, target: Target, own: dict[str, torch.Tensor], uses: list[WeightUse]) -> Iterator[LinkRow]:
     """One row per use in the target's own module whose values are the target's."""
-    from ..verify.onnx_graph import read_weight
-
     parameter = own[target.name]
     bits, axis, found = _tensor_bits(parameter), target.axis % parameter.ndim, False
     for use in uses:
         if sorted(use.shape) != sorted(parameter.shape):
             continue
-        stored = read_weight(path, use)
-        raw = _array_bits(stored)
+        raw = _array_bits(graph.read(use.tensor))
         if _same(raw, bits.swapaxes(axis, use.axis)) and use.dtype == TORCH_ELEMENTS[parameter.dtype]:
             found = True
             yield LinkRow(target.name, target.module, use.node, use.op, use.tensor, use.axis, tuple(use.shape),

@@ -49,18 +49,18 @@ def _cast(name: str, value: torch.Tensor, dtype: torch.dtype, warnings: list[str
     value = value.cpu()
     if not value.is_floating_point() or value.dtype == dtype or not value.numel():
         return value
+    kind = str(dtype).removeprefix("torch.")
     low, high = (float(v) for v in torch.aminmax(value))
     most = torch.finfo(dtype).max
     if not (-most <= low and high <= most):  # also true of NaN
         worst = low if abs(low) > abs(high) else high
-        raise NmsparseError(f"'{name}' holds the value {worst:g}, which {str(dtype).removeprefix('torch.')} cannot hold "
-                            f"(at most {most:g}).", "export with --precision bf16 or fp32")
+        raise NmsparseError(f"'{name}' holds the value {worst:g}, which does not fit {kind} (at most {most:g}).",
+                            "export with --precision bf16 or fp32")
     # A tiny negative weight becomes -0.0, which a byte-wise check does not take for a zero; adding 0.0 makes it +0.0.
     cast = value.to(dtype).add_(0.0)
     lost = int(torch.count_nonzero(value) - torch.count_nonzero(cast))
     if lost:
-        warnings.append(f"{lost} of {value.numel()} values of '{name}' are too small for "
-                        f"{str(dtype).removeprefix('torch.')} and became 0.")
+        warnings.append(f"{lost} of {value.numel()} values of '{name}' are too small for {kind} and became 0.")
     return cast
 
 
@@ -117,5 +117,5 @@ def trace_inputs(inputs: Mapping[str, torch.Tensor], dtype: torch.dtype, dynamic
 def dynamic_shapes(inputs: Mapping[str, torch.Tensor]) -> tuple[dict[int, Any], ...]:
     """Which axes vary: the first of everything is the batch, the second of a 2-D input the sequence."""
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
-    axes = ({0: batch, 1: sequence}, {0: batch}, {})
-    return tuple(axes[0] if t.ndim == 2 else axes[1] if t.ndim else axes[2] for t in inputs.values())
+    axes: dict[int, dict[int, Any]] = {0: {}, 2: {0: batch, 1: sequence}}
+    return tuple(axes.get(t.ndim, {0: batch}) for t in inputs.values())

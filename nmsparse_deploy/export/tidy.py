@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckFailed
-from .link import BAKE
+import numpy as np
+
+from ..errors import NmsparseError
 
 if TYPE_CHECKING:
     import onnx
 
 KEPT_METADATA = ("pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy")
-_CARRIERS = {"Transpose", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
-_GEMMS = {"MatMul", "Gemm", "Conv"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ def tidy(path: Path) -> onnx.ModelProto:
 
     model = onnx.load(str(path), load_external_data=False)
     fix_numeric_dims(model)
+    expand_rotary_tables(model)
     strip_metadata(model)
+    refuse_illegal_types(model)
     path.write_bytes(model.SerializeToString(deterministic=True))
     return model
 
@@ -64,45 +66,61 @@ def strip_metadata(model: onnx.ModelProto) -> None:
         value.doc_string = ""
 
 
-def refuse_masked_weights(model: onnx.ModelProto) -> None:
-    """Raise `CheckFailed` if a GEMM's weight is the product of two stored tensors, for then the stored one is dense.
+def expand_rotary_tables(model: onnx.ModelProto) -> int:
+    """Give `RotaryEmbedding` its tables with a full batch axis, which the operator asks for.
 
-    A factor with a single axis (a scale per channel) keeps the pattern and is allowed.
+    The exporter's fusion leaves tables of batch 1, because the arithmetic it replaced broadcasts them; runtimes then
+    refuse every other batch. It also computes the same table again for every layer; those are merged. Returns how many
+    nodes were repaired.
     """
-    constants = _constants(model)
+    from onnx import helper, numpy_helper
+
     producers = {out: node for node in model.graph.node for out in node.output}
-    for gemm in model.graph.node:
-        if gemm.op_type not in _GEMMS:
-            continue
-        for operand in gemm.input[:2]:
-            node = producers.get(operand)
-            while node is not None and node.op_type in _CARRIERS:
-                node = producers.get(node.input[0])
-            if node is None or node.op_type not in ("Mul", "Where"):
-                continue
-            if sum(_is_matrix(_behind(name, producers, constants)) for name in node.input) > 1:
-                raise CheckFailed(f"The ONNX node '{node.name}' still applies a mask to the weight of '{gemm.name}', "
-                                  "so the stored weight is dense.", BAKE)
-
-
-def _constants(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
-    """Shapes of everything stored."""
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    expanded: dict[Any, str] = {}
+    nodes, shape, repaired = [], "", 0
     for node in model.graph.node:
-        if node.op_type == "Constant":
-            shapes |= {node.output[0]: tuple(a.t.dims) for a in node.attribute if a.name == "value"}
-    return shapes
+        if node.op_type == "RotaryEmbedding" and not (len(node.input) > 3 and node.input[3]):
+            if not shape:
+                shape = "rotary_table_shape"
+                ones = numpy_helper.from_array(np.ones(2, np.int64), "rotary_table_ones")
+                model.graph.initializer.append(ones)
+                nodes += [helper.make_node("Shape", [node.input[0]], ["rotary_batch"], "rotary_batch", start=0, end=1),
+                          helper.make_node("Concat", ["rotary_batch", ones.name], [shape], shape, axis=0)]
+            for slot in (1, 2):
+                table = node.input[slot]
+                made = producers.get(table)
+                key = (made.op_type, *made.input) if made is not None and not made.attribute else table
+                if key not in expanded:
+                    expanded[key] = f"{table}_full_batch"
+                    nodes.append(helper.make_node("Expand", [table, shape], [expanded[key]], expanded[key]))
+                node.input[slot] = expanded[key]
+            repaired += 1
+        nodes.append(node)
+    used = {name for node in nodes for name in node.input} | {value.name for value in model.graph.output}
+    repeated = {key[0] for key in expanded if isinstance(key, tuple)}
+    nodes = [node for node in nodes if node.op_type not in repeated or any(name in used for name in node.output)]
+    if repaired:
+        kept = [copy.deepcopy(node) for node in nodes]
+        del model.graph.node[:]
+        model.graph.node.extend(kept)
+    return repaired
 
 
-def _behind(name: str, producers: dict[str, Any], constants: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """Shape of the stored tensor that a value comes from through casts and transposes; () if it is computed."""
-    while name not in constants and name in producers and producers[name].op_type in _CARRIERS:
-        name = producers[name].input[0]
-    return constants.get(name, ())
+def refuse_illegal_types(model: onnx.ModelProto) -> None:
+    """Raise `NmsparseError` for a weight type that the operator has only in a later opset (a bf16 Conv before 22)."""
+    import onnx
 
-
-def _is_matrix(shape: tuple[int, ...]) -> bool:
-    return sum(length > 1 for length in shape) >= 2
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.domain or not onnx.defs.has(node.op_type):
+            continue
+        formal = onnx.defs.get_schema(node.op_type, opset).inputs
+        for name, slot in zip(node.input, formal):
+            kind = onnx.TensorProto.DataType.Name(kinds[name]).lower() if name in kinds else ""
+            if kind and f"tensor({kind})" not in slot.types:
+                raise NmsparseError(f"ONNX opset {opset} has no {node.op_type} for {kind}, which '{node.name}' needs.",
+                                    "export with a later opset (--opset 23) or another precision")
 
 
 def tensor_specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:

@@ -20,7 +20,7 @@ from ..errors import MissingExtra, NmsparseError, UsageError, from_os_error
 from ..models.base import Target
 from .link import LinkMap, link
 from .prepare import PRECISIONS, cast_copy, dynamic_shapes, take_one_output, trace_inputs
-from .tidy import TensorSpec, dynamic_dims, refuse_masked_weights, tensor_specs, tidy
+from .tidy import TensorSpec, dynamic_dims, tensor_specs, tidy
 
 OPSETS = range(18, 24)
 """What the dynamo exporter of torch 2.11 to 2.13 writes. From 23 on, attention and RMSNorm are single nodes."""
@@ -102,7 +102,6 @@ def export_onnx(
             program.save(path, external_data=True)
             del program
             model = tidy(path)
-            refuse_masked_weights(model)
             report(3, 4, "proving the link map")
             linked = link(path, copied, targets)
             linked.save(path.with_suffix(".link.json"))

@@ -1,0 +1,107 @@
+"""ONNX Runtime on the CPU: the reference for numerics. It has no sparse kernels and multiplies the zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from ..errors import MissingExtra, NmsparseError, UsageError
+from .base import Tensor
+
+DEFAULTS: dict[str, Any] = {"threads": 0, "optimization": "all", "provider": "CPUExecutionProvider"}
+"""0 threads: as many as ONNX Runtime likes."""
+_LEVELS = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED",
+           "all": "ORT_ENABLE_ALL"}
+
+
+class OnnxRuntime:
+    """One session of ONNX Runtime."""
+
+    def __init__(self, session: Any, settings: dict[str, Any], version: str) -> None:
+        self._session = session
+        self._settings = settings
+        self._version = version
+        self._inputs = {value.name: value.type for value in session.get_inputs()}
+
+    @classmethod
+    def build(cls, artefact: Path, settings: Mapping[str, Any] | None = None) -> Self:
+        """Open an ONNX file. Settings: `threads`, `optimization` (none, basic, extended, all), `provider`.
+
+        Raises `NmsparseError` when the provider cannot run the graph, or when ONNX Runtime silently takes another.
+        """
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            raise MissingExtra("onnxruntime", "onnx", "Running an ONNX file") from error
+        unknown = set(settings or {}) - set(DEFAULTS)
+        if unknown:
+            raise UsageError(f"ONNX Runtime has no setting '{min(unknown)}'; it has {', '.join(DEFAULTS)}.")
+        chosen = DEFAULTS | dict(settings or {})
+        if chosen["optimization"] not in _LEVELS:
+            raise UsageError(f"'{chosen['optimization']}' is not an optimization level; choose one of "
+                             f"{', '.join(_LEVELS)}.")
+        if not artefact.is_file():
+            raise UsageError(f"There is no ONNX file '{artefact}'.")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = chosen["threads"]
+        options.log_severity_level = 4
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[chosen["optimization"]])
+        wanted = chosen["provider"]
+        if wanted not in ort.get_available_providers():
+            raise NmsparseError(f"This ONNX Runtime has no '{wanted}'.")
+        try:
+            session = ort.InferenceSession(str(artefact), options, providers=[wanted])
+        except Exception as error:
+            raise NmsparseError(_why(error, artefact, wanted)) from error
+        if session.get_providers()[0] != wanted:
+            raise NmsparseError(f"ONNX Runtime was asked for '{wanted}' and silently took "
+                                f"'{session.get_providers()[0]}'.")
+        return cls(session, chosen, ort.__version__)
+
+    def inspect(self) -> dict[str, Any]:
+        return {"engine": "onnxruntime", "version": self._version, "requested": [self._settings["provider"]],
+                "providers": self._session.get_providers(), "threads": self._settings["threads"],
+                "optimization": self._settings["optimization"], "sparse_kernels": False,
+                "reason": "ONNX Runtime has no sparse GEMM kernels on this provider; the zeros are multiplied"}
+
+    def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Outputs by name. Floating-point inputs are converted to the type of the graph's inputs."""
+        missing, unknown = set(self._inputs) - set(batch), set(batch) - set(self._inputs)
+        if missing or unknown:
+            raise UsageError(f"The graph takes the inputs {', '.join(self._inputs)}, not {', '.join(batch) or 'none'}.")
+        feed = {name: _as_input(value, self._inputs[name]) for name, value in batch.items()}
+        names = [value.name for value in self._session.get_outputs()]
+        try:
+            return dict(zip(names, self._session.run(names, feed)))
+        except Exception as error:
+            raise NmsparseError(f"ONNX Runtime could not run this batch: {_first_line(error)}") from error
+
+
+def _as_input(value: Tensor, kind: str) -> np.ndarray:
+    array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
+    wanted = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(double)": np.float64}.get(kind)
+    return array.astype(wanted) if wanted and array.dtype != wanted and array.dtype.kind == "f" else array
+
+
+def _why(error: Exception, artefact: Path, provider: str) -> str:
+    text = str(error)
+    if "NOT_IMPLEMENTED" in text or "Could not find an implementation" in text:
+        kind = "bf16 " if "bfloat16" in text.lower() or _has_bf16(artefact) else ""
+        return f"ONNX Runtime's {provider} has no kernels for a node of this {kind}graph: {_first_line(error)}"
+    return f"ONNX Runtime could not open '{artefact}': {_first_line(error)}"
+
+
+def _has_bf16(artefact: Path) -> bool:
+    import onnx
+
+    model = onnx.load(str(artefact), load_external_data=False)
+    return any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in model.graph.initializer)
+
+
+def _first_line(error: Exception) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text if text.endswith(".") else f"{text}."
