@@ -1,8 +1,9 @@
-"""What pruning cost: token perplexity of the dense and the pruned model on the same held-out text, and continuations."""
+"""What pruning cost: perplexity of the dense and the pruned model on the same held-out text, and continuations."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ def perplexity(module: nn.Module, sample: TokenSample, where: str, label: str = 
                           zip(logits.split(256), ids[0, 1:].split(256))) / (ids.shape[1] - 1))
     progress(f"perplexity {label}", len(losses), len(losses))
     mean = math.fsum(losses) / len(losses)
-    spread = math.sqrt(sum((x - mean) ** 2 for x in losses) / (len(losses) - 1) / len(losses)) if len(losses) > 1 else 0.0
+    spread = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
     context = sample.ids.shape[1]
     value = math.exp(mean) if mean < 700 else math.inf
     protocol = {"data": sample.source, "data_fingerprint": sample.fingerprint, "windows": list(sample.windows),
@@ -62,7 +63,7 @@ def perplexity(module: nn.Module, sample: TokenSample, where: str, label: str = 
 
 def paired_ratio(dense: EvalResult, pruned: EvalResult, seed: int = 0) -> dict[str, float]:
     """Pruned over dense perplexity on the same windows, with a 95 % bootstrap interval over windows."""
-    difference = torch.tensor(pruned.per_sample, dtype=torch.float64) - torch.tensor(dense.per_sample, dtype=torch.float64)
+    difference = torch.tensor([b - a for a, b in zip(dense.per_sample, pruned.per_sample)], dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(len(difference), (BOOTSTRAP, len(difference)), generator=generator)
     means = difference[draws].mean(1)

@@ -27,6 +27,8 @@ class Plan:
 
     rows: tuple[PlanRow, ...]
     skipped: tuple[Skipped, ...]
+    blocks: tuple[str, ...]
+    """Paths of all repeated blocks, in the order in which they run."""
 
     def pruned(self, block: int | None = None) -> list[PlanRow]:
         return [row for row in self.rows if row.pattern and (block is None or row.target.block == block)]
@@ -34,7 +36,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         rows = [{**asdict(r.target), "pattern": str(r.pattern) if r.pattern else None, "reason": r.reason}
                 for r in self.rows]
-        return {"rows": rows, "skipped": [asdict(s) for s in self.skipped]}
+        return {"blocks": list(self.blocks), "rows": rows, "skipped": [asdict(s) for s in self.skipped]}
 
 
 def make_plan(discovery: Discovery, pattern: NMPattern, include: Sequence[str] = (),
@@ -57,7 +59,7 @@ def make_plan(discovery: Discovery, pattern: NMPattern, include: Sequence[str] =
         if reason is None and partner is not None:
             reason = f"reads the same input as {partner.name}, which stays dense"
         rows.append(PlanRow(target, None, reason) if reason else PlanRow(target, pattern, "selected"))
-    plan = Plan(tuple(rows), discovery.skipped)
+    plan = Plan(tuple(rows), discovery.skipped, discovery.blocks)
     if not plan.pruned():
         why = rows[0].reason if rows else "no weight lies in the repeated blocks"
         raise NmsparseError(f"Nothing can be pruned to {pattern}: {why}.")

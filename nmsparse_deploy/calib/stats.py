@@ -22,6 +22,11 @@ class LayerStats:
     square_sum: torch.Tensor
     gram: torch.Tensor | None = None
 
+    @classmethod
+    def none(cls) -> LayerStats:
+        """For methods that look at weights only."""
+        return cls(0, torch.zeros(0))
+
     @property
     def rms(self) -> torch.Tensor:
         """Root mean square of every input column."""

@@ -16,7 +16,7 @@ from torch import nn
 from ..models.base import Target
 from .stats import LayerStats, Need, StatsAccumulator
 
-Batch = Mapping[str, torch.Tensor]
+Batch = Mapping[str, Any]
 
 
 class _Captured(Exception):

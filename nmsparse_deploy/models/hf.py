@@ -16,7 +16,8 @@ from ..errors import NmsparseError, UsageError
 from .base import LoadedModel
 
 
-def load(source: str, dtype: torch.dtype | None = None, alias: str | None = None, name: str | None = None) -> LoadedModel:
+def load(source: str, dtype: torch.dtype | None = None, alias: str | None = None,
+         name: str | None = None) -> LoadedModel:
     """Load a pretrained model and its tokenizer on the CPU, in the checkpoint's dtype unless `dtype` is given.
 
     `alias` is what the user typed, when that was a shorthand for `source`.
@@ -140,13 +141,23 @@ def sample_inputs(model: LoadedModel, batch: int = 2, length: int = 16) -> dict[
         size = getattr(config, "image_size", 224)
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": parameter.new_zeros(batch, getattr(config, "num_channels", 3), height, width)}
-    ids = torch.arange(batch * length, device=parameter.device).view(batch, length) % config.get_text_config().vocab_size
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} if model.family == "encoder" else {"input_ids": ids}
+    vocabulary = config.get_text_config().vocab_size
+    ids = (torch.arange(batch * length, device=parameter.device) % vocabulary).view(batch, length)
+    mask = {"attention_mask": torch.ones_like(ids)} if model.family == "encoder" else {}
+    return {"input_ids": ids, **mask}
+
+
+def batches(model: LoadedModel, ids: torch.Tensor, size: int) -> list[dict[str, Any]]:
+    """Token windows `[samples, length]` as keyword arguments of forward passes; a key-value cache is never wanted."""
+    ids = ids.to(next(model.module.parameters()).device)
+    extra: dict[str, Any] = {"use_cache": False} if model.family == "llm" else {}
+    return [{"input_ids": part, **extra} for part in ids.split(size)]
 
 
 def save(model: LoadedModel, folder: Path) -> None:
     """Write config, weights and tokenizer so that stock `from_pretrained` loads them."""
-    model.module.save_pretrained(folder)
+    module: Any = model.module
+    module.save_pretrained(folder)
     if model.processor is not None:
         model.processor.save_pretrained(folder)
     for file in folder.iterdir():  # the library creates weight files that only the owner can read
