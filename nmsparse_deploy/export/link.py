@@ -54,6 +54,10 @@ class LinkMap:
     def of(self, parameter: str) -> tuple[LinkRow, ...]:
         return tuple(row for row in self.rows if row.parameter == parameter)
 
+    def by_parameter(self) -> dict[str, list[dict[str, Any]]]:
+        """The rows as `verify_onnx` takes them."""
+        return {name: [asdict(row) for row in self.of(name)] for name in dict.fromkeys(r.parameter for r in self.rows)}
+
     def as_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, "onnx": self.onnx, "rows": [asdict(row) for row in self.rows]}
 
