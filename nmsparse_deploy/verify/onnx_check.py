@@ -160,9 +160,8 @@ class _Run:
                       and check.skipped is None and not check.bad), None)
         if other is None or (row.skipped is None and not row.bad):
             return row
-        return unmatched(replace(row, skipped=None),
-                         f"conflict: node '{other.node}' reduces axis {other.axis}, along which it is sparse, and node "
-                         f"'{row.node}' axis {row.axis}, along which it is not")
+        return unmatched(row, f"conflict: node '{other.node}' reduces axis {other.axis}, along which it is sparse, and "
+                              f"node '{row.node}' axis {row.axis}, along which it is not")
 
     def _untraced(self, item: Untraced) -> TensorCheck:
         tensor = self.graph.tensors.get(item.tensor)

@@ -15,7 +15,7 @@ from .types import TensorCheck, describe_count, gemm_shape, judge, shape_verdict
 
 def unmatched(row: TensorCheck, *problems: str) -> TensorCheck:
     """A tensor that had to be checked and could not be."""
-    return replace(row, problems=(*row.problems, *problems))
+    return replace(row, skipped=None, problems=(*row.problems, *problems))
 
 
 def masked_check(row: TensorCheck, element: ElementType, source: Source, mask: Mask, scanner: Scanner,
