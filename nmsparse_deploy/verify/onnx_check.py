@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -81,12 +82,15 @@ class _Run:
     def linked(self, masks: MaskSet, link: Link) -> list[str]:
         problems = [] if masks.masks else ["There are no masks, so nothing was verified."]
         done: set[int] = set()
+        uses_of: dict[str, list[WeightUse]] = defaultdict(list)
+        for use in self.graph.uses:
+            uses_of[use.tensor].append(use)
         for parameter, mask in masks.masks.items():
             places = _places(parameter, link)
             if not places:
                 problems.append(f"'{parameter}' has a mask, but the link map gives it no place in the model.")
             for node, tensor, axis in places:
-                uses = [use for use in self.graph.uses if use.tensor == tensor and node in ("", use.node)]
+                uses = [use for use in uses_of[tensor] if node in ("", use.node)]
                 if not uses:
                     problems.append(f"'{parameter}' should be tensor '{tensor}' at node '{node}'; {self._why(tensor)}.")
                 for use in uses:
@@ -135,7 +139,10 @@ class _Run:
 
     def foreign(self) -> list[str]:
         self.checks += [self._judged(use) for use in self.graph.uses]
-        self.checks = [self._conflict(check) for check in self.checks]
+        rows_of: dict[str, list[TensorCheck]] = defaultdict(list)
+        for check in self.checks:
+            rows_of[check.tensor].append(check)
+        self.checks = [_conflict(check, rows_of[check.tensor]) for check in self.checks]
         self.checks += [self._untraced(item) for item in self.graph.untraced]
         return nothing_sparse(str(self.graph.path), self.checks, self.pattern)
 
@@ -154,21 +161,21 @@ class _Run:
             return unmatched(row, f"expected to be sparse, but {reason}")
         return row if row.problems else replace(row, skipped=reason)
 
-    def _conflict(self, row: TensorCheck) -> TensorCheck:
-        """A tensor that is sparse along one of its reduction axes and not along the other loses there."""
-        other = next((check for check in self.checks if check.tensor == row.tensor and check.axis != row.axis
-                      and check.skipped is None and not check.bad), None)
-        if other is None or (row.skipped is None and not row.bad):
-            return row
-        return unmatched(row, f"conflict: node '{other.node}' reduces axis {other.axis}, along which it is sparse, and "
-                              f"node '{row.node}' axis {row.axis}, along which it is not")
-
     def _untraced(self, item: Untraced) -> TensorCheck:
         tensor = self.graph.tensors.get(item.tensor)
         shape, dtype = (tuple(tensor.dims), dtype_name(tensor)) if tensor is not None else ((), "")
         row = TensorCheck("onnx", item.tensor, dtype, shape, str(self.pattern), node=item.node,
                           skipped=f"it {item.reason}")
         return unmatched(row, f"expected to be sparse, but it {item.reason}") if self.expected(item) else row
+
+
+def _conflict(row: TensorCheck, rows: Sequence[TensorCheck]) -> TensorCheck:
+    """A tensor that is sparse along one of its reduction axes and not along another loses there."""
+    other = next((o for o in rows if o.axis != row.axis and o.skipped is None and not o.bad), None)
+    if other is None or (row.skipped is None and not row.bad):
+        return row
+    return unmatched(row, f"conflict: node '{other.node}' reduces axis {other.axis}, along which it is sparse, and "
+                          f"node '{row.node}' axis {row.axis}, along which it is not")
 
 
 def _places(parameter: str, link: Link) -> list[tuple[str, str, int]]:

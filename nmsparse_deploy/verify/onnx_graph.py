@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 SCOPES = "pkg.torch.onnx.name_scopes"
+LONGEST_PATH = 64
 STANDARD = ("", "ai.onnx")
 
 
@@ -127,6 +128,8 @@ class OnnxGraph:
         follow = FOLLOW.get(node.op_type) if node.domain in STANDARD else None
         if follow and inputs:
             followed = follow(node, inputs, lambda value: self.tensors[value.tensor], self.folder)
+            if isinstance(followed, Stored) and len(followed.path) > LONGEST_PATH:
+                return Opaque(followed.tensor, f"passes through more than {LONGEST_PATH} operators")
             if followed is not None:
                 return followed
         first = next((value for value in inputs if value is not None), None)
