@@ -14,7 +14,7 @@ from nmsparse_deploy.pattern import TWO_FOUR, check
 from nmsparse_deploy.verify.onnx_graph import OnnxGraph
 
 EVERY = [(family, precision, opset) for family in FAMILIES for precision in ("fp32", "fp16") for opset in (20, 23)]
-FAST = {("llama", "fp32", 20), ("llama", "fp16", 23), ("bert", "fp32", 20), ("dinov2", "fp16", 20), ("gpt2", "fp32", 20)}
+FAST = {("llama", "fp32", 20), ("llama", "fp32", 23), ("bert", "fp32", 20), ("dinov2", "fp16", 20), ("gpt2", "fp16", 20)}
 COMBINATIONS = [pytest.param(*c, marks=() if c in FAST else pytest.mark.matrix) for c in EVERY]
 
 
@@ -74,7 +74,7 @@ def test_bf16_keeps_the_pattern_and_its_values(exported, family):
 
 
 def test_names_in_the_graph_are_the_names_in_the_model(exported):
-    made = exported("gpt2")
+    made = exported("gpt2", "fp16")
     model = onnx.load(str(made.path), load_external_data=False)
     stored = {tensor.name for tensor in model.graph.initializer}
     assert "transformer.h.0.mlp.c_fc.weight" in stored
@@ -113,11 +113,3 @@ def test_the_weights_lie_in_one_file_beside_the_graph(exported):
     assert places == {"llama.onnx.data"}
     inside = [tensor for tensor in model.graph.initializer if tensor.data_location != tensor.EXTERNAL]
     assert all(len(tensor.raw_data) < 1024 for tensor in inside)
-
-
-def test_fp16_follows_the_models_own_half_precision_rotary_tables(exported):
-    """Rotary frequencies stay in full precision; in half precision they are wrong from a few hundred positions on."""
-    made = exported("llama", "fp16", 23)
-    inputs = {"input_ids": torch.randint(0, 128, (1, 1000), generator=torch.Generator().manual_seed(0))}
-    close = agreement(made.case.reference(inputs), made.run(inputs))
-    assert close.relative < 5e-3

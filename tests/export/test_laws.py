@@ -5,17 +5,21 @@ import copy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from small_models import linear_targets
+from small_models import bake, linear_targets
 from torch import nn
 from torch.nn.utils import parametrize
 
+from nmsparse_deploy.engines.onnxruntime import OnnxRuntime
 from nmsparse_deploy.errors import CheckFailed, MissingExtra, NmsparseError, UsageError
 from nmsparse_deploy.export import LinkMap, export_onnx
 from nmsparse_deploy.export.prepare import cast_copy
+from nmsparse_deploy.masks import Mask, MaskSet, tensor_hash
 from nmsparse_deploy.models.base import Target
 from nmsparse_deploy.pattern import TWO_FOUR, project
+from nmsparse_deploy.verify import verify_onnx
 from nmsparse_deploy.verify.onnx_graph import OnnxGraph
 
 
@@ -163,6 +167,35 @@ def test_the_callers_module_is_left_alone(tmp_path):
     export_onnx(module, sample(), tmp_path, "m", linear_targets(module), precision="fp16")
     assert module.training and module.forward == forward and module.second.weight is module.first.weight
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(before.values(), module.state_dict().values()))
+
+
+def test_tables_outside_the_state_dict_stay_in_full_precision():
+    """Rotary frequencies in half precision turn far positions by a wrong angle."""
+    module = Half()
+    module.register_buffer("frequencies", torch.rand(8), persistent=False)
+    module.register_buffer("running_mean", torch.rand(8))
+    copied, _ = cast_copy(module, torch.float16)
+    assert torch.equal(copied.frequencies, module.frequencies)
+    assert copied.running_mean.dtype == torch.float16
+
+
+def test_a_batch_of_one_is_traced_as_any_batch(tmp_path):
+    module = Half()
+    export_onnx(module, {"x": torch.randn(1, 4, 32)}, tmp_path, "m", linear_targets(module))
+    engine = OnnxRuntime.build(tmp_path / "m.onnx", {"threads": 1})
+    assert engine.run({"x": np.zeros((5, 4, 32), np.float32)})["output"].shape == (5, 4, 32)
+
+
+def test_the_link_map_is_what_verification_takes(tmp_path):
+    module = Half()
+    targets = linear_targets(module)
+    dense = module.lin.weight.detach().clone()
+    bake(module, targets)
+    mask = Mask.pack(project(dense.abs(), TWO_FOUR), 1, TWO_FOUR, tensor_hash(dense))
+    result = export_onnx(module, sample(), tmp_path, "m", targets)
+    report = verify_onnx(tmp_path / "m.onnx", MaskSet({"lin.weight": mask}), result.link.by_parameter())
+    assert (report.ok, report.checked) == (True, 1)
+    assert report.checks[0].sha256 in (None, result.link.rows[0].sha256)
 
 
 def test_only_tensors_that_change_type_are_copied():
