@@ -105,7 +105,7 @@ def test_one_planted_value_is_found_behind_every_path(tmp_path, nodes, tensors, 
 @pytest.mark.parametrize("raw", [True, False], ids=["raw", "typed"])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_every_type_is_read_in_both_encodings(tmp_path, dtype, raw):
-    values = np.sign(KN[:, :31]) * 3  # an odd number of columns: the last half byte of the 4-bit types is padding
+    values = np.sign(KN) * 3
     values = np.abs(values) if dtype.startswith("U") else values
     file = saved(tmp_path, [node("MatMul", "x w", "y")], [tensor("w", values, dtype, raw)])
     (use,) = weight_uses(file)
@@ -113,6 +113,14 @@ def test_every_type_is_read_in_both_encodings(tmp_path, dtype, raw):
     np.testing.assert_array_equal(read_weight(file, use).astype(np.float64), values)
     report = verify_onnx(file)
     assert report.ok and report.checks[0].nonzeros == np.count_nonzero(values)
+
+
+@pytest.mark.parametrize("dtype", ["I4", "U4"])
+def test_the_padding_of_an_odd_number_of_half_bytes_is_dropped(tmp_path, dtype):
+    values = np.arange(15).reshape(3, 5) % 8
+    values = values if dtype == "U4" else values - 8
+    file = saved(tmp_path, [node("MatMul", "x w", "y")], [tensor("w", values, dtype)])
+    np.testing.assert_array_equal(read_weight(file, weight_uses(file)[0]), values)
 
 
 def test_scopes_of_the_exporter_are_read_and_nothing_else_is_run(tmp_path):
