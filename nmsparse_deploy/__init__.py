@@ -1,0 +1,35 @@
+"""Find N:M sparsity masks for pretrained transformers, prove them in every artefact, and ship them.
+
+The public API has the same verbs as the command line:
+
+    from pathlib import Path
+    import nmsparse_deploy as nms
+    run = nms.prune("demo", nms.Prune(method="sparsegpt", pattern="2:4"))
+    reports = nms.verify(run)
+
+Nothing is imported until it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC = {
+    "NMPattern": ".pattern", "project": ".pattern", "check": ".pattern",
+    "Mask": ".masks", "MaskSet": ".masks",
+    "Recipe": ".recipe", "Prune": ".recipe", "Calibration": ".recipe", "Export": ".recipe", "Evaluate": ".recipe",
+    "Bench": ".recipe",
+    "RunDir": ".rundir",
+    "prune": ".prune",
+    "inspect": ".pipeline", "verify": ".pipeline", "export": ".pipeline", "evaluate": ".pipeline", "bench": ".pipeline",
+    "report": ".pipeline", "run_recipe": ".pipeline",
+    "NmsparseError": ".errors", "UsageError": ".errors", "CheckFailed": ".errors",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name], __name__), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

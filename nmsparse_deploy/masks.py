@@ -21,6 +21,7 @@ from .errors import CheckFailed, UsageError
 from .pattern import NMPattern
 
 FORMAT = "nmsparse-masks-1"
+"""The one metadata key of a mask file; one, because safetensors writes several in random order."""
 
 
 def tensor_hash(weight: torch.Tensor) -> str:
@@ -66,8 +67,8 @@ class MaskSet:
         """Write one safetensors file. The caller makes it atomic."""
         table = {name: {"shape": m.shape, "axis": m.axis, "pattern": str(m.pattern), "dense": m.dense_hash}
                  for name, m in self.masks.items()}
-        metadata = {"format": FORMAT, "masks": json.dumps(table), **self.info}
-        save_file({name: m.bits for name, m in self.masks.items()}, path, metadata)
+        header = json.dumps({"info": self.info, "masks": table}, sort_keys=True)
+        save_file({name: m.bits for name, m in self.masks.items()}, path, {FORMAT: header})
 
     @classmethod
     def load(cls, path: Path) -> MaskSet:
@@ -76,14 +77,14 @@ class MaskSet:
             raise UsageError(f"There is no mask file '{path}'.")
         try:
             with safe_open(path, framework="numpy") as file:
-                metadata = dict(file.metadata() or {})
-                if metadata.pop("format", None) != FORMAT:
+                metadata = file.metadata() or {}
+                if FORMAT not in metadata:
                     raise UsageError(f"'{path}' is not a mask file of this tool (no '{FORMAT}' in its header).")
-                table = json.loads(metadata.pop("masks"))
-                masks = {name: _read(name, row, file.get_tensor(name)) for name, row in table.items()}
+                header = json.loads(metadata[FORMAT])
+                masks = {name: _read(name, row, file.get_tensor(name)) for name, row in header["masks"].items()}
+                return cls(masks, dict(header["info"]))
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UsageError(f"The mask file '{path}' is damaged: {error}.") from error
-        return cls(masks, metadata)
 
     def check_base(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Raise `CheckFailed` unless every mask was found for exactly these dense weights."""

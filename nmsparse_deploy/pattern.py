@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 
 import numpy as np
 import torch
@@ -220,7 +220,8 @@ class GroupCounter:
         counts = np.bitwise_count(flags, out=self._buffer("counts", x, np.uint8))
         words_per_group = self.pattern.group * self.element.bits // self._word_bits
         if words_per_group > 1:
-            counts = counts.reshape(-1, words_per_group).sum(axis=1, dtype=np.uint16)
+            strided = [counts[i::words_per_group] for i in range(words_per_group)]
+            counts = reduce(np.add, strided[1:], strided[0].astype(np.uint16))
         return self._summary(counts, negative_zeros, nonfinite)
 
     def _count_any(self, raw: np.ndarray) -> GroupCount:

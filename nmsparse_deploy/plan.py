@@ -10,6 +10,7 @@ from typing import Any
 from .errors import NmsparseError, UsageError
 from .models.base import Discovery, Skipped, Target
 from .pattern import NMPattern
+from .verify import shape_verdict
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,10 @@ class PlanRow:
     target: Target
     pattern: NMPattern | None
     reason: str
+
+    def shape_verdict(self) -> str | None:
+        """Whether sparse tensor cores have kernels for this shape; None where they cannot run the pattern."""
+        return shape_verdict(self.target.k, self.target.n, self.pattern) if self.pattern else None
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,19 @@ class Plan:
     def pruned(self, block: int | None = None) -> list[PlanRow]:
         return [row for row in self.rows if row.pattern and (block is None or row.target.block == block)]
 
+    def summary(self) -> str:
+        """One sentence with counts and the share of weights."""
+        chosen = self.pruned()
+        values = sum(row.target.k * row.target.n for row in chosen)
+        inside = sum(row.target.k * row.target.n for row in self.rows)
+        left = len(self.rows) - len(chosen)
+        return (f"{len(chosen)} of {len(self.rows)} prunable matrices in {len(self.blocks)} blocks selected "
+                f"({values / 1e6:.1f} of {inside / 1e6:.1f} M weights); {left} stay dense, "
+                f"{len(self.skipped)} others are never pruned.")
+
     def to_json(self) -> dict[str, Any]:
-        rows = [{**asdict(r.target), "pattern": str(r.pattern) if r.pattern else None, "reason": r.reason}
-                for r in self.rows]
+        rows = [{**asdict(r.target), "pattern": str(r.pattern) if r.pattern else None, "reason": r.reason,
+                 "shape_verdict": r.shape_verdict()} for r in self.rows]
         return {"blocks": list(self.blocks), "rows": rows, "skipped": [asdict(s) for s in self.skipped]}
 
 

@@ -44,7 +44,7 @@ def find_tensors(path: Path) -> list[StoredTensor]:
         raise UsageError(f"'{path}' is not a .safetensors file; other formats can run code when they are opened.",
                          "save the model with safetensors and verify that")
     tensors, metadata = read_header(path)
-    if metadata.get("format") == FORMAT:
+    if FORMAT in metadata:
         raise UsageError(f"'{path}' holds masks, not weights.", "give the folder or the file with the weights")
     return tensors
 
@@ -59,7 +59,7 @@ def _of_folder(folder: Path) -> list[StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for file in files:
         tensors, metadata = read_header(file)
-        if metadata.get("format") == FORMAT:
+        if FORMAT in metadata:
             continue
         for tensor in tensors:
             if tensor.name in found:

@@ -25,6 +25,7 @@ def kind_of(case):
 @pytest.mark.parametrize(("family", "precision", "opset"), COMBINATIONS)
 def test_outputs_agree_with_the_model_at_other_shapes_than_traced(exported, family, precision, opset):
     made = exported(family, precision, opset)
+    onnx.checker.check_model(str(made.path), full_check=True)
     for batch, length in ((1, 5), (3, 13)):
         inputs = made.case.inputs(batch, length)
         output = made.run(inputs)

@@ -158,7 +158,7 @@ def test_values_too_small_for_half_precision_become_plus_zero_and_are_counted():
     module.lin.weight.data[0, :2] = torch.tensor([-1e-12, 1e-12])
     copied, warnings = cast_copy(module, torch.float16)
     assert torch.equal(copied.lin.weight[0, :2].view(torch.int16), torch.zeros(2, dtype=torch.int16))
-    assert warnings == ["2 of 1024 values of 'lin.weight' are too small for float16 and became 0."]
+    assert warnings == ["2 values of 1 tensors are too small for float16 and became 0, most of them in 'lin.weight'."]
 
 
 def test_the_callers_module_is_left_alone(tmp_path):

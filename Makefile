@@ -1,0 +1,47 @@
+# Everything a user or a machine has to type. Each target sets up what it needs.
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+NMS    := $(BIN)/nmsparse-deploy
+# Without an NVIDIA GPU the pinned set keeps pip from fetching gigabytes of CUDA; GPU users choose their own torch.
+PINS   := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints/cpu.txt)
+TORCH  := $(if $(PINS),torch==2.13.0,torch)
+
+.PHONY: help setup demo test lint docs bench matrix gpu-bundle gpu-proof gpu-learn clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/' | sort
+
+setup: $(VENV)/.done  ## create .venv and install the package
+
+$(VENV)/.done: pyproject.toml constraints/cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PINS) $(TORCH)
+	$(BIN)/python -m pip install --quiet $(PINS) -e '.[dev]'
+	@touch $@
+
+demo: setup  ## prune a real model to 2:4, prove it, export it, compare it, report (about 10 minutes on 2 cores)
+	$(NMS) demo --out runs/demo
+
+test: setup lint  ## the fast tests (under 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -n 2 -m 'not matrix and not gpu'
+
+lint: setup  ## ruff, mypy, generated files are current
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
+
+docs: setup  ## write the generated parts of README.md and docs/
+	$(BIN)/python docs/generate.py
+
+bench: setup  ## speed of verify, of the sweep, of pruning the demo model, of --help; prints JSON
+	$(BIN)/python benchmarks/run.py
+
+matrix: setup  ## real small models and slow combinations (under 40 minutes)
+	$(BIN)/python -m pytest -n 1 -m matrix
+
+gpu-bundle gpu-proof gpu-learn:
+	@echo "make $@: there is nothing behind this target yet; no GPU result of this project exists." >&2; exit 1
+
+clean:  ## remove what the targets made, but not the runs
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,254 @@
+"""The command line. A verb parses, calls the API, and hands the result to `output`; nothing else.
+
+Nothing heavy is imported before a verb runs, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import CheckFailed, NmsparseError, from_os_error
+from .output import Output
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+                  help="Find N:M sparsity masks for pretrained transformers, prove them, and ship them.")
+output = Output()
+
+Model = Annotated[str, typer.Argument(help="hub name, folder or .gguf file; left out: the demo model")]
+Run = Annotated[Path | None, typer.Argument(help="run folder; left out: the newest under runs/")]
+Out = Annotated[Path | None, typer.Option(help="run folder [default: runs/MODEL-METHOD-PATTERN]")]
+Force = Annotated[bool, typer.Option("--force", help="start over, even if the run is finished")]
+Include = Annotated[list[str], typer.Option(help="glob on parameter names to prune; may be repeated")]
+Exclude = Annotated[list[str], typer.Option(help="glob on parameter names to leave dense; may be repeated")]
+DEMO = "demo"
+
+
+def version(show: bool) -> None:
+    if show:
+        from importlib.metadata import version as installed
+
+        print(f"nmsparse-deploy {installed('nmsparse-deploy')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")] = False,
+            quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print errors only")] = False,
+            show_version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True)] = False) -> None:
+    output.as_json, output.quiet = as_json, quiet
+
+
+@app.command()
+def inspect(model: Model = DEMO, pattern: str = "2:4", include: Include = [], exclude: Exclude = []) -> None:  # noqa: B006
+    """Show what would be pruned, in which fusion groups, and why the rest stays dense."""
+    from .pipeline import inspect as api
+
+    _say_default(model)
+    plan = api(model, pattern, include, exclude, output.progress)
+    rows = [(r.target.name, f"{r.target.k}x{r.target.n}", r.pattern or "dense", r.shape_verdict() or "", r.reason)
+            for r in plan.rows]
+    rows += [(s.name, "x".join(map(str, s.shape)), "dense", "", s.reason) for s in plan.skipped]
+    output.table(plan.to_json(), ("parameter", "K x N", "pattern", "kernel shape", "why"), rows, [plan.summary()])
+
+
+@app.command()
+def prune(model: Model = DEMO,
+          method: Annotated[str, typer.Option(help="see `nmsparse-deploy list`")] = "sparsegpt",
+          pattern: Annotated[str, typer.Option(help="keep:group")] = "2:4",
+          data: Annotated[str, typer.Option(help="calibration text: wikipedia, a file or a folder")] = "wikipedia",
+          samples: Annotated[int, typer.Option(help="calibration windows")] = 64,
+          length: Annotated[int, typer.Option(help="tokens per window")] = 512,
+          seed: int = 0,
+          include: Include = [], exclude: Exclude = [],  # noqa: B006
+          out: Out = None, force: Force = False) -> None:
+    """Find a mask, apply it, verify it, and save the pruned model with its masks."""
+    from .prune import prune as api
+    from .recipe import Prune, validate
+
+    _say_default(model)
+    calibration = {"data": data, "samples": samples, "length": length, "seed": seed}
+    spec = validate(Prune, {"method": method, "pattern": pattern, "calibration": calibration, "include": include,
+                            "exclude": exclude})
+    run = api(model, spec, out, force, output.progress)
+    facts = run.manifest()["stages"]["prune"]
+    output.result({"run": str(run.path), **facts},
+                  [f"{run.path}: {facts['layers']} layers pruned to {spec.pattern} and verified "
+                   f"in {facts['seconds']:.0f} s.", f"next: nmsparse-deploy evaluate {run.path}"])
+
+
+@app.command()
+def verify(run: Run = None) -> None:
+    """Check every tensor of a run, in the saved model and in every exported graph. Exit code 1 when one fails."""
+    from .pipeline import NOT_CHECKED
+    from .pipeline import verify as api
+    from .rundir import RunDir
+
+    opened = RunDir.open(run)
+    reports = api(opened, output.progress)
+    failures = [failure for report in reports for failure in report.failures()]
+    missing = [f"not checked here: {row['place']} ({row['why']})" for row in NOT_CHECKED]
+    output.result({"run": str(opened.path), "ok": not failures, "reports": [r.to_json() for r in reports],
+                   "not_checked": list(NOT_CHECKED)}, [*(r.summary() for r in reports), *missing])
+    if failures:
+        raise CheckFailed(f"{len(failures)} checks failed; the first: {failures[0]}")
+
+
+@app.command()
+def export(run: Run = None,
+           precision: Annotated[list[str], typer.Option(help="fp32, fp16 or bf16; may be repeated")] = ["fp32", "fp16"],  # noqa: B006
+           opset: Annotated[int, typer.Option(help="20 or 23")] = 20) -> None:
+    """Export a run to ONNX, verify each graph, and compare it with the model in ONNX Runtime."""
+    from .pipeline import export as api
+    from .recipe import Export, validate
+    from .rundir import RunDir
+
+    opened = RunDir.open(run)
+    rows = api(opened, validate(Export, {"precisions": precision, "opset": opset}), output.progress)
+    lines = [f"{opened / row['path']}: {sum(row['files'].values()) / 1e6:.0f} MB, {row['links']} weights linked and "
+             f"verified; {_agreement(row['agreement'])}" for row in rows]
+    output.result({"run": str(opened.path), "files": rows}, [*lines, rows[0]["size_note"]])
+
+
+@app.command()
+def evaluate(run: Run = None,
+             data: Annotated[str, typer.Option(help="held-out text: bbc, a file or a folder")] = "bbc",
+             tokens: Annotated[int, typer.Option(help="tokens to score")] = 16384,
+             context: Annotated[int, typer.Option(help="tokens per window")] = 1024,
+             continuation: Annotated[int, typer.Option(help="tokens of the sample texts")] = 40) -> None:
+    """Token perplexity of the dense and the pruned model on the same held-out text."""
+    from .pipeline import evaluate as api
+    from .recipe import Evaluate, validate
+    from .rundir import RunDir
+
+    opened = RunDir.open(run)
+    spec = validate(Evaluate, {"data": data, "tokens": tokens, "context": context, "continuation": continuation})
+    result = api(opened, spec, output.progress)
+    lines = [f"{label:>7}: {row['metric']} = {row['value']:.2f} ± {row['standard_error']:.2f}"
+             for label, row in result["results"].items()]
+    share = result["ratio"]
+    lines.append(f"pruned / dense: {share['ratio']:.2f} (95 % interval {share['low']:.2f} to {share['high']:.2f}), "
+                 f"same {tokens} tokens of {data}")
+    output.result(result, lines)
+
+
+@app.command()
+def bench(run: Run = None, batch: int = 1, length: Annotated[int, typer.Option(help="tokens per sample")] = 128,
+          rounds: Annotated[int, typer.Option(help="timed calls per arm")] = 10) -> None:
+    """Time the dense and the pruned model side by side on this machine."""
+    from .pipeline import bench as api
+    from .recipe import Bench, validate
+    from .rundir import RunDir
+
+    result = api(RunDir.open(run), validate(Bench, {"batch": batch, "length": length, "rounds": rounds}),
+                 output.progress)
+    rows = []
+    for arm in result.arms:
+        speed = result.ratios.get(arm.name)
+        shown = f"{speed['speedup']:.2f} ({speed['low']:.2f} to {speed['high']:.2f})" if speed else "1"
+        rows.append((arm.name, arm.kernel, f"{arm.median_ms:.1f}", f"{arm.p10_ms:.1f} to {arm.p90_ms:.1f}", shown))
+    output.table(result.to_json(), ("arm", "kernels", "median ms", "p10 to p90", "speed-up over dense"), rows,
+                 [result.verdict])
+
+
+@app.command()
+def report(run: Run = None) -> None:
+    """Write the report (HTML, Markdown, JSON) of everything a run holds."""
+    from .pipeline import report as api
+    from .rundir import RunDir
+
+    page = api(RunDir.open(run))
+    output.result({"html": str(page), "markdown": str(page.with_name("report.md")),
+                   "json": str(page.with_name("report.json"))}, [str(page)])
+
+
+@app.command()
+def run(recipe: Annotated[Path, typer.Argument(help="YAML file, see recipes/")], out: Out = None,
+        force: Force = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="validate the recipe and stop")] = False) -> None:
+    """Run every stage of a recipe."""
+    from .recipe import Recipe
+
+    loaded = Recipe.load(recipe)
+    if dry_run:
+        output.result(loaded.model_dump(mode="json"), [f"{recipe} is valid."])
+        return
+    from .pipeline import run_recipe
+
+    _finish_run(run_recipe(loaded, out, force, output.progress))
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="run folder")] = Path("runs/demo"), force: Force = False) -> None:
+    """Prune the demo model to 2:4, prove it, export it, compare it with its dense twin, and report."""
+    from .pipeline import run_recipe
+    from .recipe import Recipe
+
+    _finish_run(run_recipe(Recipe(), out, force, output.progress))
+    output.message("Small models suffer most from 2:4; larger ones lose far less. SparseGPT is the baseline here: "
+                   "recipes with refitted or learned masks lose less (see docs/methods.md).")
+
+
+@app.command(name="list")
+def list_() -> None:
+    """The methods that can find a mask, and where they come from."""
+    from .registry import METHODS
+
+    rows = [(name, METHODS.load(name)) for name in METHODS.names()]
+    data = [{"name": n, "needs": m.needs, "updates_weights": m.updates_weights, "summary": m.summary,
+             "source": m.source} for n, m in rows]
+    output.table(data, ("method", "what it does", "weights", "data", "source"),
+                 [(n, m.summary, "updated" if m.updates_weights else "kept", m.needs, m.source) for n, m in rows])
+
+
+def _finish_run(run: Any) -> None:
+    from .report.build import summary
+
+    facts = summary(run)
+    output.result({"run": str(run.path), **facts}, [*facts["lines"], f"report: {run / 'report/index.html'}"])
+
+
+def _say_default(model: str) -> None:
+    if model == DEMO:
+        output.message("MODEL left out: using the demo model SmolLM2-135M-Instruct.")
+
+
+def _agreement(row: dict[str, Any]) -> str:
+    if "not_checked" in row:
+        return f"not run here: {row['not_checked']}"
+    same = f", same top token at {row['argmax_share']:.1%}" if row["argmax_share"] is not None else ""
+    return f"largest difference to PyTorch {row['max_abs']:.2g}{same}"
+
+
+def main() -> None:
+    """Entry point: expected failures become one sentence and an exit code."""
+    signal.signal(signal.SIGINT, _interrupted)
+    sys.exit(invoke(app))
+
+
+def _interrupted(number: int, frame: object) -> None:
+    raise NmsparseError("Interrupted; what was finished is kept.", "the same command goes on from there")
+
+
+def invoke(call: Callable[[], Any]) -> int:
+    """Run the app; 0 ok, 1 a check or stage failed, 2 usage."""
+    try:
+        call()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except NmsparseError as error:
+        output.error(error)
+        return error.exit_code
+    except OSError as error:
+        if os.environ.get("NMSPARSE_DEBUG"):
+            raise
+        expected = from_os_error(error)
+        output.error(expected)
+        return expected.exit_code
+    return 0

@@ -1,0 +1,219 @@
+"""What happens to a run after pruning: verify, export, evaluate, bench, report; and all of it in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from . import models
+from .bench import CPU_SENTENCE, BenchResult, interleave, ratio, summarise
+from .calib.text import TokenSample, check_disjoint, evaluation_sample, load_text
+from .engines.base import agreement
+from .engines.onnxruntime import OnnxRuntime
+from .errors import CheckFailed, MissingExtra, NmsparseError, UsageError
+from .evaluate import continuations, paired_ratio, perplexity
+from .export import LinkMap, export_onnx
+from .masks import MaskSet
+from .models import hf
+from .models.base import LoadedModel
+from .models.discover import discover
+from .pattern import NMPattern
+from .plan import Plan, make_plan
+from .progress import Progress, silent
+from .prune import compute_dtype, peak_memory_mb, prune
+from .recipe import DEFAULT_MODEL, Bench, Evaluate, Export, Recipe
+from .rundir import RunDir, environment
+from .verify import VerifyReport, verify_checkpoint, verify_onnx
+
+NOT_CHECKED = ({"place": "engine", "why": "no TensorRT engine was built here"},)
+"""Steps of the chain that this machine could not take; they are counted, not hidden."""
+
+
+def inspect(model: str = DEFAULT_MODEL, pattern: str = "2:4", include: Sequence[str] = (), exclude: Sequence[str] = (),
+            progress: Progress = silent) -> Plan:
+    """What would be pruned, and why the rest stays dense."""
+    progress(f"loading {model}", 0, 0)
+    loaded = models.load(model)
+    return make_plan(discover(loaded.module, hf.sample_inputs(loaded)), NMPattern.parse(pattern), include, exclude)
+
+
+def verify(run: RunDir, progress: Progress = silent) -> list[VerifyReport]:
+    """Check the run's weights and every exported graph against its masks. Writes `verify.json`; does not raise."""
+    masks = MaskSet.load(run / "masks.safetensors")
+    progress(f"verifying {run / 'model'}", 0, 0)
+    reports = [verify_checkpoint(run / "model", masks)]
+    for path in exported(run):
+        progress(f"verifying {path}", 0, 0)
+        reports.append(verify_onnx(path, masks, _link_rows(path)))
+    run.write_json("verify.json", {"reports": [report.to_json() for report in reports],
+                                   "not_checked": list(NOT_CHECKED)})
+    return reports
+
+
+def exported(run: RunDir) -> list[Path]:
+    return sorted((run / "onnx").glob("*/*.onnx"))
+
+
+def _link_rows(path: Path) -> dict[str, Any]:
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in LinkMap.load(path.with_suffix(".link.json")).rows:
+        rows.setdefault(row.parameter, []).append(asdict(row))
+    return rows
+
+
+def _load_pruned(run: RunDir, dtype: torch.dtype | None = None) -> LoadedModel:
+    if not run.finished("prune"):
+        raise UsageError(f"The run '{run.path}' is not pruned yet.", "nmsparse-deploy prune with the same options "
+                         "resumes it")
+    return models.load(str(run / "model"), dtype)
+
+
+def export(run: RunDir, spec: Export = Export(), progress: Progress = silent) -> list[dict[str, Any]]:  # noqa: B008
+    """Export the run's model to ONNX in every asked precision, verify each graph, and compare it with the model.
+
+    Raises `CheckFailed` when an exported graph does not hold the masks.
+    """
+    start = time.perf_counter()
+    masks = MaskSet.load(run / "masks.safetensors")
+    loaded = _load_pruned(run)
+    with run.lock():
+        rows = [_export_one(run, loaded, masks, precision, spec.opset, progress) for precision in spec.precisions]
+        run.write_json("export.json", {"files": rows})
+        reports = verify(run, progress)
+        bad = [report for report in reports if not report.ok]
+        if bad:
+            raise CheckFailed(f"An exported graph fails verification: {bad[0].summary()}")
+        run.finish("export", time.perf_counter() - start, peak_memory_mb=peak_memory_mb())
+    return rows
+
+
+def _export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str, opset: int,
+                progress: Progress) -> dict[str, Any]:
+    progress(f"exporting ONNX {precision}", 0, 0)
+    found = discover(loaded.module, hf.sample_inputs(loaded))
+    targets = [target for target in found.targets if target.name in masks.masks]
+    with run.replacing(f"onnx/{precision}") as folder:
+        folder.mkdir()
+        result = export_onnx(loaded.module, hf.sample_inputs(loaded), folder, "model", targets, precision=precision,
+                             opset=opset)
+    facts = {key: value for key, value in result.as_dict().items() if key != "link"}
+    progress(f"comparing ONNX {precision} with the model", 0, 0)
+    return {**facts, "path": f"onnx/{precision}/model.onnx", "links": len(result.link.rows),
+            "agreement": _agreement(run / f"onnx/{precision}/model.onnx", loaded)}
+
+
+@torch.no_grad()
+def _agreement(path: Path, loaded: LoadedModel) -> dict[str, Any]:
+    """ONNX Runtime against PyTorch in fp32 on other shapes than the traced ones, or why they could not be compared."""
+    inputs = hf.sample_inputs(loaded, batch=1, length=48)
+    reference = loaded.module.float()(**inputs)
+    try:
+        output = next(iter(OnnxRuntime.build(path).run(inputs).values()))
+    except (MissingExtra, NmsparseError) as error:
+        return {"not_checked": error.message}
+    logits = getattr(reference, "logits", None)
+    if logits is not None:
+        return asdict(agreement(logits, output, "logits"))
+    return asdict(agreement(reference.last_hidden_state, output, "features"))
+
+
+def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = silent) -> dict[str, Any]:  # noqa: B008
+    """Perplexity of the dense and the pruned model on the same windows of held-out text, and continuations.
+
+    Raises `NmsparseError` when the text overlaps with the calibration text.
+    """
+    start = time.perf_counter()
+    recipe = run.manifest()["recipe"]
+    pruned = _load_pruned(run)
+    if pruned.family != "llm":
+        raise UsageError("Perplexity needs a causal language model.")
+    progress(f"sampling {spec.tokens} tokens of {spec.data}", 0, 0)
+    sample = evaluation_sample(load_text(spec.data), pruned.processor, spec.tokens, spec.context)
+    compared = _check_held_out(run, sample)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compute = compute_dtype(recipe["compute"], device)
+    results, texts = {}, {}
+    for label, loaded in (("pruned", pruned), ("dense", None)):
+        loaded = loaded or models.load(recipe["model"])
+        loaded.module.to(device, compute)
+        results[label] = perplexity(loaded.module, sample, device.type, label, progress)
+        if spec.continuation:
+            progress(f"continuing prompts with the {label} model", 0, 0)
+            texts[label] = continuations(loaded, spec.continuation)
+        del loaded
+    data = {"results": {label: result.to_json() for label, result in results.items()},
+            "ratio": paired_ratio(results["dense"], results["pruned"]), "continuations": texts,
+            "held_out": {"runs_compared": compared, "overlaps": 0}, **environment()}
+    run.write_json("evaluate.json", data)
+    run.finish("evaluate", time.perf_counter() - start, peak_memory_mb=peak_memory_mb())
+    return data
+
+
+def _check_held_out(run: RunDir, sample: TokenSample) -> int | None:
+    """Runs of tokens compared with the calibration sample; None when the method used no data."""
+    path = run / "calibration.safetensors"
+    if not path.is_file():
+        return None
+    return check_disjoint(load_file(path)["ids"], sample.ids)
+
+
+def bench(run: RunDir, spec: Bench = Bench(), progress: Progress = silent) -> BenchResult:  # noqa: B008
+    """Time dense and pruned side by side on this machine's CPU: PyTorch, and ONNX Runtime where exported."""
+    start = time.perf_counter()
+    recipe = run.manifest()["recipe"]
+    pruned, dense = _load_pruned(run), models.load(recipe["model"])
+    inputs = hf.sample_inputs(pruned, spec.batch, spec.length)
+    calls = {"dense": _forward(dense.module, inputs), "pruned": _forward(pruned.module, inputs)}
+    kernels = {"dense": "PyTorch CPU", "pruned": "PyTorch CPU"}
+    for path in exported(run):
+        name = f"pruned, ONNX {path.parent.name}"
+        try:
+            session = OnnxRuntime.build(path)
+            session.run(inputs)
+        except (MissingExtra, NmsparseError):
+            continue
+        calls[name] = lambda session=session: session.run(inputs)
+        kernels[name] = "ONNX Runtime CPU"
+    progress(f"timing {len(calls)} arms, {spec.rounds} rounds", 0, 0)
+    times = interleave(calls, spec.rounds)
+    arms = tuple(summarise(name, kernels[name], times[name]) for name in calls)
+    ratios = {name: ratio(times["dense"], times[name]) for name in calls if name != "dense"}
+    result = BenchResult("cpu", {"batch": spec.batch, "length": spec.length}, arms, ratios, CPU_SENTENCE, environment())
+    run.write_json("bench.json", result.to_json())
+    run.finish("bench", time.perf_counter() - start)
+    return result
+
+
+def _forward(module: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
+    def call() -> None:
+        with torch.inference_mode():
+            module(**inputs)
+
+    return call
+
+
+def report(run: RunDir) -> Path:
+    """Write the report of everything the run holds so far; returns its HTML page."""
+    from .report.build import build_report
+
+    return build_report(run)
+
+
+def run_recipe(recipe: Recipe, out: Path | None = None, force: bool = False, progress: Progress = silent) -> RunDir:
+    """Every stage of a recipe in order; finished stages of the same run are kept."""
+    run = prune(recipe.model, recipe.prune, out, force, progress)
+    stages: dict[str, tuple[Any, Any]] = {"export": (export, recipe.export), "evaluate": (evaluate, recipe.evaluate),
+                                          "bench": (bench, recipe.bench)}
+    for name, (stage, spec) in stages.items():
+        if spec is not None and not run.finished(name):
+            stage(run, spec, progress)
+    progress("writing the report", 0, 0)
+    report(run)
+    return run

@@ -1,0 +1,132 @@
+"""The calibration walk: faithful replay, one Gram per distinct input, statistics as computed by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig
+
+from nmsparse_deploy.calib import walk as walk_module
+from nmsparse_deploy.calib.stats import StatsAccumulator
+from nmsparse_deploy.calib.walk import BlockWalk
+from nmsparse_deploy.models.base import from_rows, to_rows
+from nmsparse_deploy.models.discover import discover
+from tests import pico
+
+IDS = torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(0))
+BATCHES = [{"input_ids": part, "use_cache": False} for part in IDS.split(2)]
+SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 64, "intermediate_size": 64}
+MODELS = {
+    "llama": pico.llama,
+    "gpt2": pico.gpt2,
+    # every second block of Gemma 2 gets another attention mask
+    "gemma2": lambda: AutoModelForCausalLM.from_config(
+        Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=16, sliding_window=4)).eval(),
+    "gpt_neox": lambda: AutoModelForCausalLM.from_config(GPTNeoXConfig(**SMALL)).eval(),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_walking_without_pruning_is_the_model_itself(name):
+    """Property 20: the stream after the last block is bit for bit what the model computes there."""
+    module = MODELS[name]()
+    found = discover(module, {"input_ids": IDS[:2]})
+    seen = []
+    handle = module.get_submodule(found.blocks[-1]).register_forward_hook(
+        lambda _m, _a, output: seen.append(output[0] if isinstance(output, tuple) else output))
+    for batch in BATCHES:
+        module(**batch)
+    handle.remove()
+    walk = BlockWalk(module, found.blocks, BATCHES)
+    for index in range(len(found.blocks)):
+        walk.advance(index)
+    for got, expected in zip(walk.hidden, seen):
+        assert torch.equal(got, expected)
+
+
+def test_statistics_are_those_of_the_inputs():
+    module = pico.llama()
+    found = discover(module, {"input_ids": IDS[:2]})
+    inputs = []
+    layer = module.get_submodule("model.layers.0.mlp.down_proj")
+    handle = layer.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].reshape(-1, 128)))
+    with torch.no_grad():
+        for batch in BATCHES:
+            module(**batch)
+    handle.remove()
+    x = torch.cat(inputs)
+    targets = found.of_block(0)
+    stats = BlockWalk(module, found.blocks, BATCHES).statistics(0, targets, "gram")
+    down = stats["model.layers.0.mlp.down_proj"]
+    assert down.tokens == len(x) == IDS.numel()
+    torch.testing.assert_close(down.gram, x.T @ x)
+    assert torch.equal(down.gram, down.gram.T)
+    norms = BlockWalk(module, found.blocks, BATCHES).statistics(0, targets, "norms")["model.layers.0.mlp.down_proj"]
+    assert norms.gram is None
+    torch.testing.assert_close(norms.rms, x.square().mean(0).sqrt())
+    torch.testing.assert_close(norms.square_sum, down.square_sum)
+
+
+def test_one_gram_per_distinct_input(monkeypatch):
+    """Siblings (q/k/v, gate/up) share one accumulation: 4 inputs x 3 batches, not 7 layers x 3 batches."""
+    calls = []
+    original = StatsAccumulator.update
+
+    def update(self, layer, x):
+        calls.append(layer)
+        original(self, layer, x)
+
+    monkeypatch.setattr(walk_module.StatsAccumulator, "update", update)
+    module = pico.llama()
+    found = discover(module, {"input_ids": IDS[:2]})
+    stats = BlockWalk(module, found.blocks, BATCHES).statistics(0, found.of_block(0), "gram")
+    assert len(calls) == 4 * len(BATCHES) and len(stats) == 4
+
+
+def test_batch_order_does_not_change_statistics():
+    module = pico.llama()
+    found = discover(module, {"input_ids": IDS[:2]})
+    one = BlockWalk(module, found.blocks, BATCHES).statistics(0, found.of_block(0), "gram")
+    two = BlockWalk(module, found.blocks, BATCHES[::-1]).statistics(0, found.of_block(0), "gram")
+    for fusion, stats in one.items():
+        torch.testing.assert_close(stats.gram, two[fusion].gram)
+
+
+def test_statistics_stay_fp32_under_autocast():
+    """A Gram accumulated inside an autocast region must not be rounded to bf16."""
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    total = StatsAccumulator("gram")
+    with torch.autocast("cpu", torch.bfloat16):
+        total.update(nn.Linear(16, 4), x)
+    assert torch.equal(total.finish().gram, (x.T @ x + (x.T @ x).T) / 2)
+
+
+def test_bf16_walk_keeps_fp32_statistics_and_leaves_the_model_alone():
+    module = pico.llama()
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    found = discover(module, {"input_ids": IDS[:2]})
+    walk = BlockWalk(module, found.blocks, BATCHES, torch.bfloat16)
+    stats = walk.statistics(0, found.of_block(0), "gram")
+    walk.advance(0)
+    assert all(s.gram.dtype == torch.float32 for s in stats.values())
+    assert walk.hidden[0].dtype == torch.bfloat16
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+    assert not any(m._forward_pre_hooks for m in module.modules())
+
+
+@pytest.mark.parametrize("settings", [{}, {"stride": 2}, {"padding": 1}, {"dilation": 2}, {"kernel_size": 1}])
+@torch.no_grad()
+def test_convolution_statistics_match_its_matrix_form(settings):
+    """Property 21: the unfolded inputs times the rows of the weight give the convolution."""
+    conv = nn.Conv2d(8, 5, **({"kernel_size": 3, "bias": False} | settings))
+    x = torch.randn(2, 8, 9, 9)
+    rows = to_rows(conv.weight, 1)
+    assert torch.equal(from_rows(rows, conv.weight.shape, 1), conv.weight)
+    total = StatsAccumulator("gram")
+    total.update(conv, x)
+    stats = total.finish()
+    energy = float(((rows @ stats.gram) * rows).sum())
+    assert energy == pytest.approx(float(conv(x).square().sum()), rel=1e-4)
+    assert stats.tokens == conv(x).numel() // 5
