@@ -21,7 +21,6 @@ from .errors import CheckFailed, MissingExtra, NmsparseError, UsageError
 from .evaluate import continuations, paired_ratio, perplexity
 from .export import LinkMap, export_onnx
 from .masks import MaskSet
-from .models import hf
 from .models.base import LoadedModel
 from .models.discover import discover
 from .pattern import NMPattern
@@ -41,7 +40,7 @@ def inspect(model: str = DEFAULT_MODEL, pattern: str = "2:4", include: Sequence[
     """What would be pruned, and why the rest stays dense."""
     progress(f"loading {model}", 0, 0)
     loaded = models.load(model)
-    return make_plan(discover(loaded.module, hf.sample_inputs(loaded)), NMPattern.parse(pattern), include, exclude)
+    return make_plan(discover(loaded.module, models.sample_inputs(loaded)), NMPattern.parse(pattern), include, exclude)
 
 
 def verify(run: RunDir, progress: Progress = silent) -> list[VerifyReport]:
@@ -97,11 +96,11 @@ def export(run: RunDir, spec: Export = Export(), progress: Progress = silent) ->
 def _export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str, opset: int,
                 progress: Progress) -> dict[str, Any]:
     progress(f"exporting ONNX {precision}", 0, 0)
-    found = discover(loaded.module, hf.sample_inputs(loaded))
+    found = discover(loaded.module, models.sample_inputs(loaded))
     targets = [target for target in found.targets if target.name in masks.masks]
     with run.replacing(f"onnx/{precision}") as folder:
         folder.mkdir()
-        result = export_onnx(loaded.module, hf.sample_inputs(loaded), folder, "model", targets, precision=precision,
+        result = export_onnx(loaded.module, models.sample_inputs(loaded), folder, "model", targets, precision=precision,
                              opset=opset)
     facts = {key: value for key, value in result.as_dict().items() if key != "link"}
     progress(f"comparing ONNX {precision} with the model", 0, 0)
@@ -112,7 +111,7 @@ def _export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str
 @torch.no_grad()
 def _agreement(path: Path, loaded: LoadedModel) -> dict[str, Any]:
     """ONNX Runtime against PyTorch in fp32 on other shapes than the traced ones, or why they could not be compared."""
-    inputs = hf.sample_inputs(loaded, batch=1, length=48)
+    inputs = models.sample_inputs(loaded, batch=1, length=48)
     reference = loaded.module.float()(**inputs)
     try:
         output = next(iter(OnnxRuntime.build(path).run(inputs).values()))
@@ -169,7 +168,7 @@ def bench(run: RunDir, spec: Bench = Bench(), progress: Progress = silent) -> Be
     start = time.perf_counter()
     recipe = run.manifest()["recipe"]
     pruned, dense = _load_pruned(run), models.load(recipe["model"])
-    inputs = hf.sample_inputs(pruned, spec.batch, spec.length)
+    inputs = models.sample_inputs(pruned, spec.batch, spec.length)
     calls = {"dense": _forward(dense.module, inputs), "pruned": _forward(pruned.module, inputs)}
     kernels = {"dense": "PyTorch CPU", "pruned": "PyTorch CPU"}
     for path in exported(run):

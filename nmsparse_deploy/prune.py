@@ -25,7 +25,6 @@ from .calib.walk import BlockWalk
 from .errors import CheckFailed, NmsparseError
 from .masks import Mask, MaskSet, tensor_hash
 from .methods.base import Method, relative_error
-from .models import hf
 from .models.base import LoadedModel, from_rows, to_rows
 from .models.discover import discover
 from .pattern import NMPattern, mask_follows
@@ -56,7 +55,7 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
     progress(f"loading {model}", 0, 0)
     loaded = models.load(model)
     method: Method = METHODS.load(spec.method)
-    inputs = hf.sample_inputs(loaded)
+    inputs = models.sample_inputs(loaded)
     plan = make_plan(discover(loaded.module, inputs), NMPattern.parse(spec.pattern), spec.include, spec.exclude)
     _check_finite(loaded, plan)
     sample = _calibration(loaded, spec, method, progress)
@@ -143,7 +142,7 @@ class _Stage:
         """The calibration stream, or None when the method needs no data."""
         if self.sample is None:
             return None
-        batches = hf.batches(self.loaded, self.sample.ids, self.spec.calibration.batch)
+        batches = models.batches(self.loaded, self.sample.inputs, self.spec.calibration.batch)
         self.progress("capturing the inputs of the first block", 0, 0)
         return BlockWalk(self.loaded.module, self.plan.blocks, batches, self.compute)
 
@@ -197,12 +196,12 @@ class _Stage:
         masks = MaskSet(self._masks(rows), info)
         with self.run.replacing("model") as folder:
             folder.mkdir()
-            hf.save(self.loaded, folder)
+            models.save(self.loaded, folder)
         with self.run.replacing("masks.safetensors") as file:
             masks.save(file)
         if self.sample is not None:
             with self.run.replacing("calibration.safetensors") as file:
-                save_file({"ids": self.sample.ids.to(torch.int32)}, file)
+                save_file(self.sample.record(), file)
         self.run.write_json("layers.json", rows)
         report = verify_checkpoint(self.run / "model", masks)
         self.run.write_json("verify.json", {"reports": [report.to_json()]})

@@ -189,9 +189,9 @@ def test_truncated_and_lying_weights(llama_dir, texts, tmp_path):
 
 def test_a_damaged_result_is_not_called_done(llama_dir, texts, tmp_path, monkeypatch):
     """If what was saved does not hold the pattern, the stage fails and is not marked as finished."""
-    from nmsparse_deploy.models import hf
+    from nmsparse_deploy import models
 
-    real = hf.save
+    real = models.save
 
     def spoil(model, folder):
         real(model, folder)
@@ -199,7 +199,7 @@ def test_a_damaged_result_is_not_called_done(llama_dir, texts, tmp_path, monkeyp
         state["model.layers.0.mlp.up_proj.weight"].fill_(1.0)
         save_file(state, folder / "model.safetensors", {"format": "pt"})
 
-    monkeypatch.setattr(hf, "save", spoil)
+    monkeypatch.setattr(models, "save", spoil)
     with pytest.raises(CheckFailed, match="fails verification"):
         prune(str(llama_dir), spec(texts), tmp_path / "run")
     monkeypatch.undo()

@@ -43,6 +43,14 @@ class TokenSample:
     source: str
     fingerprint: str
 
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids}
+
+    def record(self) -> dict[str, torch.Tensor]:
+        """What a run keeps of the sample, to check later that an evaluation is held out."""
+        return {"ids": self.ids.to(torch.int32)}
+
     def to_json(self) -> dict[str, Any]:
         samples, length = self.ids.shape
         return {"source": self.source, "fingerprint": self.fingerprint, "samples": samples, "length": length,

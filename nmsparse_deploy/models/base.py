@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -59,6 +60,8 @@ class LoadedModel:
     """A short name for folders and headings."""
     family: str
     """`llm`, `encoder` or `vision`: which data it eats and which metric it is judged by."""
+    library: str = "transformers"
+    """Which adapter loads and saves it: `transformers` or `timm`."""
     processor: Any = None
     """Tokenizer (text) or preprocessing settings (images)."""
     provenance: dict[str, str] = field(default_factory=dict)
@@ -66,15 +69,15 @@ class LoadedModel:
 
 
 class ModelAdapter(Protocol):
-    """A family of models. `discover` and the block walk need nothing that is specific to a family."""
+    """A module of this folder, one per library. Discovery and the block walk need nothing that is specific to one."""
 
     def load(self, source: str, dtype: torch.dtype | None = None) -> LoadedModel: ...
 
-    def sample_inputs(self, model: LoadedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
-        """Keyword arguments for one forward pass, for tracing and for export."""
+    def sample_inputs(self, model: LoadedModel, batch: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
+        """Keyword arguments for one forward pass, for tracing and for export; `length` is in tokens (text only)."""
         ...
 
-    def save(self, model: LoadedModel, folder: Any) -> None:
+    def save(self, model: LoadedModel, folder: Path) -> None:
         """Write a folder that the stock library loads."""
         ...
 

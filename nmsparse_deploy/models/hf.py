@@ -147,13 +147,6 @@ def sample_inputs(model: LoadedModel, batch: int = 2, length: int = 16) -> dict[
     return {"input_ids": ids, **mask}
 
 
-def batches(model: LoadedModel, ids: torch.Tensor, size: int) -> list[dict[str, Any]]:
-    """Token windows `[samples, length]` as keyword arguments of forward passes; a key-value cache is never wanted."""
-    ids = ids.to(next(model.module.parameters()).device)
-    extra: dict[str, Any] = {"use_cache": False} if model.family == "llm" else {}
-    return [{"input_ids": part, **extra} for part in ids.split(size)]
-
-
 def save(model: LoadedModel, folder: Path) -> None:
     """Write config, weights and tokenizer so that stock `from_pretrained` loads them."""
     module: Any = model.module
