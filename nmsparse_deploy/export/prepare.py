@@ -32,35 +32,38 @@ def cast_copy(module: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[st
             names = ", ".join(getattr(child, "parametrizations", {}))
             raise NmsparseError(f"'{path}' still computes its '{names}' through a parametrization, so the exported "
                                 "weight would be dense.", "bake the mask into the weight before the export")
-    warnings: list[str] = []
+    lost: dict[str, int] = {}
     memo: dict[int, Any] = {}
     for name, parameter in module.named_parameters():
-        value = _cast(name, parameter.detach(), dtype, warnings)
-        shared = value is parameter or value.data_ptr() == parameter.data_ptr()
+        value = _cast(name, parameter.detach(), dtype, lost)
+        shared = value.data_ptr() == parameter.data_ptr()
         memo[id(parameter)] = parameter if shared else nn.Parameter(value, requires_grad=False)
     kept = set(module.state_dict(keep_vars=True))
     for name, buffer in module.named_buffers():
-        value = _cast(name, buffer, dtype, warnings) if name in kept else buffer.cpu()
-        memo[id(buffer)] = value
+        memo[id(buffer)] = _cast(name, buffer, dtype, lost) if name in kept else buffer.cpu()
+    warnings = []
+    if lost:
+        worst = max(lost, key=lambda name: lost[name])
+        warnings.append(f"{sum(lost.values()):,} values of {len(lost)} tensors are too small for "
+                        f"{str(dtype)[6:]} and became 0, most of them in '{worst}'.")
     return copy.deepcopy(module, memo).eval(), warnings
 
 
-def _cast(name: str, value: torch.Tensor, dtype: torch.dtype, warnings: list[str]) -> torch.Tensor:
+def _cast(name: str, value: torch.Tensor, dtype: torch.dtype, lost: dict[str, int]) -> torch.Tensor:
     value = value.cpu()
     if not value.is_floating_point() or value.dtype == dtype or not value.numel():
         return value
-    kind = str(dtype).removeprefix("torch.")
     low, high = (float(v) for v in torch.aminmax(value))
     most = torch.finfo(dtype).max
     if not (-most <= low and high <= most):  # also true of NaN
         worst = low if abs(low) > abs(high) else high
-        raise NmsparseError(f"'{name}' holds the value {worst:g}, which does not fit {kind} (at most {most:g}).",
-                            "export with --precision bf16 or fp32")
+        raise NmsparseError(f"'{name}' holds the value {worst:g}, which does not fit {str(dtype)[6:]} (at most "
+                            f"{most:g}).", "export with --precision bf16 or fp32")
     # A tiny negative weight becomes -0.0, which a byte-wise check does not take for a zero; adding 0.0 makes it +0.0.
     cast = value.to(dtype).add_(0.0)
-    lost = int(torch.count_nonzero(value) - torch.count_nonzero(cast))
-    if lost:
-        warnings.append(f"{lost} of {value.numel()} values of '{name}' are too small for {kind} and became 0.")
+    zeros = int(torch.count_nonzero(value) - torch.count_nonzero(cast))
+    if zeros:
+        lost[name] = zeros
     return cast
 
 
