@@ -55,7 +55,7 @@ def _from_pretrained(where: str, source: str, name: str, dtype: torch.dtype | No
     commit = getattr(module.config, "_commit_hash", None)
     facts = {**provenance, **({"revision": commit} if commit else {}), "class": type(module).__name__,
              "dtype": str(module.dtype).removeprefix("torch.")}
-    return LoadedModel(module.eval(), source, name, family, processor, facts)
+    return LoadedModel(module.eval(), source, name, family, processor=processor, provenance=facts)
 
 
 def _processor(where: str, family: str) -> Any:
