@@ -1,0 +1,47 @@
+"""Everything that the report says, as one JSON-able dict; the pages are views of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..models import short_name
+from . import artefacts, compliance, provenance, quality
+from .layers import layers
+from .stages import Stages
+from .text import clean
+from .verdict import headline
+
+FORMAT = "nmsparse-report-1"
+
+
+def collect(stages: Stages) -> dict[str, Any]:
+    """The report without its mask pictures. Raises `UsageError` for a damaged stage file."""
+    with stages.of("manifest.json"):
+        recipe = stages.manifest["recipe"]
+        model = {"source": str(recipe["model"]), "name": str(clean(short_name(recipe["model"])))}
+    measured, timed, sizes = quality.quality(stages), artefacts.latency(stages), artefacts.sizes(stages)
+    exported, found = artefacts.graphs(stages), layers(stages)
+    report: dict[str, Any] = {
+        "format": FORMAT, "model": model, "pruning": _pruning(stages, recipe), "quality": measured,
+        "continuations": quality.continuations(stages), "compliance": compliance.compliance(stages),
+        "not_checked": compliance.not_checked(stages), "sizes": sizes, "graphs": exported, "layers": found,
+        "latency": timed, "overview": artefacts.overview(measured, exported, timed, sizes["model_bytes"]),
+        "provenance": provenance.provenance(stages), "skipped": provenance.skipped(stages)}
+    with stages.of("verify.json"):
+        return {"headline": headline(report), **report}
+
+
+def _pruning(stages: Stages, recipe: dict[str, Any]) -> dict[str, Any]:
+    with stages.of("layers.json"):
+        values = sum(_size(row["shape"]) for row in stages.layers)
+        blocks = len({row["block"] for row in stages.layers})
+    with stages.of("manifest.json"):
+        return {"method": str(recipe["method"]), "pattern": str(recipe["pattern"]), "layers": len(stages.layers),
+                "blocks": blocks, "weights": values, "finished": "prune" in stages.manifest["stages"]}
+
+
+def _size(shape: list[int]) -> int:
+    size = 1
+    for length in shape:
+        size *= int(length)
+    return size
