@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,6 +133,15 @@ def tensor_specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...
         shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
         specs.append(TensorSpec(value.name, dtype, shape))
     return tuple(specs)
+
+
+def fixed_axes(specs: Iterable[TensorSpec], asked: Mapping[str, Collection[int]]) -> list[str]:
+    """Sentences about axes that were asked to vary and came out as a number, and inputs that are gone: both happen
+    without a word from the tracer."""
+    by_name = {spec.name: spec for spec in specs}
+    gone = [f"The graph has no input '{name}': the model ignores it." for name in asked if name not in by_name]
+    return gone + [f"Axis {axis} of the input '{name}' cannot vary: tracing fixed it to {spec.shape[axis]}."
+                   for name, spec in by_name.items() for axis in asked.get(name, ()) if isinstance(spec.shape[axis], int)]
 
 
 def dynamic_dims(*specs: Iterable[TensorSpec]) -> tuple[str, ...]:

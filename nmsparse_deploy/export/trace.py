@@ -20,7 +20,7 @@ from ..errors import MissingExtra, NmsparseError, UsageError, from_os_error
 from ..models.base import Target
 from .link import LinkMap, link
 from .prepare import PRECISIONS, cast_copy, dynamic_shapes, take_one_output, trace_inputs
-from .tidy import TensorSpec, dynamic_dims, tensor_specs, tidy
+from .tidy import TensorSpec, dynamic_dims, fixed_axes, tensor_specs, tidy
 
 OPSETS = range(18, 24)
 """What the dynamo exporter of torch 2.11 to 2.13 writes. From 23 on, attention and RMSNorm are single nodes."""
@@ -109,8 +109,10 @@ def export_onnx(
     except OSError as error:
         raise from_os_error(error) from error
     report(4, 4, "done")
-    inputs_out = tensor_specs(model.graph.input), tensor_specs(model.graph.output)
-    return ExportResult(name, files, precision, opset, *inputs_out, dynamic_dims(*inputs_out), _dense_bytes(copied),
+    given, made = tensor_specs(model.graph.input), tensor_specs(model.graph.output)
+    if dynamic:
+        notes += fixed_axes(given, dict(zip(sample, dynamic_shapes(sample))))
+    return ExportResult(name, files, precision, opset, given, made, dynamic_dims(given, made), _dense_bytes(copied),
                         time.perf_counter() - start, linked, tuple(notes))
 
 

@@ -5,14 +5,12 @@ import copy
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
-from small_models import bake, linear_targets
+from small_models import bake, case, linear_targets
 from torch import nn
 from torch.nn.utils import parametrize
 
-from nmsparse_deploy.engines.onnxruntime import OnnxRuntime
 from nmsparse_deploy.errors import CheckFailed, MissingExtra, NmsparseError, UsageError
 from nmsparse_deploy.export import LinkMap, export_onnx
 from nmsparse_deploy.export.prepare import cast_copy
@@ -180,10 +178,9 @@ def test_tables_outside_the_state_dict_stay_in_full_precision():
 
 
 def test_a_batch_of_one_is_traced_as_any_batch(tmp_path):
-    module = Half()
-    export_onnx(module, {"x": torch.randn(1, 4, 32)}, tmp_path, "m", linear_targets(module))
-    engine = OnnxRuntime.build(tmp_path / "m.onnx", {"threads": 1})
-    assert engine.run({"x": np.zeros((5, 4, 32), np.float32)})["output"].shape == (5, 4, 32)
+    llama = case("llama")
+    result = export_onnx(llama.module, llama.inputs(1, 8), tmp_path, "m", llama.targets)
+    assert (result.dynamic, result.warnings) == (("batch", "sequence"), ())
 
 
 def test_the_link_map_is_what_verification_takes(tmp_path):

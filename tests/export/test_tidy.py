@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from nmsparse_deploy.export.tidy import expand_rotary_tables, fix_numeric_dims, strip_metadata
+from nmsparse_deploy.export.tidy import TensorSpec, expand_rotary_tables, fix_numeric_dims, fixed_axes, strip_metadata
 
 
 def graph(nodes, inputs, outputs, opset=23):
@@ -19,6 +19,13 @@ def test_an_axis_named_like_a_number_becomes_the_number():
     assert fix_numeric_dims(model) == 2
     dims = model.graph.input[0].type.tensor_type.shape.dim
     assert (dims[0].dim_param, dims[1].dim_value, dims[1].dim_param) == ("batch", 32, "")
+
+
+def test_an_axis_that_silently_became_a_number_is_told():
+    specs = (TensorSpec("ids", "int64", (1, "sequence")), TensorSpec("mask", "int64", ("batch", "sequence")))
+    assert fixed_axes(specs, {"mask": {0, 1}, "ids": {0, 1}}) == [
+        "Axis 0 of the input 'ids' cannot vary: tracing fixed it to 1."]
+    assert fixed_axes(specs[1:], {"mask": {0, 1}, "ids": {0}}) == ["The graph has no input 'ids': the model ignores it."]
 
 
 def test_metadata_but_the_module_path_is_dropped():
