@@ -84,18 +84,19 @@ def prune(model: Model = DEMO,
 
 
 @app.command()
-def verify(run: Run = None) -> None:
-    """Check every tensor of a run, in the saved model and in every exported graph. Exit code 1 when one fails."""
-    from .pipeline import NOT_CHECKED
-    from .pipeline import verify as api
-    from .rundir import RunDir
+def verify(target: Annotated[Path | None, typer.Argument(
+               help="run folder, checkpoint (file or folder) or .onnx; left out: the newest run")] = None,
+           pattern: Annotated[str, typer.Option(help="keep:group, for files without a run")] = "2:4",
+           expect: Annotated[list[str], typer.Option(
+               help="glob on tensors that have to be sparse, for files without a run; may be repeated")] = []) -> None:  # noqa: B006
+    """Check every tensor of a run or of any checkpoint or ONNX file. Exit code 1 when one fails."""
+    from .pipeline import verify_any
 
-    opened = RunDir.open(run)
-    reports = api(opened, output.progress)
+    reports, missing = verify_any(target, pattern, expect, output.progress)
     failures = [failure for report in reports for failure in report.failures()]
-    missing = [f"not checked here: {row['place']} ({row['why']})" for row in NOT_CHECKED]
-    output.result({"run": str(opened.path), "ok": not failures, "reports": [r.to_json() for r in reports],
-                   "not_checked": list(NOT_CHECKED)}, [*(r.summary() for r in reports), *missing])
+    output.result({"ok": not failures, "reports": [r.to_json() for r in reports], "not_checked": missing},
+                  [*(r.summary() for r in reports), *_sparse_set(reports),
+                   *(f"not checked here: {row['place']} ({row['why']})" for row in missing)])
     if failures:
         raise CheckFailed(f"{len(failures)} checks failed; the first: {failures[0]}")
 
@@ -205,6 +206,12 @@ def list_() -> None:
              "source": m.source} for n, m in rows]
     output.table(data, ("method", "what it does", "weights", "data", "source"),
                  [(n, m.summary, "updated" if m.updates_weights else "kept", m.needs, m.source) for n, m in rows])
+
+
+def _sparse_set(reports: list[Any]) -> list[str]:
+    """What a foreign file turned out to hold; a run's own tensors are known."""
+    checks = [check for report in reports for check in report.checks if check.parameter is None and not check.skipped]
+    return [f"  {check.tensor}: {check.pattern} along axis {check.axis}, {check.groups:,} groups" for check in checks]
 
 
 def _finish_run(run: Any) -> None:

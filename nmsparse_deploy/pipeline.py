@@ -56,6 +56,24 @@ def verify(run: RunDir, progress: Progress = silent) -> list[VerifyReport]:
     return reports
 
 
+def verify_any(target: Path | None = None, pattern: str = "2:4", expect: Sequence[str] = (),
+               progress: Progress = silent) -> tuple[list[VerifyReport], list[dict[str, str]]]:
+    """Check a run, or a checkpoint or ONNX file that came from elsewhere; returns reports and what was not checked.
+
+    A file without a run has no masks: its sparse tensors are reported, and `expect` names the ones that must be.
+    """
+    if target is None or (target / "manifest.json").is_file():
+        if expect:
+            raise UsageError("--expect is for files without a run; a run knows which tensors have to be sparse.")
+        return verify(RunDir.open(target), progress), list(NOT_CHECKED)
+    progress(f"verifying {target}", 0, 0)
+    if target.suffix in (".engine", ".plan"):
+        raise UsageError(f"'{target}' is an engine: its weights cannot be read back, only a build's evidence can.",
+                         "verify the ONNX file it was built from")
+    check = verify_onnx if target.suffix == ".onnx" else verify_checkpoint
+    return [check(target, pattern=NMPattern.parse(pattern), expect=expect)], []
+
+
 def exported(run: RunDir) -> list[Path]:
     return sorted((run / "onnx").glob("*/*.onnx"))
 

@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from .errors import NmsparseError, UsageError
 from .recipe import differences
@@ -117,6 +120,11 @@ class RunDir:
             if final.is_dir():
                 final.rename(work / "old")
             os.replace(temporary, final)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), str(error), str(final)) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
