@@ -140,8 +140,9 @@ def fixed_axes(specs: Iterable[TensorSpec], asked: Mapping[str, Collection[int]]
     without a word from the tracer."""
     by_name = {spec.name: spec for spec in specs}
     gone = [f"The graph has no input '{name}': the model ignores it." for name in asked if name not in by_name]
-    return gone + [f"Axis {axis} of the input '{name}' cannot vary: tracing fixed it to {spec.shape[axis]}."
-                   for name, spec in by_name.items() for axis in asked.get(name, ()) if isinstance(spec.shape[axis], int)]
+    fixed = [(name, axis, spec.shape[axis]) for name, spec in by_name.items() for axis in asked.get(name, ())]
+    return gone + [f"Axis {axis} of the input '{name}' cannot vary: tracing fixed it to {length}."
+                   for name, axis, length in fixed if isinstance(length, int)]
 
 
 def dynamic_dims(*specs: Iterable[TensorSpec]) -> tuple[str, ...]:
