@@ -50,7 +50,7 @@ def verify(run: RunDir, progress: Progress = silent) -> list[VerifyReport]:
     reports = [verify_checkpoint(run / "model", masks)]
     for path in exported(run):
         progress(f"verifying {path}", 0, 0)
-        reports.append(verify_onnx(path, masks, _link_rows(path)))
+        reports.append(verify_onnx(path, masks, LinkMap.load(path.with_suffix(".link.json")).by_parameter()))
     run.write_json("verify.json", {"reports": [report.to_json() for report in reports],
                                    "not_checked": list(NOT_CHECKED)})
     return reports
@@ -76,13 +76,6 @@ def verify_any(target: Path | None = None, pattern: str = "2:4", expect: Sequenc
 
 def exported(run: RunDir) -> list[Path]:
     return sorted((run / "onnx").glob("*/*.onnx"))
-
-
-def _link_rows(path: Path) -> dict[str, Any]:
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for row in LinkMap.load(path.with_suffix(".link.json")).rows:
-        rows.setdefault(row.parameter, []).append(asdict(row))
-    return rows
 
 
 def _load_pruned(run: RunDir, dtype: torch.dtype | None = None) -> LoadedModel:

@@ -127,10 +127,10 @@ def check_disjoint(calibration: torch.Tensor, evaluation: torch.Tensor) -> int:
 
 
 def _runs(ids: torch.Tensor) -> Iterator[bytes]:
-    for row in ids.to(torch.int32):
-        data = row.numpy().tobytes()
+    for row in ids.to(torch.int32).numpy():
+        data, step = row.tobytes(), row.itemsize
         for start in range(len(row) - NGRAM + 1):
-            yield data[4 * start : 4 * (start + NGRAM)]
+            yield data[step * start : step * (start + NGRAM)]
 
 
 # --- Wikipedia markup -> prose ----------------------------------------------------------------------------------------

@@ -39,9 +39,11 @@ def load(source: str, dtype: torch.dtype | None = None, alias: str | None = None
 def _from_pretrained(where: str, source: str, name: str, dtype: torch.dtype | None,
                      provenance: dict[str, str]) -> LoadedModel:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # a hub that does not answer is reported once, below
     try:
         config = AutoConfig.from_pretrained(where)
         architectures = config.architectures or [""]

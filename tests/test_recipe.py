@@ -1,0 +1,70 @@
+"""Recipes: validated before anything loads, frozen, fingerprinted; every shipped one is valid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.recipe import Calibration, Prune, Recipe, differences, fingerprint, validate
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(path):
+    assert Recipe.load(path).prune.method
+
+
+def test_there_are_recipes():
+    assert RECIPES
+
+
+@pytest.mark.parametrize("text,sentence", [
+    ("prune: {method: sparsegtp}", "Did you mean 'sparsegpt'?"),
+    ("prune: {pattern: '4:4'}", "not a pattern"),
+    ("prune: {calibration: {samples: -1}}", "prune.calibration.samples"),
+    ("prune: {calibrations: {}}", "prune.calibrations"),
+    ("export: {precisions: [fp12]}", "export.precisions"),
+    ("- a list", "expected a mapping"),
+    ("{", "not valid YAML"),
+    ("model: [1]", "model"),
+])
+def test_a_wrong_field_is_named(tmp_path, text, sentence):
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        Recipe.load(file)
+    assert sentence in caught.value.message and "\n" not in caught.value.message
+
+
+def test_yaml_cannot_run_code(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("model: !!python/object/apply:os.getcwd []")
+    with pytest.raises(UsageError, match="not valid YAML"):
+        Recipe.load(file)
+
+
+def test_recipes_are_frozen():
+    with pytest.raises(ValidationError):
+        Prune().method = "wanda"
+
+
+def test_everything_that_decides_a_mask_changes_the_fingerprint():
+    base = Prune()
+    seen = {fingerprint("m", base), fingerprint("n", base)}
+    changes = {"method": "wanda", "pattern": "1:4", "include": ["*fc*"], "exclude": ["*fc*"], "compute": "fp32"}
+    for field, value in changes.items():
+        seen.add(fingerprint("m", validate(Prune, {field: value})))
+    for field, value in {"data": "x", "samples": 1, "length": 64, "batch": 1, "seed": 1}.items():
+        seen.add(fingerprint("m", Prune(calibration=Calibration(**{field: value}))))
+    assert len(seen) == 12
+    assert fingerprint("m", Prune(pattern="02:04")) == fingerprint("m", base)
+
+
+def test_differences_are_named_with_both_values():
+    old = {"model": "m", "prune": {"seed": 0, "method": "a"}}
+    new = {"model": "m", "prune": {"seed": 1, "method": "a"}, "extra": 2}
+    assert differences(old, new) == ["extra (None there, 2 now)", "prune.seed (0 there, 1 now)"]
