@@ -1,37 +1,20 @@
-"""What pruning cost: perplexity of the dense and the pruned model on the same held-out text, and continuations."""
+"""Perplexity of a causal language model on held-out text, and continuations of a few prompts."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .calib.text import TokenSample
-from .models.base import LoadedModel
-from .progress import Progress, silent
+from ..calib.text import TokenSample
+from ..models.base import LoadedModel
+from ..progress import Progress, silent
+from .result import EvalResult, bootstrap_interval
 
 PROMPTS = ("The capital of France is", "Three things you need to bake bread are")
-BOOTSTRAP = 2000
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """One metric with its protocol. `per_sample` holds the mean negative log-likelihood of every window, in nats."""
-
-    metric: str
-    value: float
-    standard_error: float
-    samples: int
-    where: str
-    protocol: dict[str, Any]
-    per_sample: tuple[float, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @torch.no_grad()
@@ -64,10 +47,7 @@ def perplexity(module: nn.Module, sample: TokenSample, where: str, label: str = 
 def paired_ratio(dense: EvalResult, pruned: EvalResult, seed: int = 0) -> dict[str, float]:
     """Pruned over dense perplexity on the same windows, with a 95 % bootstrap interval over windows."""
     difference = torch.tensor([b - a for a, b in zip(dense.per_sample, pruned.per_sample)], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(len(difference), (BOOTSTRAP, len(difference)), generator=generator)
-    means = difference[draws].mean(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = bootstrap_interval(difference, seed)
     return {"ratio": _exp(float(difference.mean())), "low": _exp(low), "high": _exp(high)}
 
 

@@ -1,0 +1,65 @@
+"""What a measurement says: one number with its protocol, and how far chance alone could have moved it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+BOOTSTRAP = 2000
+"""Resamples behind every interval and every bootstrap standard error."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One metric with its protocol. `per_sample` holds what the value is the mean of, one number a sample.
+
+    For perplexity these are the mean negative log-likelihoods of the windows, in nats.
+    """
+
+    metric: str
+    value: float
+    standard_error: float
+    samples: int
+    where: str
+    protocol: dict[str, Any]
+    per_sample: tuple[float, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def mean_result(metric: str, values: Sequence[float], where: str, protocol: dict[str, Any]) -> EvalResult:
+    """The mean over samples with its standard error."""
+    mean = math.fsum(values) / len(values)
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return EvalResult(metric, mean, error, len(values), where, protocol, tuple(values))
+
+
+def _draws(count: int, seed: int) -> torch.Tensor:
+    return torch.randint(count, (BOOTSTRAP, count), generator=torch.Generator().manual_seed(seed))
+
+
+def bootstrap_interval(values: torch.Tensor, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of `values` [samples]."""
+    means = values[_draws(len(values), seed)].mean(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high
+
+
+def bootstrap_error(statistic: Callable[[torch.Tensor], float], count: int, draws: int = 200, seed: int = 0) -> float:
+    """Standard error of a statistic that is no mean: its spread over resampled indices of `count` samples."""
+    found = [statistic(index) for index in _draws(count, seed)[:draws]]
+    finite = [value for value in found if math.isfinite(value)]
+    return statistics.stdev(finite) if len(finite) > 1 else 0.0
+
+
+def paired_difference(dense: EvalResult, pruned: EvalResult, seed: int = 0) -> dict[str, float]:
+    """Pruned minus dense on the same samples, with a 95 % bootstrap interval over samples."""
+    difference = torch.tensor([b - a for a, b in zip(dense.per_sample, pruned.per_sample)], dtype=torch.float64)
+    low, high = bootstrap_interval(difference, seed)
+    return {"difference": float(difference.mean()), "low": low, "high": high}
