@@ -46,11 +46,10 @@ def inspect(model: str = DEFAULT_MODEL, pattern: str = "2:4", include: Sequence[
 def verify(run: RunDir, progress: Progress = silent) -> list[VerifyReport]:
     """Check the run's weights and every exported graph against its masks. Writes `verify.json`; does not raise."""
     masks = MaskSet.load(run / "masks.safetensors")
-    progress(f"verifying {run / 'model'}", 0, 0)
-    reports = [verify_checkpoint(run / "model", masks)]
+    reports = [verify_checkpoint(run / "model", masks, progress=progress)]
     for path in exported(run):
-        progress(f"verifying {path}", 0, 0)
-        reports.append(verify_onnx(path, masks, LinkMap.load(path.with_suffix(".link.json")).by_parameter()))
+        link = LinkMap.load(path.with_suffix(".link.json")).by_parameter()
+        reports.append(verify_onnx(path, masks, link, progress=progress))
     run.write_json("verify.json", {"reports": [report.to_json() for report in reports],
                                    "not_checked": list(NOT_CHECKED)})
     return reports
@@ -66,12 +65,11 @@ def verify_any(target: Path | None = None, pattern: str = "2:4", expect: Sequenc
         if expect:
             raise UsageError("--expect is for files without a run; a run knows which tensors have to be sparse.")
         return verify(RunDir.open(target), progress), list(NOT_CHECKED)
-    progress(f"verifying {target}", 0, 0)
     if target.suffix in (".engine", ".plan"):
         raise UsageError(f"'{target}' is an engine: its weights cannot be read back, only a build's evidence can.",
                          "verify the ONNX file it was built from")
     check = verify_onnx if target.suffix == ".onnx" else verify_checkpoint
-    return [check(target, pattern=NMPattern.parse(pattern), expect=expect)], []
+    return [check(target, pattern=NMPattern.parse(pattern), expect=expect, progress=progress)], []
 
 
 def exported(run: RunDir) -> list[Path]:
@@ -106,13 +104,12 @@ def export(run: RunDir, spec: Export = Export(), progress: Progress = silent) ->
 
 def _export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str, opset: int,
                 progress: Progress) -> dict[str, Any]:
-    progress(f"exporting ONNX {precision}", 0, 0)
     found = discover(loaded.module, models.sample_inputs(loaded))
     targets = [target for target in found.targets if target.name in masks.masks]
     with run.replacing(f"onnx/{precision}") as folder:
         folder.mkdir()
         result = export_onnx(loaded.module, models.sample_inputs(loaded), folder, "model", targets, precision=precision,
-                             opset=opset)
+                             opset=opset, progress=progress)
     facts = {key: value for key, value in result.as_dict().items() if key != "link"}
     progress(f"comparing ONNX {precision} with the model", 0, 0)
     return {**facts, "path": f"onnx/{precision}/model.onnx", "links": len(result.link.rows),

@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,14 @@ from torch import nn
 
 from ..errors import MissingExtra, NmsparseError, UsageError, from_os_error
 from ..models.base import Target
+from ..progress import Progress, silent
 from .link import LinkMap, link
 from .prepare import PRECISIONS, cast_copy, dynamic_shapes, take_one_output, trace_inputs
 from .tidy import TensorSpec, dynamic_dims, fixed_axes, tensor_specs, tidy
 
+STEPS = 4
 OPSETS = range(18, 24)
 """What the dynamo exporter of torch 2.11 to 2.13 writes. From 23 on, attention and RMSNorm are single nodes."""
-
-Progress = Callable[[int, int, str], None]
-"""Called with steps done, steps in all, and what is being done."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def export_onnx(
     opset: int = 20,
     dynamic: bool = True,
     output: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> ExportResult:
     """Write `NAME.onnx`, `NAME.onnx.data` and `NAME.link.json` into `folder`.
 
@@ -85,30 +84,29 @@ def export_onnx(
     if Path(name).name != name:
         raise UsageError(f"'{name}' is not a file name.")
     _require("onnx", "onnxscript")
-    report = progress or (lambda done, steps, what: None)
     start = time.perf_counter()
     dtype = PRECISIONS[precision]
-    report(0, 4, f"casting to {precision}")
+    progress(f"exporting ONNX {precision}: casting", 0, STEPS)
     copied, notes = cast_copy(module, dtype)
     sample = trace_inputs(inputs, dtype, dynamic)
     taken = take_one_output(copied, list(sample), output)
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as scratch:
             path = Path(scratch) / f"{name}.onnx"
-            report(1, 4, "tracing")
+            progress(f"exporting ONNX {precision}: tracing", 1, STEPS)
             program = _trace(copied, sample, opset, dynamic)
-            report(2, 4, "writing weights")
+            progress(f"exporting ONNX {precision}: writing weights", 2, STEPS)
             program.model.graph.outputs[0].name = taken[0]
             program.save(path, external_data=True)
             del program
             model = tidy(path)
-            report(3, 4, "proving the link map")
+            progress(f"exporting ONNX {precision}: proving where each weight went", 3, STEPS)
             linked = link(path, copied, targets)
             linked.save(path.with_suffix(".link.json"))
             files = _publish(Path(scratch), folder)
     except OSError as error:
         raise from_os_error(error) from error
-    report(4, 4, "done")
+    progress(f"exported ONNX {precision}", 4, STEPS)
     given, made = tensor_specs(model.graph.input), tensor_specs(model.graph.output)
     if dynamic:
         notes += fixed_axes(given, dict(zip(sample, dynamic_shapes(sample))))

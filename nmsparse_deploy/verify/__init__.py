@@ -4,7 +4,7 @@ from .checkpoint import verify_checkpoint
 from .live import verify_module
 from .onnx_check import Link, verify_onnx
 from .onnx_graph import OnnxGraph, Untraced, WeightUse, read_weight, weight_uses
-from .types import Place, Progress, TensorCheck, VerifyReport, shape_verdict
+from .types import Place, TensorCheck, VerifyReport, shape_verdict
 
-__all__ = ["Link", "OnnxGraph", "Place", "Progress", "TensorCheck", "Untraced", "VerifyReport", "WeightUse",
+__all__ = ["Link", "OnnxGraph", "Place", "TensorCheck", "Untraced", "VerifyReport", "WeightUse",
            "read_weight", "shape_verdict", "verify_checkpoint", "verify_module", "verify_onnx", "weight_uses"]

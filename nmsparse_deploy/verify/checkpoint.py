@@ -10,14 +10,15 @@ from pathlib import Path
 
 from ..masks import MaskSet
 from ..pattern import ELEMENT_TYPES, TWO_FOUR, NMPattern
+from ..progress import Progress, silent
 from .rows import foreign_check, masked_check, unmatched
 from .scan import Scanner, countable
 from .tensor_files import StoredTensor, find_tensors
-from .types import Progress, TensorCheck, VerifyReport
+from .types import TensorCheck, VerifyReport
 
 
 def verify_checkpoint(path: str | Path, masks: MaskSet | None = None, pattern: NMPattern = TWO_FOUR,
-                      expect: Sequence[str] = (), progress: Progress | None = None) -> VerifyReport:
+                      expect: Sequence[str] = (), progress: Progress = silent) -> VerifyReport:
     """Verify a .safetensors file or a folder of them.
 
     With masks: every masked tensor is there, in the pattern of its mask, zero outside the mask, finite and free of
@@ -30,14 +31,12 @@ def verify_checkpoint(path: str | Path, masks: MaskSet | None = None, pattern: N
     total, done = sum(tensor.source.nbytes for tensor in tensors), 0
     checks = []
     for tensor in tensors:
-        if progress:
-            progress(done, total, tensor.name)
+        progress(f"verifying {path}", done, total)
         expected = any(fnmatchcase(tensor.name, glob) for glob in expect)
         checks.append(_with_mask(tensor, masks, expected, scanner) if masks is not None
                       else _without_mask(tensor, pattern, expected, scanner))
         done += tensor.source.nbytes
-    if progress:
-        progress(done, total, "")
+    progress(f"verifying {path}", done, total)
     names = [tensor.name for tensor in tensors]
     problems = _missing(path, masks, names) if masks is not None else nothing_sparse(str(path), checks, pattern)
     problems += unmatched_globs(expect, names)

@@ -15,12 +15,13 @@ import numpy as np
 from ..errors import UsageError
 from ..masks import Mask, MaskSet
 from ..pattern import ELEMENT_TYPES, TWO_FOUR, NMPattern
+from ..progress import Progress, silent
 from .checkpoint import nothing_sparse, unmatched_globs
 from .onnx_graph import OnnxGraph, Untraced, WeightUse
 from .onnx_tensor import dtype_name, element_name, source_of, stored_bytes
 from .rows import foreign_check, masked_check, unmatched
 from .scan import Scanned, Scanner, countable
-from .types import Progress, TensorCheck, VerifyReport, shape_verdict
+from .types import TensorCheck, VerifyReport, shape_verdict
 
 Link = Mapping[str, Sequence[Mapping[str, Any]]]
 """parameter -> rows with `parameter`, `node`, `tensor`, `axis`, `shape`, `dtype`, as the exporter writes them."""
@@ -28,7 +29,7 @@ Link = Mapping[str, Sequence[Mapping[str, Any]]]
 
 def verify_onnx(path: str | Path, masks: MaskSet | None = None, link: Link | None = None,
                 pattern: NMPattern = TWO_FOUR, expect: Sequence[str] = (),
-                progress: Progress | None = None) -> VerifyReport:
+                progress: Progress = silent) -> VerifyReport:
     """Verify an ONNX model; weights in external data are streamed, weights inside the file are in memory once.
 
     With masks and the link map of the export: every masked parameter is in the graph and holds as in
@@ -61,7 +62,7 @@ def _names(use: WeightUse | Untraced) -> list[str]:
 class _Run:
     """One verification: the rows so far, and what was already read."""
 
-    def __init__(self, graph: OnnxGraph, pattern: NMPattern, expect: Sequence[str], progress: Progress | None) -> None:
+    def __init__(self, graph: OnnxGraph, pattern: NMPattern, expect: Sequence[str], progress: Progress) -> None:
         self.graph, self.pattern, self.expect, self.progress = graph, pattern, expect, progress
         self.scanner = Scanner()
         self.checks: list[TensorCheck] = []
@@ -72,8 +73,7 @@ class _Run:
         return any(fnmatchcase(name, glob) for glob in self.expect for name in _names(use))
 
     def row(self, use: WeightUse, pattern: NMPattern, parameter: str | None = None) -> TensorCheck:
-        if self.progress:
-            self.progress(min(self.scanner.bytes_read, self._total), self._total, use.tensor)
+        self.progress(f"verifying {use.tensor}", min(self.scanner.bytes_read, self._total), self._total)
         return TensorCheck("onnx", use.tensor, use.dtype, use.shape, str(pattern), use.axis, parameter, use.node,
                            shape_verdict=shape_verdict(use.k, use.n, pattern), problems=use.problems)
 

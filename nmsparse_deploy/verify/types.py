@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from ..pattern import TWO_FOUR, GroupCount, NMPattern
 
 Place = Literal["torch", "file", "onnx"]
-
-Progress = Callable[[int, int, str], None]
-"""Called with bytes done, bytes in all, and the tensor at hand."""
 
 # Kernel alignment policy of sparse tensor cores, in values along the reduction axis (K) and the outputs (N).
 RECOMMENDED_K, RECOMMENDED_N = 64, 32

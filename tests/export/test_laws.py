@@ -259,8 +259,8 @@ def test_an_export_prints_nothing(tmp_path):
 def test_progress_counts_up_to_the_end(tmp_path):
     seen = []
     export_onnx(Half(), sample(), tmp_path, "m", [], progress=lambda *step: seen.append(step))
-    assert [step[0] for step in seen] == [0, 1, 2, 3, 4]
-    assert all(step[1] == 4 for step in seen)
+    assert [step[1] for step in seen] == [0, 1, 2, 3, 4]
+    assert all(step[2] == 4 for step in seen)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "other"}', '{"format": "nmsparse-link-1", "onnx": "m"}',
