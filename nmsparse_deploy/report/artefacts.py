@@ -10,8 +10,8 @@ from .stages import Stages
 DENSE_STORED = ("The zeros are stored like any other value, so the pruned weights take as much space as before; only a "
                 "runtime that packs the pattern makes them smaller.")
 
-OTHER_RUNTIME = ("This arm runs in another runtime than the dense arm, and its dense twin was not timed: the ratio "
-                 "compares runtimes and says nothing about pruning.")
+OTHER_RUNTIME = ("Arms marked 'other runtime' do not run where the dense arm runs, and their dense twins were not "
+                 "timed: their ratios compare runtimes and say nothing about pruning.")
 
 
 def sizes(stages: Stages) -> dict[str, Any]:

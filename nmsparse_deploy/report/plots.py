@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 INK, FAINT = "#010203", "#040506"
 SERIES = tuple(f"#0{n}0a0{n}" for n in range(1, 9))
@@ -42,22 +42,28 @@ def relative_errors(series: dict[str, list[list[float]]], width: float, salt: st
     if not lines:
         return None
 
+    extremes = [(min(error for _, error in points), max(error for _, error in points)) for points in lines.values()]
+    columns = 7 if width > 5 else 3
+
     def draw(axes: Axes) -> None:
         for number, (kind, points) in enumerate(lines.items()):
-            axes.plot(*zip(*points), label=kind, color=SERIES[number % len(SERIES)], linewidth=1.3, markersize=3.2,
-                      marker=MARKERS[number % len(MARKERS)], linestyle="-" if number < len(SERIES) else "--")
+            turn, place = divmod(number, len(SERIES))
+            axes.plot(*zip(*points), label=_short(kind), color=SERIES[place], marker=MARKERS[place], linewidth=1.3,
+                      markersize=3.2, linestyle="--" if turn else "-")
         axes.set_yscale("log")
+        few = max(worst for _, worst in extremes) < 20 * min(best for best, _ in extremes)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(axis="y", color=FAINT, linewidth=0.4, alpha=0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.set(title="Relative output error of every pruned layer", xlabel="block", ylabel="share of output energy")
-        columns = 4 if width > 5 else 3
         axes.figure.legend(loc="outside lower left", ncols=columns, columnspacing=1.2, handlelength=1.8)
 
     worst = max((error, kind, block) for kind, points in lines.items() for block, error in points)
     text = (f"Line plot of the relative output error by block for {len(lines)} layer kinds, logarithmic scale; the "
             f"largest is {worst[0]:.3g} in {worst[1]} of block {worst[2]}.")
-    legend_rows = math.ceil(len(lines) / (4 if width > 5 else 3))
-    return _svg(draw, (width, 3.1 + 0.17 * legend_rows), text, salt)
+    return _svg(draw, (width, 3.1 + 0.17 * math.ceil(len(lines) / columns)), text, salt)
 
 
 def mask_corner(masks: dict[str, Any]) -> str:
@@ -88,7 +94,8 @@ def kept_by_position(entry: dict[str, Any], salt: str) -> str:
 
     def draw(axes: Axes) -> None:
         bars = axes.bar(range(len(shares)), shares, color=SERIES[0], width=0.62)
-        axes.bar_label(bars, [f"{share:.1%}" for share in shares], padding=2, fontsize=8 if len(shares) < 6 else 6.5)
+        labels = [f"{100 * share:.1f} %" for share in shares]
+        axes.bar_label(bars, labels, padding=2, fontsize=8 if len(shares) < 6 else 6.5)
         axes.axhline(entry["density"], color=INK, linewidth=0.8, linestyle=":")
         axes.set_xticks(range(len(shares)))
         axes.set_ylim(0, min(1.12, max([*shares, entry["density"]]) * 1.3))

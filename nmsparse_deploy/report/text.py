@@ -36,7 +36,7 @@ def number(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
+        return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:,.4g}"
     return str(value)
 
 
@@ -49,16 +49,36 @@ def plain(value: Any) -> str:
     return "none" if value is None else number(value)
 
 
+def counts(found: dict[str, int]) -> str:
+    """`210 recommended, 3 possible`."""
+    return ", ".join(f"{count:,} {name}" for name, count in found.items()) or "none"
+
+
 def with_error(value: Any, error: Any) -> str:
     """`25.95 ± 1.54`: the error with three digits, the value to the same place."""
     if not _is_number(value) or not _is_number(error) or error <= 0:
         return number(value)
-    places = min(12, max(0, 2 - math.floor(math.log10(error))))
+    places = _places(error, digits=3)
     return f"{value:,.{places}f} ± {error:,.{places}f}"
 
 
 def interval(low: Any, high: Any) -> str:
-    return f"{number(low)} to {number(high)}"
+    """`4.22 to 4.74`: both ends to the same place, which the width decides."""
+    if not _is_number(low) or not _is_number(high) or high <= low:
+        return f"{number(low)} to {number(high)}"
+    places = _places(high - low, digits=2)
+    return f"{low:,.{places}f} to {high:,.{places}f}"
+
+
+def within(value: Any, low: Any, high: Any) -> str:
+    """The value to the same place as its interval."""
+    if not all(_is_number(part) for part in (value, low, high)) or high <= low:
+        return number(value)
+    return f"{value:,.{_places(high - low, digits=2)}f}"
+
+
+def _places(size: float, digits: int) -> int:
+    return min(12, max(0, digits - 1 - math.floor(math.log10(size))))
 
 
 def megabytes(count: Any) -> str:
@@ -73,6 +93,11 @@ def seconds(value: Any) -> str:
 
 def milliseconds(value: Any) -> str:
     return f"{number(value)} ms" if _is_number(value) else number(value)
+
+
+def moment(value: Any) -> str:
+    """An ISO time as people write it."""
+    return number(value).replace("T", " ").replace("+00:00", " UTC")
 
 
 def shape(sizes: Any) -> str:

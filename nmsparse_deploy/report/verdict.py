@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .text import interval, listed, megabytes, number, plural, with_error
+from .text import interval, listed, megabytes, number, plural, with_error, within
 
 NOT_EVALUATED = "what it costs in accuracy was not measured"
 NO_SPEED = "no speed-up from sparsity was measured here"
@@ -70,10 +70,11 @@ def comparison_text(comparison: dict[str, Any] | None) -> str:
     if comparison is None:
         return ""
     sign = "/" if comparison["kind"] == "ratio" else "−"
-    text = f"pruned {sign} dense {number(comparison['value'])}"
-    if comparison["low"] is None or comparison["high"] is None:
+    value, low, high = comparison["value"], comparison["low"], comparison["high"]
+    text = f"pruned {sign} dense {within(value, low, high)}"
+    if low is None or high is None:
         return f"{text}, interval not measured"
-    return f"{text}, 95 % interval {interval(comparison['low'], comparison['high'])}"
+    return f"{text}, 95 % interval {interval(low, high)}"
 
 
 def speed_clause(latency: dict[str, Any] | None) -> str:

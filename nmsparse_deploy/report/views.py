@@ -12,8 +12,9 @@ from . import plots, text
 
 TEMPLATES = Path(__file__).parent / "templates"
 FILTERS = {"number": text.number, "megabytes": text.megabytes, "seconds": text.seconds, "shape": text.shape,
-           "milliseconds": text.milliseconds, "plain": text.plain}
-FUNCTIONS = {"with_error": text.with_error, "interval": text.interval, "plural": text.plural}
+           "milliseconds": text.milliseconds, "plain": text.plain, "moment": text.moment,
+           "counts": text.counts}
+FUNCTIONS = {"with_error": text.with_error, "interval": text.interval, "within": text.within, "plural": text.plural}
 WORDS = {"holds": "Pattern holds", "fails": "Verification failed", "unverified": "Not verified"}
 
 
@@ -52,9 +53,9 @@ def _pictures(report: dict[str, Any]) -> dict[str, list[Markup]]:
     """Inline SVG by section; plots with much in them in a wide and a narrow form."""
     series, masks, latency = report["layers"]["series"], report["masks"], report["latency"]
     found: dict[str, list[str | None]] = {
-        "errors": [plots.relative_errors(series, 9.2, "errors-wide"), plots.relative_errors(series, 4.6, "errors")],
+        "errors": [plots.relative_errors(series, 10.2, "errors-wide"), plots.relative_errors(series, 4.6, "errors")],
         "masks": [plots.mask_corner(masks), *(plots.kept_by_position(entry, f"position-{number}")
                                               for number, entry in enumerate(masks["positions"]))] if masks else [],
-        "latency": [plots.latency_arms(latency["arms"], 9.2, "latency-wide"),
+        "latency": [plots.latency_arms(latency["arms"], 10.2, "latency-wide"),
                     plots.latency_arms(latency["arms"], 4.6, "latency")] if latency else []}
     return {name: [Markup(svg) for svg in svgs if svg] for name, svgs in found.items()}
