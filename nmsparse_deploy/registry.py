@@ -36,4 +36,6 @@ METHODS = Registry("method", {
     "magnitude": ".methods.magnitude:METHOD",
     "wanda": ".methods.wanda:METHOD",
     "sparsegpt": ".methods.sparsegpt:METHOD",
+    "sparsegpt-mask": ".methods.sparsegpt_mask:METHOD",
+    "sparsegpt-static": ".methods.sparsegpt_static:METHOD",
 })

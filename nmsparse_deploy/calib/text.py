@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,12 @@ import torch
 from ..assets import assets, fetch
 from ..errors import NmsparseError, UsageError
 
+DEVELOPMENT = {"wikitext2": "wikitext-2/test.txt", "wikitext2-valid": "wikitext-2/valid.txt"}
+"""Texts of the development data folder; `wikitext2-valid` is for choosing settings, never for reporting."""
+_WIKITEXT = [(re.compile(pattern, re.M), plain) for pattern, plain in (
+    (r" @([-,.])@ ", r"\1"), (r" ([,.:;!?%)\]])", r"\1"), (r"([(\[]) ", r"\1"),
+    (r" (n't|'s|'re|'ve|'ll|'d|'m)\b", r"\1"), (r'" ([^"]*?) "', r'"\1"'), (r"^ *(?:= )+(.*?)(?: =)+ *$", r"\1"),
+    (r" ?<unk>", ""), (r"^ +| +$", ""), (r"\n{3,}", "\n\n"))]
 NGRAM = 32
 """A run of this many equal tokens in two samples is the same text, not a coincidence."""
 
@@ -60,6 +67,8 @@ class TokenSample:
 def load_text(source: str) -> Text:
     """A packaged sample (`wikipedia`, `bbc`), a text file, or a folder of .txt files. Raises `UsageError`."""
     path = Path(source)
+    if source in DEVELOPMENT:
+        return Text(source, (_detokenise(_read(development_data(source) / DEVELOPMENT[source])),))
     if source == "wikipedia":
         return Text(source, tuple(_wikipedia(next(fetch(source).rglob("*.bz2")))))
     if source in assets() and assets()[source].kind == "text":
@@ -74,6 +83,22 @@ def load_text(source: str) -> Text:
     if not any(document.strip() for document in documents):
         raise UsageError(f"The text '{source}' is empty.")
     return Text(path.name, documents)
+
+
+def development_data(source: str) -> Path:
+    """The folder of data that no package carries, named by `NMSPARSE_DATA`. Raises `UsageError` when it is not set."""
+    folder = os.environ.get("NMSPARSE_DATA")
+    if not folder or not Path(folder).is_dir():
+        raise UsageError(f"'{source}' is development data, and NMSPARSE_DATA does not name its folder.",
+                         "use 'bbc' or a file of your own")
+    return Path(folder)
+
+
+def _detokenise(text: str) -> str:
+    """WikiText's tokenised edition as prose. Never compare with figures on the raw edition."""
+    for pattern, plain in _WIKITEXT:
+        text = pattern.sub(plain, text)
+    return text
 
 
 def _read(path: Path) -> str:

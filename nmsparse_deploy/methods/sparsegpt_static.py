@@ -1,0 +1,25 @@
+"""SparseGPT's score without its sweep: keep the largest `w²/d²` of the original weights, change nothing.
+
+This is what some mask-learning codes call "SparseGPT without update". The price `1/d_j²` assumes that later columns
+will compensate, and here none does; expect it to lose to Wanda. Use it as a prior for mask learning, not on its own.
+Score of Frantar & Alistarh 2023, section 3.2, with `d` as in `sparsegpt`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..calib.stats import LayerStats
+from .base import score_method
+from .hessian import inverse_factor
+from .sparsegpt import DAMPING
+
+
+def scores(weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
+    """`w²/d²`, `[R, n]`. Needs `stats.gram`."""
+    assert stats.gram is not None
+    return (weight / inverse_factor(stats.gram, DAMPING).diagonal()).square()
+
+
+METHOD = score_method(scores, "gram", "SparseGPT's score on original weights, no sweep",
+                      "Frantar & Alistarh 2023, arXiv:2301.00774 (score only)")
