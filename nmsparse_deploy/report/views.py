@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from . import plots, text
@@ -20,15 +21,25 @@ WORDS = {"holds": "Pattern holds", "fails": "Verification failed", "unverified":
 
 def html(report: dict[str, Any]) -> str:
     """One self-contained page: no script, nothing loaded from anywhere."""
-    environment = _environment(autoescape=True, finalize=lambda value: text.MISSING if value is None else value)
     style = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
-    return environment.get_template("index.html.j2").render(report=report, style=style, pictures=_pictures(report))
+    return _page().render(report=report, style=style, pictures=_pictures(report))
 
 
 def markdown(report: dict[str, Any]) -> str:
+    return _text().render(report=report)
+
+
+@cache
+def _page() -> Template:
+    options = {"autoescape": True, "finalize": lambda value: text.MISSING if value is None else value}
+    return _environment(**options).get_template("index.html.j2")
+
+
+@cache
+def _text() -> Template:
     environment = _environment(autoescape=False, finalize=_markdown_cell)
     environment.filters["block"] = lambda value: Markup(_indented(value))
-    return environment.get_template("report.md.j2").render(report=report)
+    return environment.get_template("report.md.j2")
 
 
 def _environment(**options: Any) -> Environment:
