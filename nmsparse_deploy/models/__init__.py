@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..assets import assets, fetch
+from ..assets import Asset, assets, fetch
 from ..errors import NmsparseError
-from . import hf
+from . import hf, saliency, vision
 from .base import LoadedModel
 
 
@@ -18,31 +18,59 @@ def short_name(source: str) -> str:
     """A model's name for folders and headings, known without loading it."""
     if source in assets():
         return assets()[source].name or source
-    path = Path(source)
+    path = Path(source.removeprefix(vision.PREFIX).partition("?")[0])
     return path.stem if path.suffix == ".gguf" else path.name
 
 
 def load(source: str, dtype: torch.dtype | None = None) -> LoadedModel:
-    """Load MODEL: `demo`, a hub name, a folder, or a GGUF file."""
-    if source == "demo":
-        asset = assets()["demo"]
-        try:
-            folder = fetch("demo")
-        except NmsparseError:
-            assert asset.hub is not None
-            return hf.load(asset.hub, dtype, source, asset.name)
-        return hf.load(str(folder / asset.files[0]), dtype, source, asset.name)
-    return hf.load(source, dtype)
+    """Load MODEL: a packaged model (`demo`, `vit`, `minilm`), a folder, a GGUF file, a hub name, or `timm:NAME`.
+
+    A bare name that is neither here nor on the hub is tried as a timm model; `described` says what it was.
+    """
+    if source in assets() and assets()[source].kind == "model":
+        return _packaged(assets()[source], dtype)
+    if vision.is_timm(source):
+        return vision.load(source, dtype)
+    try:
+        return hf.load(source, dtype)
+    except NmsparseError:
+        if "/" in source or Path(source).exists() or not vision.is_name(source):
+            raise
+        return vision.load(f"{vision.PREFIX}{source}", dtype)
+
+
+def _packaged(asset: Asset, dtype: torch.dtype | None) -> LoadedModel:
+    try:
+        folder = fetch(asset.key)
+    except NmsparseError:
+        if asset.hub is None:
+            raise
+        return hf.load(asset.hub, dtype, asset.key, asset.name)
+    if asset.key == saliency.KEY:
+        where = saliency.model_folder()
+    else:
+        where = next((file.parent for file in folder.rglob("config.json")), folder / asset.files[0])
+    return hf.load(str(where), dtype, asset.key, asset.name)
+
+
+def described(typed: str, model: LoadedModel) -> str:
+    """What MODEL turned out to be, in words."""
+    kind = model.provenance.get("class", type(model.module).__name__)
+    if typed in assets():
+        return f"'{typed}' is {assets()[typed].title} ({kind})"
+    place = "a local folder" if Path(typed).is_dir() else "a local file" if Path(typed).is_file() else "a hub model"
+    where = f"the timm model {model.name}" if model.library == "timm" and place == "a hub model" else place
+    return f"'{typed}' is {where} ({model.library} {kind}, {model.family})"
 
 
 def sample_inputs(model: LoadedModel, batch: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
     """Keyword arguments for one forward pass of the right shapes; `length` is in tokens (text only)."""
-    return hf.sample_inputs(model, batch, length)
+    return vision.sample_inputs(model, batch) if model.library == "timm" else hf.sample_inputs(model, batch, length)
 
 
 def save(model: LoadedModel, folder: Path) -> None:
     """Write a folder that the stock library loads."""
-    hf.save(model, folder)
+    (vision if model.library == "timm" else hf).save(model, folder)
 
 
 def batches(model: LoadedModel, inputs: Mapping[str, torch.Tensor], size: int) -> list[dict[str, Any]]:

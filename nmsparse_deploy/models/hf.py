@@ -14,6 +14,13 @@ import torch
 from ..assets import cache_dir
 from ..errors import NmsparseError, UsageError
 from .base import LoadedModel
+from .preprocess import from_config
+
+HEADS = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM",
+         "ForImageClassification": "AutoModelForImageClassification", "ForMaskedLM": "AutoModelForMaskedLM",
+         "ForSequenceClassification": "AutoModelForSequenceClassification",
+         "ForTokenClassification": "AutoModelForTokenClassification"}
+"""How an architecture's name ends -> what loads it with its head; anything else is loaded without one."""
 
 
 def load(source: str, dtype: torch.dtype | None = None, alias: str | None = None,
@@ -38,20 +45,20 @@ def load(source: str, dtype: torch.dtype | None = None, alias: str | None = None
 
 def _from_pretrained(where: str, source: str, name: str, dtype: torch.dtype | None,
                      provenance: dict[str, str]) -> LoadedModel:
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    import transformers
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # a hub that does not answer is reported once, below
     try:
-        config = AutoConfig.from_pretrained(where)
-        architectures = config.architectures or [""]
-        causal = architectures[0].endswith(("ForCausalLM", "LMHeadModel"))
-        auto = AutoModelForCausalLM if causal else AutoModel
-        module = auto.from_pretrained(where, dtype=dtype or "auto", config=config)
-        family = "llm" if causal else "vision" if module.main_input_name == "pixel_values" else "encoder"
-        processor = _processor(where, family)
+        config = transformers.AutoConfig.from_pretrained(where)
+        architecture = (config.architectures or [""])[0]
+        auto = next((name for end, name in HEADS.items() if architecture.endswith(end)), "AutoModel")
+        module = getattr(transformers, auto).from_pretrained(where, dtype=dtype or "auto", config=config)
+        vision = module.main_input_name == "pixel_values"
+        family = "llm" if auto == "AutoModelForCausalLM" else "vision" if vision else "encoder"
+        processor = _processor(where, family, config)
     except Exception as error:
         raise _explain(error, source) from error
     commit = getattr(module.config, "_commit_hash", None)
@@ -60,10 +67,19 @@ def _from_pretrained(where: str, source: str, name: str, dtype: torch.dtype | No
     return LoadedModel(module.eval(), source, name, family, processor=processor, provenance=facts)
 
 
-def _processor(where: str, family: str) -> Any:
-    from transformers import AutoTokenizer
+def _processor(where: str, family: str, config: Any) -> Any:
+    """The tokenizer, or what a picture goes through before it is seen."""
+    if family != "vision":
+        from transformers import AutoTokenizer
 
-    return None if family == "vision" else AutoTokenizer.from_pretrained(where)
+        return AutoTokenizer.from_pretrained(where)
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        raw, _ = ImageProcessingMixin.get_image_processor_dict(where)
+    except OSError:
+        raw = None  # the model comes without a preprocessor file
+    return from_config(config, raw)
 
 
 def _explain(error: Exception, source: str) -> NmsparseError:
@@ -140,9 +156,10 @@ def sample_inputs(model: LoadedModel, batch: int = 2, length: int = 16) -> dict[
     config: Any = model.module.config
     parameter = next(model.module.parameters())
     if model.family == "vision":
-        size = getattr(config, "image_size", 224)
-        height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": parameter.new_zeros(batch, getattr(config, "num_channels", 3), height, width)}
+        height, width = model.processor.size
+        shape = (batch, len(model.processor.mean), height, width)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return {"pixel_values": noise.to(parameter.device, parameter.dtype)}
     vocabulary = config.get_text_config().vocab_size
     ids = (torch.arange(batch * length, device=parameter.device) % vocabulary).view(batch, length)
     mask = {"attention_mask": torch.ones_like(ids)} if model.family == "encoder" else {}
