@@ -62,7 +62,7 @@ def inspect(model: Model = DEMO, pattern: str = "2:4", include: Include = [], ex
 def prune(model: Model = DEMO,
           method: Annotated[str, typer.Option(help="see `nmsparse-deploy list`")] = "sparsegpt",
           pattern: Annotated[str, typer.Option(help="keep:group")] = "2:4",
-          data: Annotated[str, typer.Option(help="calibration text: wikipedia, a file or a folder")] = "wikipedia",
+          data: Annotated[str, typer.Option(help="calibration text or images; auto suits the model")] = "auto",
           samples: Annotated[int, typer.Option(help="calibration windows")] = 64,
           length: Annotated[int, typer.Option(help="tokens per window")] = 512,
           seed: int = 0,
@@ -119,7 +119,7 @@ def export(run: Run = None,
 
 @app.command()
 def evaluate(run: Run = None,
-             data: Annotated[str, typer.Option(help="held-out text: bbc, a file or a folder")] = "bbc",
+             data: Annotated[str, typer.Option(help="held-out text or images; auto suits the model")] = "auto",
              tokens: Annotated[int, typer.Option(help="tokens to score")] = 16384,
              context: Annotated[int, typer.Option(help="tokens per window")] = 1024,
              continuation: Annotated[int, typer.Option(help="tokens of the sample texts")] = 40) -> None:

@@ -27,7 +27,7 @@ from .pattern import NMPattern
 from .plan import Plan, make_plan
 from .progress import Progress, silent
 from .prune import compute_dtype, peak_memory_mb, prune
-from .recipe import DEFAULT_MODEL, Bench, Evaluate, Export, Recipe
+from .recipe import AUTO, DEFAULT_MODEL, Bench, Evaluate, Export, Recipe
 from .rundir import RunDir, environment
 from .verify import VerifyReport, verify_checkpoint, verify_onnx
 
@@ -141,8 +141,9 @@ def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = sile
     pruned = _load_pruned(run)
     if pruned.family != "llm":
         raise UsageError("Perplexity needs a causal language model.")
-    progress(f"sampling {spec.tokens} tokens of {spec.data}", 0, 0)
-    sample = evaluation_sample(load_text(spec.data), pruned.processor, spec.tokens, spec.context)
+    source = "bbc" if spec.data == AUTO else spec.data
+    progress(f"sampling {spec.tokens} tokens of {source}", 0, 0)
+    sample = evaluation_sample(load_text(source), pruned.processor, spec.tokens, spec.context)
     compared = _check_held_out(run, sample)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute = compute_dtype(recipe["compute"], device)

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from . import models
+from .calib.sample import Sample, draw
 from .calib.stats import LayerStats
-from .calib.text import TokenSample, calibration_sample, load_text
 from .calib.walk import BlockWalk
 from .errors import CheckFailed, NmsparseError
 from .masks import Mask, MaskSet, tensor_hash
@@ -54,11 +54,12 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
             return run
     progress(f"loading {model}", 0, 0)
     loaded = models.load(model)
+    progress(models.described(model, loaded), 0, 0)
     method: Method = METHODS.load(spec.method)
     inputs = models.sample_inputs(loaded)
     plan = make_plan(discover(loaded.module, inputs), NMPattern.parse(spec.pattern), spec.include, spec.exclude)
     _check_finite(loaded, plan)
-    sample = _calibration(loaded, spec, method, progress)
+    sample = None if method.needs == "none" else draw(loaded, spec.calibration, progress)
     run = RunDir.create(path, recipe, identity, force)
     with run.lock():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,14 +80,6 @@ def _check_finite(loaded: LoadedModel, plan: Plan) -> None:
         if not torch.isfinite(loaded.module.get_parameter(row.target.name)).all():
             raise NmsparseError(f"The weight '{row.target.name}' of '{loaded.source}' contains NaN or Inf.",
                                 f"repair the checkpoint, or leave it dense with --exclude '{row.target.name}'")
-
-
-def _calibration(loaded: LoadedModel, spec: Prune, method: Method, progress: Progress) -> TokenSample | None:
-    if method.needs == "none":
-        return None
-    data = spec.calibration
-    progress(f"sampling {data.samples} x {data.length} tokens of {data.data}", 0, 0)
-    return calibration_sample(load_text(data.data), loaded.processor, data.samples, data.length, data.seed)
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -113,7 +106,7 @@ class _Stage:
     plan: Plan
     spec: Prune
     method: Method
-    sample: TokenSample | None
+    sample: Sample | None
     compute: torch.dtype
     progress: Progress
 

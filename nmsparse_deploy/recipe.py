@@ -14,6 +14,8 @@ from .errors import UsageError
 from .registry import METHODS
 
 DEFAULT_MODEL = "demo"
+AUTO = "auto"
+"""Data that suits the model's family: text, or pictures. What it came to is recorded with the run."""
 
 
 class _Frozen(BaseModel):
@@ -21,11 +23,15 @@ class _Frozen(BaseModel):
 
 
 class Calibration(_Frozen):
-    """Which data the statistics come from. `data` is a packaged sample's name, a text file or a folder of them."""
+    """Which data the statistics come from.
 
-    data: str = "wikipedia"
+    `data` is a packaged set's name, a text file, a folder of texts or images, or an archive of images; `A+B` takes as
+    many images of each.
+    """
+
+    data: str = AUTO
     samples: int = Field(64, ge=0)
-    length: int = Field(512, ge=8, description="tokens per sample")
+    length: int = Field(512, ge=8, description="tokens per sample (text only)")
     batch: int = Field(4, ge=1)
     seed: int = 0
 
@@ -62,12 +68,20 @@ class Export(_Frozen):
 
 
 class Evaluate(_Frozen):
-    """Which held-out text the dense and the pruned model are compared on."""
+    """Which held-out data the dense and the pruned model are compared on.
 
-    data: str = "bbc"
+    Tokens, context and continuation are for language models; images, probe, size and photos for vision models.
+    """
+
+    data: str = AUTO
     tokens: int = Field(16384, ge=1)
     context: int = Field(1024, ge=8)
     continuation: int = Field(40, ge=0, description="tokens of the sample continuations; 0 leaves them out")
+    images: int = Field(600, ge=1, description="labelled test images")
+    probe: int = Field(1500, ge=1, description="labelled images that the probes learn from")
+    size: int = Field(0, ge=0, description="pixels per side for the labelled images; 0 = the model's own")
+    photos: str = Field("photos-20", description="images for agreement and saliency maps; empty = none")
+    onnx: bool = Field(False, description="also run the exported graphs")
 
 
 class Bench(_Frozen):

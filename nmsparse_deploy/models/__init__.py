@@ -68,6 +68,11 @@ def sample_inputs(model: LoadedModel, batch: int = 2, length: int = 16) -> dict[
     return vision.sample_inputs(model, batch) if model.library == "timm" else hf.sample_inputs(model, batch, length)
 
 
+def input_name(model: LoadedModel) -> str:
+    """Under which name the model's forward takes its pictures or token ids."""
+    return vision.INPUT if model.library == "timm" else str(getattr(model.module, "main_input_name", "input_ids"))
+
+
 def save(model: LoadedModel, folder: Path) -> None:
     """Write a folder that the stock library loads."""
     (vision if model.library == "timm" else hf).save(model, folder)

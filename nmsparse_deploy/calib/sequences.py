@@ -1,0 +1,78 @@
+"""Text for encoders: windows between the tokens that the tokenizer puts around every sequence, with their mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import NmsparseError, UsageError
+from .text import Text, TokenSample, calibration_sample
+
+SHORTEST = 8
+"""Sentences of fewer tokens recur by chance and prove nothing."""
+
+
+@dataclass(frozen=True)
+class SequenceSample(TokenSample):
+    """Windows as an encoder reads them. All have the full length, so no padding enters a statistic."""
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)}
+
+
+def calibration_sequences(text: Text, tokenizer: Any, samples: int, length: int, seed: int) -> SequenceSample:
+    """`samples` distinct windows of `length` tokens with the special ones, at most what the tokenizer allows."""
+    length = min(length, longest(tokenizer))
+    around = tokenizer.num_special_tokens_to_add(pair=False)
+    if length <= around:
+        raise UsageError(f"A sequence of {length} tokens has no room for text beside {around} special tokens.")
+    plain = calibration_sample(text, tokenizer, samples, length - around, seed)
+    return _wrapped(plain, tokenizer)
+
+
+def longest(tokenizer: Any) -> int:
+    """Tokens per sequence that the tokenizer says its model reads; libraries write a huge number for "any"."""
+    limit = int(getattr(tokenizer, "model_max_length", 0) or 0)
+    return limit if 0 < limit < 1_000_000 else 512
+
+
+def _wrapped(plain: TokenSample, tokenizer: Any) -> SequenceSample:
+    special = tokenizer("", add_special_tokens=True)["input_ids"]
+    around = tokenizer.num_special_tokens_to_add(pair=False)
+    if len(special) != around:
+        raise UsageError("This tokenizer's special tokens do not stand at the ends of a sequence; it is not supported.")
+    before = _leading(tokenizer, special)
+    rows = len(plain.ids)
+    parts = [torch.tensor(special[:before], dtype=torch.long).expand(rows, -1), plain.ids,
+             torch.tensor(special[before:], dtype=torch.long).expand(rows, -1)]
+    ids = torch.cat(parts, 1)
+    return SequenceSample(ids, plain.windows, plain.source, plain.fingerprint)
+
+
+def _leading(tokenizer: Any, special: list[int]) -> int:
+    """How many of the special tokens stand before the text."""
+    words = tokenizer("a b c", add_special_tokens=True)["input_ids"]
+    bare = tokenizer("a b c", add_special_tokens=False)["input_ids"]
+    return next((n for n in range(len(special) + 1) if words[n : n + len(bare)] == bare), 0)
+
+
+def check_sentences_disjoint(calibration: torch.Tensor, sentences: Sequence[Sequence[int]]) -> int:
+    """Raise `NmsparseError` when a sentence (token ids without special ones) lies in the calibration windows.
+
+    Returns how many sentences were long enough to be compared.
+    """
+    rows = [" " + " ".join(map(str, row)) + " " for row in calibration.tolist()]
+    compared = 0
+    for sentence in sentences:
+        if len(sentence) < SHORTEST:
+            continue
+        compared += 1
+        wanted = " " + " ".join(map(str, sentence)) + " "
+        if any(wanted in row for row in rows):
+            raise NmsparseError("A sentence of the evaluation lies in the calibration text; a score on it means "
+                                "nothing.", "choose another --data for the calibration")
+    return compared
