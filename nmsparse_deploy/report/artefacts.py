@@ -62,8 +62,15 @@ def latency(stages: Stages) -> dict[str, Any] | None:
         for arm in arms:
             arm["other_runtime"] = arm["ratio"] is not None and arm["kernel"] != base
         return {"where": data["where"], "shape": data["shape"], "arms": arms, "verdict": data["verdict"],
+                "predicted": [_prediction(row) for row in data.get("predicted") or []],
                 "note": OTHER_RUNTIME if any(arm["other_runtime"] for arm in arms) else None,
                 "environment": data.get("environment") or {}}
+
+
+def _prediction(row: dict[str, Any]) -> dict[str, Any]:
+    """A bound for a GPU that was not there; it stays apart from every measurement."""
+    numbers = {key: float(row[key]) for key in ("gemm_speedup", "model_speedup", "flop_share")}
+    return {"gpu": str(row["gpu"]), "rows": int(row["rows"]), **numbers, "formula": row.get("formula")}
 
 
 def overview(quality: dict[str, Any] | None, graphs: list[dict[str, Any]] | None, latency: dict[str, Any] | None,

@@ -25,7 +25,7 @@ def compliance(stages: Stages) -> dict[str, Any] | None:
 
 
 def _place(run: Path, report: dict[str, Any]) -> dict[str, Any]:
-    claims = [check for check in report["checks"] if check["skipped"] is None]
+    claims = sorted((check for check in report["checks"] if check["skipped"] is None), key=lambda check: check["ok"])
     compared = [check["mask_mismatch"] for check in claims if check["mask_mismatch"] is not None]
     artefact = inside(run, report["artefact"])
     return {"place": _title(report["place"], artefact), "artefact": artefact, "ok": report["ok"],

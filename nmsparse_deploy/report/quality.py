@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from .stages import Stages
+from .text import counted
 
 FIRST = ("dense", "pruned")
-SAMPLE_LISTS = ("windows", "samples", "ids", "indices")
 
 
 def quality(stages: Stages) -> dict[str, Any] | None:
@@ -48,19 +48,13 @@ def _protocols(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The distinct protocols, each with the labels that it holds for."""
     found: list[dict[str, Any]] = []
     for row in rows:
-        facts = {"metric": row["metric"], "samples": row["samples"], **_short(row["protocol"])}
+        facts = {"metric": row["metric"], "samples": row["samples"], **counted(row["protocol"])}
         same = next((entry for entry in found if entry["facts"] == facts), None)
         if same:
             same["labels"].append(row["label"])
         else:
             found.append({"labels": [row["label"]], "facts": facts})
     return found
-
-
-def _short(protocol: dict[str, Any]) -> dict[str, Any]:
-    """Lists of sample ids are counted; the ids themselves stay in the rows."""
-    return {key: f"{len(value)} recorded" if isinstance(value, list) and key in SAMPLE_LISTS else value
-            for key, value in protocol.items()}
 
 
 def _environment(data: dict[str, Any]) -> dict[str, Any]:

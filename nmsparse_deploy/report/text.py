@@ -49,6 +49,12 @@ def plain(value: Any) -> str:
     return "none" if value is None else number(value)
 
 
+def counted(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts for a page: a list of ids is counted there; the ids themselves are in report.json."""
+    return {key: f"{len(value):,} recorded" if isinstance(value, list) and len(value) > 3 else value
+            for key, value in facts.items()}
+
+
 def counts(found: dict[str, int]) -> str:
     """`210 recommended, 3 possible`."""
     return ", ".join(f"{count:,} {name}" for name, count in found.items()) or "none"

@@ -14,7 +14,7 @@ from . import plots, text
 TEMPLATES = Path(__file__).parent / "templates"
 FILTERS = {"number": text.number, "megabytes": text.megabytes, "seconds": text.seconds, "shape": text.shape,
            "milliseconds": text.milliseconds, "plain": text.plain, "moment": text.moment,
-           "counts": text.counts}
+           "counts": text.counts, "counted": text.counted}
 FUNCTIONS = {"with_error": text.with_error, "interval": text.interval, "within": text.within, "plural": text.plural}
 WORDS = {"holds": "Pattern holds", "fails": "Verification failed", "unverified": "Not verified"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -107,8 +108,12 @@ def write_bench(run, names=("dense", "pruned", "pruned, ONNX fp32")):
     times = {name: [100.25 + 7 * place + n for n in range(10)] for place, name in enumerate(names)}
     arms = tuple(summarise(name, "ONNX Runtime CPU" if "ONNX" in name else "PyTorch CPU", times[name]) for name in names)
     ratios = {name: ratio(times["dense"], times[name]) for name in names if name != "dense"}
-    bench = BenchResult("cpu", {"batch": 1, "length": 128}, arms, ratios, CPU_SENTENCE, {})
-    run.write_json("bench.json", bench.to_json())
+    bound = {"gpu": "A100", "rows": 128, "gemm_speedup": 1.625, "model_speedup": 1.375, "flop_share": 0.75,
+             "formula": "a roofline"}
+    known = {"where": "cpu", "shape": {"batch": 1, "length": 128}, "arms": arms, "ratios": ratios,
+             "verdict": CPU_SENTENCE, "predicted": (bound,), "environment": {}}
+    bench = BenchResult(**{field.name: known[field.name] for field in fields(BenchResult)})
+    run.write_json("bench.json", {**bench.to_json(), "predicted": [bound]})
     run.finish("bench", 2.0)
 
 

@@ -129,6 +129,18 @@ def test_a_ratio_between_two_runtimes_is_marked(tmp_path):
     assert report_of(run)["latency"]["note"] is None
 
 
+def test_predictions_are_called_predictions(tmp_path):
+    run = make_run(tmp_path / "run", ("bench",))
+    data = report_of(run)
+    html, markdown, _ = views(run)
+    assert data["latency"]["predicted"][0]["model_speedup"] == 1.375
+    assert "1.38 times" in html and "1.38 times" in markdown and "1.38" not in data["headline"]["verdict"]
+    assert all("Predicted, not measured" in view for view in (html, markdown))
+    bench = run.read_json("bench.json")
+    run.write_json("bench.json", {key: value for key, value in bench.items() if key != "predicted"})
+    assert report_of(run)["latency"]["predicted"] == [] and "Predicted" not in views(run)[0]
+
+
 def test_a_comparison_that_could_not_run_is_listed(tmp_path):
     run = make_run(tmp_path / "run", ("verify",))
     write_export(run, {"not_checked": "needs the package 'onnxruntime'"})
