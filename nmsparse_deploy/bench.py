@@ -35,6 +35,8 @@ class BenchResult:
     arms: tuple[Arm, ...]
     ratios: dict[str, dict[str, float]]
     verdict: str
+    predicted: tuple[dict[str, Any], ...]
+    """Roofline bounds for GPUs that were not there (`predict.Prediction`); no measurement."""
     environment: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:

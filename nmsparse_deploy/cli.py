@@ -46,11 +46,18 @@ def options(as_json: Annotated[bool, typer.Option("--json", help="print the resu
 
 
 @app.command()
-def inspect(model: Model = DEMO, pattern: str = "2:4", include: Include = [], exclude: Exclude = []) -> None:  # noqa: B006
-    """Show what would be pruned, in which fusion groups, and why the rest stays dense."""
+def inspect(model: Model = DEMO, pattern: str = "2:4", include: Include = [], exclude: Exclude = [],  # noqa: B006
+            cost: Annotated[bool, typer.Option("--cost", help="predict time, memory and disk of a prune")] = False,
+            method: Annotated[str, typer.Option(help="with --cost")] = "sparsegpt",
+            samples: Annotated[int, typer.Option(help="with --cost")] = 64,
+            length: Annotated[int, typer.Option(help="with --cost")] = 512) -> None:
+    """Show what would be pruned, in which fusion groups, and why the rest stays dense; or what it would cost."""
     from .pipeline import inspect as api
 
     _say_default(model)
+    if cost:
+        _show_cost(model, pattern, include, exclude, method, samples, length)
+        return
     plan = api(model, pattern, include, exclude, output.progress)
     rows = [(r.target.name, f"{r.target.k}x{r.target.n}", r.pattern or "dense", r.shape_verdict() or "", r.reason)
             for r in plan.rows]
@@ -154,8 +161,10 @@ def bench(run: Run = None, batch: int = 1, length: Annotated[int, typer.Option(h
         speed = result.ratios.get(arm.name)
         shown = f"{speed['speedup']:.2f} ({speed['low']:.2f} to {speed['high']:.2f})" if speed else "1"
         rows.append((arm.name, arm.kernel, f"{arm.median_ms:.1f}", f"{arm.p10_ms:.1f} to {arm.p90_ms:.1f}", shown))
+    bounds = [f"predicted upper bound, {p['gpu']}, {p['rows']} rows: GEMMs {p['gemm_speedup']:.2f}x, model "
+              f"{p['model_speedup']:.2f}x ({p['flop_share']:.0%} of FLOPs in pruned GEMMs)" for p in result.predicted]
     output.table(result.to_json(), ("arm", "kernels", "median ms", "p10 to p90", "speed-up over dense"), rows,
-                 [result.verdict])
+                 [result.verdict, *bounds])
 
 
 @app.command()
@@ -196,6 +205,20 @@ def demo(out: Annotated[Path, typer.Option(help="run folder")] = Path("runs/demo
                    "recipes with refitted or learned masks lose less (see docs/methods.md).")
 
 
+@app.command()
+def doctor() -> None:
+    """What this machine can do, what is missing, what clashes, and what to type next."""
+    from .doctor import examine, next_command
+
+    findings = examine()
+    marks = {"ok": "ok", "missing": "-", "problem": "PROBLEM"}
+    output.table({"findings": [f.to_json() for f in findings], "next": next_command(findings)},
+                 ("", "", "found", "to change it"), [(marks[f.state], f.subject, f.found, f.hint) for f in findings],
+                 [f"next: {next_command(findings)}"])
+    if any(f.state == "problem" for f in findings):
+        raise CheckFailed("Something needs attention first.", next_command(findings))
+
+
 @app.command(name="list")
 def list_() -> None:
     """The methods that can find a mask, and where they come from."""
@@ -206,6 +229,18 @@ def list_() -> None:
              "source": m.source} for n, m in rows]
     output.table(data, ("method", "what it does", "weights", "data", "source"),
                  [(n, m.summary, "updated" if m.updates_weights else "kept", m.needs, m.source) for n, m in rows])
+
+
+def _show_cost(model: str, pattern: str, include: list[str], exclude: list[str], method: str, samples: int,
+               length: int) -> None:
+    from .pipeline import predict_cost
+    from .recipe import Prune, validate
+
+    spec = validate(Prune, {"method": method, "pattern": pattern, "include": include, "exclude": exclude,
+                            "calibration": {"samples": samples, "length": length}})
+    cost = predict_cost(model, spec, output.progress)
+    output.table(cost, ("predicted", ""), [(name.replace("_", " "), f"{value:,.0f}") for name, value in cost.items()
+                                           if not isinstance(value, str)])
 
 
 def _sparse_set(reports: list[Any]) -> list[str]:

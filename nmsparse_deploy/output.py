@@ -82,7 +82,7 @@ class Output:
         table = Table(*columns, box=None, pad_edge=False)
         for row in rows:
             table.add_row(*(str(cell) for cell in row))
-        Console(soft_wrap=not sys.stdout.isatty()).print(table, markup=False)
+        Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(table)
         self.result(data, lines)
         return None
 

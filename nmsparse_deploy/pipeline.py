@@ -15,6 +15,7 @@ from torch import nn
 from . import models
 from .bench import CPU_SENTENCE, BenchResult, interleave, ratio, summarise
 from .calib.text import TokenSample, check_disjoint, evaluation_sample, load_text
+from .cost import estimate
 from .engines.base import agreement
 from .engines.onnxruntime import OnnxRuntime
 from .errors import CheckFailed, MissingExtra, NmsparseError, UsageError
@@ -25,9 +26,11 @@ from .models.base import LoadedModel
 from .models.discover import discover
 from .pattern import NMPattern
 from .plan import Plan, make_plan
+from .predict import count_flops, predict
 from .progress import Progress, silent
 from .prune import compute_dtype, peak_memory_mb, prune
-from .recipe import AUTO, DEFAULT_MODEL, Bench, Evaluate, Export, Recipe
+from .recipe import AUTO, DEFAULT_MODEL, Bench, Evaluate, Export, Prune, Recipe
+from .registry import METHODS
 from .rundir import RunDir, environment
 from .verify import VerifyReport, verify_checkpoint, verify_onnx
 
@@ -41,6 +44,18 @@ def inspect(model: str = DEFAULT_MODEL, pattern: str = "2:4", include: Sequence[
     progress(f"loading {model}", 0, 0)
     loaded = models.load(model)
     return make_plan(discover(loaded.module, models.sample_inputs(loaded)), NMPattern.parse(pattern), include, exclude)
+
+
+def predict_cost(model: str = DEFAULT_MODEL, spec: Prune = Prune(),  # noqa: B008
+                 progress: Progress = silent) -> dict[str, Any]:
+    """What pruning would take on this machine, predicted from shapes and the speed of one matrix product."""
+    progress(f"loading {model}", 0, 0)
+    loaded = models.load(model)
+    found = discover(loaded.module, models.sample_inputs(loaded))
+    plan = make_plan(found, NMPattern.parse(spec.pattern), spec.include, spec.exclude)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compute = compute_dtype(spec.compute, device)
+    return estimate(loaded, plan, METHODS.load(spec.method), spec.calibration, compute).to_json()
 
 
 def verify(run: RunDir, progress: Progress = silent) -> list[VerifyReport]:
@@ -193,7 +208,11 @@ def bench(run: RunDir, spec: Bench = Bench(), progress: Progress = silent) -> Be
     times = interleave(calls, spec.rounds)
     arms = tuple(summarise(name, kernels[name], times[name]) for name in calls)
     ratios = {name: ratio(times["dense"], times[name]) for name in calls if name != "dense"}
-    result = BenchResult("cpu", {"batch": spec.batch, "length": spec.length}, arms, ratios, CPU_SENTENCE, environment())
+    masked = MaskSet.load(run / "masks.safetensors").masks
+    targets = [t for t in discover(dense.module, inputs).targets if t.name in masked]
+    bounds = predict(targets, spec.batch * spec.length, count_flops(dense.module, inputs))
+    result = BenchResult("cpu", {"batch": spec.batch, "length": spec.length}, arms, ratios, CPU_SENTENCE,
+                         tuple(bound.to_json() for bound in bounds), environment())
     run.write_json("bench.json", result.to_json())
     run.finish("bench", time.perf_counter() - start)
     return result

@@ -1,0 +1,81 @@
+"""What a prune would cost, from shapes alone: floating-point operations, memory and disk. Predicted, not measured."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .methods.base import Method
+from .methods.hessian import FP64_WIDTH
+from .models.base import LoadedModel
+from .plan import Plan
+from .recipe import Calibration
+
+MASK_BITS = 1 / 8
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations in GFLOP, memory and disk in MB, seconds at the speed this machine showed just now."""
+
+    tokens: int
+    forward_gflop: float
+    gram_gflop: float
+    factor_gflop: float
+    sweep_gflop: float
+    memory_mb: float
+    disk_mb: float
+    seconds: float
+    status: str = "predicted"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def estimate(loaded: LoadedModel, plan: Plan, method: Method, data: Calibration, compute: torch.dtype) -> Cost:
+    """Formulas: two block forwards over T tokens (2·T·P each), `2Tn²` per Gram, `n³` per factor, `2Rn²` per sweep.
+
+    Layers that read the same input share the Gram but are factorised one by one.
+    """
+    tokens = data.samples * data.length if method.needs != "none" else 0
+    targets = [row.target for row in plan.pruned()]
+    inside = sum(row.target.k * row.target.n for row in plan.rows)
+    gram = method.needs == "gram"
+    widths = {t.fusion: t.k for t in targets}
+    forward = 2 * 2 * tokens * inside
+    grams = sum(2 * tokens * k**2 for k in widths.values()) if gram else 0
+    factors = sum(t.k**3 for t in targets) if gram else 0
+    sweeps = sum(2 * t.n * t.k**2 for t in targets) if gram else 0
+    seconds = forward / _rate(compute) + (grams + sweeps) / _rate(torch.float32) + factors / _rate(torch.float64)
+    weights = sum(p.numel() * p.itemsize for p in loaded.module.parameters())
+    return Cost(tokens, forward / 1e9, grams / 1e9, factors / 1e9, sweeps / 1e9,
+                _memory(loaded, plan, tokens, gram, compute) / 1e6,
+                (2 * weights + MASK_BITS * sum(t.k * t.n for t in targets)) / 1e6, seconds)
+
+
+def _memory(loaded: LoadedModel, plan: Plan, tokens: int, gram: bool, compute: torch.dtype) -> float:
+    """What this process holds with the model loaded, a working copy of the largest block, two activation buffers, and
+    the Grams of a block."""
+    loaded_now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    blocks = [sum(p.numel() for p in loaded.module.get_submodule(path).parameters()) for path in plan.blocks]
+    widths = {row.target.fusion: row.target.k for row in plan.rows if row.target.block == 0}
+    hidden = min(widths.values(), default=0)
+    widest = max(widths.values(), default=0)
+    statistics = 4 * sum(k**2 for k in widths.values()) if gram else 0
+    factor = 3 * widest**2 * (8 if widest <= FP64_WIDTH else 4) if gram else 0  # three copies while factorising
+    return loaded_now + compute.itemsize * (max(blocks) + 2 * tokens * hidden) + statistics + factor
+
+
+def _rate(dtype: torch.dtype, size: int = 1024) -> float:
+    """Floating-point operations per second of a square product on this machine, the best of five."""
+    a = torch.randn(size, size).to(dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
