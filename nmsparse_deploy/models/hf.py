@@ -169,7 +169,8 @@ def sample_inputs(model: LoadedModel, batch: int = 2, length: int = 16) -> dict[
 def save(model: LoadedModel, folder: Path) -> None:
     """Write config, weights and tokenizer so that stock `from_pretrained` loads them."""
     module: Any = model.module
-    module.save_pretrained(folder)
+    # The checkpoint's older names, which the library would restore, are not the ones that masks are stored under.
+    module.save_pretrained(folder, save_original_format=False)
     if model.processor is not None:
         model.processor.save_pretrained(folder)
     for file in folder.iterdir():  # the library creates weight files that only the owner can read
