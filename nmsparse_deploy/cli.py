@@ -159,7 +159,8 @@ def bench(run: Run = None, batch: int = 1, length: Annotated[int, typer.Option(h
     rows = []
     for arm in result.arms:
         speed = result.ratios.get(arm.name)
-        shown = f"{speed['speedup']:.2f} ({speed['low']:.2f} to {speed['high']:.2f})" if speed else "1"
+        none = "1" if arm.name == "dense" else "no dense twin on these kernels"
+        shown = f"{speed['speedup']:.2f} ({speed['low']:.2f} to {speed['high']:.2f})" if speed else none
         rows.append((arm.name, arm.kernel, f"{arm.median_ms:.1f}", f"{arm.p10_ms:.1f} to {arm.p90_ms:.1f}", shown))
     bounds = [f"predicted upper bound, {p['gpu']}, {p['rows']} rows: GEMMs {p['gemm_speedup']:.2f}x, model "
               f"{p['model_speedup']:.2f}x ({p['flop_share']:.0%} of FLOPs in pruned GEMMs)" for p in result.predicted]

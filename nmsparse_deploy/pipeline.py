@@ -28,14 +28,11 @@ from .pattern import NMPattern
 from .plan import Plan, make_plan
 from .predict import count_flops, predict
 from .progress import Progress, silent
-from .prune import compute_dtype, peak_memory_mb, prune
+from .prune import NOT_CHECKED, compute_dtype, peak_memory_mb, prune
 from .recipe import AUTO, DEFAULT_MODEL, Bench, Evaluate, Export, Prune, Recipe
 from .registry import METHODS
 from .rundir import RunDir, environment
 from .verify import VerifyReport, verify_checkpoint, verify_onnx
-
-NOT_CHECKED = ({"place": "engine", "why": "no TensorRT engine was built here"},)
-"""Steps of the chain that this machine could not take; they are counted, not hidden."""
 
 
 def inspect(model: str = DEFAULT_MODEL, pattern: str = "2:4", include: Sequence[str] = (), exclude: Sequence[str] = (),
@@ -207,7 +204,9 @@ def bench(run: RunDir, spec: Bench = Bench(), progress: Progress = silent) -> Be
     progress(f"timing {len(calls)} arms, {spec.rounds} rounds", 0, 0)
     times = interleave(calls, spec.rounds)
     arms = tuple(summarise(name, kernels[name], times[name]) for name in calls)
-    ratios = {name: ratio(times["dense"], times[name]) for name in calls if name != "dense"}
+    # A speed-up is only ever one over a twin that runs on the same kernels.
+    ratios = {name: ratio(times["dense"], times[name]) for name in calls
+              if name != "dense" and kernels[name] == kernels["dense"]}
     masked = MaskSet.load(run / "masks.safetensors").masks
     targets = [t for t in discover(dense.module, inputs).targets if t.name in masked]
     bounds = predict(targets, spec.batch * spec.length, count_flops(dense.module, inputs))

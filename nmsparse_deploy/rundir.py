@@ -95,7 +95,7 @@ class RunDir:
     def read_json(self, name: str) -> Any:
         """Raises `UsageError` when the file is missing or damaged."""
         try:
-            return json.loads((self.path / name).read_text())
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UsageError(f"The run '{self.path}' has no {name}.") from None
         except ValueError as error:
@@ -104,7 +104,7 @@ class RunDir:
     def write_json(self, name: str, data: Any) -> Path:
         text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=True) + "\n"
         with self.replacing(name) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         return self.path / name
 
     @contextmanager

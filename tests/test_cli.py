@@ -48,6 +48,7 @@ def test_the_whole_job(pruned, texts, capfd):
     bench = json.loads(out)
     assert code == 0 and {arm["name"] for arm in bench["arms"]} == {"dense", "pruned", "pruned, ONNX fp32"}
     assert "No CPU kernel here uses 2:4" in bench["verdict"]
+    assert list(bench["ratios"]) == ["pruned"]  # the ONNX arm has no dense twin on the same kernels
     code, out, _ = run(capfd, "--json", "verify", pruned)
     assert code == 0 and [r["place"] for r in json.loads(out)["reports"]] == ["file", "onnx"]
     code, out, _ = run(capfd, "report", pruned)
