@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.registry import METHODS
+from tests import pico
 
 
 def run(capfd, *arguments: object) -> tuple[int, str, str]:
@@ -65,6 +66,20 @@ def test_damage_is_exit_code_1(pruned, tmp_path, capfd):
     save_file(state, broken / "model" / "model.safetensors", {"format": "pt"})
     code, out, err = run(capfd, "verify", broken)
     assert code == 1 and "down_proj" in err and "1 of" in out + err
+
+
+def test_masks_of_another_model(pruned, texts, tmp_path, capfd):
+    """Another architecture's masks and another checkpoint's masks both fail, with the tensor named."""
+    import shutil
+
+    for name, module in {"gpt2": pico.gpt2(), "other": pico.llama(seed=9)}.items():
+        source = pico.save(module, tmp_path / name)
+        run(capfd, "prune", source, "--method", "magnitude", "--out", tmp_path / f"{name}-run")
+        mixed = tmp_path / f"{name}-mixed"
+        shutil.copytree(pruned, mixed)
+        shutil.copy(tmp_path / f"{name}-run" / "masks.safetensors", mixed)
+        code, _, err = run(capfd, "verify", mixed)
+        assert code == 1 and ".weight'" in err
 
 
 def test_foreign_files(pruned, llama_dir, capfd):
