@@ -205,3 +205,29 @@ def test_a_damaged_result_is_not_called_done(llama_dir, texts, tmp_path, monkeyp
     monkeypatch.undo()
     run = prune(str(llama_dir), spec(texts), tmp_path / "run")  # the blocks are still there
     assert run.finished("prune")
+
+
+def test_conv1d_is_its_transposed_linear():
+    """Property 22."""
+    from nmsparse_deploy.calib.stats import LayerStats
+    from nmsparse_deploy.models.base import from_rows, to_rows
+    from nmsparse_deploy.pattern import TWO_FOUR
+
+    weight = torch.randn(32, 12)  # [in, out]
+    x = torch.randn(64, 32)
+    stats = LayerStats(64, x.square().sum(0), x.T @ x)
+    for name in METHODS.names():
+        method = METHODS.load(name)
+        stored = from_rows(method.prune_layer(to_rows(weight, 0), stats, TWO_FOUR).mask, weight.shape, 0)
+        linear = method.prune_layer(to_rows(weight.T.contiguous(), 1), stats, TWO_FOUR).mask
+        assert torch.equal(stored, linear.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_pattern_survives_saving_and_casting(dtype, llama_dir, texts, tmp_path):
+    """Property 24; the ONNX part is in tests/export."""
+    run = prune(str(llama_dir), spec(texts), tmp_path / "run")
+    masks = MaskSet.load(run / "masks.safetensors")
+    AutoModelForCausalLM.from_pretrained(run / "model", dtype=dtype).save_pretrained(tmp_path / "again")
+    report = verify_checkpoint(tmp_path / "again", masks)
+    assert report.ok and report.checked == 14

@@ -77,3 +77,25 @@ def test_wikipedia_markup_becomes_prose(tmp_path):
     file = tmp_path / "x.bz2"
     file.write_bytes(bz2.compress(page.encode()))
     assert list(_wikipedia(file)) == ["Sparse\n\n" + ("A sparse matrix has few entries. " * 6).strip()]
+
+
+def test_data_sets_are_streamed_from_a_local_folder(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "test.jsonl").write_text('{"text": "three"}\n')
+    assert load_text(f"datasets:{tmp_path}").documents == ("one", "two")
+    assert load_text(f"datasets:{tmp_path}@test#text").documents == ("three",)
+    with pytest.raises(UsageError, match="no field 'body'; it has text"):
+        load_text(f"datasets:{tmp_path}#body")
+    with pytest.raises(NmsparseError, match="could not be read"):
+        load_text(f"datasets:{tmp_path}@nosuch")
+
+
+def test_data_sets_without_the_library(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(NmsparseError, match="needs the package 'datasets'"):
+        load_text("datasets:a/b")
+    with pytest.raises(UsageError, match=r"NAME\[/CONFIG\]"):
+        load_text("datasets:")

@@ -65,8 +65,15 @@ class TokenSample:
 
 
 def load_text(source: str) -> Text:
-    """A packaged sample (`wikipedia`, `bbc`), a text file, or a folder of .txt files. Raises `UsageError`."""
+    """A packaged sample (`wikipedia`, `bbc`), `datasets:...`, a text file, or a folder of .txt files.
+
+    Raises `UsageError` for what is not there or empty.
+    """
     path = Path(source)
+    if source.startswith("datasets:"):
+        from .streamed import streamed
+
+        return Text(source, streamed(source))
     if source in DEVELOPMENT:
         return Text(source, (_detokenise(_read(development_data(source) / DEVELOPMENT[source])),))
     if source == "wikipedia":
