@@ -19,7 +19,15 @@ from .cost import estimate
 from .engines.base import agreement
 from .engines.onnxruntime import OnnxRuntime
 from .errors import CheckFailed, MissingExtra, NmsparseError, UsageError
-from .evaluate import continuations, paired_ratio, perplexity
+from .evaluate import (
+    continuations,
+    evaluate_encoder,
+    evaluate_vision,
+    onnx_arms,
+    paired_ratio,
+    perplexity,
+    torch_arm,
+)
 from .export import LinkMap, export_onnx
 from .masks import MaskSet
 from .models.base import LoadedModel
@@ -140,40 +148,63 @@ def _agreement(path: Path, loaded: LoadedModel) -> dict[str, Any]:
     logits = getattr(reference, "logits", None)
     if logits is not None:
         return asdict(agreement(logits, output, "logits"))
-    return asdict(agreement(reference.last_hidden_state, output, "features"))
+    features = reference if isinstance(reference, torch.Tensor) else reference.last_hidden_state
+    return asdict(agreement(features, output, "features"))
 
 
 def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = silent) -> dict[str, Any]:  # noqa: B008
-    """Perplexity of the dense and the pruned model on the same windows of held-out text, and continuations.
+    """The dense and the pruned model on the same held-out samples: perplexity and continuations of a language model,
+    accuracy and agreement of a vision model, similarity and agreement of an encoder.
 
-    Raises `NmsparseError` when the text overlaps with the calibration text.
+    Raises `NmsparseError` when the samples overlap with the calibration data.
     """
     start = time.perf_counter()
     recipe = run.manifest()["recipe"]
     pruned = _load_pruned(run)
-    if pruned.family != "llm":
-        raise UsageError("Perplexity needs a causal language model.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compute = compute_dtype(recipe["compute"], device)
+    stage = _evaluate_text if pruned.family == "llm" else _evaluate_features
+    data = {**stage(run, pruned, recipe["model"], spec, device, compute, progress), **environment()}
+    run.write_json("evaluate.json", data)
+    run.finish("evaluate", time.perf_counter() - start, peak_memory_mb=peak_memory_mb())
+    return data
+
+
+def _evaluate_text(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate, device: torch.device,
+                   compute: torch.dtype, progress: Progress) -> dict[str, Any]:
     source = "bbc" if spec.data == AUTO else spec.data
     progress(f"sampling {spec.tokens} tokens of {source}", 0, 0)
     sample = evaluation_sample(load_text(source), pruned.processor, spec.tokens, spec.context)
     compared = _check_held_out(run, sample)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    compute = compute_dtype(recipe["compute"], device)
     results, texts = {}, {}
     for label, loaded in (("pruned", pruned), ("dense", None)):
-        loaded = loaded or models.load(recipe["model"])
+        loaded = loaded or models.load(model)
         loaded.module.to(device, compute)
         results[label] = perplexity(loaded.module, sample, device.type, label, progress)
         if spec.continuation:
             progress(f"continuing prompts with the {label} model", 0, 0)
             texts[label] = continuations(loaded, spec.continuation)
         del loaded
-    data = {"results": {label: result.to_json() for label, result in results.items()},
+    return {"results": {label: result.to_json() for label, result in results.items()},
             "ratio": paired_ratio(results["dense"], results["pruned"]), "continuations": texts,
-            "held_out": {"runs_compared": compared, "overlaps": 0}, **environment()}
-    run.write_json("evaluate.json", data)
-    run.finish("evaluate", time.perf_counter() - start, peak_memory_mb=peak_memory_mb())
-    return data
+            "held_out": {"runs_compared": compared, "overlaps": 0}}
+
+
+def _evaluate_features(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate, device: torch.device,
+                       compute: torch.dtype, progress: Progress) -> dict[str, Any]:
+    """Vision models and encoders: dense, pruned and, when asked, the exported graphs on the same samples."""
+    dense = models.load(model)
+    for loaded in (dense, pruned):
+        loaded.module.to(device, compute)
+    graphs, missing = onnx_arms(pruned, exported(run)) if spec.onnx else ([], [])
+    arms = [torch_arm("dense", dense), torch_arm("pruned", pruned), *graphs]
+    file = run / "calibration.safetensors"
+    record = load_file(file) if file.is_file() else {}
+    if pruned.family == "vision":
+        data = evaluate_vision(arms, pruned, model, spec, record.get("image_sha256"), progress)
+    else:
+        data = evaluate_encoder(arms, pruned, spec.data, record.get("ids"), progress)
+    return {**data, "not_checked": [*missing, *data["not_checked"]]}
 
 
 def _check_held_out(run: RunDir, sample: TokenSample) -> int | None:

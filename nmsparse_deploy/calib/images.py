@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +42,18 @@ class ImageSample:
     @property
     def ids(self) -> tuple[str, ...]:
         return tuple(f"{images.name}/{images.ids[index]}" for images, index in self.chosen)
+
+    @property
+    def title(self) -> str:
+        """The sources by their short names."""
+        return MIX.join(dict.fromkeys(images.name for images, _ in self.chosen))
+
+    def without(self, hashes: Sequence[str], most: int) -> ImageSample:
+        """At most `most` of the pictures, leaving out those of the given content."""
+        seen = set(hashes)
+        kept = [number for number, digest in enumerate(self.hashes) if digest not in seen]
+        kept = [kept[place] for place in torch.linspace(0, len(kept) - 1, min(most, len(kept))).round().long().tolist()]
+        return replace(self, chosen=tuple(self.chosen[n] for n in kept), hashes=tuple(self.hashes[n] for n in kept))
 
     @property
     def labels(self) -> tuple[str | None, ...]:

@@ -1,6 +1,10 @@
 """What pruning cost, measured on the same held-out samples for the dense and the pruned model."""
 
+from .arms import Arm, onnx_arms, torch_arm
+from .encoder import evaluate_encoder
 from .perplexity import PROMPTS, continuations, paired_ratio, perplexity
 from .result import BOOTSTRAP, EvalResult, paired_difference
+from .vision import evaluate_vision
 
-__all__ = ["BOOTSTRAP", "PROMPTS", "EvalResult", "continuations", "paired_difference", "paired_ratio", "perplexity"]
+__all__ = ["BOOTSTRAP", "PROMPTS", "Arm", "EvalResult", "continuations", "evaluate_encoder", "evaluate_vision",
+           "onnx_arms", "paired_difference", "paired_ratio", "perplexity", "torch_arm"]
