@@ -3,6 +3,7 @@ VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 NMS    := $(BIN)/nmsparse-deploy
+MODEL  ?= demo
 # Without an NVIDIA GPU the pinned set keeps pip from fetching gigabytes of CUDA; GPU users choose their own torch.
 PINS   := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints/cpu.txt)
 TORCH  := $(if $(PINS),torch==2.13.0,torch)
@@ -20,8 +21,8 @@ $(VENV)/.done: pyproject.toml constraints/cpu.txt
 	$(BIN)/python -m pip install --quiet $(PINS) -e '.[dev]'
 	@touch $@
 
-demo: setup  ## prune a real model to 2:4, prove it, export it, compare it, report (about 10 minutes on 2 cores)
-	$(NMS) demo --out runs/demo
+demo: setup  ## prune a real model to 2:4, prove it, export it, compare it, report; MODEL=vit for a vision model
+	$(NMS) demo --model $(MODEL)
 
 test: setup lint  ## the fast tests (under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 -m 'not matrix and not gpu'

@@ -127,23 +127,25 @@ def export(run: Run = None,
 @app.command()
 def evaluate(run: Run = None,
              data: Annotated[str, typer.Option(help="held-out text or images; auto suits the model")] = "auto",
-             tokens: Annotated[int, typer.Option(help="tokens to score")] = 16384,
-             context: Annotated[int, typer.Option(help="tokens per window")] = 1024,
-             continuation: Annotated[int, typer.Option(help="tokens of the sample texts")] = 40) -> None:
-    """Token perplexity of the dense and the pruned model on the same held-out text."""
+             tokens: Annotated[int, typer.Option(help="tokens to score (language models)")] = 16384,
+             context: Annotated[int, typer.Option(help="tokens per window (language models)")] = 1024,
+             continuation: Annotated[int, typer.Option(help="tokens of the sample texts; 0 leaves them out")] = 40,
+             images: Annotated[int, typer.Option(help="labelled test images (vision models)")] = 600,
+             onnx: Annotated[bool, typer.Option("--onnx", help="also score the exported graphs")] = False) -> None:
+    """The dense and the pruned model on the same held-out data: perplexity, accuracy or similarity."""
     from .pipeline import evaluate as api
     from .recipe import Evaluate, validate
     from .rundir import RunDir
 
-    opened = RunDir.open(run)
-    spec = validate(Evaluate, {"data": data, "tokens": tokens, "context": context, "continuation": continuation})
-    result = api(opened, spec, output.progress)
-    lines = [f"{label:>7}: {row['metric']} = {row['value']:.2f} ± {row['standard_error']:.2f}"
-             for label, row in result["results"].items()]
-    share = result["ratio"]
-    lines.append(f"pruned / dense: {share['ratio']:.2f} (95 % interval {share['low']:.2f} to {share['high']:.2f}), "
-                 f"same {tokens} tokens of {data}")
-    output.result(result, lines)
+    spec = validate(Evaluate, {"data": data, "tokens": tokens, "context": context, "continuation": continuation,
+                               "images": images, "onnx": onnx})
+    result = api(RunDir.open(run), spec, output.progress)
+    rows = [(label, row["metric"], f"{row['value']:.4g} ± {row['standard_error']:.2g}", row["samples"])
+            for label, found in result["results"].items() for row in (found if isinstance(found, list) else [found])]
+    share = result.get("ratio")
+    lines = [f"pruned / dense: {share['ratio']:.2f} (95 % interval {share['low']:.2f} to {share['high']:.2f}) on the "
+             "same samples"] if share else []
+    output.table(result, ("model", "metric", "value", "samples"), rows, lines)
 
 
 @app.command()
@@ -196,14 +198,17 @@ def run(recipe: Annotated[Path, typer.Argument(help="YAML file, see recipes/")],
 
 
 @app.command()
-def demo(out: Annotated[Path, typer.Option(help="run folder")] = Path("runs/demo"), force: Force = False) -> None:
-    """Prune the demo model to 2:4, prove it, export it, compare it with its dense twin, and report."""
+def demo(model: Annotated[str, typer.Option(help="demo (a language model) or vit (a vision transformer)")] = DEMO,
+         out: Annotated[Path | None, typer.Option(help="run folder [default: runs/demo or runs/demo-MODEL]")] = None,
+         force: Force = False) -> None:
+    """Prune a packaged model to 2:4, prove it, export it, compare it with its dense twin, and report."""
     from .pipeline import run_recipe
     from .recipe import Recipe
 
-    _finish_run(run_recipe(Recipe(), out, force, output.progress))
-    output.message("Small models suffer most from 2:4; larger ones lose far less. SparseGPT is the baseline here: "
-                   "recipes with refitted or learned masks lose less (see docs/methods.md).")
+    folder = out or Path("runs") / (DEMO if model == DEMO else f"{DEMO}-{model}")
+    _finish_run(run_recipe(Recipe(model=model), folder, force, output.progress))
+    output.message("Small models suffer most from 2:4; larger ones lose far less. SparseGPT is the baseline method; "
+                   "docs/methods.md says what the others do.")
 
 
 @app.command()

@@ -103,6 +103,13 @@ def _load_pruned(run: RunDir, dtype: torch.dtype | None = None) -> LoadedModel:
     return models.load(str(run / "model"), dtype)
 
 
+def _load_dense(run: RunDir) -> LoadedModel:
+    """The dense twin. Raises `CheckFailed` when it is not the very model that the masks were found for."""
+    loaded = models.load(run.manifest()["recipe"]["model"])
+    MaskSet.load(run / "masks.safetensors").check_base(dict(loaded.module.named_parameters()))
+    return loaded
+
+
 def export(run: RunDir, spec: Export = Export(), progress: Progress = silent) -> list[dict[str, Any]]:  # noqa: B008
     """Export the run's model to ONNX in every asked precision, verify each graph, and compare it with the model.
 
@@ -118,7 +125,8 @@ def export(run: RunDir, spec: Export = Export(), progress: Progress = silent) ->
         bad = [report for report in reports if not report.ok]
         if bad:
             raise CheckFailed(f"An exported graph fails verification: {bad[0].summary()}")
-        run.finish("export", time.perf_counter() - start, peak_memory_mb=peak_memory_mb())
+        run.finish("export", time.perf_counter() - start, spec=spec.model_dump(mode="json"),
+                   peak_memory_mb=peak_memory_mb())
     return rows
 
 
@@ -166,7 +174,8 @@ def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = sile
     stage = _evaluate_text if pruned.family == "llm" else _evaluate_features
     data = {**stage(run, pruned, recipe["model"], spec, device, compute, progress), **environment()}
     run.write_json("evaluate.json", data)
-    run.finish("evaluate", time.perf_counter() - start, peak_memory_mb=peak_memory_mb())
+    run.finish("evaluate", time.perf_counter() - start, spec=spec.model_dump(mode="json"),
+               peak_memory_mb=peak_memory_mb())
     return data
 
 
@@ -178,7 +187,7 @@ def _evaluate_text(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate,
     compared = _check_held_out(run, sample)
     results, texts = {}, {}
     for label, loaded in (("pruned", pruned), ("dense", None)):
-        loaded = loaded or models.load(model)
+        loaded = loaded or _load_dense(run)
         loaded.module.to(device, compute)
         results[label] = perplexity(loaded.module, sample, device.type, label, progress)
         if spec.continuation:
@@ -193,7 +202,7 @@ def _evaluate_text(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate,
 def _evaluate_features(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate, device: torch.device,
                        compute: torch.dtype, progress: Progress) -> dict[str, Any]:
     """Vision models and encoders: dense, pruned and, when asked, the exported graphs on the same samples."""
-    dense = models.load(model)
+    dense = _load_dense(run)
     for loaded in (dense, pruned):
         loaded.module.to(device, compute)
     graphs, missing = onnx_arms(pruned, exported(run)) if spec.onnx else ([], [])
@@ -218,8 +227,7 @@ def _check_held_out(run: RunDir, sample: TokenSample) -> int | None:
 def bench(run: RunDir, spec: Bench = Bench(), progress: Progress = silent) -> BenchResult:  # noqa: B008
     """Time dense and pruned side by side on this machine's CPU: PyTorch, and ONNX Runtime where exported."""
     start = time.perf_counter()
-    recipe = run.manifest()["recipe"]
-    pruned, dense = _load_pruned(run), models.load(recipe["model"])
+    pruned, dense = _load_pruned(run), _load_dense(run)
     inputs = models.sample_inputs(pruned, spec.batch, spec.length)
     calls = {"dense": _forward(dense.module, inputs), "pruned": _forward(pruned.module, inputs)}
     kernels = {"dense": "PyTorch CPU", "pruned": "PyTorch CPU"}
@@ -244,7 +252,7 @@ def bench(run: RunDir, spec: Bench = Bench(), progress: Progress = silent) -> Be
     result = BenchResult("cpu", {"batch": spec.batch, "length": spec.length}, arms, ratios, CPU_SENTENCE,
                          tuple(bound.to_json() for bound in bounds), environment())
     run.write_json("bench.json", result.to_json())
-    run.finish("bench", time.perf_counter() - start)
+    run.finish("bench", time.perf_counter() - start, spec=spec.model_dump(mode="json"))
     return result
 
 
@@ -268,8 +276,9 @@ def run_recipe(recipe: Recipe, out: Path | None = None, force: bool = False, pro
     run = prune(recipe.model, recipe.prune, out, force, progress)
     stages: dict[str, tuple[Any, Any]] = {"export": (export, recipe.export), "evaluate": (evaluate, recipe.evaluate),
                                           "bench": (bench, recipe.bench)}
+    done = run.manifest()["stages"]
     for name, (stage, spec) in stages.items():
-        if spec is not None and not run.finished(name):
+        if spec is not None and done.get(name, {}).get("spec") != spec.model_dump(mode="json"):
             stage(run, spec, progress)
     progress("writing the report", 0, 0)
     report(run)

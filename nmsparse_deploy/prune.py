@@ -44,6 +44,7 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
     holds another recipe's run, `NmsparseError` for weights or data that cannot be used, `CheckFailed` when the saved
     model does not hold the pattern.
     """
+    model = str(Path(model).resolve()) if Path(model).exists() else model
     recipe = {"model": model, **spec.model_dump(mode="json")}
     identity = fingerprint(model, spec)
     path = out or _default_path(model, spec, identity)

@@ -196,3 +196,37 @@ main()
 def test_read_only_place(llama_dir, texts, capfd):
     code, _, err = run(capfd, "prune", llama_dir, *small(texts), "--out", "/sys/nmsparse-run")
     assert code == 1 and "No permission" in err
+
+
+def test_the_dense_twin_is_the_model_that_was_pruned(texts, tmp_path, capfd):
+    """When the dense checkpoint has changed since, comparing with it would be a lie."""
+    source = pico.save(pico.llama(), tmp_path / "model")
+    run(capfd, "prune", source, *small(texts), "--out", tmp_path / "run")
+    pico.save(pico.llama(seed=5), source)
+    code, _, err = run(capfd, "evaluate", tmp_path / "run", "--data", texts["held_out"], "--tokens", 64, "--context", 64)
+    assert code == 1 and "another model" in err
+
+
+def test_a_recipe_redoes_only_what_changed(llama_dir, texts, tmp_path, capfd):
+    recipe = tmp_path / "r.yaml"
+
+    def write(tokens: int) -> None:
+        recipe.write_text(f"""
+model: {llama_dir}
+prune: {{method: wanda, calibration: {{data: {texts["calibration"]}, samples: 4, length: 32}}}}
+export: null
+evaluate: {{data: {texts["held_out"]}, tokens: {tokens}, context: 64, continuation: 0}}
+bench: null
+""")
+
+    write(128)
+    code, out, _ = run(capfd, "run", recipe, "--out", tmp_path / "run")
+    assert code == 0 and "report" in out
+    first = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
+    assert run(capfd, "run", recipe, "--out", tmp_path / "run")[0] == 0
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"] == first
+    write(256)
+    assert run(capfd, "run", recipe, "--out", tmp_path / "run")[0] == 0
+    again = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
+    assert again["prune"] == first["prune"] and again["evaluate"]["spec"]["tokens"] == 256
+    assert run(capfd, "run", recipe, "--dry-run")[0] == 0
