@@ -44,7 +44,8 @@ def bench_sweep(rounds: int = 7) -> dict[str, Any]:
     import torch
 
     from nmsparse_deploy.methods.hessian import dampen, inverse_factor
-    from nmsparse_deploy.methods.sparsegpt import sweep
+    from nmsparse_deploy.methods.sparsegpt import freezer
+    from nmsparse_deploy.methods.sweep import sweep
     from nmsparse_deploy.pattern import TWO_FOUR
 
     generator = torch.Generator().manual_seed(0)
@@ -54,7 +55,7 @@ def bench_sweep(rounds: int = 7) -> dict[str, Any]:
     lower32 = torch.linalg.cholesky(dampen(gram, 0.01)).float()
     lower64 = lower32.double()
     times: dict[str, list[float]] = {"sweep": [], "cholesky_inverse_fp32": [], "cholesky_inverse_fp64": []}
-    calls = {"sweep": lambda: sweep(weight, factor, TWO_FOUR),
+    calls = {"sweep": lambda: sweep(weight, factor, TWO_FOUR, freezer(TWO_FOUR)),
              "cholesky_inverse_fp32": lambda: torch.cholesky_inverse(lower32),
              "cholesky_inverse_fp64": lambda: torch.cholesky_inverse(lower64)}
     for number in range(rounds + 1):

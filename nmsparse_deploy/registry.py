@@ -33,6 +33,7 @@ class Registry:
 
 
 METHODS = Registry("method", {
+    "group-obs": ".methods.group_obs:METHOD",
     "magnitude": ".methods.magnitude:METHOD",
     "wanda": ".methods.wanda:METHOD",
     "sparsegpt": ".methods.sparsegpt:METHOD",

@@ -151,8 +151,13 @@ class RunDir:
 
 
 def _sync(path: Path) -> None:
-    """Force file contents to disk, so that a rename never reveals an empty file after a crash."""
+    """Force file contents to disk, so that a rename never reveals an empty file after a crash.
+
+    Files get the user's ordinary permissions: the weight library makes them readable by the owner alone.
+    """
+    os.umask(mask := os.umask(0))
     for file in [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]:
+        file.chmod(0o666 & ~mask)
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
 

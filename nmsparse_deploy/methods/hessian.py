@@ -11,11 +11,14 @@ FP64_WIDTH = 4096
 
 
 def dampen(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """`G + λI` with λ = `damping` times the mean diagonal; columns that never saw an input get a unit diagonal."""
+    """`G + λI` with λ = `damping` times the mean diagonal (1 when there was no signal at all).
+
+    A column that never saw an input is left with λ alone: the cheapest to prune, and untouched where it is kept.
+    """
     hessian = gram.to(torch.float64 if gram.shape[0] <= FP64_WIDTH else torch.float32, copy=True)
     diagonal = hessian.diagonal()
-    diagonal[diagonal <= 0] = 1.0
-    diagonal += damping * diagonal.mean()
+    mean = float(diagonal.mean())
+    diagonal += damping * mean if mean > 0 else 1.0
     return hessian
 
 

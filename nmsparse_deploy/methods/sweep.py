@@ -1,0 +1,50 @@
+"""The column sweep that SparseGPT introduced, with the treatment of one group left to the method.
+
+With `H⁻¹ = UᵀU`, what the columns left of `j` have frozen is accounted for by `U[j:, j:]` alone. A method freezes the
+columns of a group and leaves errors `E` behind; the columns to its right absorb them: `W[:, j:] -= E U[j:j+group, j:]`.
+The sum of `E²` is the final error under `H`. Updates beyond a stretch of columns are applied as one matrix product
+("lazy batch"); its length does not change the result. Frantar & Alistarh 2023, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..pattern import NMPattern
+
+COLUMNS = 128
+
+Freeze = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""`freeze(w, factor, errors, given)` works on one group, `[group, R]`, with `factor` the group's block of `U`.
+
+It chooses what to keep (or takes `given`), writes the frozen weights into `w` and the errors into `errors`, and returns
+the bool mask.
+"""
+
+
+def sweep(weight: torch.Tensor, factor: torch.Tensor, pattern: NMPattern, freeze: Freeze,
+          mask: torch.Tensor | None = None, columns: int = COLUMNS) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Sweep `weight` `[R, n]` along the inverse factor `U` `[n, n]`; returns weights, mask and the damped error.
+
+    Works on the transposed weight, so that a column is contiguous in memory.
+    """
+    group = pattern.group
+    columns = max(group, columns // group * group)
+    w = weight.T.contiguous().float().clone()
+    n = w.shape[0]
+    given = None if mask is None else mask.T.contiguous()
+    kept = torch.empty(w.shape, dtype=torch.bool, device=w.device)
+    loss = 0.0
+    for start in range(0, n, columns):
+        stop = min(start + columns, n)
+        errors = torch.zeros((stop - start, w.shape[1]), device=w.device)
+        for first in range(start, stop, group):
+            here = slice(first, first + group)
+            behind = errors[first - start : first - start + group]
+            kept[here] = freeze(w[here], factor[here, here], behind, None if given is None else given[here])
+            w[first + group : stop].addmm_(factor[here, first + group : stop].T, behind, alpha=-1)
+        w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        loss += float(errors.square().sum(dtype=torch.float64))
+    return w.T.contiguous(), kept.T.contiguous(), loss
