@@ -119,7 +119,8 @@ def _trace(module: nn.Module, sample: Mapping[str, torch.Tensor], opset: int, dy
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(module, tuple(sample.values()), dynamo=True, opset_version=opset, verbose=False,
-                                        input_names=list(sample), output_names=["output"], dynamic_shapes=shapes)
+                                        input_names=list(sample), output_names=["output"], dynamic_shapes=shapes,
+                                        optimize=not _has_batch_norm(module))
     except NmsparseError:
         raise
     except Exception as error:
@@ -129,6 +130,11 @@ def _trace(module: nn.Module, sample: Mapping[str, torch.Tensor], opset: int, dy
         hint = "try dynamic=False, which exports the exact shapes of the sample" if dynamic else None
         raise NmsparseError(f"The model could not be exported to ONNX: {_first_line(cause)}", hint) from error
     return program
+
+
+def _has_batch_norm(module: nn.Module) -> bool:
+    """The exporter's optimizer folds a batch norm into the convolution before it: other values than were verified."""
+    return any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules())
 
 
 def _publish(scratch: Path, folder: Path) -> dict[str, int]:

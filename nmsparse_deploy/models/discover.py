@@ -131,13 +131,15 @@ def trace_inputs(module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str
     seen: dict[tuple, str] = {}
     alive: list[torch.Tensor] = []  # a freed tensor's address could be used again
 
-    def record(path: str, x: torch.Tensor) -> None:
-        key = (block_index(blocks, path), x.data_ptr(), tuple(x.shape), x.stride())
+    def record(path: str, layer: nn.Module, x: torch.Tensor) -> None:
+        # Convolutions of another geometry see other columns of the same picture.
+        geometry = tuple(getattr(layer, name, None) for name in ("kernel_size", "stride", "padding", "dilation"))
+        key = (block_index(blocks, path), x.data_ptr(), tuple(x.shape), x.stride(), geometry)
         alive.append(x)
         width = x.shape[1] if x.ndim == 4 else x.shape[-1]
         reads.setdefault(path, Read(seen.setdefault(key, path), x.numel() // width))
 
-    handles = [layer.register_forward_pre_hook(lambda _m, args, path=path: record(path, args[0]))
+    handles = [layer.register_forward_pre_hook(lambda layer, args, path=path: record(path, layer, args[0]))
                for path, layer in _gemms(module)]
     training = module.training
     try:
