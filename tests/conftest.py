@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import torchvision_cpu
+
+torchvision_cpu.install()
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests never ask a model hub
 
 from hypothesis import settings

@@ -14,7 +14,7 @@ from .images import calibration_images
 from .sequences import calibration_sequences
 from .text import calibration_sample, load_text
 
-DEFAULTS = {"llm": "wikipedia", "encoder": "wikipedia", "vision": "fashion-mnist"}
+DEFAULTS = {"llm": "wikipedia", "encoder": "wikipedia", "vision": "fashion-mnist+tiny-photos"}
 """What `auto` means for each family."""
 
 
