@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import torchvision_cpu
+from tests import torchvision_cpu  # noqa: F401 - before anything looks for torchvision
 
-torchvision_cpu.install()
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests never ask a model hub
 
 from hypothesis import settings
