@@ -131,6 +131,9 @@ def evaluate(run: Run = None,
              context: Annotated[int, typer.Option(help="tokens per window (language models)")] = 1024,
              continuation: Annotated[int, typer.Option(help="tokens of the sample texts; 0 leaves them out")] = 40,
              images: Annotated[int, typer.Option(help="labelled test images (vision models)")] = 600,
+             probe: Annotated[int, typer.Option(help="labelled images that the probes learn from")] = 1500,
+             size: Annotated[int, typer.Option(help="pixels per side of the labelled images; 0 = the model's own")] = 0,
+             photos: Annotated[str, typer.Option(help="images for agreement and saliency maps")] = "photos-20",
              onnx: Annotated[bool, typer.Option("--onnx", help="also score the exported graphs")] = False) -> None:
     """The dense and the pruned model on the same held-out data: perplexity, accuracy or similarity."""
     from .pipeline import evaluate as api
@@ -138,13 +141,16 @@ def evaluate(run: Run = None,
     from .rundir import RunDir
 
     spec = validate(Evaluate, {"data": data, "tokens": tokens, "context": context, "continuation": continuation,
-                               "images": images, "onnx": onnx})
+                               "images": images, "probe": probe, "size": size, "photos": photos, "onnx": onnx})
     result = api(RunDir.open(run), spec, output.progress)
     rows = [(label, row["metric"], f"{row['value']:.4g} ± {row['standard_error']:.2g}", row["samples"])
             for label, found in result["results"].items() for row in (found if isinstance(found, list) else [found])]
     share = result.get("ratio")
     lines = [f"pruned / dense: {share['ratio']:.2f} (95 % interval {share['low']:.2f} to {share['high']:.2f}) on the "
              "same samples"] if share else []
+    gap = result.get("difference")
+    lines += [f"{gap['metric']}, pruned - dense: {gap['difference']:+.3f} (95 % interval {gap['low']:+.3f} to "
+              f"{gap['high']:+.3f}) on the same samples"] if gap else []
     output.table(result, ("model", "metric", "value", "samples"), rows, lines)
 
 

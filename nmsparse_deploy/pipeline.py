@@ -31,7 +31,7 @@ from .evaluate import (
 from .export import LinkMap, export_onnx
 from .masks import MaskSet
 from .models.base import LoadedModel
-from .models.discover import discover
+from .models.discover import discover, trace_inputs
 from .pattern import NMPattern
 from .plan import Plan, make_plan
 from .predict import count_flops, predict
@@ -247,8 +247,10 @@ def bench(run: RunDir, spec: Bench = Bench(), progress: Progress = silent) -> Be
     ratios = {name: ratio(times["dense"], times[name]) for name in calls
               if name != "dense" and kernels[name] == kernels["dense"]}
     masked = MaskSet.load(run / "masks.safetensors").masks
-    targets = [t for t in discover(dense.module, inputs).targets if t.name in masked]
-    bounds = predict(targets, spec.batch * spec.length, count_flops(dense.module, inputs))
+    found = discover(dense.module, inputs)
+    targets = [t for t in found.targets if t.name in masked]
+    rows = trace_inputs(dense.module, found.blocks, inputs)[targets[0].module].rows
+    bounds = predict(targets, rows, count_flops(dense.module, inputs))
     result = BenchResult("cpu", {"batch": spec.batch, "length": spec.length}, arms, ratios, CPU_SENTENCE,
                          tuple(bound.to_json() for bound in bounds), environment())
     run.write_json("bench.json", result.to_json())
