@@ -20,17 +20,18 @@ from safetensors.torch import load_file, save_file
 
 from . import models
 from .calib.sample import Sample, draw
-from .calib.stats import LayerStats
+from .calib.stats import LayerStats, Need
 from .calib.walk import BlockWalk
 from .errors import CheckFailed, NmsparseError
 from .masks import Mask, MaskSet, tensor_hash
-from .methods.base import Method, relative_error
+from .methods.base import LayerResult, Method, relative_error
 from .models.base import LoadedModel, from_rows, to_rows
 from .models.discover import discover
 from .pattern import NMPattern, mask_follows
 from .plan import Plan, PlanRow, make_plan
 from .progress import Progress, silent
 from .recipe import DEFAULT_MODEL, Prune, fingerprint
+from .refine.refit import refit
 from .registry import METHODS
 from .rundir import RUNS, RunDir
 from .verify import VerifyReport, verify_checkpoint
@@ -60,7 +61,7 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
     inputs = models.sample_inputs(loaded)
     plan = make_plan(discover(loaded.module, inputs), NMPattern.parse(spec.pattern), spec.include, spec.exclude)
     _check_finite(loaded, plan)
-    sample = None if method.needs == "none" else draw(loaded, spec.calibration, progress)
+    sample = None if needs(spec, method) == "none" else draw(loaded, spec.calibration, progress)
     run = RunDir.create(path, recipe, identity, force)
     with run.lock():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,6 +103,11 @@ NOT_CHECKED = ({"place": "engine", "why": "no TensorRT engine was built here"},)
 """Steps of the chain that this machine could not take; they are counted, not hidden."""
 
 
+def needs(spec: Prune, method: Method) -> Need:
+    """The statistics that the method and the refinements ask for together."""
+    return "gram" if spec.refine else method.needs
+
+
 @dataclass
 class _Stage:
     """One prune stage while it runs."""
@@ -115,6 +121,10 @@ class _Stage:
     compute: torch.dtype
     progress: Progress
 
+    @property
+    def needs(self) -> Need:
+        return needs(self.spec, self.method)
+
     def work(self) -> None:
         start = time.perf_counter()
         self.run.write_json("plan.json", self.plan.to_json())
@@ -125,6 +135,8 @@ class _Stage:
             self.progress(f"{self.spec.method} {self.spec.pattern}, block {number}", number, len(self.plan.blocks))
             if number in blocks:
                 rows += self._block(walk, number)
+            elif walk is not None:
+                walk.pass_dense(number)
             if walk is not None and number < blocks[-1]:
                 walk.advance(number)
         self.progress("saving and verifying", 0, 0)
@@ -142,13 +154,16 @@ class _Stage:
             return None
         batches = models.batches(self.loaded, self.sample.inputs, self.spec.calibration.batch)
         self.progress("capturing the inputs of the first block", 0, 0)
-        return BlockWalk(self.loaded.module, self.plan.blocks, batches, self.compute)
+        both = any(step.blend for step in self.spec.refine)
+        return BlockWalk(self.loaded.module, self.plan.blocks, batches, self.compute, both)
 
     def _block(self, walk: BlockWalk | None, block: int) -> list[dict[str, Any]]:
         """Prune one block, or read it back when an earlier process finished it."""
         name = f"blocks/{block:03d}.safetensors"
         if not (self.run / name).is_file():
             self._prune_block(walk, block, name)
+        elif walk is not None:
+            walk.pass_dense(block)
         weights = load_file(self.run / name)
         with torch.no_grad():
             for row in self.plan.pruned(block):
@@ -158,7 +173,7 @@ class _Stage:
 
     def _prune_block(self, walk: BlockWalk | None, block: int, name: str) -> None:
         targets = self.plan.pruned(block)
-        stats = walk.statistics(block, [row.target for row in targets], self.method.needs) if walk else {}
+        stats = walk.statistics(block, [row.target for row in targets], self.needs) if walk else {}
         tensors: dict[str, torch.Tensor] = {}
         layers = []
         for row in targets:
@@ -177,6 +192,10 @@ class _Stage:
         parameter = self.loaded.module.get_parameter(row.target.name).detach()
         rows = to_rows(parameter, axis).float()
         result = self.method.prune_layer(rows, stats, pattern)
+        for step in self.spec.refine:
+            start_from = rows if result.weight is None else result.weight
+            refined = refit(rows, start_from, result.mask, stats, step.blend, step.steps, step.damping)
+            result = LayerResult(result.mask, refined)
         if not mask_follows(result.mask, pattern):
             raise CheckFailed(f"The method '{self.spec.method}' broke the pattern {pattern} on '{row.target.name}'.")
         mask = from_rows(result.mask, parameter.shape, axis)

@@ -36,12 +36,22 @@ class Calibration(_Frozen):
     seed: int = 0
 
 
+class Refit(_Frozen):
+    """Least squares on the fixed mask (`refine/refit.py`)."""
+
+    name: Literal["refit"] = "refit"
+    blend: float = Field(0.25, ge=0, le=1, description="share of the dense stream in the target")
+    steps: int = Field(20, ge=1, description="conjugate-gradient steps")
+    damping: float = Field(0.01, gt=0, description="ridge relative to the normalised Gram")
+
+
 class Prune(_Frozen):
-    """How the mask is found."""
+    """How the mask is found, and how the weights that stay are refined."""
 
     method: str = "sparsegpt"
     pattern: str = "2:4"
     calibration: Calibration = Calibration()
+    refine: tuple[Refit, ...] = Field((), description="applied in order after the mask is chosen")
     include: tuple[str, ...] = Field((), description="globs on parameter names; empty = everything prunable")
     exclude: tuple[str, ...] = ()
     compute: Literal["auto", "fp32", "bf16"] = Field("auto", description="dtype of forward passes; statistics are fp32")
@@ -126,8 +136,12 @@ def validate(model: type[Any], data: dict[str, Any]) -> Any:
 
 
 def fingerprint(model: str, prune: Prune) -> str:
-    """Identity of a prune stage: 16 hex digits over everything that can change its masks."""
-    canonical = json.dumps({"model": model, **prune.model_dump(mode="json")}, sort_keys=True)
+    """Identity of a prune stage: 16 hex digits over everything that can change its result.
+
+    Fields that ask for nothing are left out, so that a new option does not make every older run another one.
+    """
+    asked = {name: value for name, value in prune.model_dump(mode="json").items() if value not in ([], None)}
+    canonical = json.dumps({"model": model, **asked}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 

@@ -74,9 +74,9 @@ def test_one_gram_per_distinct_input(monkeypatch):
     calls = []
     original = StatsAccumulator.update
 
-    def update(self, layer, x):
+    def update(self, layer, x, dense=None):
         calls.append(layer)
-        original(self, layer, x)
+        original(self, layer, x, dense)
 
     monkeypatch.setattr(walk_module.StatsAccumulator, "update", update)
     module = pico.llama()
@@ -130,3 +130,32 @@ def test_convolution_statistics_match_its_matrix_form(settings):
     energy = float(((rows @ stats.gram) * rows).sum())
     assert energy == pytest.approx(float(conv(x).square().sum()), rel=1e-4)
     assert stats.tokens == conv(x).numel() // 5
+
+
+@torch.no_grad()
+def test_both_streams():
+    """Before anything is pruned the dense stream is the stream; after, it is what the dense model computes."""
+    module = pico.llama()
+    found = discover(module, {"input_ids": IDS[:2]})
+    walk = BlockWalk(module, found.blocks, BATCHES, both=True)
+    stats = walk.statistics(0, found.of_block(0), "gram")
+    for entry in stats.values():
+        torch.testing.assert_close(entry.cross, entry.gram)
+    dense_output = [x.clone() for x in walk.dense]
+    for target in found.of_block(0):
+        module.get_parameter(target.name).mul_(0.5)
+    walk.advance(0)
+    assert not torch.equal(walk.hidden[0], dense_output[0])
+    fed = []
+    layer = module.get_submodule("model.layers.1.mlp.down_proj")
+    block = module.get_submodule("model.layers.1")
+    handle = layer.register_forward_pre_hook(lambda _m, args: fed.append(args[0].reshape(-1, 128)))
+    for number in range(len(BATCHES)):
+        rest = walk._calls[number][1]
+        block(walk.hidden[number], *rest[0], **rest[1])
+        block(dense_output[number], *rest[0], **rest[1])
+    handle.remove()
+    sparse, dense = torch.cat(fed[0::2]), torch.cat(fed[1::2])
+    entry = walk.statistics(1, found.of_block(1), "gram")["model.layers.1.mlp.down_proj"]
+    torch.testing.assert_close(entry.cross, dense.T @ sparse)
+    torch.testing.assert_close(entry.gram, sparse.T @ sparse)

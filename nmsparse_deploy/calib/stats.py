@@ -15,12 +15,14 @@ Need = Literal["none", "norms", "gram"]
 class LayerStats:
     """Statistics of the inputs `X` (`n` columns, `tokens` rows) that one or more layers read.
 
-    `square_sum[j]` is the sum of squares of column j (fp32); `gram` is `XᵀX` (fp32, symmetric) or None.
+    `square_sum[j]` is the sum of squares of column j (fp32); `gram` is `XᵀX` (fp32, symmetric) or None; `cross` is
+    `X_dᵀX` with `X_d` the inputs that the dense model gives the same layer for the same tokens, or None.
     """
 
     tokens: int
     square_sum: torch.Tensor
     gram: torch.Tensor | None = None
+    cross: torch.Tensor | None = None
 
     @classmethod
     def none(cls) -> LayerStats:
@@ -41,15 +43,22 @@ class StatsAccumulator:
         self.tokens = 0
         self.square_sum: torch.Tensor | None = None
         self.gram: torch.Tensor | None = None
+        self.cross: torch.Tensor | None = None
 
     @torch.no_grad()
-    def update(self, layer: nn.Module, x: torch.Tensor) -> None:
-        """Add one batch of a layer's inputs. Convolutions are unfolded in the order of `to_rows`."""
+    def update(self, layer: nn.Module, x: torch.Tensor, dense: torch.Tensor | None = None) -> None:
+        """Add one batch of a layer's inputs, and what the dense model feeds it for the same tokens.
+
+        Convolutions are unfolded in the order of `to_rows`.
+        """
         with torch.autocast(x.device.type, enabled=False):
             rows = _as_rows(layer, x)
             self.tokens += rows.shape[0]
             if self.need == "gram":
                 self.gram = rows.T @ rows if self.gram is None else self.gram.addmm_(rows.T, rows)
+                if dense is not None:
+                    other = _as_rows(layer, dense)
+                    self.cross = other.T @ rows if self.cross is None else self.cross.addmm_(other.T, rows)
             else:
                 squares = rows.square().sum(0)
                 self.square_sum = squares if self.square_sum is None else self.square_sum.add_(squares)
@@ -57,7 +66,7 @@ class StatsAccumulator:
     def finish(self) -> LayerStats:
         if self.gram is not None:
             gram = (self.gram + self.gram.T).mul_(0.5)
-            return LayerStats(self.tokens, gram.diagonal().clone(), gram)
+            return LayerStats(self.tokens, gram.diagonal().clone(), gram, self.cross)
         return LayerStats(self.tokens, self.square_sum if self.square_sum is not None else torch.zeros(0))
 
 

@@ -24,17 +24,22 @@ class _Captured(Exception):
 
 
 class BlockWalk:
-    """The calibration stream at the entrance of one block, with the way to move it past the block."""
+    """The calibration stream at the entrance of one block, with the way to move it past the block.
+
+    `hidden` is what the pruned model computes there; with `both`, `dense` is what the dense model computes.
+    """
 
     def __init__(self, module: nn.Module, blocks: Sequence[str], batches: Sequence[Batch],
-                 compute: torch.dtype = torch.float32) -> None:
+                 compute: torch.dtype = torch.float32, both: bool = False) -> None:
         self.module = module.eval()
         self.blocks = list(blocks)
         self.compute = compute
         self.hidden: list[torch.Tensor] = []
         self._calls: list[list[tuple[tuple, dict[str, Any]]]] = []
+        self._seeing_dense = False
         for batch in batches:
             self._capture(batch)
+        self.dense: list[torch.Tensor] | None = list(self.hidden) if both else None
 
     @torch.no_grad()
     def _capture(self, batch: Batch) -> None:
@@ -67,36 +72,57 @@ class BlockWalk:
         return bool(self._calls) and all(_same(call, self._calls[0][0]) for call in self._calls[0])
 
     def statistics(self, index: int, targets: Sequence[Target], need: Need) -> dict[str, LayerStats]:
-        """Run the block over the stream and return the statistics of every fusion group, accumulated once each."""
+        """Run the still dense block over the stream; the statistics of every fusion group, accumulated once each.
+
+        Moves the dense stream past the block.
+        """
         block = self._working_copy(index)
         sums = {target.fusion: StatsAccumulator(need) for target in targets}
         readers = {target.fusion: target for target in reversed(targets)}
         prefix = self.blocks[index] + "."
+        fed: dict[str, torch.Tensor] = {}
         handles = []
         for fusion, target in readers.items():
             layer = block.get_submodule(target.module.removeprefix(prefix))
             handles.append(layer.register_forward_pre_hook(
-                lambda layer, args, total=sums[fusion]: total.update(layer, args[0])))
+                lambda layer, args, name=fusion: self._see(layer, args[0], name, sums[name], fed)))
         try:
             for number in range(len(self.hidden)):
-                self._run(block, index, number)
+                if self.dense is not None:
+                    self._seeing_dense = True
+                    self.dense[number] = self._run(block, index, number, self.dense[number])
+                    self._seeing_dense = False
+                self._run(block, index, number, self.hidden[number])
         finally:
             for handle in handles:
                 handle.remove()
         return {fusion: total.finish() for fusion, total in sums.items()}
 
+    def _see(self, layer: nn.Module, x: torch.Tensor, name: str, total: StatsAccumulator,
+             fed: dict[str, torch.Tensor]) -> None:
+        if self._seeing_dense:
+            fed[name] = x
+        else:
+            total.update(layer, x, fed.pop(name, None))
+
+    def pass_dense(self, index: int) -> None:
+        """Move the dense stream past a still dense block whose statistics nobody needs."""
+        if self.dense is not None:
+            block = self._working_copy(index)
+            self.dense = [self._run(block, index, number, x) for number, x in enumerate(self.dense)]
+
     def advance(self, index: int) -> None:
         """Replace the stream by the block's outputs under its present weights."""
         block = self._working_copy(index)
-        self.hidden = [self._run(block, index, number) for number in range(len(self.hidden))]
+        self.hidden = [self._run(block, index, number, x) for number, x in enumerate(self.hidden)]
 
     def _working_copy(self, index: int) -> nn.Module:
         return copy.deepcopy(self.module.get_submodule(self.blocks[index])).to(self.compute)
 
     @torch.no_grad()
-    def _run(self, block: nn.Module, index: int, number: int) -> torch.Tensor:
+    def _run(self, block: nn.Module, index: int, number: int, x: torch.Tensor) -> torch.Tensor:
         rest, named = self._calls[number][index]
-        output = block(self.hidden[number], *rest, **named)
+        output = block(x, *rest, **named)
         return output[0] if isinstance(output, tuple) else output
 
 

@@ -20,6 +20,8 @@ THRESHOLD = 0.5
 SIDE = 160
 """Pixels per side of each picture in a strip."""
 GAP = 6
+COLOURS = 128
+"""A palette keeps a strip at a third of its size; the report holds several."""
 
 
 def map_agreement(dense: torch.Tensor, other: torch.Tensor, where: str, suffix: str,
@@ -79,5 +81,5 @@ def _heat(saliency: torch.Tensor) -> Image:
 
 def _png(image: Image) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
+    image.quantize(COLOURS).save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()

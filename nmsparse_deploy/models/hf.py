@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -173,5 +172,3 @@ def save(model: LoadedModel, folder: Path) -> None:
     module.save_pretrained(folder, save_original_format=False)
     if model.processor is not None:
         model.processor.save_pretrained(folder)
-    for file in folder.iterdir():  # the library creates weight files that only the owner can read
-        os.chmod(file, 0o644)

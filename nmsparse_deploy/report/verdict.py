@@ -54,7 +54,9 @@ def holds_clause(compliance: dict[str, Any] | None) -> str:
 
 
 def cost_clause(quality: dict[str, Any] | None) -> str:
-    rows = {row["label"]: row for row in (quality or {}).get("rows", [])}
+    rows: dict[str, dict[str, Any]] = {}
+    for row in (quality or {}).get("rows", []):
+        rows.setdefault(row["label"], row)  # an evaluation puts the metric that matters most first
     if quality is None or not rows:
         return NOT_EVALUATED
     if "dense" not in rows or "pruned" not in rows:

@@ -1,0 +1,1 @@
+"""Keep the mask, improve the weights that are left."""

@@ -1,0 +1,67 @@
+"""Refit: the least-squares weights on a fixed mask, by conjugate gradients, all rows at once.
+
+With inputs `X_s` of the pruned stream and `X_d` of the dense stream (columns are tokens), blend `α` and the mask `S`,
+every row solves
+
+    min over ŵ on S of  ‖(α w X_d + (1-α) w X_s) - ŵ X_s‖²  + λ‖w - ŵ‖²
+
+that is `ŵ_S H_SS = (w C)_S` with `H = X_s X_sᵀ + λI` and `C = α X_d X_sᵀ + (1-α) X_s X_sᵀ + λI`. Both are normalised
+to unit diagonal first, so λ is relative. Rows have their own step lengths; the residual is projected onto the mask, so
+nothing outside it ever changes. With α > 0 a layer also repairs what the layers before it have shifted; α = 1 is known
+to shrink weights layer after layer and destroys the model (the regressors are noisy), a quarter is what helps.
+
+Meng et al., ALPS, 2024, section 3.3 (refit on the support); the blended target is the asymmetric calibration of
+Li et al., GPTAQ, 2025, damped.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..calib.stats import LayerStats
+
+STEPS = 20
+DAMPING = 0.01
+BLEND = 0.25
+
+
+def refit(weight: torch.Tensor, start: torch.Tensor, mask: torch.Tensor, stats: LayerStats, blend: float = BLEND,
+          steps: int = STEPS, damping: float = DAMPING) -> torch.Tensor:
+    """Weights `[R, n]` on `mask` for the dense `weight`, warm-started from `start`.
+
+    Needs `stats.gram`, and `stats.cross` when `blend` is not 0.
+    """
+    assert stats.gram is not None
+    scale = stats.gram.diagonal().sqrt()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    outer = scale.outer(scale)
+    hessian = stats.gram / outer
+    target = hessian if not blend else torch.lerp(hessian, _cross(stats) / outer, blend)
+    wanted = (weight * scale) @ target + damping * (weight * scale)
+    hessian.diagonal().add_(damping)
+    x = torch.where(mask, start * scale, 0.0)
+    return torch.where(mask, conjugate_gradients(hessian, wanted, x, mask, steps) / scale, 0.0)
+
+
+def _cross(stats: LayerStats) -> torch.Tensor:
+    assert stats.cross is not None
+    return stats.cross
+
+
+def conjugate_gradients(hessian: torch.Tensor, wanted: torch.Tensor, x: torch.Tensor, mask: torch.Tensor,
+                        steps: int) -> torch.Tensor:
+    """Solve `x_S H_SS = wanted_S` for every row of `[R, n]`, starting from `x`; stops early where a row is solved."""
+    residual = torch.where(mask, wanted - x @ hessian, 0.0)
+    direction, norm = residual.clone(), residual.square().sum(1, keepdim=True)
+    for _ in range(steps):
+        moved = torch.where(mask, direction @ hessian, 0.0)
+        length = _ratio(norm, (direction * moved).sum(1, keepdim=True))
+        x = x + length * direction
+        residual = residual - length * moved
+        before, norm = norm, residual.square().sum(1, keepdim=True)
+        direction = residual + _ratio(norm, before) * direction
+    return x
+
+
+def _ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.where(b > 0, a / torch.where(b > 0, b, torch.ones_like(b)), torch.zeros_like(a))
