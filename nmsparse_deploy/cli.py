@@ -68,6 +68,7 @@ def inspect(model: Model = DEMO, pattern: str = "2:4", include: Include = [], ex
 @app.command()
 def prune(model: Model = DEMO,
           method: Annotated[str, typer.Option(help="see `nmsparse-deploy list`")] = "sparsegpt",
+          refine: Annotated[list[str], typer.Option(help="refit: least squares on the mask; may be repeated")] = [],  # noqa: B006
           pattern: Annotated[str, typer.Option(help="keep:group")] = "2:4",
           data: Annotated[str, typer.Option(help="calibration text or images; auto suits the model")] = "auto",
           samples: Annotated[int, typer.Option(help="calibration windows")] = 64,
@@ -81,8 +82,8 @@ def prune(model: Model = DEMO,
 
     _say_default(model)
     calibration = {"data": data, "samples": samples, "length": length, "seed": seed}
-    spec = validate(Prune, {"method": method, "pattern": pattern, "calibration": calibration, "include": include,
-                            "exclude": exclude})
+    spec = validate(Prune, {"method": method, "refine": [{"name": name} for name in refine], "pattern": pattern,
+                            "calibration": calibration, "include": include, "exclude": exclude})
     run = api(model, spec, out, force, output.progress)
     facts = run.manifest()["stages"]["prune"]
     output.result({"run": str(run.path), **facts},

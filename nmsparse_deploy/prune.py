@@ -71,7 +71,8 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
 
 
 def _default_path(model: str, spec: Prune, identity: str) -> Path:
-    path = RUNS / f"{models.short_name(model)}-{spec.method}-{spec.pattern.replace(':', '-')}"
+    how = "-".join([spec.method, *(step.name for step in spec.refine)])
+    path = RUNS / f"{models.short_name(model)}-{how}-{spec.pattern.replace(':', '-')}"
     if (path / "manifest.json").is_file() and RunDir(path).manifest()["fingerprint"] != identity:
         return path.with_name(f"{path.name}-{identity[:8]}")
     return path

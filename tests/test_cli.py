@@ -98,6 +98,7 @@ def test_foreign_files(pruned, llama_dir, capfd):
 @pytest.mark.parametrize("arguments,sentence", [
     (["prune", "--method", "sparsegtp"], "Did you mean 'sparsegpt'?"),
     (["prune", "--pattern", "4:2"], "not a pattern"),
+    (["prune", "--refine", "rebuild"], "refine.0.name"),
     (["prune", "--pattern", "two"], "not a pattern"),
     (["prune", "--samples", "-3"], "calibration.samples"),
     (["prune", "./nowhere"], "There is no model './nowhere'"),
