@@ -68,14 +68,16 @@ def test_evaluation_images_must_not_be_calibrated_on(pictures, photos, tmp_path)
     assert not (run / "evaluate.json").exists()
 
 
-def test_a_classifier_keeps_its_head(pictures, photos, tmp_path):
+@pytest.mark.parametrize("onnx", [False, pytest.param(True, marks=pytest.mark.matrix)])
+def test_a_classifier_keeps_its_head(pictures, photos, tmp_path, onnx):
     run = prune(str(small.classifier(tmp_path / "vit")), spec(pictures), tmp_path / "run")
     module = AutoModelForImageClassification.from_pretrained(run / "model")
     holds(run, module)
     assert module.config.id2label[0] == "blue"
-    pipeline.export(run, Export(precisions=("fp32",)))
-    data = pipeline.evaluate(run, Evaluate(data=str(pictures), images=18, probe=18, photos=str(photos), onnx=True))
-    for label in ("pruned", "pruned, ONNX fp32"):
+    if onnx:
+        pipeline.export(run, Export(precisions=("fp32",)))
+    data = pipeline.evaluate(run, Evaluate(data=str(pictures), images=18, probe=18, photos=str(photos), onnx=onnx))
+    for label in ("pruned", "pruned, ONNX fp32")[: 1 + onnx]:
         assert {"head_top1@colours-32px", "kl@colours-32px", "same_top1@photos-32px"} <= by_name(data, label).keys()
     with pytest.raises(UsageError, match="64 x 64"):
         pipeline.evaluate(run, Evaluate(data=str(pictures), size=64, photos=""))
