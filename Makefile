@@ -15,10 +15,13 @@ help:  ## this list
 
 setup: $(VENV)/.done  ## create .venv and install the package
 
+# torchvision's wheel is a CUDA build; beside a CPU build of torch it needs the .pth before it can be imported.
 $(VENV)/.done: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PINS) $(TORCH)
-	$(BIN)/python -m pip install --quiet $(PINS) -e '.[dev]'
+	$(BIN)/python -m pip install --quiet $(PINS) -e '.[dev,vision]'
+	@site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'); \
+	  cp tests/torchvision_cpu.py "$$site/" && echo 'import torchvision_cpu' > "$$site/torchvision_cpu.pth"
 	@touch $@
 
 demo: setup  ## prune a real model to 2:4, prove it, export it, compare it, report; MODEL=vit for a vision model
