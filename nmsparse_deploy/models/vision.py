@@ -58,7 +58,10 @@ def load(source: str, dtype: torch.dtype | None = None) -> LoadedModel:
     Raises `UsageError` for an unknown name or a checkpoint that does not fit, `MissingExtra` without timm,
     `NmsparseError` when the weights cannot be reached.
     """
+    from huggingface_hub.utils import logging
+
     timm = _timm()
+    logging.set_verbosity_error()  # a hub that does not answer is reported once, below
     name, _, query = source.removeprefix(PREFIX).partition("?")
     option, _, checkpoint = query.partition("=")
     if query and (option != "checkpoint" or not checkpoint):
