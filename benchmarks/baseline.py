@@ -17,16 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from nmsparse_deploy import models
 from nmsparse_deploy.calib.text import TokenSample, check_disjoint, evaluation_sample, load_text
 from nmsparse_deploy.evaluate import perplexity
 from nmsparse_deploy.prune import compute_dtype, prune
-from nmsparse_deploy.recipe import Calibration, Prune
+from nmsparse_deploy.recipe import Prune, validate
 from nmsparse_deploy.registry import METHODS
-from nmsparse_deploy.rundir import environment, now
+from nmsparse_deploy.rundir import RunDir, environment, now
 
 TOKENS, CONTEXT = 32768, 1024
+ROWS: dict[str, dict[str, Any]] = {
+    "magnitude": {"method": "magnitude"}, "wanda": {"method": "wanda"}, "sparsegpt": {"method": "sparsegpt"},
+    "sparsegpt-static": {"method": "sparsegpt-static"}, "sparsegpt-mask": {"method": "sparsegpt-mask"},
+    "group-obs": {"method": "group-obs"}, "group-obs + refit": {"method": "group-obs", "refine": [{"name": "refit"}]}}
+"""Name in the table -> the prune section of its recipe."""
 
 
 def score(source: str, samples: dict[str, TokenSample], label: str) -> dict[str, Any]:
@@ -41,15 +47,21 @@ def say(text: str, done: int = 0, total: int = 0) -> None:
         print(text, flush=True)
 
 
-def measure(method: str, seed: int, samples: dict[str, TokenSample], runs: Path) -> dict[str, Any]:
-    spec = Prune(method=method, calibration=Calibration(data="wikipedia", seed=seed))
-    run = prune("demo", spec, runs / f"{method}-{seed}", progress=say)
-    kept = run / "scores.json"
-    if not kept.is_file():
+def measure(name: str, method: dict[str, Any], seed: int, samples: dict[str, TokenSample],
+            runs: Path) -> dict[str, Any]:
+    """One method and seed: prune and score, unless an earlier call did; check that the texts are held out."""
+    run = RunDir(runs / f"{name}-{seed}")
+    if not (run / "scores.json").is_file():
+        spec = validate(Prune, {**method, "calibration": {"data": "wikipedia", "seed": seed}})
+        prune("demo", spec, run.path, progress=say)
         run.write_json("scores.json", score(str(run / "model"), samples, run.path.name))
-    facts = run.manifest()["stages"]["prune"]
-    return {"method": method, "seed": seed, "seconds": facts["seconds"], "peak_memory_mb": facts["peak_memory_mb"],
-            "fingerprint": run.manifest()["fingerprint"], "scores": json.loads(kept.read_text())}
+    if (run / "calibration.safetensors").is_file():
+        for sample in samples.values():
+            check_disjoint(load_file(run / "calibration.safetensors")["ids"], sample.ids)
+    manifest = run.manifest()
+    facts = manifest["stages"]["prune"]
+    return {"method": name, "seed": seed, "seconds": facts["seconds"], "peak_memory_mb": facts["peak_memory_mb"],
+            "recipe": manifest["recipe"], "scores": run.read_json("scores.json")}
 
 
 def table(rows: list[dict[str, Any]], texts: list[str]) -> list[dict[str, Any]]:
@@ -73,6 +85,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/baseline"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--collect", action="store_true", help="only what is finished already; prune nothing")
     options = parser.parse_args()
     tokenizer = models.load("demo").processor
     texts = ["bbc", *(["wikitext2"] if os.environ.get("NMSPARSE_DATA") else [])]
@@ -83,16 +96,11 @@ def main() -> None:
         kept.write_text(json.dumps(score("demo", samples, "dense")))
     rows = [{"method": "dense", "seed": 0, "seconds": 0, "peak_memory_mb": 0, "scores": json.loads(kept.read_text())}]
     for seed in range(options.seeds):
-        for method in METHODS.names():
-            if seed and METHODS.load(method).needs == "none":
-                continue
-            rows.append(measure(method, seed, samples, options.runs))
-            calibration = options.runs / f"{method}-{seed}" / "calibration.safetensors"
-            if calibration.is_file():
-                from safetensors.torch import load_file
-
-                for sample in samples.values():
-                    check_disjoint(load_file(calibration)["ids"], sample.ids)
+        for name, method in ROWS.items():
+            deterministic = METHODS.load(method["method"]).needs == "none"
+            finished = (options.runs / f"{name}-{seed}" / "scores.json").is_file()
+            if (finished or not options.collect) and not (seed and deterministic):
+                rows.append(measure(name, method, seed, samples, options.runs))
     result = {"command": f"python benchmarks/baseline.py --out {options.out}", "date": now(), "model": "demo",
               "pattern": "2:4", "protocol": {"tokens": TOKENS, "context": CONTEXT, "texts": texts},
               **environment(), "table": table(rows, texts), "rows": rows}
