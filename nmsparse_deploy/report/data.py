@@ -23,7 +23,8 @@ def collect(stages: Stages) -> dict[str, Any]:
     exported, found = artefacts.graphs(stages), layers(stages)
     report: dict[str, Any] = {
         "format": FORMAT, "model": model, "pruning": _pruning(stages, recipe), "quality": measured,
-        "continuations": quality.continuations(stages), "compliance": compliance.compliance(stages),
+        "continuations": quality.continuations(stages), "images": quality.images(stages),
+        "compliance": compliance.compliance(stages),
         "not_checked": compliance.not_checked(stages), "sizes": sizes, "graphs": exported, "layers": found,
         "latency": timed, "overview": artefacts.overview(measured, exported, timed, sizes["model_bytes"]),
         "provenance": provenance.provenance(stages), "skipped": provenance.skipped(stages)}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 from .stages import Stages
 from .text import counted
 
 FIRST = ("dense", "pruned")
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def quality(stages: Stages) -> dict[str, Any] | None:
@@ -74,3 +76,16 @@ def continuations(stages: Stages) -> dict[str, Any] | None:
         rows = [{"prompt": prompt, "texts": {label: found.get((label, prompt)) for label in labels}}
                 for prompt in prompts]
     return {"labels": labels, "rows": rows}
+
+
+def images(stages: Stages) -> list[dict[str, str]]:
+    """Pictures that the evaluation drew, each a title and a PNG in base64; checked, because a page will embed them."""
+    data = stages.evaluate
+    if data is None or not data.get("images"):
+        return []
+    with stages.of("evaluate.json"):
+        rows = [{"title": str(row["title"]), "png_base64": str(row["png_base64"])} for row in data["images"]]
+        for row in rows:
+            if not base64.b64decode(row["png_base64"], validate=True).startswith(PNG):
+                raise ValueError(f"the picture '{row['title']}' is not a PNG")
+    return rows

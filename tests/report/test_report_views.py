@@ -158,3 +158,24 @@ def test_building_again_replaces_the_report(tmp_path):
     write_evaluate(run)
     html, _, _ = built(run)
     assert "token_ppl@16" in html
+
+
+def test_pictures_are_embedded_and_only_pictures(tmp_path):
+    import base64
+    import json
+
+    from nmsparse_deploy.errors import UsageError
+    from nmsparse_deploy.report.build import build_report
+
+    run = make_run(tmp_path / "run")
+    file = run / "evaluate.json"
+    data = json.loads(file.read_text())
+    png = base64.b64encode(b"\x89PNG\r\n\x1a\nrest").decode()
+    file.write_text(json.dumps({**data, "images": [{"title": "a <dog>", "png_base64": png}]}))
+    page = build_report(run).read_text()
+    assert f'src="data:image/png;base64,{png}" alt="a &lt;dog&gt;"' in page
+    assert "- a " in (run / "report" / "report.md").read_text()
+    for bad in ('"><script>', base64.b64encode(b"GIF89a").decode()):
+        file.write_text(json.dumps({**data, "images": [{"title": "x", "png_base64": bad}]}))
+        with pytest.raises(UsageError, match=r"evaluate.json.*damaged"):
+            build_report(run)
