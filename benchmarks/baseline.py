@@ -101,8 +101,8 @@ def main() -> None:
             finished = (options.runs / f"{name}-{seed}" / "scores.json").is_file()
             if (finished or not options.collect) and not (seed and deterministic):
                 rows.append(measure(name, method, seed, samples, options.runs))
-    result = {"command": f"python benchmarks/baseline.py --out results/{options.out.name}", "date": now(), "model": "demo",
-              "pattern": "2:4", "protocol": {"tokens": TOKENS, "context": CONTEXT, "texts": texts},
+    result = {"command": f"python benchmarks/baseline.py --out results/{options.out.name}", "date": now(),
+              "model": "demo", "pattern": "2:4", "protocol": {"tokens": TOKENS, "context": CONTEXT, "texts": texts},
               **environment(), "table": table(rows, texts), "rows": rows}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     for line in result["table"]:
