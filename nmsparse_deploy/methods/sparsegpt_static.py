@@ -1,7 +1,7 @@
 """SparseGPT's score without its sweep: keep the largest `w²/d²` of the original weights, change nothing.
 
 This is what some mask-learning codes call "SparseGPT without update". The price `1/d_j²` assumes that later columns
-will compensate, and here none does; expect it to lose to Wanda. Use it as a prior for mask learning, not on its own.
+will compensate, and here none does; expect no more than Wanda gives. Use it as a prior for mask learning.
 Score of Frantar & Alistarh 2023, section 3.2, with `d` as in `sparsegpt`.
 """
 
