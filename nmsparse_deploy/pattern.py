@@ -27,7 +27,7 @@ class NMPattern:
 
     def __post_init__(self) -> None:
         if not 1 <= self.keep < self.group:
-            raise UsageError(f"A pattern keep:group needs 1 <= keep < group, not {self.keep}:{self.group}.")
+            raise UsageError(f"'{self.keep}:{self.group}' is not a pattern; keep:group needs 1 <= keep < group.")
 
     @classmethod
     def parse(cls, text: str) -> NMPattern:

@@ -14,7 +14,7 @@ from torch import nn
 
 from . import models
 from .bench import CPU_SENTENCE, BenchResult, interleave, ratio, summarise
-from .calib.text import TokenSample, check_disjoint, evaluation_sample, load_text
+from .calib.text import check_disjoint, evaluation_sample, load_text
 from .cost import estimate
 from .engines.base import agreement
 from .engines.onnxruntime import OnnxRuntime
@@ -184,7 +184,8 @@ def _evaluate_text(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate,
     source = "bbc" if spec.data == AUTO else spec.data
     progress(f"sampling {spec.tokens} tokens of {source}", 0, 0)
     sample = evaluation_sample(load_text(source), pruned.processor, spec.tokens, spec.context)
-    compared = _check_held_out(run, sample)
+    record = _calibration_record(run)
+    compared = check_disjoint(record["ids"], sample.ids) if record else None
     results, texts = {}, {}
     for label, loaded in (("pruned", pruned), ("dense", None)):
         loaded = loaded or _load_dense(run)
@@ -207,8 +208,7 @@ def _evaluate_features(run: RunDir, pruned: LoadedModel, model: str, spec: Evalu
         loaded.module.to(device, compute)
     graphs, missing = onnx_arms(pruned, exported(run)) if spec.onnx else ([], [])
     arms = [torch_arm("dense", dense), torch_arm("pruned", pruned), *graphs]
-    file = run / "calibration.safetensors"
-    record = load_file(file) if file.is_file() else {}
+    record = _calibration_record(run)
     if pruned.family == "vision":
         data = evaluate_vision(arms, pruned, model, spec, record.get("image_sha256"), progress)
     else:
@@ -216,12 +216,10 @@ def _evaluate_features(run: RunDir, pruned: LoadedModel, model: str, spec: Evalu
     return {**data, "not_checked": [*missing, *data["not_checked"]]}
 
 
-def _check_held_out(run: RunDir, sample: TokenSample) -> int | None:
-    """Runs of tokens compared with the calibration sample; None when the method used no data."""
+def _calibration_record(run: RunDir) -> dict[str, torch.Tensor]:
+    """What the run keeps of its calibration sample; empty when the method used no data."""
     path = run / "calibration.safetensors"
-    if not path.is_file():
-        return None
-    return check_disjoint(load_file(path)["ids"], sample.ids)
+    return load_file(path) if path.is_file() else {}
 
 
 def bench(run: RunDir, spec: Bench = Bench(), progress: Progress = silent) -> BenchResult:  # noqa: B008

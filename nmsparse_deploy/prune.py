@@ -122,10 +122,6 @@ class _Stage:
     compute: torch.dtype
     progress: Progress
 
-    @property
-    def needs(self) -> Need:
-        return needs(self.spec, self.method)
-
     def work(self) -> None:
         start = time.perf_counter()
         self.run.write_json("plan.json", self.plan.to_json())
@@ -174,7 +170,8 @@ class _Stage:
 
     def _prune_block(self, walk: BlockWalk | None, block: int, name: str) -> None:
         targets = self.plan.pruned(block)
-        stats = walk.statistics(block, [row.target for row in targets], self.needs) if walk else {}
+        wanted = needs(self.spec, self.method)
+        stats = walk.statistics(block, [row.target for row in targets], wanted) if walk else {}
         tensors: dict[str, torch.Tensor] = {}
         layers = []
         for row in targets:

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import UsageError
+from .pattern import NMPattern
 from .registry import METHODS
 
 DEFAULT_MODEL = "demo"
@@ -64,10 +65,7 @@ class Prune(_Frozen):
     @field_validator("pattern")
     @classmethod
     def _valid_pattern(cls, text: str) -> str:
-        keep, _, group = text.partition(":")
-        if not (keep.isdigit() and group.isdigit() and 1 <= int(keep) < int(group)):
-            raise UsageError(f"'{text}' is not a pattern; write keep:group with 1 <= keep < group, for example 2:4.")
-        return f"{int(keep)}:{int(group)}"
+        return str(NMPattern.parse(text))
 
 
 class Export(_Frozen):
