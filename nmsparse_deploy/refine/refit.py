@@ -50,12 +50,14 @@ def _cross(stats: LayerStats) -> torch.Tensor:
 
 def conjugate_gradients(hessian: torch.Tensor, wanted: torch.Tensor, x: torch.Tensor, mask: torch.Tensor,
                         steps: int) -> torch.Tensor:
-    """Solve `x_S H_SS = wanted_S` for every row of `[R, n]`, starting from `x`; stops early where a row is solved."""
+    """Solve `x_S H_SS = wanted_S` for every row of `[R, n]`, starting from `x`; a row that is solved stays as it is."""
     residual = torch.where(mask, wanted - x @ hessian, 0.0)
     direction, norm = residual.clone(), residual.square().sum(1, keepdim=True)
+    # Below the rounding of the right-hand side a step only amplifies noise, and its ratios underflow.
+    solved = torch.finfo(x.dtype).eps ** 2 * torch.where(mask, wanted, 0.0).square().sum(1, keepdim=True)
     for _ in range(steps):
         moved = torch.where(mask, direction @ hessian, 0.0)
-        length = _ratio(norm, (direction * moved).sum(1, keepdim=True))
+        length = torch.where(norm > solved, _ratio(norm, (direction * moved).sum(1, keepdim=True)), 0.0)
         x = x + length * direction
         residual = residual - length * moved
         before, norm = norm, residual.square().sum(1, keepdim=True)
