@@ -68,7 +68,8 @@ def inspect(model: Model = DEMO, pattern: str = "2:4", include: Include = [], ex
 @app.command()
 def prune(model: Model = DEMO,
           method: Annotated[str, typer.Option(help="see `nmsparse-deploy list`")] = "sparsegpt",
-          refine: Annotated[list[str], typer.Option(help="refit: least squares on the mask; may be repeated")] = [],  # noqa: B006
+          refine: Annotated[list[str], typer.Option(
+              help="what follows the method, see `nmsparse-deploy list`; may be repeated")] = [],  # noqa: B006
           pattern: Annotated[str, typer.Option(help="keep:group")] = "2:4",
           data: Annotated[str, typer.Option(help="calibration text or images; auto suits the model")] = "auto",
           samples: Annotated[int, typer.Option(help="calibration windows")] = 64,
@@ -234,14 +235,20 @@ def doctor() -> None:
 
 @app.command(name="list")
 def list_() -> None:
-    """The methods that can find a mask, and where they come from."""
-    from .registry import METHODS
+    """The methods that can find a mask, the refinements that can follow, and where they come from."""
+    from .registry import METHODS, REFINEMENTS
 
-    rows = [(name, METHODS.load(name)) for name in METHODS.names()]
-    data = [{"name": n, "needs": m.needs, "updates_weights": m.updates_weights, "summary": m.summary,
-             "source": m.source} for n, m in rows]
-    output.table(data, ("method", "what it does", "weights", "data", "source"),
-                 [(n, m.summary, "updated" if m.updates_weights else "kept", m.needs, m.source) for n, m in rows])
+    methods = {name: METHODS.load(name) for name in METHODS.names()}
+    refinements = {name: REFINEMENTS.load(name) for name in REFINEMENTS.names()}
+    data = {"methods": [{"name": n, "needs": m.needs, "updates_weights": m.updates_weights, "summary": m.summary,
+                         "source": m.source} for n, m in methods.items()],
+            "refinements": [{"name": n, "needs": r.needs, "changes": r.changes, "summary": r.summary,
+                             "source": r.source} for n, r in refinements.items()]}
+    rows = [(f"--method {n}", m.summary, "updated" if m.updates_weights else "kept", m.needs, m.source)
+            for n, m in methods.items()]
+    rows += [(f"--refine {n}", r.summary, "kept" if r.changes == "mask" else "updated", r.needs, r.source)
+             for n, r in refinements.items()]
+    output.table(data, ("option", "what it does", "weights", "data", "source"), rows)
 
 
 def _show_cost(model: str, pattern: str, include: list[str], exclude: list[str], method: str, samples: int,

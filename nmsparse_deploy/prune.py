@@ -10,7 +10,7 @@ import json
 import resource
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from . import models
+from .block import PrunedBlock, needs, prune_block
 from .calib.sample import Sample, draw
-from .calib.stats import LayerStats, Need
 from .calib.walk import BlockWalk
 from .errors import CheckFailed, NmsparseError
 from .masks import Mask, MaskSet, tensor_hash
-from .methods.base import LayerResult, Method, relative_error
+from .methods.base import Method, relative_error
 from .models.base import LoadedModel, from_rows, to_rows
 from .models.discover import discover
 from .pattern import NMPattern, mask_follows
-from .plan import Plan, PlanRow, make_plan
+from .plan import Plan, make_plan
 from .progress import Progress, silent
 from .recipe import DEFAULT_MODEL, Prune, fingerprint
-from .refine.refit import refit
 from .registry import METHODS
 from .rundir import RUNS, RunDir
 from .verify import VerifyReport, verify_checkpoint
@@ -100,13 +99,11 @@ def _cpu_flags() -> str:
         return ""
 
 
+MASK = "|mask"
+"""Follows a parameter's name in a block's file."""
+
 NOT_CHECKED = ({"place": "engine", "why": "no TensorRT engine was built here"},)
 """Steps of the chain that this machine could not take; they are counted, not hidden."""
-
-
-def needs(spec: Prune, method: Method) -> Need:
-    """The statistics that the method and the refinements ask for together."""
-    return "gram" if spec.refine else method.needs
 
 
 @dataclass
@@ -121,6 +118,8 @@ class _Stage:
     sample: Sample | None
     compute: torch.dtype
     progress: Progress
+    refinements: list[dict[str, Any]] = field(default_factory=list)
+    """What block refinements had to tell, block by block."""
 
     def work(self) -> None:
         start = time.perf_counter()
@@ -151,59 +150,47 @@ class _Stage:
             return None
         batches = models.batches(self.loaded, self.sample.inputs, self.spec.calibration.batch)
         self.progress("capturing the inputs of the first block", 0, 0)
-        both = any(step.blend for step in self.spec.refine)
+        both = any(step.dense_stream for step in self.spec.refine)
         return BlockWalk(self.loaded.module, self.plan.blocks, batches, self.compute, both)
 
     def _block(self, walk: BlockWalk | None, block: int) -> list[dict[str, Any]]:
         """Prune one block, or read it back when an earlier process finished it."""
         name = f"blocks/{block:03d}.safetensors"
         if not (self.run / name).is_file():
-            self._prune_block(walk, block, name)
+            self._commit(name, prune_block(self.loaded.module, self.plan, block, self.spec, self.method, walk))
         elif walk is not None:
             walk.pass_dense(block)
         weights = load_file(self.run / name)
         with torch.no_grad():
-            for row in self.plan.pruned(block):
-                self.loaded.module.get_parameter(row.target.name).copy_(weights[row.target.name])
+            for key, value in weights.items():
+                if not key.endswith(MASK):
+                    self.loaded.module.get_parameter(key).copy_(value)
         with safe_open(self.run / name, framework="numpy") as file:
-            return json.loads(file.metadata()["layers"])
+            records = file.metadata()
+        self.refinements += json.loads(records["refinements"])
+        return json.loads(records["layers"])
 
-    def _prune_block(self, walk: BlockWalk | None, block: int, name: str) -> None:
-        targets = self.plan.pruned(block)
-        wanted = needs(self.spec, self.method)
-        stats = walk.statistics(block, [row.target for row in targets], wanted) if walk else {}
-        tensors: dict[str, torch.Tensor] = {}
-        layers = []
-        for row in targets:
-            weight, mask, facts = self._prune_layer(row, stats.get(row.target.fusion, LayerStats.none()))
-            tensors |= {row.target.name: weight, f"{row.target.name}|mask": torch.from_numpy(mask.bits)}
-            layers.append({"name": row.target.name, "block": block, "axis": mask.axis, "pattern": str(mask.pattern),
-                           "shape": mask.shape, "dense_hash": mask.dense_hash, **facts})
+    def _commit(self, name: str, pruned: PrunedBlock) -> None:
+        """Write the block's weights and masks; from here on it survives a kill."""
+        tensors = {key: value.cpu().contiguous() for key, value in pruned.others.items()}
+        records = []
+        for key, layer in pruned.layers.items():
+            parameter = self.loaded.module.get_parameter(key).detach()
+            if not mask_follows(layer.result.mask, layer.pattern):
+                raise CheckFailed(f"The recipe broke the pattern {layer.pattern} on '{key}'.")
+            weight = layer.stored(parameter.dtype)
+            mask = Mask.pack(from_rows(layer.result.mask, layer.shape, layer.axis), layer.axis, layer.pattern,
+                             tensor_hash(parameter))
+            error = None
+            if layer.stats.gram is not None:
+                error = relative_error(layer.dense, to_rows(weight, layer.axis).float(), layer.stats.gram)
+            tensors |= {key: weight.cpu(), key + MASK: torch.from_numpy(mask.bits)}
+            records.append({"name": key, "block": pruned.number, "axis": mask.axis, "pattern": str(mask.pattern),
+                            "shape": mask.shape, "dense_hash": mask.dense_hash, "relative_error": error,
+                            "seconds": round(pruned.seconds[key], 3)})
         with self.run.replacing(name) as temporary:
-            save_file(tensors, temporary, {"layers": json.dumps(layers)})
-
-    def _prune_layer(self, row: PlanRow, stats: LayerStats) -> tuple[torch.Tensor, Mask, dict[str, Any]]:
-        """The baked weight (pruned values exactly +0.0), its mask, and what it cost."""
-        start = time.perf_counter()
-        axis, pattern = row.target.axis, row.pattern
-        assert pattern is not None
-        parameter = self.loaded.module.get_parameter(row.target.name).detach()
-        rows = to_rows(parameter, axis).float()
-        result = self.method.prune_layer(rows, stats, pattern)
-        for step in self.spec.refine:
-            start_from = rows if result.weight is None else result.weight
-            refined = refit(rows, start_from, result.mask, stats, step.blend, step.steps, step.damping)
-            result = LayerResult(result.mask, refined)
-        if not mask_follows(result.mask, pattern):
-            raise CheckFailed(f"The method '{self.spec.method}' broke the pattern {pattern} on '{row.target.name}'.")
-        mask = from_rows(result.mask, parameter.shape, axis)
-        kept = rows if result.weight is None else result.weight
-        weight = torch.where(mask, from_rows(kept, parameter.shape, axis).to(parameter.dtype), 0)
-        error = None
-        if stats.gram is not None:
-            error = relative_error(rows, to_rows(weight, axis).float(), stats.gram)
-        facts = {"relative_error": error, "seconds": round(time.perf_counter() - start, 3)}
-        return weight.cpu(), Mask.pack(mask, axis, pattern, tensor_hash(parameter)), facts
+            told = {"layers": records, "refinements": pruned.refinements}
+            save_file(tensors, temporary, {key: json.dumps(value) for key, value in told.items()})
 
     def _save(self, rows: list[dict[str, Any]]) -> VerifyReport:
         """Write weights, masks and records, and check the weights as they are on disk."""
@@ -218,6 +205,8 @@ class _Stage:
             with self.run.replacing("calibration.safetensors") as file:
                 save_file(self.sample.record(), file)
         self.run.write_json("layers.json", rows)
+        if self.refinements:
+            self.run.write_json("refinements.json", self.refinements)
         report = verify_checkpoint(self.run / "model", masks)
         self.run.write_json("verify.json", {"reports": [report.to_json()], "not_checked": list(NOT_CHECKED)})
         return report
@@ -227,7 +216,7 @@ class _Stage:
         for block in sorted({row["block"] for row in rows}):
             with safe_open(self.run / f"blocks/{block:03d}.safetensors", framework="numpy") as file:
                 for row in (r for r in rows if r["block"] == block):
-                    masks[row["name"]] = Mask(file.get_tensor(f"{row['name']}|mask"), tuple(row["shape"]), row["axis"],
+                    masks[row["name"]] = Mask(file.get_tensor(row["name"] + MASK), tuple(row["shape"]), row["axis"],
                                               NMPattern.parse(row["pattern"]), row["dense_hash"])
         return masks
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import UsageError
 from .pattern import NMPattern
-from .registry import METHODS
+from .registry import METHODS, REFINEMENTS
 
 DEFAULT_MODEL = "demo"
 AUTO = "auto"
@@ -37,13 +37,43 @@ class Calibration(_Frozen):
     seed: int = 0
 
 
-class Refit(_Frozen):
-    """Least squares on the fixed mask (`refine/refit.py`)."""
+class _Step(_Frozen):
+    """A refinement of the mask or of the weights that stay; `name` is that of its file in `refine/`."""
+
+    @property
+    def dense_stream(self) -> bool:
+        """Does it look at what the dense model computes beside the pruned one?"""
+        return False
+
+
+class Refit(_Step):
+    """Least squares on the fixed mask."""
 
     name: Literal["refit"] = "refit"
     blend: float = Field(0.25, ge=0, le=1, description="share of the dense stream in the target")
     steps: int = Field(20, ge=1, description="conjugate-gradient steps")
     damping: float = Field(0.01, gt=0, description="ridge relative to the normalised Gram")
+
+    @property
+    def dense_stream(self) -> bool:
+        return self.blend > 0
+
+
+class Reconstruct(_Step):
+    """Gradient steps on the surviving weights, norms and biases of one block against the dense model's output."""
+
+    name: Literal["reconstruct"] = "reconstruct"
+    unit: Literal["half", "block"] = Field("half", description="attention and MLP one after the other, or together")
+    epochs: int = Field(4, ge=1, description="passes over the calibration batches, per unit")
+    rate: float = Field(3e-4, gt=0, description="learning rate of Adam at the start; falls to zero along a cosine")
+    holdout: float = Field(0.1, ge=0, lt=1, description="share of the batches that decides when to stop")
+
+    @property
+    def dense_stream(self) -> bool:
+        return True
+
+
+AnyStep = Annotated[Refit | Reconstruct, Field(discriminator="name")]
 
 
 class Prune(_Frozen):
@@ -52,7 +82,7 @@ class Prune(_Frozen):
     method: str = "sparsegpt"
     pattern: str = "2:4"
     calibration: Calibration = Calibration()
-    refine: tuple[Refit, ...] = Field((), description="applied in order after the mask is chosen")
+    refine: tuple[AnyStep, ...] = Field((), description="applied in order after the mask is chosen")
     include: tuple[str, ...] = Field((), description="globs on parameter names; empty = everything prunable")
     exclude: tuple[str, ...] = ()
     compute: Literal["auto", "fp32", "bf16"] = Field("auto", description="dtype of forward passes; statistics are fp32")
@@ -61,6 +91,14 @@ class Prune(_Frozen):
     @classmethod
     def _known_method(cls, name: str) -> str:
         return METHODS.check(name)
+
+    @field_validator("refine", mode="before")
+    @classmethod
+    def _known_refinements(cls, steps: Any) -> Any:
+        for step in steps if isinstance(steps, (list, tuple)) else ():
+            if isinstance(step, dict):
+                REFINEMENTS.check(str(step.get("name")))
+        return steps
 
     @field_validator("pattern")
     @classmethod

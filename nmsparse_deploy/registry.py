@@ -40,3 +40,8 @@ METHODS = Registry("method", {
     "sparsegpt-mask": ".methods.sparsegpt_mask:METHOD",
     "sparsegpt-static": ".methods.sparsegpt_static:METHOD",
 })
+
+REFINEMENTS = Registry("refinement", {
+    "reconstruct": ".refine.reconstruct:REFINEMENT",
+    "refit": ".refine.refit:REFINEMENT",
+})

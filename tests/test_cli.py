@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from nmsparse_deploy.cli import app, invoke
-from nmsparse_deploy.registry import METHODS
+from nmsparse_deploy.registry import METHODS, REFINEMENTS
 from tests import pico
 
 
@@ -98,7 +98,7 @@ def test_foreign_files(pruned, llama_dir, capfd):
 @pytest.mark.parametrize("arguments,sentence", [
     (["prune", "--method", "sparsegtp"], "Did you mean 'sparsegpt'?"),
     (["prune", "--pattern", "4:2"], "not a pattern"),
-    (["prune", "--refine", "rebuild"], "refine.0.name"),
+    (["prune", "--refine", "refits"], "Did you mean 'refit'?"),
     (["prune", "--pattern", "two"], "not a pattern"),
     (["prune", "--samples", "-3"], "calibration.samples"),
     (["prune", "./nowhere"], "There is no model './nowhere'"),
@@ -125,11 +125,12 @@ def test_errors_are_json_too(capfd):
     assert json.loads(out)["exit_code"] == code == 2 and "not a run folder" in err
 
 
-def test_list_names_every_method(capfd):
+def test_list_names_everything_with_its_source(capfd):
     code, out, _ = run(capfd, "--json", "list")
-    rows = json.loads(out)
-    assert code == 0 and [row["name"] for row in rows] == METHODS.names()
-    assert all(re.search(r"\d{4}", row["source"]) for row in rows)
+    listed = json.loads(out)
+    assert code == 0 and [row["name"] for row in listed["methods"]] == METHODS.names()
+    assert [row["name"] for row in listed["refinements"]] == REFINEMENTS.names()
+    assert all(re.search(r"\d{4}", row["source"]) for row in listed["methods"] + listed["refinements"])
 
 
 def test_inspect_says_why_not(llama_dir, capfd):

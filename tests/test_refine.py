@@ -106,7 +106,7 @@ def test_dead_columns_and_empty_rows():
 
 @pytest.fixture
 def refined(texts) -> Prune:
-    return validate(Prune, {**spec(texts, "group-obs").model_dump(), "refine": [{"blend": 0.25}]})
+    return validate(Prune, {**spec(texts, "group-obs").model_dump(), "refine": [{"name": "refit", "blend": 0.25}]})
 
 
 def test_end_to_end_and_resume(refined, llama_dir, texts, tmp_path):
@@ -127,5 +127,5 @@ def test_end_to_end_and_resume(refined, llama_dir, texts, tmp_path):
 
 def test_refinement_of_a_method_that_needs_no_data(texts, llama_dir, tmp_path):
     """Magnitude plus refit reads the calibration text that magnitude alone would not."""
-    run = prune(str(llama_dir), validate(Prune, {**spec(texts, "magnitude").model_dump(), "refine": [{}]}), tmp_path / "r")
+    run = prune(str(llama_dir), validate(Prune, {**spec(texts, "magnitude").model_dump(), "refine": [{"name": "refit"}]}), tmp_path / "r")
     assert (run / "calibration.safetensors").is_file()

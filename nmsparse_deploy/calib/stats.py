@@ -9,20 +9,24 @@ import torch
 from torch import nn
 
 Need = Literal["none", "norms", "gram"]
+NEEDS: tuple[Need, ...] = ("none", "norms", "gram")
+"""From least to most; each contains those before it."""
 
 
 @dataclass(frozen=True)
 class LayerStats:
     """Statistics of the inputs `X` (`n` columns, `tokens` rows) that one or more layers read.
 
-    `square_sum[j]` is the sum of squares of column j (fp32); `gram` is `XᵀX` (fp32, symmetric) or None; `cross` is
-    `X_dᵀX` with `X_d` the inputs that the dense model gives the same layer for the same tokens, or None.
+    `square_sum[j]` is the sum of squares of column j and `total[j]` its sum (fp32); `gram` is `XᵀX` (fp32, symmetric)
+    or None; `cross` is `X_dᵀX` with `X_d` the inputs that the dense model gives the same layer for the same tokens, or
+    None.
     """
 
     tokens: int
     square_sum: torch.Tensor
     gram: torch.Tensor | None = None
     cross: torch.Tensor | None = None
+    total: torch.Tensor | None = None
 
     @classmethod
     def none(cls) -> LayerStats:
@@ -34,6 +38,11 @@ class LayerStats:
         """Root mean square of every input column."""
         return (self.square_sum / max(self.tokens, 1)).sqrt()
 
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean of every input column."""
+        return torch.zeros_like(self.square_sum) if self.total is None else self.total / max(self.tokens, 1)
+
 
 class StatsAccumulator:
     """Sums statistics over batches, in fp32 and outside autocast whatever dtype the forward pass runs in."""
@@ -44,6 +53,7 @@ class StatsAccumulator:
         self.square_sum: torch.Tensor | None = None
         self.gram: torch.Tensor | None = None
         self.cross: torch.Tensor | None = None
+        self.total: torch.Tensor | None = None
 
     @torch.no_grad()
     def update(self, layer: nn.Module, x: torch.Tensor, dense: torch.Tensor | None = None) -> None:
@@ -54,6 +64,7 @@ class StatsAccumulator:
         with torch.autocast(x.device.type, enabled=False):
             rows = _as_rows(layer, x)
             self.tokens += rows.shape[0]
+            self.total = rows.sum(0) if self.total is None else self.total.add_(rows.sum(0))
             if self.need == "gram":
                 self.gram = rows.T @ rows if self.gram is None else self.gram.addmm_(rows.T, rows)
                 if dense is not None:
@@ -66,8 +77,9 @@ class StatsAccumulator:
     def finish(self) -> LayerStats:
         if self.gram is not None:
             gram = (self.gram + self.gram.T).mul_(0.5)
-            return LayerStats(self.tokens, gram.diagonal().clone(), gram, self.cross)
-        return LayerStats(self.tokens, self.square_sum if self.square_sum is not None else torch.zeros(0))
+            return LayerStats(self.tokens, gram.diagonal().clone(), gram, self.cross, self.total)
+        return LayerStats(self.tokens, self.square_sum if self.square_sum is not None else torch.zeros(0),
+                          total=self.total)
 
 
 def _as_rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:

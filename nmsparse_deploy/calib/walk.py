@@ -26,7 +26,8 @@ class _Captured(Exception):
 class BlockWalk:
     """The calibration stream at the entrance of one block, with the way to move it past the block.
 
-    `hidden` is what the pruned model computes there; with `both`, `dense` is what the dense model computes.
+    `hidden` is what the pruned model computes there; with `both`, `dense` is what the dense model computes. Collecting
+    statistics moves `dense` to the exit of the block and leaves what it was at the entrance in `entered`.
     """
 
     def __init__(self, module: nn.Module, blocks: Sequence[str], batches: Sequence[Batch],
@@ -40,6 +41,7 @@ class BlockWalk:
         for batch in batches:
             self._capture(batch)
         self.dense: list[torch.Tensor] | None = list(self.hidden) if both else None
+        self.entered: list[torch.Tensor] | None = None
 
     @torch.no_grad()
     def _capture(self, batch: Batch) -> None:
@@ -86,6 +88,7 @@ class BlockWalk:
             layer = block.get_submodule(target.module.removeprefix(prefix))
             handles.append(layer.register_forward_pre_hook(
                 lambda layer, args, name=fusion: self._see(layer, args[0], name, sums[name], fed)))
+        self.entered = None if self.dense is None else list(self.dense)
         try:
             for number in range(len(self.hidden)):
                 if self.dense is not None:
@@ -121,6 +124,18 @@ class BlockWalk:
 
     @torch.no_grad()
     def _run(self, block: nn.Module, index: int, number: int, x: torch.Tensor) -> torch.Tensor:
+        return self.run(block, index, number, x)
+
+    def run(self, block: nn.Module, index: int, number: int, x: torch.Tensor) -> torch.Tensor:
+        """Call `block` on hidden states `x` with the other arguments that block `index` gets for batch `number`.
+
+        A block held in another dtype than the stream runs under autocast.
+        """
+        mixed = next(block.parameters()).dtype != self.compute
+        with torch.autocast(x.device.type, self.compute, enabled=mixed):
+            return self._call(block, index, number, x)
+
+    def _call(self, block: nn.Module, index: int, number: int, x: torch.Tensor) -> torch.Tensor:
         rest, named = self._calls[number][index]
         output = block(x, *rest, **named)
         return output[0] if isinstance(output, tuple) else output

@@ -19,6 +19,9 @@ from __future__ import annotations
 import torch
 
 from ..calib.stats import LayerStats
+from ..methods.base import LayerResult
+from ..recipe import Refit
+from .base import Layer, Refinement
 
 STEPS = 20
 DAMPING = 0.01
@@ -67,3 +70,12 @@ def conjugate_gradients(hessian: torch.Tensor, wanted: torch.Tensor, x: torch.Te
 
 def _ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.where(b > 0, a / torch.where(b > 0, b, torch.ones_like(b)), torch.zeros_like(a))
+
+
+def refine(layer: Layer, step: Refit) -> LayerResult:
+    weight = refit(layer.dense, layer.weight, layer.result.mask, layer.stats, step.blend, step.steps, step.damping)
+    return LayerResult(layer.result.mask, weight)
+
+
+REFINEMENT = Refinement("gram", "weights", "least squares on the mask, a share of the dense stream in the target",
+                        "Meng et al. 2024, arXiv:2406.07831; Li et al. 2025, arXiv:2504.02692", layer=refine)

@@ -1,0 +1,93 @@
+"""Prune one block: statistics, a mask for every target, then the refinements of the recipe in their order."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .calib.stats import NEEDS, LayerStats, Need
+from .calib.walk import BlockWalk
+from .methods.base import Method
+from .models.base import to_rows
+from .plan import Plan, PlanRow
+from .recipe import Prune
+from .refine.base import Block, Layer, RefineBlock
+from .registry import REFINEMENTS
+
+
+@dataclass
+class PrunedBlock:
+    """The targets of one block by parameter name, other parameters that were changed, and what it took."""
+
+    number: int
+    layers: dict[str, Layer]
+    others: dict[str, torch.Tensor] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    refinements: list[dict[str, Any]] = field(default_factory=list)
+
+
+def needs(spec: Prune, method: Method) -> Need:
+    """The statistics that the method and the refinements ask for together."""
+    asked = {method.needs, *(REFINEMENTS.load(step.name).needs for step in spec.refine)}
+    return max(asked, key=NEEDS.index)
+
+
+def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method: Method,
+                walk: BlockWalk | None) -> PrunedBlock:
+    """Prune block `number` of the model `module`, whose weights are still dense there and stay so.
+
+    `walk` is the calibration stream at the block's entrance; None when nothing in the recipe needs data.
+    """
+    rows = plan.pruned(number)
+    stats = walk.statistics(number, [row.target for row in rows], needs(spec, method)) if walk else {}
+    pruned = PrunedBlock(number, {})
+    for row in rows:
+        start = time.perf_counter()
+        name = row.target.name
+        pruned.layers[name] = _prune_layer(module, row, stats.get(row.target.fusion, LayerStats.none()), method)
+        pruned.seconds[name] = time.perf_counter() - start
+    for step in spec.refine:
+        refinement = REFINEMENTS.load(step.name)
+        if refinement.layer is None:
+            assert walk is not None
+            _refine_block(module, plan, pruned, walk, step, refinement.block)
+            continue
+        for name, layer in pruned.layers.items():
+            start = time.perf_counter()
+            pruned.layers[name] = replace(layer, result=refinement.layer(layer, step))
+            pruned.seconds[name] += time.perf_counter() - start
+    return pruned
+
+
+def _prune_layer(module: nn.Module, row: PlanRow, stats: LayerStats, method: Method) -> Layer:
+    assert row.pattern is not None
+    parameter = module.get_parameter(row.target.name).detach()
+    weight = to_rows(parameter, row.target.axis).float()
+    result = method.prune_layer(weight, stats, row.pattern)
+    return Layer(weight, stats, row.pattern, row.target.axis, parameter.shape, result)
+
+
+def _refine_block(module: nn.Module, plan: Plan, pruned: PrunedBlock, walk: BlockWalk, step: Any,
+                  refine: RefineBlock) -> None:
+    """Give the refinement copies of the block, and take over what it returns."""
+    start = time.perf_counter()
+    path = plan.blocks[pruned.number] + "."
+    dense = copy.deepcopy(module.get_submodule(plan.blocks[pruned.number])).float()
+    sparse = copy.deepcopy(dense)
+    present = pruned.others | {name: layer.stored(torch.float32) for name, layer in pruned.layers.items()}
+    with torch.no_grad():
+        for name, value in present.items():
+            sparse.get_parameter(name.removeprefix(path)).copy_(value)
+    layers = {name.removeprefix(path): layer for name, layer in pruned.layers.items()}
+    done = refine(Block(sparse, dense, layers, walk.hidden, walk.entered, walk.dense,
+                        lambda block, batch, x: walk.run(block, pruned.number, batch, x)), step)
+    for name, result in done.layers.items():
+        pruned.layers[path + name] = replace(pruned.layers[path + name], result=result)
+    pruned.others |= {path + name: value for name, value in done.others.items()}
+    pruned.refinements.append({"block": pruned.number, "name": step.name, **done.facts,
+                               "seconds": round(time.perf_counter() - start, 3)})

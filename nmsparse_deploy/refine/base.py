@@ -1,0 +1,89 @@
+"""What a refinement is: a function that takes a pruned layer, or a whole pruned block, and makes it better.
+
+A layer refinement sees one matrix and the statistics of its inputs. A block refinement sees the block as a module, the
+pruned model's stream at its entrance and the dense model's at its exit. Both may be chained in a recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..calib.stats import LayerStats, Need
+from ..methods.base import LayerResult
+from ..models.base import from_rows
+from ..pattern import NMPattern
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One target while its block is pruned: the dense weight as rows `[R, n]` in fp32, and what stands for it now."""
+
+    dense: torch.Tensor
+    stats: LayerStats
+    pattern: NMPattern
+    axis: int
+    shape: torch.Size
+    result: LayerResult
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The present weight as rows, zeros off the mask."""
+        kept = self.dense if self.result.weight is None else self.result.weight
+        return torch.where(self.result.mask, kept, 0.0)
+
+    def stored(self, dtype: torch.dtype) -> torch.Tensor:
+        """The present weight in the shape and dtype of the parameter, pruned values exactly +0.0."""
+        return from_rows(self.weight, self.shape, self.axis).to(dtype)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A pruned block beside its dense twin, with what a refinement of its loss needs. Names are those inside the block.
+
+    `module` holds the pruned weights and `dense` the original ones, both fp32 and free to be used up. `inputs` are the
+    pruned model's hidden states at the entrance, one tensor per batch; `dense_inputs` and `dense_outputs` the dense
+    model's at the entrance and the exit for the same samples (None unless the step asks for the dense stream).
+    `run(module, number, x)` calls a block on batch `number` as the model would, in the dtype of the stream.
+    """
+
+    module: nn.Module
+    dense: nn.Module
+    layers: Mapping[str, Layer]
+    inputs: Sequence[torch.Tensor]
+    dense_inputs: Sequence[torch.Tensor] | None
+    dense_outputs: Sequence[torch.Tensor] | None
+    run: Callable[[nn.Module, int, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """New results by parameter name, other parameters (norms, biases) that changed too, and facts for the record."""
+
+    layers: dict[str, LayerResult]
+    others: dict[str, torch.Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+RefineLayer = Callable[[Layer, Any], LayerResult]
+"""`(layer, step)`: the better mask, weight, or both; `step` holds the settings of the recipe."""
+
+
+RefineBlock = Callable[[Block, Any], BlockResult]
+"""`(block, step)`: the same for all layers of a block at once."""
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """One line of the registry. Exactly one of `layer` and `block` is set; `changes` is `mask`, `weights` or `both`."""
+
+    needs: Need
+    changes: str
+    summary: str
+    source: str
+    layer: RefineLayer | None = None
+    block: RefineBlock | None = None
