@@ -5,25 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from .errors import UsageError
 from .pattern import NMPattern
 from .registry import METHODS, REFINEMENTS
+from .steps import AnyStep, Frozen
 
 DEFAULT_MODEL = "demo"
 AUTO = "auto"
 """Data that suits the model's family: text, or pictures. What it came to is recorded with the run."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Calibration(_Frozen):
+class Calibration(Frozen):
     """Which data the statistics come from.
 
     `data` is a packaged set's name, a text file, a folder of texts or images, or an archive of images; `A+B` takes as
@@ -37,46 +34,7 @@ class Calibration(_Frozen):
     seed: int = 0
 
 
-class _Step(_Frozen):
-    """A refinement of the mask or of the weights that stay; `name` is that of its file in `refine/`."""
-
-    @property
-    def dense_stream(self) -> bool:
-        """Does it look at what the dense model computes beside the pruned one?"""
-        return False
-
-
-class Refit(_Step):
-    """Least squares on the fixed mask."""
-
-    name: Literal["refit"] = "refit"
-    blend: float = Field(0.25, ge=0, le=1, description="share of the dense stream in the target")
-    steps: int = Field(20, ge=1, description="conjugate-gradient steps")
-    damping: float = Field(0.01, gt=0, description="ridge relative to the normalised Gram")
-
-    @property
-    def dense_stream(self) -> bool:
-        return self.blend > 0
-
-
-class Reconstruct(_Step):
-    """Gradient steps on the surviving weights, norms and biases of one block against the dense model's output."""
-
-    name: Literal["reconstruct"] = "reconstruct"
-    unit: Literal["half", "block"] = Field("half", description="attention and MLP one after the other, or together")
-    epochs: int = Field(4, ge=1, description="passes over the calibration batches, per unit")
-    rate: float = Field(3e-4, gt=0, description="learning rate of Adam at the start; falls to zero along a cosine")
-    holdout: float = Field(0.1, ge=0, lt=1, description="share of the batches that decides when to stop")
-
-    @property
-    def dense_stream(self) -> bool:
-        return True
-
-
-AnyStep = Annotated[Refit | Reconstruct, Field(discriminator="name")]
-
-
-class Prune(_Frozen):
+class Prune(Frozen):
     """How the mask is found, and how the weights that stay are refined."""
 
     method: str = "sparsegpt"
@@ -106,14 +64,14 @@ class Prune(_Frozen):
         return str(NMPattern.parse(text))
 
 
-class Export(_Frozen):
+class Export(Frozen):
     """Which ONNX files are written."""
 
     precisions: tuple[Literal["fp32", "fp16", "bf16"], ...] = ("fp32", "fp16")
     opset: Literal[20, 23] = 20
 
 
-class Evaluate(_Frozen):
+class Evaluate(Frozen):
     """Which held-out data the dense and the pruned model are compared on.
 
     Tokens, context and continuation are for language models; images, probe, size and photos for vision models.
@@ -130,7 +88,7 @@ class Evaluate(_Frozen):
     onnx: bool = Field(False, description="also run the exported graphs")
 
 
-class Bench(_Frozen):
+class Bench(Frozen):
     """Shape and length of the latency arms."""
 
     batch: int = Field(1, ge=1)
@@ -138,7 +96,7 @@ class Bench(_Frozen):
     rounds: int = Field(10, ge=3)
 
 
-class Recipe(_Frozen):
+class Recipe(Frozen):
     """One model through every stage."""
 
     model: str = DEFAULT_MODEL

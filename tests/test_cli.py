@@ -161,12 +161,12 @@ def test_ctrl_c_keeps_finished_blocks(llama_dir, texts, tmp_path):
     script = f"""
 import os, signal, sys
 from nmsparse_deploy import prune
-original = prune._Stage._prune_block
-def slow(self, walk, block, name):
-    if block == 1:
+original = prune._Stage._commit
+def slow(self, name, pruned):
+    if pruned.number == 1:
         os.kill(os.getpid(), signal.SIGINT)
-    return original(self, walk, block, name)
-prune._Stage._prune_block = slow
+    return original(self, name, pruned)
+prune._Stage._commit = slow
 sys.argv = {command[2:]!r}
 from nmsparse_deploy.cli import main
 main()

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..methods.base import LayerResult
 from ..models.base import from_rows, to_rows
-from ..recipe import Reconstruct
+from ..steps import Reconstruct
 from .base import Block, BlockResult, Refinement
 from .halves import Seen, find_middle, parameters_before
 

@@ -20,7 +20,7 @@ import torch
 
 from ..calib.stats import LayerStats
 from ..methods.base import LayerResult
-from ..recipe import Refit
+from ..steps import Refit
 from .base import Layer, Refinement
 
 STEPS = 20
