@@ -1,4 +1,4 @@
-"""The refinement steps that a recipe may list, with their settings. The code of each is in `refine/`, under its name."""
+"""The refinement steps that a recipe may list, with their settings. The code of each is in `refine/NAME.py`."""
 
 from __future__ import annotations
 
