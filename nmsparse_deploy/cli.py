@@ -190,6 +190,30 @@ def report(run: Run = None) -> None:
 
 
 @app.command()
+def compare(recipes: Annotated[list[str], typer.Argument(
+                help="recipe files, or METHOD or METHOD+REFINEMENT; the first is the reference")],
+            model: Annotated[str, typer.Option(help="hub name, folder or .gguf file")] = DEMO,
+            data: Annotated[str, typer.Option(help="held-out text or images; auto suits the model")] = "auto",
+            tokens: Annotated[int, typer.Option(help="tokens to score (language models)")] = 16384,
+            context: Annotated[int, typer.Option(help="tokens per window (language models)")] = 1024,
+            out: Annotated[Path | None, typer.Option(help="where the runs go [default: runs/compare]")] = None) -> None:
+    """Prune one model by several recipes and put accuracy beside cost; finished runs are kept."""
+    from .compare import compare as api
+    from .compare import load
+    from .recipe import Evaluate, validate
+
+    spec = validate(Evaluate, {"data": data, "tokens": tokens, "context": context, "continuation": 0})
+    result = api(load(recipes), model, spec, out, output.progress)
+    dense = result["dense"]
+    rows = [("dense", f"{dense['value']:.4g} ± {dense['standard_error']:.2g}", "", "", "")]
+    rows += [(row["recipe"], f"{row['value']:.4g} ± {row['standard_error']:.2g}",
+              f"{row['gap_closed']:.0%}" if number else "reference", f"{row['seconds']:.0f} s",
+              f"{row['peak_memory_mb']:,} MB") for number, row in enumerate(result["rows"])]
+    output.table(result, ("recipe", dense["metric"], "gap to dense closed", "prune time", "peak memory"), rows,
+                 [result["page"]])
+
+
+@app.command()
 def run(recipe: Annotated[Path, typer.Argument(help="YAML file, see recipes/")], out: Out = None,
         force: Force = False,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="validate the recipe and stop")] = False) -> None:

@@ -130,6 +130,33 @@ def latency_arms(arms: list[dict[str, Any]], width: float, salt: str) -> str | N
     return _svg(draw, (width, 1.1 + 0.36 * len(arms)), f"Latency by arm: {text}.", salt)
 
 
+def against_cost(points: list[tuple[str, float, float]], dense: float, metric: str, width: float, salt: str) -> str:
+    """One dot a recipe: what pruning took in seconds, and the metric it reached; the dense model is the dotted line."""
+    values = [value for _, _, value in points] + [dense]
+    spread = "ppl" in metric and max(values) > 4 * min(values)
+
+    def draw(axes: Axes) -> None:
+        for place, (name, seconds, value) in enumerate(points):
+            axes.plot([max(seconds, 0.1)], [value], color=SERIES[place % len(SERIES)], linestyle="none",
+                      marker=MARKERS[place % len(MARKERS)], markersize=6, label=_short(name))
+        axes.axhline(dense, color=INK, linewidth=0.8, linestyle=":")
+        axes.set_xscale("log")
+        if spread:
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        for axis in (axes.xaxis, axes.yaxis) if spread else (axes.xaxis,):
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(axis="y", color=FAINT, linewidth=0.4, alpha=0.5)
+        axes.set(title=f"{metric} against the time to prune", xlabel="seconds", ylabel=metric)
+        axes.figure.legend(loc="outside lower left", ncols=4 if width > 5 else 2, columnspacing=1.2)
+
+    listed = "; ".join(f"{name}: {value:.4g} in {seconds:.0f} s" for name, seconds, value in points)
+    rows = math.ceil(len(points) / (4 if width > 5 else 2))
+    return _svg(draw, (width, 3.1 + 0.17 * rows), f"{metric} by recipe, dense {dense:.4g}: {listed}.", salt)
+
+
 def _short(name: str) -> str:
     return name if len(name) <= 28 else f"{name[:27]}…"
 

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from . import plots, text
@@ -21,25 +21,31 @@ WORDS = {"holds": "Pattern holds", "fails": "Verification failed", "unverified":
 
 def html(report: dict[str, Any]) -> str:
     """One self-contained page: no script, nothing loaded from anywhere."""
-    style = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
-    return _page().render(report=report, style=style, pictures=_pictures(report))
+    return page("index.html.j2", report=report, pictures=_pictures(report))
 
 
 def markdown(report: dict[str, Any]) -> str:
-    return _text().render(report=report)
+    return page("report.md.j2", report=report)
+
+
+def page(template: str, **values: Any) -> str:
+    """A template of this folder, filled in; `.html` ones get the style sheet."""
+    if template.endswith(".md.j2"):
+        return _text().get_template(template).render(**values)
+    style = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
+    return _page().get_template(template).render(style=style, **values)
 
 
 @cache
-def _page() -> Template:
-    options = {"autoescape": True, "finalize": lambda value: text.MISSING if value is None else value}
-    return _environment(**options).get_template("index.html.j2")
+def _page() -> Environment:
+    return _environment(autoescape=True, finalize=lambda value: text.MISSING if value is None else value)
 
 
 @cache
-def _text() -> Template:
+def _text() -> Environment:
     environment = _environment(autoescape=False, finalize=_markdown_cell)
     environment.filters["block"] = lambda value: Markup(_indented(value))
-    return environment.get_template("report.md.j2")
+    return environment
 
 
 def _environment(**options: Any) -> Environment:
