@@ -30,8 +30,7 @@ from nmsparse_deploy.rundir import RunDir, environment, now
 TOKENS, CONTEXT = 32768, 1024
 ROWS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"}, "wanda": {"method": "wanda"}, "sparsegpt": {"method": "sparsegpt"},
-    "sparsegpt-static": {"method": "sparsegpt-static"}, "sparsegpt-mask": {"method": "sparsegpt-mask"},
-    "group-obs": {"method": "group-obs"}, "group-obs + refit": {"method": "group-obs", "refine": [{"name": "refit"}]}}
+    "sparsegpt-static": {"method": "sparsegpt-static"}, "sparsegpt-mask": {"method": "sparsegpt-mask"}}
 """Name in the table -> the prune section of its recipe."""
 
 
@@ -52,7 +51,8 @@ def measure(name: str, method: dict[str, Any], seed: int, samples: dict[str, Tok
     """One method and seed: prune and score, unless an earlier call did; check that the texts are held out."""
     run = RunDir(runs / f"{name}-{seed}")
     if not (run / "scores.json").is_file():
-        spec = validate(Prune, {**method, "calibration": {"data": "wikipedia", "seed": seed}})
+        calibration = {**method.get("calibration", {}), "data": "wikipedia", "seed": seed}
+        spec = validate(Prune, {**method, "calibration": calibration})
         prune("demo", spec, run.path, progress=say)
         run.write_json("scores.json", score(str(run / "model"), samples, run.path.name))
     if (run / "calibration.safetensors").is_file():
