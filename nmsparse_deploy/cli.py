@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import CheckFailed, NmsparseError, from_os_error
+from .errors import CheckFailed, NmsparseError, UsageError, from_os_error
 from .output import Output
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -49,6 +49,7 @@ def options(as_json: Annotated[bool, typer.Option("--json", help="print the resu
 def inspect(model: Model = DEMO, pattern: str = "2:4", include: Include = [], exclude: Exclude = [],  # noqa: B006
             cost: Annotated[bool, typer.Option("--cost", help="predict time, memory and disk of a prune")] = False,
             method: Annotated[str, typer.Option(help="with --cost")] = "sparsegpt",
+            refine: Annotated[list[str], typer.Option(help="with --cost; may be repeated")] = [],  # noqa: B006
             samples: Annotated[int, typer.Option(help="with --cost")] = 64,
             length: Annotated[int, typer.Option(help="with --cost")] = 512) -> None:
     """Show what would be pruned, in which fusion groups, and why the rest stays dense; or what it would cost."""
@@ -56,7 +57,9 @@ def inspect(model: Model = DEMO, pattern: str = "2:4", include: Include = [], ex
 
     _say_default(model)
     if cost:
-        _show_cost(model, pattern, include, exclude, method, samples, length)
+        _show_cost(model, {"pattern": pattern, "include": include, "exclude": exclude, "method": method,
+                           "refine": [{"name": name} for name in refine],
+                           "calibration": {"samples": samples, "length": length}})
         return
     plan = api(model, pattern, include, exclude, output.progress)
     rows = [(r.target.name, f"{r.target.k}x{r.target.n}", r.pattern or "dense", r.shape_verdict() or "", r.reason)
@@ -67,7 +70,7 @@ def inspect(model: Model = DEMO, pattern: str = "2:4", include: Include = [], ex
 
 @app.command()
 def prune(model: Model = DEMO,
-          method: Annotated[str, typer.Option(help="see `nmsparse-deploy list`")] = "sparsegpt",
+          method: Annotated[str, typer.Option(help="see `nmsparse-deploy list`; auto: by time budget")] = "sparsegpt",
           refine: Annotated[list[str], typer.Option(
               help="what follows the method, see `nmsparse-deploy list`; may be repeated")] = [],  # noqa: B006
           pattern: Annotated[str, typer.Option(help="keep:group")] = "2:4",
@@ -76,6 +79,7 @@ def prune(model: Model = DEMO,
           length: Annotated[int, typer.Option(help="tokens per window")] = 512,
           seed: int = 0,
           include: Include = [], exclude: Exclude = [],  # noqa: B006
+          time_budget: Annotated[float | None, typer.Option(help="minutes, for --method auto [default: 10]")] = None,
           out: Out = None, force: Force = False) -> None:
     """Find a mask, apply it, verify it, and save the pruned model with its masks."""
     from .prune import prune as api
@@ -83,8 +87,18 @@ def prune(model: Model = DEMO,
 
     _say_default(model)
     calibration = {"data": data, "samples": samples, "length": length, "seed": seed}
-    spec = validate(Prune, {"method": method, "refine": [{"name": name} for name in refine], "pattern": pattern,
-                            "calibration": calibration, "include": include, "exclude": exclude})
+    settings = {"refine": [{"name": name} for name in refine], "pattern": pattern, "calibration": calibration,
+                "include": include, "exclude": exclude}
+    if method == "auto":
+        from .auto import choose
+
+        choice = choose(model, settings, time_budget or 10.0, output.progress)
+        output.message(choice.why)
+        spec = choice.spec
+    elif time_budget is not None:
+        raise UsageError("--time-budget belongs to --method auto.")
+    else:
+        spec = validate(Prune, {"method": method, **settings})
     run = api(model, spec, out, force, output.progress)
     facts = run.manifest()["stages"]["prune"]
     output.result({"run": str(run.path), **facts},
@@ -275,13 +289,11 @@ def list_() -> None:
     output.table(data, ("option", "what it does", "weights", "data", "source"), rows)
 
 
-def _show_cost(model: str, pattern: str, include: list[str], exclude: list[str], method: str, samples: int,
-               length: int) -> None:
+def _show_cost(model: str, settings: dict[str, Any]) -> None:
     from .pipeline import predict_cost
     from .recipe import Prune, validate
 
-    spec = validate(Prune, {"method": method, "pattern": pattern, "include": include, "exclude": exclude,
-                            "calibration": {"samples": samples, "length": length}})
+    spec = validate(Prune, settings)
     cost = predict_cost(model, spec, output.progress)
     output.table(cost, ("predicted", ""), [(name.replace("_", " "), f"{value:,.0f}") for name, value in cost.items()
                                            if not isinstance(value, str)])

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
+from .block import needs
 from .methods.base import Method
 from .methods.hessian import FP64_WIDTH
 from .models.base import LoadedModel
 from .plan import Plan
-from .recipe import Calibration
+from .recipe import Prune
+from .registry import METHODS
+from .steps import Reconstruct, Refit
 
 MASK_BITS = 1 / 8
 
@@ -27,6 +30,7 @@ class Cost:
     gram_gflop: float
     factor_gflop: float
     sweep_gflop: float
+    refine_gflop: float
     memory_mb: float
     disk_mb: float
     seconds: float
@@ -36,24 +40,33 @@ class Cost:
         return asdict(self)
 
 
-def estimate(loaded: LoadedModel, plan: Plan, method: Method, data: Calibration, compute: torch.dtype) -> Cost:
-    """Formulas: two block forwards over T tokens (2·T·P each), `2Tn²` per Gram, `n³` per factor, `2Rn²` per sweep.
+def estimate(loaded: LoadedModel, plan: Plan, spec: Prune, rates: Rates) -> Cost:
+    """What the prune section `spec` would take on `loaded` under `plan`.
 
+    Formulas: two block forwards over T tokens (2·T·P each; three with a dense stream), `2Tn²` per Gram and per cross
+    Gram, `n³` per factor, `2Rn²` per sweep and per conjugate-gradient step, three forwards per epoch of reconstruction.
     Layers that read the same input share the Gram but are factorised one by one.
     """
-    tokens = data.samples * data.length if method.needs != "none" else 0
+    method: Method = METHODS.load(spec.method)
+    need = needs(spec, method)
+    tokens = spec.calibration.samples * spec.calibration.length if need != "none" else 0
     targets = [row.target for row in plan.pruned()]
     inside = sum(row.target.k * row.target.n for row in plan.rows)
-    gram = method.needs == "gram"
+    gram, swept = need == "gram", method.needs == "gram"
+    dense = any(step.dense_stream for step in spec.refine)
     widths = {t.fusion: t.k for t in targets}
-    forward = 2 * 2 * tokens * inside
-    grams = sum(2 * tokens * k**2 for k in widths.values()) if gram else 0
-    factors = sum(t.k**3 for t in targets) if gram else 0
-    sweeps = sum(2 * t.n * t.k**2 for t in targets) if gram else 0
-    seconds = forward / _rate(compute) + (grams + sweeps) / _rate(torch.float32) + factors / _rate(torch.float64)
+    once = 2 * tokens * inside
+    trained = sum(step.epochs for step in spec.refine if isinstance(step, Reconstruct))
+    forward = once * (2 + dense + 3 * trained)
+    grams = sum(2 * tokens * k**2 for k in widths.values()) * (1 + dense) if gram else 0
+    factors = sum(t.k**3 for t in targets) if swept else 0
+    sweeps = sum(2 * t.n * t.k**2 for t in targets)
+    solved = sweeps * sum(step.steps for step in spec.refine if isinstance(step, Refit))
+    sweeps = sweeps if swept else 0
+    seconds = (forward / rates.compute + (grams + sweeps + solved) / rates.single + factors / rates.double)
     weights = sum(p.numel() * p.itemsize for p in loaded.module.parameters())
-    return Cost(tokens, forward / 1e9, grams / 1e9, factors / 1e9, sweeps / 1e9,
-                _memory(loaded, plan, tokens, gram, compute) / 1e6,
+    return Cost(tokens, forward / 1e9, grams / 1e9, factors / 1e9, sweeps / 1e9, solved / 1e9,
+                _memory(loaded, plan, tokens * (1 + dense + bool(trained)), gram, rates.dtype) / 1e6,
                 (2 * weights + MASK_BITS * sum(t.k * t.n for t in targets)) / 1e6, seconds)
 
 
@@ -70,8 +83,22 @@ def _memory(loaded: LoadedModel, plan: Plan, tokens: int, gram: bool, compute: t
     return loaded_now + compute.itemsize * (max(blocks) + 2 * tokens * hidden) + statistics + factor
 
 
+@dataclass(frozen=True)
+class Rates:
+    """Floating-point operations per second of matrix products: in the dtype of the forwards, in fp32, in fp64."""
+
+    dtype: torch.dtype
+    compute: float
+    single: float
+    double: float
+
+    @classmethod
+    def measure(cls, dtype: torch.dtype) -> Rates:
+        return cls(dtype, _rate(dtype), _rate(torch.float32), _rate(torch.float64))
+
+
 def _rate(dtype: torch.dtype, size: int = 1024) -> float:
-    """Floating-point operations per second of a square product on this machine, the best of five."""
+    """A square product on this machine, the best of five."""
     a = torch.randn(size, size).to(dtype)
     best = float("inf")
     for _ in range(5):

@@ -15,7 +15,7 @@ from torch import nn
 from . import models
 from .bench import CPU_SENTENCE, BenchResult, interleave, ratio, summarise
 from .calib.text import check_disjoint, evaluation_sample, load_text
-from .cost import estimate
+from .cost import Rates, estimate
 from .engines.base import agreement
 from .engines.onnxruntime import OnnxRuntime
 from .errors import CheckFailed, MissingExtra, NmsparseError, UsageError
@@ -38,7 +38,6 @@ from .predict import count_flops, predict
 from .progress import Progress, silent
 from .prune import NOT_CHECKED, compute_dtype, peak_memory_mb, prune
 from .recipe import AUTO, DEFAULT_MODEL, Bench, Evaluate, Export, Prune, Recipe
-from .registry import METHODS
 from .rundir import RunDir, environment
 from .verify import VerifyReport, verify_checkpoint, verify_onnx
 
@@ -60,7 +59,7 @@ def predict_cost(model: str = DEFAULT_MODEL, spec: Prune = Prune(),  # noqa: B00
     plan = make_plan(found, NMPattern.parse(spec.pattern), spec.include, spec.exclude)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute = compute_dtype(spec.compute, device)
-    return estimate(loaded, plan, METHODS.load(spec.method), spec.calibration, compute).to_json()
+    return estimate(loaded, plan, spec, Rates.measure(compute)).to_json()
 
 
 def verify(run: RunDir, progress: Progress = silent) -> list[VerifyReport]:

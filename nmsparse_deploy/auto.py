@@ -1,0 +1,67 @@
+"""`--method auto`: the best recipe of a ladder that the model allows and the time at hand pays for.
+
+The ladder is ordered by what was measured on the demo model (docs/methods.md). Times are predicted from shapes and the
+speed of matrix products on this machine, which small models and small batches do not reach; `SLACK` covers that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import models
+from .cost import Rates, estimate
+from .errors import UsageError
+from .models.discover import discover
+from .pattern import NMPattern
+from .plan import make_plan
+from .progress import Progress, silent
+from .prune import compute_dtype
+from .recipe import Prune, validate
+
+NAME = "auto"
+MINUTES = 10.0
+SLACK = 2.0
+LADDER: dict[str, dict[str, Any]] = {
+    "reconstructed": {"method": "group-obs", "refine": [{"name": "refit"}, {"name": "reconstruct"}]},
+    "closed form": {"method": "group-obs", "refine": [{"name": "refit"}]},
+    "refitted Wanda": {"method": "wanda", "refine": [{"name": "refit", "blend": 0.0}]},
+    "Wanda": {"method": "wanda"},
+}
+"""From the best to the fastest."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The recipe that `auto` came to, and one sentence that says why."""
+
+    spec: Prune
+    why: str
+
+
+def choose(model: str, settings: dict[str, Any], minutes: float = MINUTES, progress: Progress = silent) -> Choice:
+    """The first rung of the ladder that is predicted to fit; `settings` are the other fields of the prune section.
+
+    Raises `UsageError` when even the fastest rung does not fit, or when the settings ask for refinements themselves.
+    """
+    if settings.get("refine"):
+        raise UsageError("--method auto chooses the refinements itself.", "leave --refine out, or name a method")
+    progress(f"loading {model} to choose a recipe", 0, 0)
+    loaded = models.load(model)
+    base = validate(Prune, settings)
+    plan = make_plan(discover(loaded.module, models.sample_inputs(loaded)), NMPattern.parse(base.pattern), base.include,
+                     base.exclude)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rates = Rates.measure(compute_dtype(base.compute, device))
+    passed: list[tuple[str, float]] = []
+    for name, rung in LADDER.items():
+        spec = validate(Prune, {**settings, **rung})
+        predicted = SLACK * estimate(loaded, plan, spec, rates).seconds / 60
+        if predicted <= minutes:
+            said = "".join(f"; '{other}' would take {time:.0f} min" for other, time in passed)
+            return Choice(spec, f"auto: '{name}', predicted {predicted:.1f} of the {minutes:g} min{said}")
+        passed.append((name, predicted))
+    raise UsageError(f"Even '{name}' is predicted to take {predicted:.0f} min, more than the {minutes:g} allowed.",
+                     "raise --time-budget, lower --samples, or choose --method magnitude")
