@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -43,16 +44,25 @@ def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method:
 
     `walk` is the calibration stream at the block's entrance; None when nothing in the recipe needs data.
     """
+    steps = [(step, REFINEMENTS.load(step.name)) for step in spec.refine]
+    leading = list(takewhile(lambda pair: pair[1].layer is not None, steps))
     rows = plan.pruned(number)
-    stats = walk.statistics(number, [row.target for row in rows], needs(spec, method)) if walk else {}
+    parts = list(_by_input(rows).values()) if spec.sequential and walk else [rows]
     pruned = PrunedBlock(number, {})
-    for row in rows:
-        start = time.perf_counter()
-        name = row.target.name
-        pruned.layers[name] = _prune_layer(module, row, stats.get(row.target.fusion, LayerStats.none()), method)
-        pruned.seconds[name] = time.perf_counter() - start
-    for step in spec.refine:
-        refinement = REFINEMENTS.load(step.name)
+    for place, part in enumerate(parts):
+        stats: dict[str, LayerStats] = {}
+        if walk:
+            done = {name: layer.stored(torch.float32) for name, layer in pruned.layers.items()}
+            stats = walk.statistics(number, [row.target for row in part], needs(spec, method), done,
+                                    last=place == len(parts) - 1)
+        for row in part:
+            start = time.perf_counter()
+            layer = _prune_layer(module, row, stats.get(row.target.fusion, LayerStats.none()), method)
+            for step, refinement in leading:
+                layer = replace(layer, result=refinement.layer(layer, step))
+            pruned.layers[row.target.name] = layer
+            pruned.seconds[row.target.name] = time.perf_counter() - start
+    for step, refinement in steps[len(leading):]:
         if refinement.layer is None:
             assert walk is not None
             _refine_block(module, plan, pruned, walk, step, refinement.block)
@@ -62,6 +72,14 @@ def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method:
             pruned.layers[name] = replace(layer, result=refinement.layer(layer, step))
             pruned.seconds[name] += time.perf_counter() - start
     return pruned
+
+
+def _by_input(rows: list[PlanRow]) -> dict[str, list[PlanRow]]:
+    """The block's targets by fusion group, in the order in which they run."""
+    parts: dict[str, list[PlanRow]] = {}
+    for row in rows:
+        parts.setdefault(row.target.fusion, []).append(row)
+    return parts
 
 
 def _prune_layer(module: nn.Module, row: PlanRow, stats: LayerStats, method: Method) -> Layer:

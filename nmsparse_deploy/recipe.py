@@ -41,6 +41,8 @@ class Prune(Frozen):
     pattern: str = "2:4"
     calibration: Calibration = Calibration()
     refine: tuple[AnyStep, ...] = Field((), description="applied in order after the mask is chosen")
+    sequential: bool = Field(False, description="a layer's statistics see the pruned layers before it in its block; "
+                                                "about twice the forward passes")
     include: tuple[str, ...] = Field((), description="globs on parameter names; empty = everything prunable")
     exclude: tuple[str, ...] = ()
     compute: Literal["auto", "fp32", "bf16"] = Field("auto", description="dtype of forward passes; statistics are fp32")
@@ -134,7 +136,7 @@ def fingerprint(model: str, prune: Prune) -> str:
 
     Fields that ask for nothing are left out, so that a new option does not make every older run another one.
     """
-    asked = {name: value for name, value in prune.model_dump(mode="json").items() if value not in ([], None)}
+    asked = {name: value for name, value in prune.model_dump(mode="json").items() if value not in ([], None, False)}
     canonical = json.dumps({"model": model, **asked}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

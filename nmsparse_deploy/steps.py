@@ -27,12 +27,14 @@ class Refit(Step):
 
     name: Literal["refit"] = "refit"
     blend: float = Field(0.25, ge=0, le=1, description="share of the dense stream in the target")
+    residual: float = Field(0.0, ge=0, le=1, description="share of the residual stream's drift that layers which "
+                                                         "write to it make up for")
     steps: int = Field(20, ge=1, description="conjugate-gradient steps")
     damping: float = Field(0.01, gt=0, description="ridge relative to the normalised Gram")
 
     @property
     def dense_stream(self) -> bool:
-        return self.blend > 0
+        return self.blend > 0 or self.residual > 0
 
 
 class Reconstruct(Step):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,12 +20,12 @@ from nmsparse_deploy.block import prune_block
 from nmsparse_deploy.calib.walk import BlockWalk
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.models.discover import discover
+from nmsparse_deploy.models.halves import EXIT, find_middle, parameters_before, residual_writers
 from nmsparse_deploy.pattern import TWO_FOUR, check
 from nmsparse_deploy.plan import make_plan
 from nmsparse_deploy.prune import prune
 from nmsparse_deploy.recipe import Prune, validate
 from nmsparse_deploy.refine import reconstruct
-from nmsparse_deploy.refine.halves import find_middle, parameters_before
 from nmsparse_deploy.registry import METHODS
 from tests import pico
 from tests.test_prune import Stop, mask_bytes, spec, stop_at
@@ -71,12 +73,25 @@ def blocks(model, monkeypatch, step=None):
 def test_halves_are_found_by_watching(make, middle, monkeypatch):
     """Attention before the middle, MLP after it; blocks that run both side by side have none."""
     block, *_ = blocks(make(), monkeypatch)
-    assert find_middle(block) == middle
+    run = partial(lambda batch, m: block.run(m, 0, batch), block.inputs[0])
+    assert find_middle(block.dense, run, block.inputs[0]) == middle
     if middle is not None:
-        first = parameters_before(block, middle)
+        first = parameters_before(block.dense, run, middle)
         names = {name for name, _ in block.module.named_parameters()}
         assert first < names and not any(name.startswith(middle) for name in first)
         assert {n for n in first if "attn" in n or "attention" in n} and not {n for n in first if "mlp" in n or "fc" in n}
+
+
+@pytest.mark.parametrize("make,writers", [
+    (pico.llama, {"self_attn.o_proj": "post_attention_layernorm", "mlp.down_proj": EXIT}),
+    (pico.gpt2, {"attn.c_proj": "ln_2", "mlp.c_proj": EXIT}),
+    (opt, {"self_attn.out_proj": "final_layer_norm", "fc2": EXIT}),
+    (bert, {"attention.output.dense": "attention.output.LayerNorm"}),  # the MLP's sum goes through a norm
+    (neox, {"attention.dense": EXIT, "mlp.dense_4h_to_h": EXIT})], ids=["llama", "gpt2", "opt", "bert", "parallel"])
+def test_who_writes_to_the_residual_stream(make, writers, monkeypatch):
+    block, *_ = blocks(make(), monkeypatch)
+    found = residual_writers(block.dense, partial(lambda x, m: block.run(m, 0, x), block.inputs[0]), block.inputs[0])
+    assert found == writers
 
 
 @pytest.mark.parametrize("unit", ["half", "block"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -96,6 +97,23 @@ def test_solved_rows_stay_solved(seed, size):
     torch.testing.assert_close(many / size, few / size, rtol=2e-2, atol=2e-2)
 
 
+@given(seeds)
+def test_residual_share_is_part_of_the_target(seed):
+    """Full shares answer `W X_d + R_d - R_s`: no perturbation on the support comes closer (up to the ridge)."""
+    weight, mask, stats, dense, drifted = problem(seed)
+    generator = torch.Generator().manual_seed(seed)
+    away = 0.5 * torch.randn(len(dense), len(weight), generator=generator)
+    stats = replace(stats, drift=away.T @ drifted)
+    best = refit(weight, weight, mask, stats, 1.0, steps=200, damping=1e-6, residual=1.0)
+
+    def error(w):
+        return float((dense @ weight.T + away - drifted @ w.T).double().square().sum())
+
+    for _ in range(5):
+        nudge = torch.where(mask, torch.randn(weight.shape, generator=generator), 0.0)
+        assert error(best) <= error(best + 0.05 * nudge) * (1 + 1e-4)
+
+
 def test_dead_columns_and_empty_rows():
     weight, mask, stats, *_ = problem(0)
     stats.gram[3] = stats.gram[:, 3] = stats.cross[3] = stats.cross[:, 3] = 0
@@ -123,6 +141,21 @@ def test_end_to_end_and_resume(refined, llama_dir, texts, tmp_path):
     resumed = prune(str(llama_dir), refined, tmp_path / "broken")
     assert mask_bytes(resumed) == mask_bytes(whole)
     assert (resumed / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+
+def test_sequential_and_resume(texts, llama_dir, tmp_path):
+    """Statistics after the first layers of a block differ, masks of the first do not, and a resumed run has the same bits."""
+    steps = [{"name": "refit", "blend": 0.5, "residual": 0.5}]
+    plain, recipe = (validate(Prune, {**spec(texts, "group-obs").model_dump(), "refine": steps, "sequential": flag})
+                     for flag in (False, True))
+    runs = [prune(str(llama_dir), wanted, tmp_path / name) for name, wanted in (("plain", plain), ("whole", recipe))]
+    masks = [MaskSet.load(run / "masks.safetensors").masks for run in runs]
+    same = {name for name in masks[0] if torch.equal(masks[0][name].unpack(), masks[1][name].unpack())}
+    assert "model.layers.0.self_attn.q_proj.weight" in same and "model.layers.0.mlp.down_proj.weight" not in same
+    with pytest.raises(Stop):
+        prune(str(llama_dir), recipe, tmp_path / "broken", progress=stop_at(1))
+    resumed = prune(str(llama_dir), recipe, tmp_path / "broken")
+    assert mask_bytes(resumed) == mask_bytes(runs[1])
 
 
 def test_refinement_of_a_method_that_needs_no_data(texts, llama_dir, tmp_path):

@@ -74,9 +74,9 @@ def test_one_gram_per_distinct_input(monkeypatch):
     calls = []
     original = StatsAccumulator.update
 
-    def update(self, layer, x, dense=None):
+    def update(self, layer, *inputs):
         calls.append(layer)
-        original(self, layer, x, dense)
+        original(self, layer, *inputs)
 
     monkeypatch.setattr(walk_module.StatsAccumulator, "update", update)
     module = pico.llama()
@@ -159,3 +159,49 @@ def test_both_streams():
     entry = walk.statistics(1, found.of_block(1), "gram")["model.layers.1.mlp.down_proj"]
     torch.testing.assert_close(entry.cross, dense.T @ sparse)
     torch.testing.assert_close(entry.gram, sparse.T @ sparse)
+
+
+def halved(module, path):
+    """A pruned stand-in for a weight: half of it."""
+    return {f"{path}.weight": module.get_parameter(f"{path}.weight").detach() / 2}
+
+
+def test_later_layers_see_what_is_pruned_before_them():
+    """With `weights`, statistics are those of a model that has them; the model itself stays as it is."""
+    module, changed = pico.llama(), pico.llama()
+    found = discover(module, {"input_ids": IDS[:2]})
+    name = "model.layers.0.self_attn.v_proj"
+    weights = halved(module, name)
+    with torch.no_grad():
+        changed.get_parameter(f"{name}.weight").copy_(weights[f"{name}.weight"])
+    mine = BlockWalk(module, found.blocks, BATCHES).statistics(0, found.of_block(0), "gram", weights)
+    wanted = BlockWalk(changed, found.blocks, BATCHES).statistics(0, found.of_block(0), "gram")
+    plain = BlockWalk(module, found.blocks, BATCHES).statistics(0, found.of_block(0), "gram")
+    for fusion, stats in mine.items():
+        torch.testing.assert_close(stats.gram, wanted[fusion].gram)
+        assert torch.equal(stats.gram, plain[fusion].gram) == (fusion == "model.layers.0.self_attn.q_proj")
+
+
+def test_drift_of_the_residual_stream():
+    """Witness: hidden states of whole models, with the layer's own share taken off."""
+    module, changed = pico.llama(), pico.llama()
+    found = discover(module, {"input_ids": IDS[:2]})
+    with torch.no_grad():
+        for target in found.of_block(0):
+            changed.get_parameter(target.name).mul_(0.9)
+    walk = BlockWalk(module, found.blocks, BATCHES, both=True)
+    walk.statistics(0, found.of_block(0), "gram")
+    for target in found.of_block(0):
+        with torch.no_grad():
+            module.get_parameter(target.name).mul_(0.9)
+    walk.advance(0)
+    stats = walk.statistics(1, found.of_block(1), "gram")
+    assert {fusion.rpartition(".")[2] for fusion, s in stats.items() if s.drift is not None} == {"o_proj", "down_proj"}
+    seen: dict[str, torch.Tensor] = {}
+    layer = changed.model.layers[1].self_attn.o_proj
+    layer.register_forward_pre_hook(lambda _m, args: seen.update(x=args[0]))
+    with torch.no_grad():
+        dense = pico.llama().model(input_ids=IDS, output_hidden_states=True, use_cache=False).hidden_states[1]
+        sparse = changed.model(input_ids=IDS, output_hidden_states=True, use_cache=False).hidden_states[1]
+    wanted = (dense - sparse).reshape(-1, 64).T @ seen["x"].reshape(-1, 64)
+    torch.testing.assert_close(stats["model.layers.1.self_attn.o_proj"].drift, wanted, rtol=1e-3, atol=1e-3)

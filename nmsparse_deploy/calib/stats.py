@@ -19,7 +19,8 @@ class LayerStats:
 
     `square_sum[j]` is the sum of squares of column j and `total[j]` its sum (fp32); `gram` is `XᵀX` (fp32, symmetric)
     or None; `cross` is `X_dᵀX` with `X_d` the inputs that the dense model gives the same layer for the same tokens, or
-    None.
+    None. `drift` is `(R_d - R)ᵀX` `[outputs, n]` for a layer that writes to the residual stream, with `R` what its
+    output is added to and `R_d` the same in the dense model; None for other layers.
     """
 
     tokens: int
@@ -27,6 +28,7 @@ class LayerStats:
     gram: torch.Tensor | None = None
     cross: torch.Tensor | None = None
     total: torch.Tensor | None = None
+    drift: torch.Tensor | None = None
 
     @classmethod
     def none(cls) -> LayerStats:
@@ -54,10 +56,13 @@ class StatsAccumulator:
         self.gram: torch.Tensor | None = None
         self.cross: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
+        self.drift: torch.Tensor | None = None
 
     @torch.no_grad()
-    def update(self, layer: nn.Module, x: torch.Tensor, dense: torch.Tensor | None = None) -> None:
-        """Add one batch of a layer's inputs, and what the dense model feeds it for the same tokens.
+    def update(self, layer: nn.Module, x: torch.Tensor, dense: torch.Tensor | None = None,
+               drift: torch.Tensor | None = None) -> None:
+        """Add one batch of a layer's inputs, what the dense model feeds it for the same tokens, and by how much the
+        residual stream beside it has drifted away from the dense model's.
 
         Convolutions are unfolded in the order of `to_rows`.
         """
@@ -70,6 +75,9 @@ class StatsAccumulator:
                 if dense is not None:
                     other = _as_rows(layer, dense)
                     self.cross = other.T @ rows if self.cross is None else self.cross.addmm_(other.T, rows)
+                if drift is not None:
+                    away = drift.float().reshape(-1, drift.shape[-1])
+                    self.drift = away.T @ rows if self.drift is None else self.drift.addmm_(away.T, rows)
             else:
                 squares = rows.square().sum(0)
                 self.square_sum = squares if self.square_sum is None else self.square_sum.add_(squares)
@@ -77,7 +85,8 @@ class StatsAccumulator:
     def finish(self) -> LayerStats:
         if self.gram is not None:
             gram = (self.gram + self.gram.T).mul_(0.5)
-            return LayerStats(self.tokens, gram.diagonal().clone(), gram, self.cross, self.total)
+            return LayerStats(self.tokens, gram.diagonal().clone(), gram, self.cross, self.total,
+                              self.drift)
         return LayerStats(self.tokens, self.square_sum if self.square_sum is not None else torch.zeros(0),
                           total=self.total)
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..models.base import Target
+from ..models.halves import EXIT, residual_writers
 from .stats import LayerStats, Need, StatsAccumulator
 
 Batch = Mapping[str, Any]
@@ -21,6 +23,17 @@ Batch = Mapping[str, Any]
 
 class _Captured(Exception):
     """Raised to leave the forward pass once everything wanted has been seen."""
+
+
+@dataclass
+class _Trace:
+    """One run of a block: what each fusion group read, what each residual writer wrote and what it was added to, and
+    what left the block."""
+
+    reads: dict[str, torch.Tensor] = field(default_factory=dict)
+    written: dict[str, torch.Tensor] = field(default_factory=dict)
+    rests: dict[str, torch.Tensor] = field(default_factory=dict)
+    output: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class BlockWalk:
@@ -37,11 +50,11 @@ class BlockWalk:
         self.compute = compute
         self.hidden: list[torch.Tensor] = []
         self._calls: list[list[tuple[tuple, dict[str, Any]]]] = []
-        self._seeing_dense = False
         for batch in batches:
             self._capture(batch)
         self.dense: list[torch.Tensor] | None = list(self.hidden) if both else None
         self.entered: list[torch.Tensor] | None = None
+        self._layouts: dict[tuple[str, ...], dict[str, str]] = {}
 
     @torch.no_grad()
     def _capture(self, batch: Batch) -> None:
@@ -73,40 +86,82 @@ class BlockWalk:
         """Is every block called with the very same arguments as the first? Then later batches need only that one."""
         return bool(self._calls) and all(_same(call, self._calls[0][0]) for call in self._calls[0])
 
-    def statistics(self, index: int, targets: Sequence[Target], need: Need) -> dict[str, LayerStats]:
-        """Run the still dense block over the stream; the statistics of every fusion group, accumulated once each.
+    def statistics(self, index: int, targets: Sequence[Target], need: Need,
+                   weights: Mapping[str, torch.Tensor] | None = None, last: bool = True) -> dict[str, LayerStats]:
+        """Run the block over the stream; the statistics of every fusion group of `targets`, accumulated once each.
 
-        Moves the dense stream past the block.
+        `weights` stand in for parameters of the block in the pruned stream (those that are pruned already); nothing
+        else of the model changes. With `last` the dense stream moves past the block.
         """
-        block = self._working_copy(index)
-        sums = {target.fusion: StatsAccumulator(need) for target in targets}
-        readers = {target.fusion: target for target in reversed(targets)}
+        dense = self._working_copy(index)
+        pruned = self._working_copy(index, weights) if weights else dense
         prefix = self.blocks[index] + "."
-        fed: dict[str, torch.Tensor] = {}
-        handles = []
-        for fusion, target in readers.items():
-            layer = block.get_submodule(target.module.removeprefix(prefix))
-            handles.append(layer.register_forward_pre_hook(
-                lambda layer, args, name=fusion: self._see(layer, args[0], name, sums[name], fed)))
-        self.entered = None if self.dense is None else list(self.dense)
+        readers = {t.fusion: t.module.removeprefix(prefix) for t in reversed(targets)}
+        twin = self.dense is not None and need == "gram"
+        writers = self._writers(dense, index) if twin else {}
+        sums = {fusion: StatsAccumulator(need) for fusion in readers}
+        if self.dense is not None and last:
+            self.entered = list(self.dense)
+        for number, x in enumerate(self.hidden):
+            beside = None
+            if self.dense is not None and (twin or last):
+                beside = self._trace(dense, index, number, self.dense[number], readers, writers, whole=last)
+                if last:
+                    self.dense[number] = beside.output
+            here = self._trace(pruned, index, number, x, readers, writers, whole=False)
+            for fusion, layer in readers.items():
+                fed = beside.reads[fusion] if beside and twin else None
+                drift = beside.rests[layer] - here.rests[layer] if beside and layer in here.rests else None
+                sums[fusion].update(pruned.get_submodule(layer), here.reads[fusion], fed, drift)
+        return {fusion: total.finish() for fusion, total in sums.items()}
+
+    def _writers(self, block: nn.Module, index: int) -> dict[str, str]:
+        """Who writes to the residual stream, found once for each make of block."""
+        layout = tuple(name for name, _ in block.named_parameters())
+        if layout not in self._layouts:
+            entrance = self.hidden[0]
+            self._layouts[layout] = residual_writers(block, lambda m: self._run(m, index, 0, entrance), entrance)
+        return self._layouts[layout]
+
+    def _trace(self, block: nn.Module, index: int, number: int, x: torch.Tensor, readers: Mapping[str, str],
+               writers: Mapping[str, str], whole: bool) -> _Trace:
+        """Run a block and record; stops when everything wanted was seen, unless `whole`."""
+        trace, layers = _Trace(), {layer: fusion for fusion, layer in readers.items()}
+        places = {layer: writers[layer] for layer in layers if layer in writers}
+        waiting = {*layers, *places.values()}
+
+        def at(name: str) -> None:
+            waiting.discard(name)
+            if not waiting and not whole:
+                raise _Captured
+
+        def reads(layer: str, args: tuple) -> None:
+            trace.reads[layers[layer]] = args[0]
+            at(layer)
+
+        def writes(layer: str, output: torch.Tensor) -> None:
+            trace.written[layer] = output
+
+        def passes(place: str, state: torch.Tensor) -> None:
+            for layer in (layer for layer in places if places[layer] == place):
+                trace.rests[layer] = state.reshape(trace.written[layer].shape).float() - trace.written[layer].float()
+            at(place)
+
+        handles = [block.get_submodule(layer).register_forward_pre_hook(
+            lambda _m, args, layer=layer: reads(layer, args)) for layer in layers]
+        handles += [block.get_submodule(layer).register_forward_hook(
+            lambda _m, _args, out, layer=layer: writes(layer, out)) for layer in places]
+        handles += [block.get_submodule(place).register_forward_pre_hook(
+            lambda _m, args, place=place: passes(place, args[0])) for place in {*places.values()} - {EXIT}]
         try:
-            for number in range(len(self.hidden)):
-                if self.dense is not None:
-                    self._seeing_dense = True
-                    self.dense[number] = self._run(block, index, number, self.dense[number])
-                    self._seeing_dense = False
-                self._run(block, index, number, self.hidden[number])
+            trace.output = self._run(block, index, number, x)
+            passes(EXIT, trace.output)
+        except _Captured:
+            pass
         finally:
             for handle in handles:
                 handle.remove()
-        return {fusion: total.finish() for fusion, total in sums.items()}
-
-    def _see(self, layer: nn.Module, x: torch.Tensor, name: str, total: StatsAccumulator,
-             fed: dict[str, torch.Tensor]) -> None:
-        if self._seeing_dense:
-            fed[name] = x
-        else:
-            total.update(layer, x, fed.pop(name, None))
+        return trace
 
     def pass_dense(self, index: int) -> None:
         """Move the dense stream past a still dense block whose statistics nobody needs."""
@@ -119,8 +174,12 @@ class BlockWalk:
         block = self._working_copy(index)
         self.hidden = [self._run(block, index, number, x) for number, x in enumerate(self.hidden)]
 
-    def _working_copy(self, index: int) -> nn.Module:
-        return copy.deepcopy(self.module.get_submodule(self.blocks[index])).to(self.compute)
+    def _working_copy(self, index: int, weights: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+        block = copy.deepcopy(self.module.get_submodule(self.blocks[index]))
+        with torch.no_grad():
+            for name, value in (weights or {}).items():
+                block.get_parameter(name.removeprefix(self.blocks[index] + ".")).copy_(value)
+        return block.to(self.compute)
 
     @torch.no_grad()
     def _run(self, block: nn.Module, index: int, number: int, x: torch.Tensor) -> torch.Tensor:

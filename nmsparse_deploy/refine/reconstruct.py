@@ -21,9 +21,9 @@ from torch import nn
 
 from ..methods.base import LayerResult
 from ..models.base import from_rows, to_rows
+from ..models.halves import Seen, find_middle, parameters_before
 from ..steps import Reconstruct
 from .base import Block, BlockResult, Refinement
-from .halves import Seen, find_middle, parameters_before
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,11 @@ def refine(block: Block, step: Reconstruct) -> BlockResult:
 
 def _units(block: Block, size: str) -> list[_Unit]:
     names = [name for name, value in block.module.named_parameters() if value.is_floating_point()]
-    middle = find_middle(block) if size == "half" else None
+    entrance = block.inputs[0]
+    middle = find_middle(block.dense, lambda m: block.run(m, 0, entrance), entrance) if size == "half" else None
     if middle is None:
         return [_Unit(names, block.run)]
-    first = parameters_before(block, middle)
+    first = parameters_before(block.dense, lambda m: block.run(m, 0, entrance), middle)
 
     def to_the_middle(module: nn.Module, number: int, x: torch.Tensor) -> torch.Tensor:
         seen: list[torch.Tensor] = []

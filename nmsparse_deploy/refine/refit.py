@@ -10,6 +10,10 @@ to unit diagonal first, so λ is relative. Rows have their own step lengths; the
 nothing outside it ever changes. With α > 0 a layer also repairs what the layers before it have shifted; α = 1 is known
 to shrink weights layer after layer and destroys the model (the regressors are noisy), a quarter is what helps.
 
+A layer whose output is added to the residual stream can repair the drift of that stream as well: with `R_s` and `R_d`
+what its output is added to in the two streams, `β (R_d - R_s)` joins the target, that is `β (R_d - R_s) X_sᵀ` joins
+`w C`.
+
 Meng et al., ALPS, 2024, section 3.3 (refit on the support); the blended target is the asymmetric calibration of
 Li et al., GPTAQ, 2025, damped.
 """
@@ -29,7 +33,7 @@ BLEND = 0.25
 
 
 def refit(weight: torch.Tensor, start: torch.Tensor, mask: torch.Tensor, stats: LayerStats, blend: float = BLEND,
-          steps: int = STEPS, damping: float = DAMPING) -> torch.Tensor:
+          steps: int = STEPS, damping: float = DAMPING, residual: float = 0.0) -> torch.Tensor:
     """Weights `[R, n]` on `mask` for the dense `weight`, warm-started from `start`.
 
     Needs `stats.gram`, and `stats.cross` when `blend` is not 0.
@@ -41,6 +45,8 @@ def refit(weight: torch.Tensor, start: torch.Tensor, mask: torch.Tensor, stats: 
     hessian = stats.gram / outer
     target = hessian if not blend else torch.lerp(hessian, _cross(stats) / outer, blend)
     wanted = (weight * scale) @ target + damping * (weight * scale)
+    if residual and stats.drift is not None:
+        wanted += residual * stats.drift / scale
     hessian.diagonal().add_(damping)
     x = torch.where(mask, start * scale, 0.0)
     return torch.where(mask, conjugate_gradients(hessian, wanted, x, mask, steps) / scale, 0.0)
@@ -73,7 +79,8 @@ def _ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def refine(layer: Layer, step: Refit) -> LayerResult:
-    weight = refit(layer.dense, layer.weight, layer.result.mask, layer.stats, step.blend, step.steps, step.damping)
+    weight = refit(layer.dense, layer.weight, layer.result.mask, layer.stats, step.blend, step.steps, step.damping,
+                   step.residual)
     return LayerResult(layer.result.mask, weight)
 
 
