@@ -16,7 +16,8 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
-    "NMPattern": ".pattern", "project": ".pattern", "check": ".pattern",
+    "NMPattern": ".pattern", "Unstructured": ".pattern", "parse_pattern": ".pattern", "project": ".pattern",
+    "check": ".pattern",
     "Mask": ".masks", "MaskSet": ".masks",
     "Recipe": ".recipe", "Prune": ".recipe", "Calibration": ".recipe", "Export": ".recipe", "Evaluate": ".recipe",
     "Bench": ".recipe",

@@ -73,7 +73,7 @@ def prune(model: Model = DEMO,
           method: Annotated[str, typer.Option(help="see `nmsparse-deploy list`; auto: by time budget")] = "sparsegpt",
           refine: Annotated[list[str], typer.Option(
               help="what follows the method, see `nmsparse-deploy list`; may be repeated")] = [],  # noqa: B006
-          pattern: Annotated[str, typer.Option(help="keep:group")] = "2:4",
+          pattern: Annotated[str, typer.Option(help="keep:group, or unstructured:SHARE_OF_ZEROS")] = "2:4",
           data: Annotated[str, typer.Option(help="calibration text or images; auto suits the model")] = "auto",
           samples: Annotated[int, typer.Option(help="calibration windows")] = 64,
           length: Annotated[int, typer.Option(help="tokens per window")] = 512,
@@ -278,8 +278,8 @@ def list_() -> None:
 
     methods = {name: METHODS.load(name) for name in METHODS.names()}
     refinements = {name: REFINEMENTS.load(name) for name in REFINEMENTS.names()}
-    data = {"methods": [{"name": n, "needs": m.needs, "updates_weights": m.updates_weights, "summary": m.summary,
-                         "source": m.source} for n, m in methods.items()],
+    data = {"methods": [{"name": n, "needs": m.needs, "updates_weights": m.updates_weights, "unstructured": m.scope,
+                         "summary": m.summary, "source": m.source} for n, m in methods.items()],
             "refinements": [{"name": n, "needs": r.needs, "changes": r.changes, "summary": r.summary,
                              "source": r.source} for n, r in refinements.items()]}
     rows = [(f"--method {n}", m.summary, "updated" if m.updates_weights else "kept", m.needs, m.source)

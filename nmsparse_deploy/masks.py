@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .errors import CheckFailed, UsageError
-from .pattern import NMPattern
+from .pattern import Pattern, parse_pattern
 
 FORMAT = "nmsparse-masks-1"
 """The one metadata key of a mask file; one, because safetensors writes several in random order."""
@@ -38,11 +38,11 @@ class Mask:
     bits: np.ndarray
     shape: tuple[int, ...]
     axis: int
-    pattern: NMPattern
+    pattern: Pattern
     dense_hash: str
 
     @classmethod
-    def pack(cls, mask: torch.Tensor, axis: int, pattern: NMPattern, dense_hash: str) -> Mask:
+    def pack(cls, mask: torch.Tensor, axis: int, pattern: Pattern, dense_hash: str) -> Mask:
         bits = np.packbits(mask.cpu().contiguous().numpy().reshape(-1), bitorder="little")
         return cls(bits, tuple(mask.shape), axis % mask.ndim, pattern, dense_hash)
 
@@ -104,4 +104,4 @@ def _read(name: str, row: dict, bits: np.ndarray) -> Mask:
     shape = tuple(int(n) for n in row["shape"])
     if bits.dtype != np.uint8 or bits.size != -(-int(np.prod(shape)) // 8):
         raise ValueError(f"'{name}' holds {bits.size} bytes, which do not fit its shape {shape}")
-    return Mask(bits, shape, int(row["axis"]), NMPattern.parse(row["pattern"]), str(row["dense"]))
+    return Mask(bits, shape, int(row["axis"]), parse_pattern(row["pattern"]), str(row["dense"]))

@@ -1,8 +1,9 @@
-"""The N:M pattern: one type, one projection (scores -> mask), one check (values -> violations).
+"""Patterns: N:M and its unstructured sibling, one projection (scores -> mask), one check (values -> violations).
 
 `keep:group` means that every run of `group` consecutive values along the group axis holds at most `keep` non-zeros;
 2:4 keeps two of four. The group axis is always the reduction axis of the matrix product. Some papers count zeros
-instead; here N is what is kept, so 1:4 keeps one value.
+instead; here N is what is kept, so 1:4 keeps one value. `unstructured:ratio` asks for a share of zeros and nothing
+else; values alone cannot show it, so it is always checked against the stored mask.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,6 +50,11 @@ class NMPattern:
     def density(self) -> float:
         return self.keep / self.group
 
+    @property
+    def alignment(self) -> int:
+        """What the length of the group axis must be a multiple of."""
+        return self.group
+
     def implies(self, other: NMPattern) -> bool:
         """Does every tensor with this pattern also have `other`? (2:8 implies 2:4; 4:8 does not.)"""
         period = math.lcm(self.group, other.group)
@@ -65,27 +72,118 @@ class NMPattern:
 TWO_FOUR = NMPattern(2, 4)
 """The only pattern that sparse tensor cores execute."""
 
+STRETCH = 128
+"""Columns that SparseGPT prunes with one threshold when the mask is unstructured."""
 
-def project(scores: torch.Tensor, pattern: NMPattern, axis: int = -1) -> torch.Tensor:
+Scope = Literal["layer", "row", "stretch"]
+"""Which values compete for the places of an unstructured mask: all of the matrix, those of one row (along the reduction
+axis), or those of `STRETCH` consecutive columns over all rows. N:M has its groups and needs no scope."""
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """A share `ratio` of zeros, wherever they fall. No sparse tensor core runs it."""
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise UsageError(f"'{self.ratio}' is no share of zeros; unstructured:RATIO needs 0 < RATIO < 1.")
+
+    def __str__(self) -> str:
+        return f"unstructured:{self.ratio}"
+
+    @property
+    def density(self) -> float:
+        return 1 - self.ratio
+
+    @property
+    def alignment(self) -> int:
+        return 1
+
+    def implies(self, other: NMPattern) -> bool:
+        """A share of zeros promises nothing about any group."""
+        return False
+
+    def kept(self, count: int) -> int:
+        """How many of `count` competing values stay."""
+        return round(self.density * count)
+
+    def allows(self, kept: int, lines: int, length: int) -> bool:
+        """Can a mask over `lines` x `length` values keep `kept` of them, whatever its scope?
+
+        Every contest rounds by half a value at most, and no scope has more contests than the matrix has rows and
+        columns together.
+        """
+        return abs(kept - self.density * lines * length) <= (lines + length) / 2
+
+
+Pattern = NMPattern | Unstructured
+
+
+def parse_pattern(text: str) -> Pattern:
+    """`"2:4"` or `"unstructured:0.5"` (the share of zeros). Raises `UsageError` on anything else."""
+    if not text.strip().startswith("unstructured"):
+        return NMPattern.parse(text)
+    match = re.fullmatch(r"\s*unstructured\s*:\s*(\d*\.?\d+(?:e-?\d+)?)\s*", text)
+    if match is None:
+        raise UsageError(f"'{text}' is not a pattern; write unstructured:RATIO, for example unstructured:0.5.")
+    return Unstructured(float(match[1]))
+
+
+def project(scores: torch.Tensor, pattern: Pattern, axis: int = -1, scope: Scope = "layer") -> torch.Tensor:
     """Keep the `keep` highest scores of every group along `axis`; equal scores keep the lowest index.
 
-    Returns a bool mask of the shape of `scores`, True = keep. Raises `ValueError` when the axis is not divisible by the
-    group or a score is NaN.
+    An unstructured pattern keeps exactly `round(density * count)` of the values that compete in `scope`; there an index
+    counts along the rows, row after row. Returns a bool mask of the shape of `scores`, True = keep. Raises `ValueError`
+    when the axis is not divisible by the group or a score is NaN.
     """
-    if scores.shape[axis] % pattern.group:
-        raise ValueError(f"axis {axis} of shape {tuple(scores.shape)} is not divisible by the group {pattern.group}")
+    if scores.shape[axis] % pattern.alignment:
+        raise ValueError(f"axis {axis} of shape {tuple(scores.shape)} is not divisible by {pattern.alignment}")
     if torch.isnan(scores).any():
         raise ValueError("scores contain NaN")
-    groups = scores.movedim(axis, -1).unflatten(-1, (-1, pattern.group))
+    lines = scores.movedim(axis, -1)
+    if isinstance(pattern, Unstructured):
+        kept = [_highest(contest, pattern.kept(contest.shape[-1])).view(part.shape)
+                for part, contest in _contests(lines, scope)]
+        return torch.cat(kept, -1).movedim(-1, axis)
+    groups = lines.unflatten(-1, (-1, pattern.group))
     order = groups.argsort(dim=-1, descending=True, stable=True)[..., : pattern.keep]
     mask = torch.zeros(groups.shape, dtype=torch.bool, device=scores.device).scatter_(-1, order, True)
     return mask.flatten(-2).movedim(-1, axis)
 
 
-def mask_follows(mask: torch.Tensor, pattern: NMPattern, axis: int = -1) -> bool:
-    """Does a bool mask keep exactly `keep` of every group along `axis`?"""
-    counts = mask.movedim(axis, -1).unflatten(-1, (-1, pattern.group)).sum(-1)
-    return bool((counts == pattern.keep).all())
+def _contests(lines: torch.Tensor, scope: Scope) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The parts of `lines` side by side, each with its values as `[contests, competitors]`."""
+    if scope == "row":
+        return [(lines, lines.reshape(-1, lines.shape[-1]))]
+    parts = lines.split(STRETCH, -1) if scope == "stretch" else (lines,)
+    return [(part, part.reshape(1, -1)) for part in parts]
+
+
+def _highest(contests: torch.Tensor, keep: int) -> torch.Tensor:
+    """Which `keep` values of every row are the highest, by one threshold a row; sorting a whole layer is far slower."""
+    if not keep:
+        return torch.zeros_like(contests, dtype=torch.bool)
+    threshold = contests.kthvalue(contests.shape[-1] - keep + 1, dim=-1, keepdim=True).values
+    above, level = contests > threshold, contests == threshold
+    places = keep - above.sum(-1, keepdim=True)
+    return above | (level & (level.cumsum(-1, dtype=torch.int32) <= places))
+
+
+def mask_follows(mask: torch.Tensor, pattern: Pattern, axis: int = -1, scope: Scope | None = None) -> bool:
+    """Does a bool mask keep exactly `keep` of every group along `axis`?
+
+    An unstructured one has to keep the exact count in every contest of `scope`; where the scope is not known, a count
+    in all that the rounding of some scope allows.
+    """
+    lines = mask.movedim(axis, -1)
+    if isinstance(pattern, NMPattern):
+        return bool((lines.unflatten(-1, (-1, pattern.group)).sum(-1) == pattern.keep).all())
+    if scope is None:
+        return pattern.allows(int(mask.sum()), lines[..., 0].numel(), lines.shape[-1])
+    return all(bool((contest.sum(-1) == pattern.kept(contest.shape[-1])).all())
+               for _, contest in _contests(lines, scope))
 
 
 # --- the check -------------------------------------------------------------------------------------------------------
@@ -126,7 +224,8 @@ ELEMENT_TYPES = {
 
 @dataclass(frozen=True)
 class GroupCount:
-    """What a stretch of values looks like under a pattern. Adds up over stretches."""
+    """What a stretch of values looks like under a pattern, which has no groups when it is unstructured. Adds up over
+    stretches."""
 
     groups: int = 0
     bad: int = 0
@@ -159,11 +258,11 @@ class GroupCounter:
     the product of the axes behind it.
     """
 
-    def __init__(self, pattern: NMPattern, element: ElementType, inner: int = 1) -> None:
+    def __init__(self, pattern: Pattern, element: ElementType, inner: int = 1) -> None:
         self.pattern = pattern
         self.element = element
         self.inner = inner
-        group_bits = pattern.group * element.bits
+        group_bits = pattern.alignment * element.bits
         lanes_fit = inner == 1 and (group_bits % 64 == 0 or group_bits in (16, 32))
         self._word_bits = min(64, group_bits) if lanes_fit else 0
         self._buffers: dict[str, np.ndarray] = {}
@@ -171,7 +270,7 @@ class GroupCounter:
     @property
     def chunk_bytes(self) -> int:
         """A stretch of whole groups that fits the processor's cache."""
-        unit = self.pattern.group * self.inner * self.element.bits // 8
+        unit = self.pattern.alignment * self.inner * self.element.bits // 8
         return max(unit, (1 << 20) // unit * unit)
 
     @cached_property
@@ -185,7 +284,7 @@ class GroupCounter:
 
     def count(self, values: np.ndarray) -> GroupCount:
         """Count one contiguous stretch of whole groups, given as its raw bytes (uint8, 1-D)."""
-        if values.nbytes * 8 % (self.pattern.group * self.inner * self.element.bits):
+        if values.nbytes * 8 % (self.pattern.alignment * self.inner * self.element.bits):
             raise ValueError("a stretch must hold whole groups")
         return self._count_lanes(values) if self._word_bits else self._count_any(values)
 
@@ -218,7 +317,7 @@ class GroupCounter:
             if np.bitwise_or.reduce(scratch) & w["top"]:
                 negative_zeros = int(np.bitwise_count(scratch & w["top"]).sum(dtype=np.int64))
         counts = np.bitwise_count(flags, out=self._buffer("counts", x, np.uint8))
-        words_per_group = self.pattern.group * self.element.bits // self._word_bits
+        words_per_group = self.pattern.alignment * self.element.bits // self._word_bits
         if words_per_group > 1:
             strided = [counts[i::words_per_group] for i in range(words_per_group)]
             counts = reduce(np.add, strided[1:], strided[0].astype(np.uint16))
@@ -231,18 +330,21 @@ class GroupCounter:
         nonzero = magnitude != 0
         negative_zeros = int(np.count_nonzero((x != 0) & ~nonzero))
         nonfinite = int(np.count_nonzero(magnitude >= self.element.inf)) if self.element.inf else 0
-        counts = nonzero.reshape(-1, self.pattern.group, self.inner).sum(axis=1, dtype=np.uint16).reshape(-1)
+        counts = nonzero.reshape(-1, self.pattern.alignment, self.inner).sum(axis=1, dtype=np.uint16).reshape(-1)
         return self._summary(counts, negative_zeros, nonfinite)
 
     def _summary(self, counts: np.ndarray, negative_zeros: int, nonfinite: int) -> GroupCount:
+        nonzeros = int(counts.sum(dtype=np.int64))
+        if isinstance(self.pattern, Unstructured):
+            return GroupCount(nonzeros=nonzeros, negative_zeros=negative_zeros, nonfinite=nonfinite)
         keep = self.pattern.keep
         over = counts > keep
         bad = int(np.count_nonzero(over))
-        return GroupCount(counts.size, bad, int(np.count_nonzero(counts < keep)), int(counts.sum(dtype=np.int64)),
-                          negative_zeros, nonfinite, int(over.argmax()) if bad else None)
+        return GroupCount(counts.size, bad, int(np.count_nonzero(counts < keep)), nonzeros, negative_zeros,
+                          nonfinite, int(over.argmax()) if bad else None)
 
 
-def check(values: torch.Tensor | np.ndarray, pattern: NMPattern, axis: int = -1) -> GroupCount:
+def check(values: torch.Tensor | np.ndarray, pattern: Pattern, axis: int = -1) -> GroupCount:
     """Check a tensor in memory along `axis`. Raises `ValueError` when the axis is not divisible by the group."""
     if isinstance(values, torch.Tensor):
         name = TORCH_ELEMENTS[values.dtype]
@@ -251,19 +353,19 @@ def check(values: torch.Tensor | np.ndarray, pattern: NMPattern, axis: int = -1)
         name = _NUMPY_NAMES[values.dtype.str[1:]]
         raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     axis %= values.ndim
-    if values.shape[axis] % pattern.group:
-        raise ValueError(f"axis {axis} of shape {tuple(values.shape)} is not divisible by the group {pattern.group}")
+    if values.shape[axis] % pattern.alignment:
+        raise ValueError(f"axis {axis} of shape {tuple(values.shape)} is not divisible by {pattern.alignment}")
     counter = GroupCounter(pattern, ELEMENT_TYPES[name], math.prod(values.shape[axis + 1 :]))
     step = counter.chunk_bytes
     return sum((counter.count(raw[i : i + step]) for i in range(0, raw.size, step)), GroupCount())
 
 
-def group_origin(number: int, shape: tuple[int, ...], axis: int, pattern: NMPattern) -> tuple[int, ...]:
+def group_origin(number: int, shape: tuple[int, ...], axis: int, pattern: Pattern) -> tuple[int, ...]:
     """Coordinates of the first value of group `number` (as `GroupCount.first_bad` numbers them)."""
     axis %= len(shape)
-    grid = (*shape[:axis], shape[axis] // pattern.group, *shape[axis + 1 :])
+    grid = (*shape[:axis], shape[axis] // pattern.alignment, *shape[axis + 1 :])
     index = [int(i) for i in np.unravel_index(number, grid)]
-    index[axis] *= pattern.group
+    index[axis] *= pattern.alignment
     return tuple(index)
 
 

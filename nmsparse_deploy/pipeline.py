@@ -32,7 +32,7 @@ from .export import LinkMap, export_onnx
 from .masks import MaskSet
 from .models.base import LoadedModel
 from .models.discover import discover, trace_inputs
-from .pattern import NMPattern
+from .pattern import TWO_FOUR, Unstructured, parse_pattern
 from .plan import Plan, make_plan
 from .predict import count_flops, predict
 from .progress import Progress, silent
@@ -47,7 +47,7 @@ def inspect(model: str = DEFAULT_MODEL, pattern: str = "2:4", include: Sequence[
     """What would be pruned, and why the rest stays dense."""
     progress(f"loading {model}", 0, 0)
     loaded = models.load(model)
-    return make_plan(discover(loaded.module, models.sample_inputs(loaded)), NMPattern.parse(pattern), include, exclude)
+    return make_plan(discover(loaded.module, models.sample_inputs(loaded)), parse_pattern(pattern), include, exclude)
 
 
 def predict_cost(model: str = DEFAULT_MODEL, spec: Prune = Prune(),  # noqa: B008
@@ -56,7 +56,7 @@ def predict_cost(model: str = DEFAULT_MODEL, spec: Prune = Prune(),  # noqa: B00
     progress(f"loading {model}", 0, 0)
     loaded = models.load(model)
     found = discover(loaded.module, models.sample_inputs(loaded))
-    plan = make_plan(found, NMPattern.parse(spec.pattern), spec.include, spec.exclude)
+    plan = make_plan(found, parse_pattern(spec.pattern), spec.include, spec.exclude)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute = compute_dtype(spec.compute, device)
     return estimate(loaded, plan, spec, Rates.measure(compute)).to_json()
@@ -87,8 +87,12 @@ def verify_any(target: Path | None = None, pattern: str = "2:4", expect: Sequenc
     if target.suffix in (".engine", ".plan"):
         raise UsageError(f"'{target}' is an engine: its weights cannot be read back, only a build's evidence can.",
                          "verify the ONNX file it was built from")
+    wanted = parse_pattern(pattern)
+    if isinstance(wanted, Unstructured):
+        raise UsageError(f"'{target}' has no masks, and zeros alone cannot show that it is {wanted}.",
+                         "verify the run that it belongs to")
     check = verify_onnx if target.suffix == ".onnx" else verify_checkpoint
-    return [check(target, pattern=NMPattern.parse(pattern), expect=expect, progress=progress)], []
+    return [check(target, pattern=wanted, expect=expect, progress=progress)], []
 
 
 def exported(run: RunDir) -> list[Path]:
@@ -245,9 +249,9 @@ def bench(run: RunDir, spec: Bench = Bench(), progress: Progress = silent) -> Be
               if name != "dense" and kernels[name] == kernels["dense"]}
     masked = MaskSet.load(run / "masks.safetensors").masks
     found = discover(dense.module, inputs)
-    targets = [t for t in found.targets if t.name in masked]
-    rows = trace_inputs(dense.module, found.blocks, inputs)[targets[0].module].rows
-    bounds = predict(targets, rows, count_flops(dense.module, inputs))
+    targets = [t for t in found.targets if t.name in masked and masked[t.name].pattern.implies(TWO_FOUR)]
+    rows = trace_inputs(dense.module, found.blocks, inputs)[targets[0].module].rows if targets else 0
+    bounds = predict(targets, rows, count_flops(dense.module, inputs)) if targets else []
     result = BenchResult("cpu", {"batch": spec.batch, "length": spec.length}, arms, ratios, CPU_SENTENCE,
                          tuple(bound.to_json() for bound in bounds), environment())
     run.write_json("bench.json", result.to_json())

@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import NmsparseError, UsageError
 from .models.base import Discovery, Skipped, Target
-from .pattern import NMPattern
+from .pattern import Pattern
 from .verify import shape_verdict
 
 
@@ -18,7 +18,7 @@ class PlanRow:
     """One target: the pattern it gets (None = dense) and the reason."""
 
     target: Target
-    pattern: NMPattern | None
+    pattern: Pattern | None
     reason: str
 
     def shape_verdict(self) -> str | None:
@@ -54,7 +54,7 @@ class Plan:
         return {"blocks": list(self.blocks), "rows": rows, "skipped": [asdict(s) for s in self.skipped]}
 
 
-def make_plan(discovery: Discovery, pattern: NMPattern, include: Sequence[str] = (),
+def make_plan(discovery: Discovery, pattern: Pattern, include: Sequence[str] = (),
               exclude: Sequence[str] = ()) -> Plan:
     """Apply shape and user rules, then make every fusion group all or nothing.
 
@@ -81,9 +81,9 @@ def make_plan(discovery: Discovery, pattern: NMPattern, include: Sequence[str] =
     return plan
 
 
-def _stays_dense(target: Target, pattern: NMPattern, include: Sequence[str], exclude: Sequence[str]) -> str | None:
-    if target.k % pattern.group:
-        return f"reduction length {target.k} is not divisible by {pattern.group}"
+def _stays_dense(target: Target, pattern: Pattern, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    if target.k % pattern.alignment:
+        return f"reduction length {target.k} is not divisible by {pattern.alignment}"
     if include and not any(fnmatchcase(target.name, glob) for glob in include):
         return "not named by --include"
     for glob in exclude:

@@ -27,11 +27,11 @@ from .masks import Mask, MaskSet, tensor_hash
 from .methods.base import Method, relative_error
 from .models.base import LoadedModel, from_rows, to_rows
 from .models.discover import discover
-from .pattern import NMPattern, mask_follows
+from .pattern import Scope, mask_follows, parse_pattern
 from .plan import Plan, make_plan
 from .progress import Progress, silent
 from .recipe import DEFAULT_MODEL, Prune, fingerprint
-from .registry import METHODS
+from .registry import METHODS, REFINEMENTS
 from .rundir import RUNS, RunDir
 from .verify import VerifyReport, verify_checkpoint
 
@@ -58,7 +58,7 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
     progress(models.described(model, loaded), 0, 0)
     method: Method = METHODS.load(spec.method)
     inputs = models.sample_inputs(loaded)
-    plan = make_plan(discover(loaded.module, inputs), NMPattern.parse(spec.pattern), spec.include, spec.exclude)
+    plan = make_plan(discover(loaded.module, inputs), parse_pattern(spec.pattern), spec.include, spec.exclude)
     _check_finite(loaded, plan)
     sample = None if needs(spec, method) == "none" else draw(loaded, spec.calibration, progress)
     run = RunDir.create(path, recipe, identity, force)
@@ -170,13 +170,18 @@ class _Stage:
         self.refinements += json.loads(records["refinements"])
         return json.loads(records["layers"])
 
+    def _scope(self) -> Scope | None:
+        """What the method compared; None when a refinement may have moved places since."""
+        moved = any(REFINEMENTS.load(step.name).changes != "weights" for step in self.spec.refine)
+        return None if moved else self.method.scope
+
     def _commit(self, name: str, pruned: PrunedBlock) -> None:
         """Write the block's weights and masks; from here on it survives a kill."""
         tensors = {key: value.cpu().contiguous() for key, value in pruned.others.items()}
-        records = []
+        records, scope = [], self._scope()
         for key, layer in pruned.layers.items():
             parameter = self.loaded.module.get_parameter(key).detach()
-            if not mask_follows(layer.result.mask, layer.pattern):
+            if not mask_follows(layer.result.mask, layer.pattern, scope=scope):
                 raise CheckFailed(f"The recipe broke the pattern {layer.pattern} on '{key}'.")
             weight = layer.stored(parameter.dtype)
             mask = Mask.pack(from_rows(layer.result.mask, layer.shape, layer.axis), layer.axis, layer.pattern,
@@ -217,7 +222,7 @@ class _Stage:
             with safe_open(self.run / f"blocks/{block:03d}.safetensors", framework="numpy") as file:
                 for row in (r for r in rows if r["block"] == block):
                     masks[row["name"]] = Mask(file.get_tensor(row["name"] + MASK), tuple(row["shape"]), row["axis"],
-                                              NMPattern.parse(row["pattern"]), row["dense_hash"])
+                                              parse_pattern(row["pattern"]), row["dense_hash"])
         return masks
 
 

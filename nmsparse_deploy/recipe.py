@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from .errors import UsageError
-from .pattern import NMPattern
+from .pattern import Unstructured, parse_pattern
 from .registry import METHODS, REFINEMENTS
 from .steps import AnyStep, Frozen
 
@@ -63,7 +63,24 @@ class Prune(Frozen):
     @field_validator("pattern")
     @classmethod
     def _valid_pattern(cls, text: str) -> str:
-        return str(NMPattern.parse(text))
+        return str(parse_pattern(text))
+
+    @model_validator(mode="after")
+    def _finds_the_pattern(self) -> Prune:
+        """Methods and refinements that need groups refuse an unstructured pattern before anything is loaded."""
+        if isinstance(parse_pattern(self.pattern), Unstructured):
+            able = [name for name in METHODS.names() if METHODS.load(name).scope]
+            _refuse_others("method", [self.method], able, self.pattern)
+            found = {name: REFINEMENTS.load(name) for name in REFINEMENTS.names()}
+            able = [name for name, step in found.items() if step.changes == "weights" or step.unstructured]
+            _refuse_others("refinement", [step.name for step in self.refine], able, self.pattern)
+        return self
+
+
+def _refuse_others(kind: str, asked: list[str], able: list[str], pattern: str) -> None:
+    for name in asked:
+        if name not in able:
+            raise UsageError(f"The {kind} '{name}' works in N:M groups only; for {pattern} take {' or '.join(able)}.")
 
 
 class Export(Frozen):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from ..calib.stats import LayerStats, Need
-from ..pattern import NMPattern, project
+from ..pattern import Pattern, Scope, project
 
 
 @dataclass(frozen=True)
@@ -21,32 +21,39 @@ class LayerResult:
 
 
 class PruneLayer(Protocol):
-    """`weight` is `[outputs, reduction]` in fp32; `mask` is a starting mask for methods that refine one."""
+    """`weight` is `[outputs, reduction]` in fp32; `mask` is a starting mask for methods that refine one.
 
-    def __call__(self, weight: torch.Tensor, stats: LayerStats, pattern: NMPattern,
+    `pattern` is an `NMPattern`, and any `Pattern` where the method declares a scope.
+    """
+
+    def __call__(self, weight: torch.Tensor, stats: LayerStats, pattern: Any,
                  mask: torch.Tensor | None = None) -> LayerResult: ...
 
 
 @dataclass(frozen=True)
 class Method:
-    """One line of the registry: what it needs, what it does, who published it."""
+    """One line of the registry: what it needs, what it does, who published it.
+
+    `scope` says which weights compete for an unstructured mask; None: the method needs groups and finds N:M masks only.
+    """
 
     prune_layer: PruneLayer
     needs: Need
     updates_weights: bool
     summary: str
     source: str
+    scope: Scope | None = None
 
 
 def score_method(scores: Callable[[torch.Tensor, LayerStats], torch.Tensor], needs: Need, summary: str,
-                 source: str) -> Method:
-    """A method that only ranks weights: the shared projection keeps the highest scores of every group."""
+                 source: str, scope: Scope = "row") -> Method:
+    """A method that only ranks weights: the shared projection keeps the highest of every group, or of `scope`."""
 
-    def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: NMPattern,
+    def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: Pattern,
                     mask: torch.Tensor | None = None) -> LayerResult:
-        return LayerResult(project(scores(weight, stats), pattern))
+        return LayerResult(project(scores(weight, stats), pattern, scope=scope))
 
-    return Method(prune_layer, needs, False, summary, source)
+    return Method(prune_layer, needs, False, summary, source, scope)
 
 
 def relative_error(weight: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> float:

@@ -2,7 +2,8 @@
 
 With `H = XXᵀ + λI`, `H⁻¹ = UᵀU` and `d_j = U_jj`, at the start of each group the `keep` largest `w²/d²` of the already
 corrected weights stay in every row. Then column by column the error `e = (w_j - q_j)/d_j` is left behind, also to the
-columns of the same group: `W[:, j:] -= e U[j, j:]`.
+columns of the same group: `W[:, j:] -= e U[j, j:]`. Unstructured, the group is a stretch of 128 columns, and one
+threshold over all its rows decides.
 
 Frantar & Alistarh, SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, 2023, section 3.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from ..calib.stats import LayerStats
-from ..pattern import NMPattern, project
+from ..pattern import Pattern, project
 from .base import LayerResult, Method
 from .hessian import inverse_factor
 from .sweep import COLUMNS, Freeze, sweep
@@ -20,7 +21,7 @@ from .sweep import COLUMNS, Freeze, sweep
 DAMPING = 0.01
 
 
-def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: NMPattern, mask: torch.Tensor | None = None,
+def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: Pattern, mask: torch.Tensor | None = None,
                 damping: float = DAMPING, columns: int = COLUMNS) -> LayerResult:
     """Prune `weight` `[R, n]` to `pattern`, or compensate for a given `mask`. Needs `stats.gram`."""
     assert stats.gram is not None
@@ -29,7 +30,7 @@ def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: NMPattern, mas
     return LayerResult(kept, pruned)
 
 
-def freezer(pattern: NMPattern) -> Freeze:
+def freezer(pattern: Pattern) -> Freeze:
     """Choose once at the start of the group, then freeze its columns left to right."""
 
     def freeze(w: torch.Tensor, factor: torch.Tensor, errors: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
@@ -46,4 +47,4 @@ def freezer(pattern: NMPattern) -> Freeze:
 
 
 METHOD = Method(prune_layer, "gram", True, "sweep with weight compensation",
-                "Frantar & Alistarh 2023, arXiv:2301.00774")
+                "Frantar & Alistarh 2023, arXiv:2301.00774", scope="stretch")

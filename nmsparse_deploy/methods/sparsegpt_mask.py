@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 
 from ..calib.stats import LayerStats
-from ..pattern import NMPattern
+from ..pattern import Pattern
 from . import sparsegpt
 from .base import LayerResult, Method
 
 
-def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: NMPattern,
+def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: Pattern,
                 mask: torch.Tensor | None = None) -> LayerResult:
     """The mask of `sparsegpt.prune_layer`, without its weights."""
     return LayerResult(sparsegpt.prune_layer(weight, stats, pattern, mask).mask)
 
 
 METHOD = Method(prune_layer, "gram", False, "SparseGPT's mask on original weights",
-                "Frantar & Alistarh 2023, arXiv:2301.00774 (mask only)")
+                "Frantar & Alistarh 2023, arXiv:2301.00774 (mask only)", scope="stretch")

@@ -22,4 +22,4 @@ def scores(weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
 
 
 METHOD = score_method(scores, "gram", "SparseGPT's score on original weights, no sweep",
-                      "Frantar & Alistarh 2023, arXiv:2301.00774 (score only)")
+                      "Frantar & Alistarh 2023, arXiv:2301.00774 (score only)", scope="stretch")

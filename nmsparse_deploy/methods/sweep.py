@@ -3,7 +3,8 @@
 With `H⁻¹ = UᵀU`, what the columns left of `j` have frozen is accounted for by `U[j:, j:]` alone. A method freezes the
 columns of a group and leaves errors `E` behind; the columns to its right absorb them: `W[:, j:] -= E U[j:j+group, j:]`.
 The sum of `E²` is the final error under `H`. Updates beyond a stretch of columns are applied as one matrix product
-("lazy batch"); its length does not change the result. Frantar & Alistarh 2023, section 3.
+("lazy batch"); its length does not change the result. An unstructured mask has no groups: there the method is given
+whole stretches, all rows of one compete, and the length counts. Frantar & Alistarh 2023, section 3.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..pattern import NMPattern
+from ..pattern import STRETCH, NMPattern, Pattern
 
-COLUMNS = 128
+COLUMNS = STRETCH
 
 Freeze = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """`freeze(w, factor, errors, given)` works on one group, `[group, R]`, with `factor` the group's block of `U`.
@@ -24,13 +25,13 @@ the bool mask.
 """
 
 
-def sweep(weight: torch.Tensor, factor: torch.Tensor, pattern: NMPattern, freeze: Freeze,
+def sweep(weight: torch.Tensor, factor: torch.Tensor, pattern: Pattern, freeze: Freeze,
           mask: torch.Tensor | None = None, columns: int = COLUMNS) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Sweep `weight` `[R, n]` along the inverse factor `U` `[n, n]`; returns weights, mask and the damped error.
 
     Works on the transposed weight, so that a column is contiguous in memory.
     """
-    group = pattern.group
+    group = pattern.group if isinstance(pattern, NMPattern) else columns
     columns = max(group, columns // group * group)
     w = weight.T.contiguous().float().clone()
     n = w.shape[0]

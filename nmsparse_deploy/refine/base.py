@@ -16,7 +16,7 @@ from torch import nn
 from ..calib.stats import LayerStats, Need
 from ..methods.base import LayerResult
 from ..models.base import from_rows
-from ..pattern import NMPattern
+from ..pattern import Pattern
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Layer:
 
     dense: torch.Tensor
     stats: LayerStats
-    pattern: NMPattern
+    pattern: Pattern
     axis: int
     shape: torch.Size
     result: LayerResult
@@ -79,7 +79,10 @@ RefineBlock = Callable[[Block, Any], BlockResult]
 
 @dataclass(frozen=True)
 class Refinement:
-    """One line of the registry. Exactly one of `layer` and `block` is set; `changes` is `mask`, `weights` or `both`."""
+    """One line of the registry. Exactly one of `layer` and `block` is set; `changes` is `mask`, `weights` or `both`.
+
+    What changes weights alone follows any mask; `unstructured` says that a mask may be an unstructured one as well.
+    """
 
     needs: Need
     changes: str
@@ -87,3 +90,4 @@ class Refinement:
     source: str
     layer: RefineLayer | None = None
     block: RefineBlock | None = None
+    unstructured: bool = False

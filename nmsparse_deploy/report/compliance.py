@@ -32,6 +32,7 @@ def _place(run: Path, report: dict[str, Any]) -> dict[str, Any]:
             "checked": report["checked"], "failed": report["failed"], "skipped": report["skipped"],
             **{key: sum(check[key] for check in claims) for key in SUMS},
             "mask_mismatch": sum(compared) if compared else None,
+            "zero_share": report.get("zero_share"),
             "shape_verdicts": dict(Counter(check["shape_verdict"] or "no 2:4 kernel for this pattern"
                                            for check in claims)),
             "skipped_because": dict(Counter(check["skipped"] for check in report["checks"] if check["skipped"])),

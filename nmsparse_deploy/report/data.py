@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..models import short_name
+from ..pattern import TWO_FOUR, parse_pattern
 from . import artefacts, compliance, provenance, quality
 from .layers import layers
 from .stages import Stages
@@ -37,7 +38,8 @@ def _pruning(stages: Stages, recipe: dict[str, Any]) -> dict[str, Any]:
         values = sum(_size(row["shape"]) for row in stages.layers)
         blocks = len({row["block"] for row in stages.layers})
     with stages.of("manifest.json"):
-        return {"method": str(recipe["method"]), "pattern": str(recipe["pattern"]), "layers": len(stages.layers),
+        return {"method": str(recipe["method"]), "pattern": str(recipe["pattern"]),
+                "sparse_kernels": parse_pattern(recipe["pattern"]).implies(TWO_FOUR), "layers": len(stages.layers),
                 "blocks": blocks, "weights": values, "finished": "prune" in stages.manifest["stages"]}
 
 

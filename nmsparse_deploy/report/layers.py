@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..masks import Mask, MaskSet
+from ..pattern import NMPattern
 from ..rundir import RunDir
 from .stages import Stages
 
@@ -42,7 +43,7 @@ def _series(rows: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
 
 
 def masks(run: RunDir) -> dict[str, Any] | None:
-    """A corner of one mask, and how often every position of a group is kept over all masks; None without masks."""
+    """A corner of one mask, and how often every position of a group is kept over all N:M masks; None without masks."""
     if not (run / "masks.safetensors").is_file():
         return None
     found = MaskSet.load(run / "masks.safetensors").masks
@@ -53,6 +54,8 @@ def masks(run: RunDir) -> dict[str, Any] | None:
     groups: dict[str, int] = defaultdict(int)
     count: dict[str, int] = defaultdict(int)
     for mask in found.values():
+        if not isinstance(mask.pattern, NMPattern):
+            continue
         rows = _rows(mask).reshape(-1, mask.pattern.group)
         key = str(mask.pattern)
         kept[key] = kept.get(key, 0) + rows.sum(0, dtype=np.int64)
@@ -61,7 +64,7 @@ def masks(run: RunDir) -> dict[str, Any] | None:
     positions = [{"pattern": key, "density": _density(found, key), "masks": count[key], "groups": groups[key],
                   "kept": (kept[key] / groups[key]).tolist()} for key in sorted(kept)]
     corner = _rows(first)[:CORNER, :CORNER]
-    return {"tensor": name, "pattern": str(first.pattern), "axis": first.axis, "group": first.pattern.group,
+    return {"tensor": name, "pattern": str(first.pattern), "axis": first.axis, "group": first.pattern.alignment,
             "corner": ["".join("1" if value else "0" for value in row) for row in corner], "positions": positions}
 
 

@@ -37,7 +37,8 @@ def _verdict(report: dict[str, Any]) -> str:
 def pruned_clause(report: dict[str, Any]) -> str:
     facts, name = report["pruning"], report["model"]["name"]
     what, were = ("weight matrix", "was") if facts["layers"] == 1 else ("weight matrices", "were")
-    return f"{facts['layers']:,} {what} of {name} {were} pruned to {facts['pattern']} with {facts['method']}"
+    limit = "" if facts["sparse_kernels"] else ", which no sparse tensor core runs,"
+    return f"{facts['layers']:,} {what} of {name} {were} pruned to {facts['pattern']}{limit} with {facts['method']}"
 
 
 def holds_clause(compliance: dict[str, Any] | None) -> str:

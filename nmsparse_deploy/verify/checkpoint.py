@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..masks import MaskSet
-from ..pattern import ELEMENT_TYPES, TWO_FOUR, NMPattern
+from ..pattern import ELEMENT_TYPES, TWO_FOUR, NMPattern, Pattern
 from ..progress import Progress, silent
 from .rows import foreign_check, masked_check, unmatched
 from .scan import Scanner, countable
@@ -44,7 +44,7 @@ def verify_checkpoint(path: str | Path, masks: MaskSet | None = None, pattern: N
                         time.perf_counter() - start)
 
 
-def _row(tensor: StoredTensor, pattern: NMPattern) -> TensorCheck:
+def _row(tensor: StoredTensor, pattern: Pattern) -> TensorCheck:
     return TensorCheck("file", tensor.name, tensor.dtype, tensor.shape, str(pattern))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import UsageError
 from ..masks import Mask, MaskSet
-from ..pattern import ELEMENT_TYPES, TWO_FOUR, NMPattern
+from ..pattern import ELEMENT_TYPES, TWO_FOUR, NMPattern, Pattern
 from ..progress import Progress, silent
 from .checkpoint import nothing_sparse, unmatched_globs
 from .onnx_graph import OnnxGraph, Untraced, WeightUse
@@ -72,7 +72,7 @@ class _Run:
     def expected(self, use: WeightUse | Untraced) -> bool:
         return any(fnmatchcase(name, glob) for glob in self.expect for name in _names(use))
 
-    def row(self, use: WeightUse, pattern: NMPattern, parameter: str | None = None) -> TensorCheck:
+    def row(self, use: WeightUse, pattern: Pattern, parameter: str | None = None) -> TensorCheck:
         self.progress(f"verifying {use.tensor}", min(self.scanner.bytes_read, self._total), self._total)
         return TensorCheck("onnx", use.tensor, use.dtype, use.shape, str(pattern), use.axis, parameter, use.node,
                            shape_verdict=shape_verdict(use.k, use.n, pattern), problems=use.problems)

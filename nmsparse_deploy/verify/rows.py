@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from ..masks import Mask
-from ..pattern import ElementType, NMPattern, group_origin
+from ..pattern import ElementType, NMPattern, Pattern, Unstructured, group_origin
 from .scan import Scanned, Scanner, Source, countable
 from .types import TensorCheck, describe_count, gemm_shape, judge, shape_verdict
 
@@ -28,12 +29,23 @@ def masked_check(row: TensorCheck, element: ElementType, source: Source, mask: M
     axis = mask.axis % len(mask.shape)
     if not countable(row.shape, axis, element, mask.pattern):
         return unmatched(row, f"axis {axis} of shape {list(row.shape)} cannot be checked in groups of "
-                              f"{mask.pattern.group}")
+                              f"{mask.pattern.alignment}")
+    row = replace(row, problems=(*row.problems, *_wrong_share(mask, axis)))
     scanned = scanner.scan(source, element, row.shape, [axis], mask.pattern, np.asarray(mask.bits), digest)
     return claim(replace(row, axis=axis, pattern=str(mask.pattern)), mask.pattern, scanned, law4=True)
 
 
-def claim(row: TensorCheck, pattern: NMPattern, scanned: Scanned, law4: bool) -> TensorCheck:
+def _wrong_share(mask: Mask, axis: int) -> list[str]:
+    """An unstructured mask is believed about places; its share of zeros is counted."""
+    if not isinstance(mask.pattern, Unstructured):
+        return []
+    kept, size = int(np.bitwise_count(mask.bits).sum(dtype=np.int64)), math.prod(mask.shape)
+    if mask.pattern.allows(kept, size // mask.shape[axis], mask.shape[axis]):
+        return []
+    return [f"its mask keeps {kept:,} of {size:,} values, which is not {mask.pattern}"]
+
+
+def claim(row: TensorCheck, pattern: Pattern, scanned: Scanned, law4: bool) -> TensorCheck:
     """A row that must hold. `law4`: baking has normalised minus zeros, so one of them is a failure."""
     row = measured(row, pattern, scanned)
     count = scanned.counts[row.axis or 0]
@@ -49,7 +61,7 @@ def claim(row: TensorCheck, pattern: NMPattern, scanned: Scanned, law4: bool) ->
     return replace(row, problems=tuple(problems))
 
 
-def measured(row: TensorCheck, pattern: NMPattern, scanned: Scanned) -> TensorCheck:
+def measured(row: TensorCheck, pattern: Pattern, scanned: Scanned) -> TensorCheck:
     """The row with its counts, claiming nothing."""
     axis = row.axis or 0
     count = scanned.counts[axis]

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import NmsparseError, from_os_error
-from ..pattern import ElementType, GroupCount, GroupCounter, NMPattern
+from ..pattern import ElementType, GroupCount, GroupCounter, NMPattern, Pattern
 from .types import judge
 
 CHUNK = 1 << 20
@@ -105,14 +105,14 @@ class Scanner:
     """Keeps the counters and their buffers from tensor to tensor."""
 
     def __init__(self) -> None:
-        self._counters: dict[tuple[NMPattern, ElementType, int], GroupCounter] = {}
+        self._counters: dict[tuple[Pattern, ElementType, int], GroupCounter] = {}
         self.bytes_read = 0
         # glibc hands freed blocks below the largest one ever freed back to the program and not to the system; without
         # this the counter's temporary arrays cost page faults on every stretch (measured: 5 times slower).
         np.empty(8 * CHUNK, np.uint8)
 
     def scan(self, source: Source, element: ElementType, shape: tuple[int, ...], axes: Sequence[int],
-             pattern: NMPattern, mask: np.ndarray | None = None, digest: bool = False) -> Scanned:
+             pattern: Pattern, mask: np.ndarray | None = None, digest: bool = False) -> Scanned:
         """Count along every axis of `axes` (each must pass `countable`).
 
         When the first stretch is in the pattern along the first axis, the other axes are dropped: they are guesses
@@ -132,13 +132,15 @@ class Scanner:
                 mismatch += _outside(raw, element, mask[done * 8 // element.bits // 8 :])
             if sha:
                 sha.update(raw)
-            if not done and len(axes) > 1 and judge(totals[axes[0]], pattern) == "sparse":
+            settled = not done and len(axes) > 1 and isinstance(pattern, NMPattern) and (
+                judge(totals[axes[0]], pattern) == "sparse")
+            if settled:
                 counters = {axes[0]: counters[axes[0]]}
                 totals = {axes[0]: totals[axes[0]]}
             done += raw.size
         return Scanned(totals, mismatch, sha.hexdigest() if sha else None)
 
-    def _counter(self, pattern: NMPattern, element: ElementType, shape: tuple[int, ...], axis: int) -> GroupCounter:
+    def _counter(self, pattern: Pattern, element: ElementType, shape: tuple[int, ...], axis: int) -> GroupCounter:
         key = (pattern, element, math.prod(shape[axis + 1 :]))
         if key not in self._counters:
             if len(self._counters) > 16:
@@ -147,14 +149,14 @@ class Scanner:
         return self._counters[key]
 
 
-def countable(shape: tuple[int, ...], axis: int, element: ElementType, pattern: NMPattern) -> bool:
+def countable(shape: tuple[int, ...], axis: int, element: ElementType, pattern: Pattern) -> bool:
     """Is the axis made of whole groups, which are close enough together to be read in constant memory?"""
-    return shape[axis] % pattern.group == 0 and _step(element, shape, [axis], pattern) <= LARGEST_STRETCH
+    return shape[axis] % pattern.alignment == 0 and _step(element, shape, [axis], pattern) <= LARGEST_STRETCH
 
 
-def _step(element: ElementType, shape: tuple[int, ...], axes: Sequence[int], pattern: NMPattern) -> int:
+def _step(element: ElementType, shape: tuple[int, ...], axes: Sequence[int], pattern: Pattern) -> int:
     """Bytes per stretch: whole groups along every axis, and whole bytes of packed mask."""
-    unit = math.lcm(8, *(pattern.group * max(1, math.prod(shape[axis + 1 :])) for axis in axes)) * element.bits // 8
+    unit = math.lcm(8, *(pattern.alignment * max(1, math.prod(shape[axis + 1 :])) for axis in axes)) * element.bits // 8
     return max(unit, CHUNK // unit * unit)
 
 

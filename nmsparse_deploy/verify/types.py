@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from ..pattern import TWO_FOUR, GroupCount, NMPattern
+from ..pattern import TWO_FOUR, GroupCount, NMPattern, Pattern, Unstructured
 
 Place = Literal["torch", "file", "onnx"]
 
@@ -15,8 +15,10 @@ RECOMMENDED_K, RECOMMENDED_N = 64, 32
 POSSIBLE_K, POSSIBLE_N = 32, 16
 
 
-def shape_verdict(k: int, n: int, pattern: NMPattern) -> str | None:
-    """Can sparse tensor cores run a [K, N] weight? None for patterns that do not imply 2:4."""
+def shape_verdict(k: int, n: int, pattern: Pattern) -> str | None:
+    """Can sparse tensor cores run a [K, N] weight? None for N:M patterns that do not imply 2:4."""
+    if isinstance(pattern, Unstructured):
+        return "sparse tensor cores cannot run it"
     if not pattern.implies(TWO_FOUR):
         return None
     if k % RECOMMENDED_K == 0 and n % RECOMMENDED_N == 0:
@@ -105,6 +107,13 @@ class VerifyReport:
     def skipped(self) -> int:
         return sum(check.skipped is not None for check in self.checks)
 
+    @property
+    def zero_share(self) -> float | None:
+        """Share of zeros where there were no groups to count, that is under unstructured masks."""
+        compared = [c for c in self.checks if c.skipped is None and c.mask_mismatch is not None and not c.groups]
+        size = sum(math.prod(check.shape) for check in compared)
+        return 1 - sum(check.nonzeros for check in compared) / size if size else None
+
     def failures(self) -> list[str]:
         """Every reason why the artefact does not hold, as sentences."""
         rows = [f"'{check.tensor}': {problem}." for check in self.checks for problem in check.problems]
@@ -112,14 +121,15 @@ class VerifyReport:
 
     def to_json(self) -> dict[str, Any]:
         return {"place": self.place, "artefact": self.artefact, "ok": self.ok, "checked": self.checked,
-                "failed": self.failed, "skipped": self.skipped, "problems": list(self.problems),
-                "bytes_read": self.bytes_read, "seconds": self.seconds,
+                "failed": self.failed, "skipped": self.skipped, "zero_share": self.zero_share,
+                "problems": list(self.problems), "bytes_read": self.bytes_read, "seconds": self.seconds,
                 "checks": [check.to_json() for check in self.checks]}
 
     def summary(self) -> str:
         """One sentence."""
         groups = sum(check.groups for check in self.checks if check.skipped is None)
-        text = f"{self.artefact}: {self.checked} tensors checked ({groups:,} groups), {self.skipped} skipped"
+        seen = f"{groups:,} groups" if groups or self.zero_share is None else f"{self.zero_share:.1%} zeros"
+        text = f"{self.artefact}: {self.checked} tensors checked ({seen}), {self.skipped} skipped"
         if self.ok:
             return f"{text}; all hold."
         wrong = self.failures()
