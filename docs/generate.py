@@ -48,6 +48,14 @@ def methods_table() -> str:
     return markdown(("method", "what it does", "weights", "statistics", "source"), rows)
 
 
+def refinements_table() -> str:
+    from nmsparse_deploy.registry import REFINEMENTS
+
+    rows = [(f"`{name}`", r.summary, r.changes, r.needs, r.source)
+            for name in REFINEMENTS.names() for r in [REFINEMENTS.load(name)]]
+    return markdown(("refinement", "what it does", "changes", "statistics", "source"), rows)
+
+
 def baseline_table() -> str:
     """README's table, from the measured file."""
     result = json.loads((ROOT / "results/baseline-smollm2-135m.json").read_text())
@@ -70,7 +78,7 @@ def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-TABLES: dict[str, Any] = {"baseline": baseline_table, "methods": methods_table}
+TABLES: dict[str, Any] = {"baseline": baseline_table, "methods": methods_table, "refinements": refinements_table}
 
 
 def fill(text: str) -> str:

@@ -42,6 +42,11 @@ METHODS = Registry("method", {
 })
 
 REFINEMENTS = Registry("refinement", {
+    "admm": ".refine.admm:REFINEMENT",
+    "bias": ".refine.bias:REFINEMENT",
+    "dsnot": ".refine.dsnot:REFINEMENT",
+    "group-descent": ".refine.group_descent:REFINEMENT",
     "reconstruct": ".refine.reconstruct:REFINEMENT",
     "refit": ".refine.refit:REFINEMENT",
+    "swap": ".refine.swap:REFINEMENT",
 })

@@ -51,4 +51,44 @@ class Reconstruct(Step):
         return True
 
 
-AnyStep = Annotated[Refit | Reconstruct, Field(discriminator="name")]
+class GroupDescent(Step):
+    """A better mask for the original weights: every pattern of every group, one group at a time."""
+
+    name: Literal["group-descent"] = "group-descent"
+    sweeps: int = Field(20, ge=1, description="passes over the groups at most; a row without a change is done")
+    protect: float = Field(0.0, ge=0, le=1, description="share of a row's kept weights, highest |w|·‖X‖, that stay")
+
+
+class Swap(Step):
+    """A better mask for the original weights: the best exchange of two weights of a group in every row, repeatedly."""
+
+    name: Literal["swap"] = "swap"
+    steps: int = Field(100, ge=1, description="swaps per row at most")
+    protect: float = Field(0.0, ge=0, le=1, description="share of a row's kept weights, highest |w|·‖X‖, that stay")
+
+
+class Dsnot(Step):
+    """A mask for the original weights whose mean error is small."""
+
+    name: Literal["dsnot"] = "dsnot"
+    cycles: int = Field(50, ge=1, description="swaps per row at most")
+    threshold: float = Field(0.1, ge=0, description="a row whose mean error is smaller than this is done")
+
+
+class Admm(Step):
+    """Weights by ADMM, on the given mask or on one that is tightened on the way."""
+
+    name: Literal["admm"] = "admm"
+    steps: int = Field(20, ge=1, description="iterations")
+    damping: float = Field(0.1, gt=0, description="ridge relative to the normalised Gram")
+    rho: float = Field(1.0, gt=0, description="penalty that ties weights and mask, relative to the normalised Gram")
+    gradual: bool = Field(True, description="choose the mask on the way; false keeps the given one")
+
+
+class Bias(Step):
+    """Biases that make the mean error of every output zero; layers without one are left alone."""
+
+    name: Literal["bias"] = "bias"
+
+
+AnyStep = Annotated[Admm | Bias | Dsnot | GroupDescent | Reconstruct | Refit | Swap, Field(discriminator="name")]
