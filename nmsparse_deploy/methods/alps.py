@@ -8,8 +8,8 @@ pattern, each iteration is
 where `P` keeps the largest of every group, so `D` follows the pattern all the time. `ρ` grows with the share of the
 mask that changed lately, until nothing changes. The support is then refitted by conjugate gradients.
 
-Meng et al., ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models, 2024, sections
-3.2 and 3.3. The ridge is that of the released code (0.01 of the mean diagonal; the paper prints the trace). `B` is
+Meng et al., ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models, 2024, section
+3. The ridge is that of the released code (0.01 of the mean diagonal; the paper prints the trace). `B` is
 computed as the equal `Ŵ - (V + ρ (Ŵ - D))(Ĥ + ρI)⁻¹` with one Cholesky factor for every `ρ`, where the released code
 keeps an eigendecomposition: scaled and damped the matrix is well conditioned, and factors in fp32 without harm.
 """

@@ -8,7 +8,7 @@ the columns not yet frozen, so `[H⁻¹]_jj = d_j²` with the factor's diagonal 
 `H`: both terms are then prices under one quadratic, `H_jj >= 1/d_j²` with equality where nothing correlates, and a
 common factor on the activations changes no mask. Weights are compensated as in `sparsegpt`.
 
-Shao et al., One-Shot Sensitivity-Aware Mixed Sparsity Pruning for Large Language Models, 2023, section 3. The paper
+Shao et al., One-Shot Sensitivity-Aware Mixed Sparsity Pruning for Large Language Models, 2023. The paper
 uses it for unstructured sparsity; its allocation of sparsity over layers has no counterpart where keep:group is fixed.
 """
 

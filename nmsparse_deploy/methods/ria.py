@@ -6,7 +6,7 @@ The shares keep whole channels from being emptied; the root tempers channels of 
 mean square: a constant factor changes no order. Rows and columns of zeros score zero (the released code divides by
 zero there). The paper's channel permutation is a step of its own and not part of this score.
 
-Zhang et al., Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models, 2024, section 3.1.
+Zhang et al., Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models, 2024.
 """
 
 from __future__ import annotations
