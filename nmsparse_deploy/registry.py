@@ -33,12 +33,17 @@ class Registry:
 
 
 METHODS = Registry("method", {
+    "alps": ".methods.alps:METHOD",
     "group-obs": ".methods.group_obs:METHOD",
+    "isc": ".methods.isc:METHOD",
+    "isc-released": ".methods.isc_released:METHOD",
     "magnitude": ".methods.magnitude:METHOD",
-    "wanda": ".methods.wanda:METHOD",
+    "magnitude-2d": ".methods.magnitude_2d:METHOD",
+    "ria": ".methods.ria:METHOD",
     "sparsegpt": ".methods.sparsegpt:METHOD",
     "sparsegpt-mask": ".methods.sparsegpt_mask:METHOD",
     "sparsegpt-static": ".methods.sparsegpt_static:METHOD",
+    "wanda": ".methods.wanda:METHOD",
 })
 
 REFINEMENTS = Registry("refinement", {

@@ -13,8 +13,11 @@ FP64_WIDTH = 4096
 def dampen(gram: torch.Tensor, damping: float) -> torch.Tensor:
     """`G + λI` with λ = `damping` times the mean diagonal (1 when there was no signal at all).
 
-    A column that never saw an input is left with λ alone: the cheapest to prune, and untouched where it is kept.
+    A column that never saw an input is left with λ alone: the cheapest to prune, and untouched where it is kept. Raises
+    `NmsparseError` when the Gram is not finite.
     """
+    if not torch.isfinite(gram).all():
+        raise NmsparseError("The calibration statistics contain NaN or Inf; the model's activations overflow.")
     hessian = gram.to(torch.float64 if gram.shape[0] <= FP64_WIDTH else torch.float32, copy=True)
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean())
@@ -28,8 +31,6 @@ def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
     Its trailing blocks factor the inverses of the trailing blocks of `H`. When the factorisation fails the damping is
     raised tenfold up to 1, then negative eigenvalues are lifted; raises `NmsparseError` when even that fails.
     """
-    if not torch.isfinite(gram).all():
-        raise NmsparseError("The calibration statistics contain NaN or Inf; the model's activations overflow.")
     strength = damping
     while True:
         factor = _factor(dampen(gram, strength))
