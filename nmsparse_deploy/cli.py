@@ -70,6 +70,8 @@ def prune(model: Model = DEMO,
           method: Annotated[str, typer.Option(help="see `nmsparse-deploy list`")] = "sparsegpt",
           refine: Annotated[list[str], typer.Option(
               help="what follows the method, see `nmsparse-deploy list`; may be repeated")] = [],  # noqa: B006
+          permute: Annotated[bool, typer.Option(
+              "--permute", help="first reorder the channels that are free to move, for better groups")] = False,
           pattern: Annotated[str, typer.Option(help="keep:group")] = "2:4",
           data: Annotated[str, typer.Option(help="calibration text or images; auto suits the model")] = "auto",
           samples: Annotated[int, typer.Option(help="calibration windows")] = 64,
@@ -84,7 +86,7 @@ def prune(model: Model = DEMO,
     _say_default(model)
     calibration = {"data": data, "samples": samples, "length": length, "seed": seed}
     spec = validate(Prune, {"method": method, "refine": [{"name": name} for name in refine], "pattern": pattern,
-                            "calibration": calibration, "include": include, "exclude": exclude})
+                            "permute": permute, "calibration": calibration, "include": include, "exclude": exclude})
     run = api(model, spec, out, force, output.progress)
     facts = run.manifest()["stages"]["prune"]
     output.result({"run": str(run.path), **facts},

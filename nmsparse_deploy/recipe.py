@@ -39,6 +39,7 @@ class Prune(Frozen):
 
     method: str = "sparsegpt"
     pattern: str = "2:4"
+    permute: bool = Field(False, description="first reorder the channels that are free to move, for better groups")
     calibration: Calibration = Calibration()
     refine: tuple[AnyStep, ...] = Field((), description="applied in order after the mask is chosen")
     include: tuple[str, ...] = Field((), description="globs on parameter names; empty = everything prunable")
@@ -134,7 +135,8 @@ def fingerprint(model: str, prune: Prune) -> str:
 
     Fields that ask for nothing are left out, so that a new option does not make every older run another one.
     """
-    asked = {name: value for name, value in prune.model_dump(mode="json").items() if value not in ([], None)}
+    asked = {name: value for name, value in prune.model_dump(mode="json").items()
+             if value is not False and value not in ([], None)}
     canonical = json.dumps({"model": model, **asked}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
