@@ -1,4 +1,4 @@
-"""Prune one block: statistics, an order of the channels, a mask for every target, then the refinements in their order."""
+"""Prune one block: statistics, perhaps another order of its channels, a mask for every target, then the refinements."""
 
 from __future__ import annotations
 

@@ -105,7 +105,10 @@ def _load_pruned(run: RunDir, dtype: torch.dtype | None = None) -> LoadedModel:
 
 
 def _load_dense(run: RunDir) -> LoadedModel:
-    """The dense twin, its channels in the run's order. Raises `CheckFailed` when it is not the very model that the masks were found for."""
+    """The dense twin, its channels in the run's order.
+
+    Raises `CheckFailed` when it is not the very model that the masks were found for.
+    """
     loaded = models.load(run.manifest()["recipe"]["model"])
     if (run / "permutations.safetensors").is_file():
         Permutations.load(run / "permutations.safetensors").apply(loaded.module)

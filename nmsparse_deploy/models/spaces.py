@@ -115,7 +115,7 @@ class _Stubs:
         self._answer: Answer = lambda path, shape: torch.ones(shape)
         self._seen: dict[str, torch.Tensor] = {}
         for path, layer in self.layers.items():
-            layer.forward = lambda x, *_, path=path, **__: self._call(path, x)  # type: ignore[method-assign]
+            layer.forward = lambda x, *_, path=path, **__: self._call(path, x)
 
     def _call(self, path: str, x: torch.Tensor) -> torch.Tensor:
         self._seen[path] = x.reshape(-1, x.shape[-1]).T
@@ -195,7 +195,7 @@ def _spell(low: torch.Tensor, high: torch.Tensor, answers: Sequence[torch.Tensor
 def _spaces(stubs: _Stubs, group: Sequence[str], written: Writers) -> list[PermutationSpace] | str:
     """The spaces of the consumers `group`, or why there is none."""
     if not written:
-        return "its input comes from outside the block"
+        return "no layer of the block writes its channels one by one"
     mixed = [path for (path, _), rows in written.items() if (rows == MIXED).any()]
     if mixed:
         return f"its channels mix the outputs of '{mixed[0]}'"
