@@ -1,4 +1,4 @@
-"""Prune one block: statistics, a mask for every target, then the refinements of the recipe in their order."""
+"""Prune one block: statistics, perhaps another order of its channels, a mask for every target, then the refinements."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .models.base import to_rows
 from .plan import Plan, PlanRow
 from .recipe import Prune
 from .refine.base import Block, Layer, RefineBlock
+from .refine.permute import Orders, permute
 from .registry import REFINEMENTS
 
 
@@ -30,25 +31,32 @@ class PrunedBlock:
     others: dict[str, torch.Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     refinements: list[dict[str, Any]] = field(default_factory=list)
+    orders: Orders = field(default_factory=dict)
+    """Where the entries of the dense weights come from, by parameter and axis, where channels were permuted."""
 
 
 def needs(spec: Prune, method: Method) -> Need:
     """The statistics that the method and the refinements ask for together."""
     asked = {method.needs, *(REFINEMENTS.load(step.name).needs for step in spec.refine)}
+    if spec.permute:
+        asked.add("norms")
     return max(asked, key=NEEDS.index)
 
 
 def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method: Method,
-                walk: BlockWalk | None) -> PrunedBlock:
+                walk: BlockWalk | None, probe: BlockWalk | None = None) -> PrunedBlock:
     """Prune block `number` of the model `module`, whose weights are still dense there and stay so.
 
-    `walk` is the calibration stream at the block's entrance; None when nothing in the recipe needs data.
+    `walk` is the calibration stream at the block's entrance; None when nothing in the recipe needs data. `probe` is a
+    small one in fp32; with it the channels are permuted first, and the dense weights in `module` with them.
     """
     steps = [(step, REFINEMENTS.load(step.name)) for step in spec.refine]
     leading = list(takewhile(lambda pair: pair[1].layer is not None, steps))
     rows = plan.pruned(number)
     parts = list(_by_input(rows).values()) if spec.sequential and walk else [rows]
     pruned = PrunedBlock(number, {})
+    if probe is not None:
+        _permute(module, plan, pruned, walk, probe)
     for place, part in enumerate(parts):
         stats: dict[str, LayerStats] = {}
         if walk:
@@ -80,6 +88,21 @@ def _by_input(rows: list[PlanRow]) -> dict[str, list[PlanRow]]:
     for row in rows:
         parts.setdefault(row.target.fusion, []).append(row)
     return parts
+
+
+def _permute(module: nn.Module, plan: Plan, pruned: PrunedBlock, walk: BlockWalk | None, probe: BlockWalk) -> None:
+    """Reorder the block's dense weights in place, by the norms of what its layers read."""
+    start = time.perf_counter()
+    number, rows = pruned.number, plan.pruned(pruned.number)
+    stats = walk.statistics(number, [row.target for row in rows], "norms", last=False) if walk else {}
+    done = permute(module, plan.blocks[number], rows, stats, lambda block, x: probe.run(block, number, 0, x),
+                   probe.hidden[0])
+    pruned.orders = done.orders
+    targets = {row.target.name for row in rows}
+    pruned.others |= {name: module.get_parameter(name).detach().clone() for name, _ in done.orders
+                      if name not in targets}
+    pruned.refinements.append({"block": number, "name": "permute", **done.facts,
+                               "seconds": round(time.perf_counter() - start, 3)})
 
 
 def _prune_layer(module: nn.Module, row: PlanRow, stats: LayerStats, method: Method) -> Layer:

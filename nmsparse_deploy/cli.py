@@ -73,6 +73,8 @@ def prune(model: Model = DEMO,
           method: Annotated[str, typer.Option(help="see `nmsparse-deploy list`; auto: by time budget")] = "sparsegpt",
           refine: Annotated[list[str], typer.Option(
               help="what follows the method, see `nmsparse-deploy list`; may be repeated")] = [],  # noqa: B006
+          permute: Annotated[bool, typer.Option(
+              "--permute", help="first reorder the channels that are free to move, for better groups")] = False,
           pattern: Annotated[str, typer.Option(help="keep:group, or unstructured:SHARE_OF_ZEROS")] = "2:4",
           data: Annotated[str, typer.Option(help="calibration text or images; auto suits the model")] = "auto",
           samples: Annotated[int, typer.Option(help="calibration windows")] = 64,
@@ -87,8 +89,8 @@ def prune(model: Model = DEMO,
 
     _say_default(model)
     calibration = {"data": data, "samples": samples, "length": length, "seed": seed}
-    settings = {"refine": [{"name": name} for name in refine], "pattern": pattern, "calibration": calibration,
-                "include": include, "exclude": exclude}
+    settings = {"refine": [{"name": name} for name in refine], "permute": permute, "pattern": pattern,
+                "calibration": calibration, "include": include, "exclude": exclude}
     if method == "auto":
         from .auto import choose
 

@@ -33,6 +33,7 @@ from .masks import MaskSet
 from .models.base import LoadedModel
 from .models.discover import discover, trace_inputs
 from .pattern import TWO_FOUR, Unstructured, parse_pattern
+from .permutations import Permutations
 from .plan import Plan, make_plan
 from .predict import count_flops, predict
 from .progress import Progress, silent
@@ -107,8 +108,13 @@ def _load_pruned(run: RunDir, dtype: torch.dtype | None = None) -> LoadedModel:
 
 
 def _load_dense(run: RunDir) -> LoadedModel:
-    """The dense twin. Raises `CheckFailed` when it is not the very model that the masks were found for."""
+    """The dense twin, its channels in the run's order.
+
+    Raises `CheckFailed` when it is not the very model that the masks were found for.
+    """
     loaded = models.load(run.manifest()["recipe"]["model"])
+    if (run / "permutations.safetensors").is_file():
+        Permutations.load(run / "permutations.safetensors").apply(loaded.module)
     MaskSet.load(run / "masks.safetensors").check_base(dict(loaded.module.named_parameters()))
     return loaded
 

@@ -28,6 +28,7 @@ from .methods.base import Method, relative_error
 from .models.base import LoadedModel, from_rows, to_rows
 from .models.discover import discover
 from .pattern import Scope, mask_follows, parse_pattern
+from .permutations import ORDER, Permutations, from_tensors, to_tensors
 from .plan import Plan, make_plan
 from .progress import Progress, silent
 from .recipe import DEFAULT_MODEL, Prune, fingerprint
@@ -70,7 +71,7 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
 
 
 def _default_path(model: str, spec: Prune, identity: str) -> Path:
-    how = "-".join([spec.method, *(step.name for step in spec.refine)])
+    how = "-".join([*(["permute"] if spec.permute else []), spec.method, *(step.name for step in spec.refine)])
     path = RUNS / f"{models.short_name(model)}-{how}-{spec.pattern.replace(':', '-')}"
     if (path / "manifest.json").is_file() and RunDir(path).manifest()["fingerprint"] != identity:
         return path.with_name(f"{path.name}-{identity[:8]}")
@@ -120,17 +121,19 @@ class _Stage:
     progress: Progress
     refinements: list[dict[str, Any]] = field(default_factory=list)
     """What block refinements had to tell, block by block."""
+    orders: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    """How channels were permuted before pruning."""
 
     def work(self) -> None:
         start = time.perf_counter()
         self.run.write_json("plan.json", self.plan.to_json())
         blocks = sorted({row.target.block for row in self.plan.pruned()})
-        walk = self._walk()
+        walk, probe = self._walk(), self._probe()
         rows: list[dict[str, Any]] = []
         for number in range(blocks[-1] + 1):
             self.progress(f"{self.spec.method} {self.spec.pattern}, block {number}", number, len(self.plan.blocks))
             if number in blocks:
-                rows += self._block(walk, number)
+                rows += self._block(walk, probe, number)
             elif walk is not None:
                 walk.pass_dense(number)
             if walk is not None and number < blocks[-1]:
@@ -153,21 +156,29 @@ class _Stage:
         both = any(step.dense_stream for step in self.spec.refine)
         return BlockWalk(self.loaded.module, self.plan.blocks, batches, self.compute, both)
 
-    def _block(self, walk: BlockWalk | None, block: int) -> list[dict[str, Any]]:
+    def _probe(self) -> BlockWalk | None:
+        """A few tokens in fp32, on which the block is asked which of its channels may be permuted."""
+        if not self.spec.permute:
+            return None
+        batches = models.batches(self.loaded, models.sample_inputs(self.loaded), 2)
+        return BlockWalk(self.loaded.module, self.plan.blocks, batches[:1])
+
+    def _block(self, walk: BlockWalk | None, probe: BlockWalk | None, block: int) -> list[dict[str, Any]]:
         """Prune one block, or read it back when an earlier process finished it."""
         name = f"blocks/{block:03d}.safetensors"
         if not (self.run / name).is_file():
-            self._commit(name, prune_block(self.loaded.module, self.plan, block, self.spec, self.method, walk))
+            self._commit(name, prune_block(self.loaded.module, self.plan, block, self.spec, self.method, walk, probe))
         elif walk is not None:
             walk.pass_dense(block)
         weights = load_file(self.run / name)
         with torch.no_grad():
             for key, value in weights.items():
-                if not key.endswith(MASK):
+                if not key.endswith(MASK) and ORDER not in key:
                     self.loaded.module.get_parameter(key).copy_(value)
         with safe_open(self.run / name, framework="numpy") as file:
             records = file.metadata()
         self.refinements += json.loads(records["refinements"])
+        self.orders |= from_tensors(weights)
         return json.loads(records["layers"])
 
     def _scope(self) -> Scope | None:
@@ -177,7 +188,7 @@ class _Stage:
 
     def _commit(self, name: str, pruned: PrunedBlock) -> None:
         """Write the block's weights and masks; from here on it survives a kill."""
-        tensors = {key: value.cpu().contiguous() for key, value in pruned.others.items()}
+        tensors = {key: value.cpu().contiguous() for key, value in pruned.others.items()} | to_tensors(pruned.orders)
         records, scope = [], self._scope()
         for key, layer in pruned.layers.items():
             parameter = self.loaded.module.get_parameter(key).detach()
@@ -210,11 +221,19 @@ class _Stage:
             with self.run.replacing("calibration.safetensors") as file:
                 save_file(self.sample.record(), file)
         self.run.write_json("layers.json", rows)
+        if self.orders:
+            with self.run.replacing("permutations.safetensors") as file:
+                Permutations(self.orders, self._spaces()).save(file)
         if self.refinements:
             self.run.write_json("refinements.json", self.refinements)
         report = verify_checkpoint(self.run / "model", masks)
         self.run.write_json("verify.json", {"reports": [report.to_json()], "not_checked": list(NOT_CHECKED)})
         return report
+
+    def _spaces(self) -> list[dict[str, Any]]:
+        named = ("consumers", "producers", "segments", "length", "copies")
+        return [{name: space[name] for name in named} for told in self.refinements if told["name"] == "permute"
+                for space in told["spaces"]]
 
     def _masks(self, rows: list[dict[str, Any]]) -> dict[str, Mask]:
         masks = {}

@@ -39,6 +39,7 @@ class Prune(Frozen):
 
     method: str = "sparsegpt"
     pattern: str = "2:4"
+    permute: bool = Field(False, description="first reorder the channels that are free to move, for better groups")
     calibration: Calibration = Calibration()
     refine: tuple[AnyStep, ...] = Field((), description="applied in order after the mask is chosen")
     sequential: bool = Field(False, description="a layer's statistics see the pruned layers before it in its block; "

@@ -5,6 +5,7 @@
       blocks/NNN.*         finished blocks while pruning (gone when the stage is)
       model/               pruned weights that the stock library loads
       masks.safetensors    the masks
+      permutations.safetensors   how the dense channels were reordered first, where they were
       plan.json layers.json verify.json evaluate.json bench.json
       onnx/                exported graphs with their link maps
       report/              index.html, report.md, report.json

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -44,6 +44,16 @@ class LayerStats:
     def mean(self) -> torch.Tensor:
         """Mean of every input column."""
         return torch.zeros_like(self.square_sum) if self.total is None else self.total / max(self.tokens, 1)
+
+    def reordered(self, order: torch.Tensor) -> LayerStats:
+        """The statistics of the same inputs with column `order[j]` in the place of column j."""
+        order = order.to(self.square_sum.device)
+
+        def both(matrix: torch.Tensor | None) -> torch.Tensor | None:
+            return None if matrix is None else matrix[order][:, order]
+
+        return replace(self, square_sum=self.square_sum[order], gram=both(self.gram), cross=both(self.cross),
+                       total=None if self.total is None else self.total[order])
 
 
 class StatsAccumulator:
