@@ -338,6 +338,13 @@ def test_convolutions_verify():
     assert verify_module(conv, masks).ok
 
 
+def test_an_empty_tensor_is_no_crash():
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.zeros(3, 0))
+    mask = Mask.pack(torch.zeros(3, 0, dtype=torch.bool), 1, HALF, tensor_hash(module.weight))
+    assert verify_module(module, MaskSet({"weight": mask})).zero_share is None
+
+
 def test_inspect_needs_no_group(odd_dir, capfd):
     code, out, _ = command(capfd, "inspect", odd_dir, "--pattern", "unstructured:0.5")
     assert code == 0 and "14 of 14" in out and "sparse tensor cores cannot run it" in out

@@ -40,7 +40,7 @@ def _wrong_share(mask: Mask, axis: int) -> list[str]:
     if not isinstance(mask.pattern, Unstructured):
         return []
     kept, size = int(np.bitwise_count(mask.bits).sum(dtype=np.int64)), math.prod(mask.shape)
-    if mask.pattern.allows(kept, size // mask.shape[axis], mask.shape[axis]):
+    if not size or mask.pattern.allows(kept, size // mask.shape[axis], mask.shape[axis]):
         return []
     return [f"its mask keeps {kept:,} of {size:,} values, which is not {mask.pattern}"]
 
