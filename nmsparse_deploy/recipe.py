@@ -75,6 +75,9 @@ class Prune(Frozen):
             found = {name: REFINEMENTS.load(name) for name in REFINEMENTS.names()}
             able = [name for name, step in found.items() if step.changes == "weights" or step.unstructured]
             _refuse_others("refinement", [step.name for step in self.refine], able, self.pattern)
+            if self.permute:
+                raise UsageError(f"Permuting channels makes better groups, and {self.pattern} has none.",
+                                 "leave out --permute")
         return self
 
 

@@ -53,7 +53,8 @@ class LayerStats:
             return None if matrix is None else matrix[order][:, order]
 
         return replace(self, square_sum=self.square_sum[order], gram=both(self.gram), cross=both(self.cross),
-                       total=None if self.total is None else self.total[order])
+                       total=None if self.total is None else self.total[order],
+                       drift=None if self.drift is None else self.drift[:, order])
 
 
 class StatsAccumulator:

@@ -76,7 +76,7 @@ def _inverse(normal: torch.Tensor, rho: float) -> torch.Tensor:
 def refine(layer: Layer, step: Admm) -> LayerResult:
     assert layer.stats.gram is not None
     mask = None if step.gradual else layer.result.mask
-    return solve(layer.dense, layer.stats.gram, layer.pattern, mask, step.steps, step.damping, step.rho)
+    return solve(layer.dense, layer.stats.gram, layer.groups, mask, step.steps, step.damping, step.rho)
 
 
 REFINEMENT = Refinement("gram", "both", "weights by ADMM, the mask tightened on the way",

@@ -16,7 +16,7 @@ from torch import nn
 from ..calib.stats import LayerStats, Need
 from ..methods.base import LayerResult
 from ..models.base import from_rows
-from ..pattern import Pattern
+from ..pattern import NMPattern, Pattern
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,12 @@ class Layer:
     axis: int
     shape: torch.Size
     result: LayerResult
+
+    @property
+    def groups(self) -> NMPattern:
+        """The pattern, for refinements that work in groups; a recipe refuses to combine them with other patterns."""
+        assert isinstance(self.pattern, NMPattern)
+        return self.pattern
 
     @property
     def weight(self) -> torch.Tensor:

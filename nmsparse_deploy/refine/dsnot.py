@@ -24,7 +24,7 @@ from .base import Layer, Refinement
 
 def balance(layer: Layer, cycles: int, threshold: float) -> torch.Tensor:
     """The mask `[R, n]` after at most `cycles` swaps per row. Needs `stats.total`."""
-    group, stats, kept = layer.pattern.group, layer.stats, layer.result.mask.clone()
+    group, stats, kept = layer.groups.group, layer.stats, layer.result.mask.clone()
     share = layer.dense.double() * stats.mean.double()
     square = stats.rms.double().square()
     # What the subtraction leaves of a constant column is rounding, and a variance of zero would divide.

@@ -104,7 +104,7 @@ def swapping(pattern: NMPattern) -> Choose:
 def refine(layer: Layer, step: GroupDescent) -> LayerResult:
     w, gram = precise(layer)
     fixed = strongest(layer, step.protect)
-    return LayerResult(descend(w, layer.result.mask, fixed, gram, layer.pattern, step.sweeps))
+    return LayerResult(descend(w, layer.result.mask, fixed, gram, layer.groups, step.sweeps))
 
 
 REFINEMENT = Refinement("gram", "mask", "each group in turn takes the pattern that is best beside its row",

@@ -160,7 +160,7 @@ def permute(module: nn.Module, block: str, rows: Sequence[PlanRow], stats: Mappi
             reasons[first] = reason
             continue
         target, pattern = consumers[0].target, consumers[0].pattern
-        assert pattern is not None
+        assert isinstance(pattern, NMPattern)
         found = search(_scores(module, consumers, space, moved[target.fusion]), space.shape[1], pattern)
         here = {(prefix + name, axis): order for (name, axis), order in space.orders(found.order).items()}
         reorder(module, here)
@@ -184,7 +184,7 @@ def _not_free(space: PermutationSpace, consumers: Sequence[PlanRow], tied: set[s
     if len({row.pattern for row in consumers}) > 1:
         return "the layers that read it have different patterns"
     pattern = consumers[0].pattern
-    assert pattern is not None
+    assert isinstance(pattern, NMPattern)
     places, length = space.consumers[0].places, space.shape[2]
     run = places[..., :1] + torch.arange(length)
     if length % pattern.group or (places[..., 0] % pattern.group).any() or not torch.equal(run, places):

@@ -87,12 +87,12 @@ def refine(layer: Layer, step: Swap) -> LayerResult:
     w, gram = precise(layer)
     fixed = strongest(layer, step.protect)
     masks = []
-    for rows in torch.arange(len(w), device=w.device).split(max(1, CELLS // (w.shape[1] * layer.pattern.group))):
+    for rows in torch.arange(len(w), device=w.device).split(max(1, CELLS // (w.shape[1] * layer.groups.group))):
         kept = layer.result.mask[rows]
         lost = torch.where(kept, 0.0, w[rows])
         c = lost @ gram
         worth = WORTH * (lost * c).sum(1).clamp(min=0)
-        masks.append(best_swaps(w[rows], c, kept, fixed[rows], gram, layer.pattern.group, step.steps, worth))
+        masks.append(best_swaps(w[rows], c, kept, fixed[rows], gram, layer.groups.group, step.steps, worth))
     return LayerResult(torch.cat(masks))
 
 
