@@ -13,6 +13,7 @@ from torch import nn
 from .calib.stats import NEEDS, LayerStats, Need
 from .calib.walk import BlockWalk
 from .methods.base import Method
+from .methods.grid import Grid
 from .models.base import to_rows
 from .plan import Plan, PlanRow
 from .recipe import Prune
@@ -49,7 +50,7 @@ def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method:
     for row in rows:
         start = time.perf_counter()
         name = row.target.name
-        pruned.layers[name] = _prune_layer(module, row, stats.get(row.target.fusion, LayerStats.none()), method)
+        pruned.layers[name] = _prune_layer(module, row, stats.get(row.target.fusion, LayerStats.none()), spec, method)
         pruned.seconds[name] = time.perf_counter() - start
     for step in spec.refine:
         refinement = REFINEMENTS.load(step.name)
@@ -64,11 +65,12 @@ def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method:
     return pruned
 
 
-def _prune_layer(module: nn.Module, row: PlanRow, stats: LayerStats, method: Method) -> Layer:
+def _prune_layer(module: nn.Module, row: PlanRow, stats: LayerStats, spec: Prune, method: Method) -> Layer:
     assert row.pattern is not None
     parameter = module.get_parameter(row.target.name).detach()
     weight = to_rows(parameter, row.target.axis).float()
-    result = method.prune_layer(weight, stats, row.pattern)
+    rounding: dict[str, Any] = {"grid": Grid.of(weight, spec.wbits, spec.wgroup)} if spec.wbits else {}
+    result = method.prune_layer(weight, stats, row.pattern, **rounding)
     return Layer(weight, stats, row.pattern, row.target.axis, parameter.shape, result)
 
 

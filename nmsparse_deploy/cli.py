@@ -71,6 +71,9 @@ def prune(model: Model = DEMO,
           refine: Annotated[list[str], typer.Option(
               help="what follows the method, see `nmsparse-deploy list`; may be repeated")] = [],  # noqa: B006
           pattern: Annotated[str, typer.Option(help="keep:group")] = "2:4",
+          wbits: Annotated[int | None, typer.Option(help="4 or 8: round kept weights in the same sweep")] = None,
+          wgroup: Annotated[int | None, typer.Option(
+              help="columns that share a scale, with --wbits; left out: a whole row")] = None,
           data: Annotated[str, typer.Option(help="calibration text or images; auto suits the model")] = "auto",
           samples: Annotated[int, typer.Option(help="calibration windows")] = 64,
           length: Annotated[int, typer.Option(help="tokens per window")] = 512,
@@ -84,7 +87,8 @@ def prune(model: Model = DEMO,
     _say_default(model)
     calibration = {"data": data, "samples": samples, "length": length, "seed": seed}
     spec = validate(Prune, {"method": method, "refine": [{"name": name} for name in refine], "pattern": pattern,
-                            "calibration": calibration, "include": include, "exclude": exclude})
+                            "wbits": wbits, "wgroup": wgroup, "calibration": calibration, "include": include,
+                            "exclude": exclude})
     run = api(model, spec, out, force, output.progress)
     facts = run.manifest()["stages"]["prune"]
     output.result({"run": str(run.path), **facts},

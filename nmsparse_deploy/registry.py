@@ -42,6 +42,7 @@ METHODS = Registry("method", {
 })
 
 REFINEMENTS = Registry("refinement", {
+    "llm-barber": ".refine.llm_barber:REFINEMENT",
     "reconstruct": ".refine.reconstruct:REFINEMENT",
     "refit": ".refine.refit:REFINEMENT",
 })

@@ -5,6 +5,7 @@
       blocks/NNN.*         finished blocks while pruning (gone when the stage is)
       model/               pruned weights that the stock library loads
       masks.safetensors    the masks
+      scales.safetensors   with --wbits: what the integers of each weight are multiplied by
       plan.json layers.json verify.json evaluate.json bench.json
       onnx/                exported graphs with their link maps
       report/              index.html, report.md, report.json

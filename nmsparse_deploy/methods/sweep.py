@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from ..pattern import NMPattern
+from .grid import Grid
 
 COLUMNS = 128
 
@@ -25,10 +26,12 @@ the bool mask.
 
 
 def sweep(weight: torch.Tensor, factor: torch.Tensor, pattern: NMPattern, freeze: Freeze,
-          mask: torch.Tensor | None = None, columns: int = COLUMNS) -> tuple[torch.Tensor, torch.Tensor, float]:
+          mask: torch.Tensor | None = None, columns: int = COLUMNS,
+          grid: Grid | None = None) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Sweep `weight` `[R, n]` along the inverse factor `U` `[n, n]`; returns weights, mask and the damped error.
 
-    Works on the transposed weight, so that a column is contiguous in memory.
+    With a `grid`, kept weights are rounded to it group by group, and what that costs is compensated too. Works on the
+    transposed weight, so that a column is contiguous in memory.
     """
     group = pattern.group
     columns = max(group, columns // group * group)
@@ -44,6 +47,8 @@ def sweep(weight: torch.Tensor, factor: torch.Tensor, pattern: NMPattern, freeze
             here = slice(first, first + group)
             behind = errors[first - start : first - start + group]
             kept[here] = freeze(w[here], factor[here, here], behind, None if given is None else given[here])
+            if grid is not None:
+                grid.freeze(first, w[here], factor[here, here], behind, kept[here])
             w[first + group : stop].addmm_(factor[here, first + group : stop].T, behind, alpha=-1)
         w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
         loss += float(errors.square().sum(dtype=torch.float64))
