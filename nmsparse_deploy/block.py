@@ -14,6 +14,7 @@ from torch import nn
 from .calib.stats import NEEDS, LayerStats, Need
 from .calib.walk import BlockWalk
 from .methods.base import Method
+from .methods.grid import Grid
 from .models.base import to_rows
 from .plan import Plan, PlanRow
 from .recipe import Prune
@@ -65,7 +66,7 @@ def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method:
                                     last=place == len(parts) - 1)
         for row in part:
             start = time.perf_counter()
-            layer = _prune_layer(module, row, stats.get(row.target.fusion, LayerStats.none()), method)
+            layer = _prune_layer(module, row, stats.get(row.target.fusion, LayerStats.none()), spec, method)
             for step, refinement in leading:
                 layer = replace(layer, result=refinement.layer(layer, step))
             pruned.layers[row.target.name] = layer
@@ -105,11 +106,12 @@ def _permute(module: nn.Module, plan: Plan, pruned: PrunedBlock, walk: BlockWalk
                                "seconds": round(time.perf_counter() - start, 3)})
 
 
-def _prune_layer(module: nn.Module, row: PlanRow, stats: LayerStats, method: Method) -> Layer:
+def _prune_layer(module: nn.Module, row: PlanRow, stats: LayerStats, spec: Prune, method: Method) -> Layer:
     assert row.pattern is not None
     parameter = module.get_parameter(row.target.name).detach()
     weight = to_rows(parameter, row.target.axis).float()
-    result = method.prune_layer(weight, stats, row.pattern)
+    rounding: dict[str, Any] = {"grid": Grid.of(weight, spec.wbits, spec.wgroup)} if spec.wbits else {}
+    result = method.prune_layer(weight, stats, row.pattern, **rounding)
     return Layer(weight, stats, row.pattern, row.target.axis, parameter.shape, result)
 
 

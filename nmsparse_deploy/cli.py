@@ -76,6 +76,9 @@ def prune(model: Model = DEMO,
           permute: Annotated[bool, typer.Option(
               "--permute", help="first reorder the channels that are free to move, for better groups")] = False,
           pattern: Annotated[str, typer.Option(help="keep:group, or unstructured:SHARE_OF_ZEROS")] = "2:4",
+          wbits: Annotated[int | None, typer.Option(help="4 or 8: round kept weights in the same sweep")] = None,
+          wgroup: Annotated[int | None, typer.Option(
+              help="columns that share a scale, with --wbits; left out: a whole row")] = None,
           data: Annotated[str, typer.Option(help="calibration text or images; auto suits the model")] = "auto",
           samples: Annotated[int, typer.Option(help="calibration windows")] = 64,
           length: Annotated[int, typer.Option(help="tokens per window")] = 512,
@@ -90,7 +93,7 @@ def prune(model: Model = DEMO,
     _say_default(model)
     calibration = {"data": data, "samples": samples, "length": length, "seed": seed}
     settings = {"refine": [{"name": name} for name in refine], "permute": permute, "pattern": pattern,
-                "calibration": calibration, "include": include, "exclude": exclude}
+                "wbits": wbits, "wgroup": wgroup,                "calibration": calibration, "include": include, "exclude": exclude}
     if method == "auto":
         from .auto import choose
 

@@ -22,7 +22,7 @@ from . import models
 from .block import PrunedBlock, needs, prune_block
 from .calib.sample import Sample, draw
 from .calib.walk import BlockWalk
-from .errors import CheckFailed, NmsparseError
+from .errors import CheckFailed, NmsparseError, UsageError
 from .masks import Mask, MaskSet, tensor_hash
 from .methods.base import Method, relative_error
 from .models.base import LoadedModel, from_rows, to_rows
@@ -61,6 +61,7 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
     inputs = models.sample_inputs(loaded)
     plan = make_plan(discover(loaded.module, inputs), parse_pattern(spec.pattern), spec.include, spec.exclude)
     _check_finite(loaded, plan)
+    _check_scales_fit(plan, spec)
     sample = None if needs(spec, method) == "none" else draw(loaded, spec.calibration, progress)
     run = RunDir.create(path, recipe, identity, force)
     with run.lock():
@@ -71,7 +72,8 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
 
 
 def _default_path(model: str, spec: Prune, identity: str) -> Path:
-    how = "-".join([*(["permute"] if spec.permute else []), spec.method, *(step.name for step in spec.refine)])
+    how = "-".join([*(["permute"] if spec.permute else []), spec.method, *([f"w{spec.wbits}"] if spec.wbits else []),
+                    *(step.name for step in spec.refine)])
     path = RUNS / f"{models.short_name(model)}-{how}-{spec.pattern.replace(':', '-')}"
     if (path / "manifest.json").is_file() and RunDir(path).manifest()["fingerprint"] != identity:
         return path.with_name(f"{path.name}-{identity[:8]}")
@@ -83,6 +85,13 @@ def _check_finite(loaded: LoadedModel, plan: Plan) -> None:
         if not torch.isfinite(loaded.module.get_parameter(row.target.name)).all():
             raise NmsparseError(f"The weight '{row.target.name}' of '{loaded.source}' contains NaN or Inf.",
                                 f"repair the checkpoint, or leave it dense with --exclude '{row.target.name}'")
+
+
+def _check_scales_fit(plan: Plan, spec: Prune) -> None:
+    for row in plan.pruned():
+        if spec.wgroup and row.target.k % spec.wgroup:
+            raise UsageError(f"wgroup {spec.wgroup} does not divide the {row.target.k} inputs of '{row.target.name}'.",
+                             f"leave it out, or leave the layer dense with --exclude '{row.target.name}'")
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -101,7 +110,8 @@ def _cpu_flags() -> str:
 
 
 MASK = "|mask"
-"""Follows a parameter's name in a block's file."""
+SCALES = "|scales"
+"""Follow a parameter's name in a block's file."""
 
 NOT_CHECKED = ({"place": "engine", "why": "no TensorRT engine was built here"},)
 """Steps of the chain that this machine could not take; they are counted, not hidden."""
@@ -173,7 +183,7 @@ class _Stage:
         weights = load_file(self.run / name)
         with torch.no_grad():
             for key, value in weights.items():
-                if not key.endswith(MASK) and ORDER not in key:
+                if not key.endswith((MASK, SCALES)) and ORDER not in key:
                     self.loaded.module.get_parameter(key).copy_(value)
         with safe_open(self.run / name, framework="numpy") as file:
             records = file.metadata()
@@ -197,6 +207,10 @@ class _Stage:
             weight = layer.stored(parameter.dtype)
             mask = Mask.pack(from_rows(layer.result.mask, layer.shape, layer.axis), layer.axis, layer.pattern,
                              tensor_hash(parameter))
+            if layer.result.grid is not None:
+                if not layer.result.grid.holds(to_rows(weight, layer.axis)):
+                    raise CheckFailed(f"The recipe left the {self.spec.wbits}-bit grid on '{key}'.")
+                tensors[key + SCALES] = layer.result.grid.scales.cpu()
             error = None
             if layer.stats.gram is not None:
                 error = relative_error(layer.dense, to_rows(weight, layer.axis).float(), layer.stats.gram)
@@ -217,6 +231,10 @@ class _Stage:
             models.save(self.loaded, folder)
         with self.run.replacing("masks.safetensors") as file:
             masks.save(file)
+        if self.spec.wbits:
+            with self.run.replacing("scales.safetensors") as file:
+                about = {"bits": str(self.spec.wbits), "group": str(self.spec.wgroup or "row")}
+                save_file(self._scales(rows), file, about)
         if self.sample is not None:
             with self.run.replacing("calibration.safetensors") as file:
                 save_file(self.sample.record(), file)
@@ -243,6 +261,14 @@ class _Stage:
                     masks[row["name"]] = Mask(file.get_tensor(row["name"] + MASK), tuple(row["shape"]), row["axis"],
                                               parse_pattern(row["pattern"]), row["dense_hash"])
         return masks
+
+    def _scales(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Scales of the rounded weights by parameter, fp32, `[outputs, runs of inputs that share one]`."""
+        scales: dict[str, torch.Tensor] = {}
+        for block in sorted({row["block"] for row in rows}):
+            found = load_file(self.run / f"blocks/{block:03d}.safetensors")
+            scales |= {key.removesuffix(SCALES): value for key, value in found.items() if key.endswith(SCALES)}
+        return scales
 
 
 def peak_memory_mb() -> int:

@@ -41,6 +41,8 @@ class Prune(Frozen):
     pattern: str = "2:4"
     permute: bool = Field(False, description="first reorder the channels that are free to move, for better groups")
     calibration: Calibration = Calibration()
+    wbits: Literal[4, 8] | None = Field(None, description="round kept weights to this many bits in the same sweep")
+    wgroup: int | None = Field(None, ge=1, description="columns that share a scale, with wbits; left out: a whole row")
     refine: tuple[AnyStep, ...] = Field((), description="applied in order after the mask is chosen")
     sequential: bool = Field(False, description="a layer's statistics see the pruned layers before it in its block; "
                                                 "about twice the forward passes")
@@ -51,6 +53,8 @@ class Prune(Frozen):
     @field_validator("method")
     @classmethod
     def _known_method(cls, name: str) -> str:
+        if name in REFINEMENTS.names():
+            raise UsageError(f"'{name}' refines a mask; type --method wanda --refine {name}.")
         return METHODS.check(name)
 
     @field_validator("refine", mode="before")
@@ -85,6 +89,24 @@ def _refuse_others(kind: str, asked: list[str], able: list[str], pattern: str) -
     for name in asked:
         if name not in able:
             raise UsageError(f"The {kind} '{name}' works in N:M groups only; for {pattern} take {' or '.join(able)}.")
+
+    @model_validator(mode="after")
+    def _can_be_rounded(self) -> Prune:
+        pattern = NMPattern.parse(self.pattern)
+        if self.wbits is None:
+            if self.wgroup is not None:
+                raise UsageError(f"wgroup {self.wgroup} shares the scales of wbits, which is not set.", "--wbits 4")
+            return self
+        if not METHODS.load(self.method).quantises:
+            able = [name for name in METHODS.names() if METHODS.load(name).quantises]
+            raise UsageError(f"'{self.method}' cannot round to {self.wbits} bits while it prunes.",
+                             f"methods that can: {', '.join(able)}")
+        if self.refine:
+            raise UsageError(f"'{self.refine[0].name}' would move weights off the {self.wbits}-bit grid; leave out "
+                             "--refine or --wbits.")
+        if self.wgroup is not None and self.wgroup % pattern.group:
+            raise UsageError(f"wgroup {self.wgroup} is not a multiple of the group of {pattern}.")
+        return self
 
 
 class Export(Frozen):

@@ -51,6 +51,7 @@ REFINEMENTS = Registry("refinement", {
     "bias": ".refine.bias:REFINEMENT",
     "dsnot": ".refine.dsnot:REFINEMENT",
     "group-descent": ".refine.group_descent:REFINEMENT",
+    "llm-barber": ".refine.llm_barber:REFINEMENT",
     "reconstruct": ".refine.reconstruct:REFINEMENT",
     "refit": ".refine.refit:REFINEMENT",
     "swap": ".refine.swap:REFINEMENT",

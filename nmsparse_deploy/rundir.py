@@ -6,6 +6,7 @@
       model/               pruned weights that the stock library loads
       masks.safetensors    the masks
       permutations.safetensors   how the dense channels were reordered first, where they were
+      scales.safetensors   with --wbits: what the integers of each weight are multiplied by
       plan.json layers.json verify.json evaluate.json bench.json
       onnx/                exported graphs with their link maps
       report/              index.html, report.md, report.json

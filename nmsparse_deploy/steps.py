@@ -91,4 +91,13 @@ class Bias(Step):
     name: Literal["bias"] = "bias"
 
 
-AnyStep = Annotated[Admm | Bias | Dsnot | GroupDescent | Reconstruct | Refit | Swap, Field(discriminator="name")]
+class LlmBarber(Step):
+    """Swaps of kept and pruned weights where the loss of attention or MLP says so."""
+
+    name: Literal["llm-barber"] = "llm-barber"
+    share: float = Field(0.01, gt=0, le=1, description="of the groups of a row that would gain, how many swap a pair; "
+                         "0.01 after Wanda or SparseGPT, 0.1 after magnitude")
+
+
+AnyStep = Annotated[Admm | Bias | Dsnot | GroupDescent | LlmBarber | Reconstruct | Refit | Swap,
+                    Field(discriminator="name")]

@@ -78,13 +78,13 @@ class StatsAccumulator:
         Convolutions are unfolded in the order of `to_rows`.
         """
         with torch.autocast(x.device.type, enabled=False):
-            rows = _as_rows(layer, x)
+            rows = as_rows(layer, x)
             self.tokens += rows.shape[0]
             self.total = rows.sum(0) if self.total is None else self.total.add_(rows.sum(0))
             if self.need == "gram":
                 self.gram = rows.T @ rows if self.gram is None else self.gram.addmm_(rows.T, rows)
                 if dense is not None:
-                    other = _as_rows(layer, dense)
+                    other = as_rows(layer, dense)
                     self.cross = other.T @ rows if self.cross is None else self.cross.addmm_(other.T, rows)
                 if drift is not None:
                     away = drift.float().reshape(-1, drift.shape[-1])
@@ -102,7 +102,8 @@ class StatsAccumulator:
                           total=self.total)
 
 
-def _as_rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def as_rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A layer's inputs as the fp32 matrix `[tokens, reduction]` that `to_rows` of its weight multiplies."""
     x = x.float()
     if not isinstance(layer, nn.Conv2d):
         return x.reshape(-1, x.shape[-1])

@@ -10,14 +10,19 @@ import torch
 
 from ..calib.stats import LayerStats, Need
 from ..pattern import Pattern, Scope, project
+from .grid import Grid
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """A bool mask `[outputs, reduction]` (True = keep) and, when the method changes weights, the new fp32 weight."""
+    """A bool mask `[outputs, reduction]` (True = keep) and, when the method changes weights, the new fp32 weight.
+
+    `grid` is what the weight was rounded to, if it was.
+    """
 
     mask: torch.Tensor
     weight: torch.Tensor | None = None
+    grid: Grid | None = None
 
 
 class PruneLayer(Protocol):
@@ -35,6 +40,7 @@ class Method:
     """One line of the registry: what it needs, what it does, who published it.
 
     `scope` says which weights compete for an unstructured mask; None: the method needs groups and finds N:M masks only.
+    A method that `quantises` takes a `grid` besides and rounds what it keeps to it.
     """
 
     prune_layer: PruneLayer
@@ -43,6 +49,7 @@ class Method:
     summary: str
     source: str
     scope: Scope | None = None
+    quantises: bool = False
 
 
 def score_method(scores: Callable[[torch.Tensor, LayerStats], torch.Tensor], needs: Need, summary: str,

@@ -23,6 +23,7 @@ import torch
 from ..calib.stats import LayerStats
 from ..pattern import NMPattern, project
 from .base import LayerResult, Method
+from .grid import Grid
 from .hessian import inverse_factor
 from .sweep import COLUMNS, Freeze, sweep
 
@@ -32,14 +33,14 @@ ENUMERATED = 70
 
 
 def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: NMPattern, mask: torch.Tensor | None = None,
-                damping: float = DAMPING, columns: int = COLUMNS) -> LayerResult:
-    """Prune `weight` `[R, n]` to `pattern`, or compensate for a given `mask`. Needs `stats.gram`."""
+                damping: float = DAMPING, columns: int = COLUMNS, grid: Grid | None = None) -> LayerResult:
+    """Prune `weight` `[R, n]` to `pattern` and round it to `grid`, or do so with a given `mask`. Needs `stats.gram`."""
     assert stats.gram is not None
     factor = inverse_factor(stats.gram, damping)
     few = mask is None and comb(pattern.group, pattern.keep) <= ENUMERATED
     freeze = enumerating(pattern) if few else solving(pattern)
-    pruned, kept, _ = sweep(weight, factor, pattern, freeze, mask, columns)
-    return LayerResult(kept, pruned)
+    pruned, kept, _ = sweep(weight, factor, pattern, freeze, mask, columns, grid=grid)
+    return LayerResult(kept, pruned, grid)
 
 
 def enumerating(pattern: NMPattern) -> Freeze:
@@ -86,4 +87,4 @@ def _apply(w: torch.Tensor, factor: torch.Tensor, errors: torch.Tensor, kept: to
 
 
 METHOD = Method(prune_layer, "gram", True, "SparseGPT's sweep, exact inside each group",
-                "this project, after Kurtic et al. 2022, arXiv:2203.07259")
+                "this project, after Kurtic et al. 2022, arXiv:2203.07259", quantises=True)

@@ -15,6 +15,7 @@ import torch
 from ..calib.stats import LayerStats
 from ..pattern import Pattern, project
 from .base import LayerResult, Method
+from .grid import Grid
 from .hessian import inverse_factor
 from .sweep import COLUMNS, Freeze, sweep
 
@@ -22,12 +23,12 @@ DAMPING = 0.01
 
 
 def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: Pattern, mask: torch.Tensor | None = None,
-                damping: float = DAMPING, columns: int = COLUMNS) -> LayerResult:
-    """Prune `weight` `[R, n]` to `pattern`, or compensate for a given `mask`. Needs `stats.gram`."""
+                damping: float = DAMPING, columns: int = COLUMNS, grid: Grid | None = None) -> LayerResult:
+    """Prune `weight` `[R, n]` to `pattern` and round it to `grid`, or do so with a given `mask`. Needs `stats.gram`."""
     assert stats.gram is not None
     factor = inverse_factor(stats.gram, damping)
-    pruned, kept, _ = sweep(weight, factor, pattern, freezer(pattern), mask, columns)
-    return LayerResult(kept, pruned)
+    pruned, kept, _ = sweep(weight, factor, pattern, freezer(pattern), mask, columns, grid=grid)
+    return LayerResult(kept, pruned, grid)
 
 
 def freezer(pattern: Pattern) -> Freeze:
@@ -47,4 +48,4 @@ def freezer(pattern: Pattern) -> Freeze:
 
 
 METHOD = Method(prune_layer, "gram", True, "sweep with weight compensation",
-                "Frantar & Alistarh 2023, arXiv:2301.00774", scope="stretch")
+                "Frantar & Alistarh 2023, arXiv:2301.00774", scope="stretch", quantises=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 
 from ..pattern import STRETCH, NMPattern, Pattern, project
+from .grid import Grid
 
 COLUMNS = STRETCH
 
@@ -26,12 +27,13 @@ the bool mask.
 
 
 def sweep(weight: torch.Tensor, factor: torch.Tensor, pattern: Pattern, freeze: Freeze,
-          mask: torch.Tensor | None = None, columns: int = COLUMNS,
-          prices: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, float]:
+          mask: torch.Tensor | None = None, columns: int = COLUMNS, prices: torch.Tensor | None = None,
+          grid: Grid | None = None) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Sweep `weight` `[R, n]` along the inverse factor `U` `[n, n]`; returns weights, mask and the damped error.
 
     The mask is `mask`; or, with `prices` `[n]`, in each group the largest of the present `w² · price`; else the choice
-    of `freeze`. Works on the transposed weight, so that a column is contiguous in memory.
+    of `freeze`. With a `grid`, kept weights are rounded to it group by group, and what that costs is compensated too.
+    Works on the transposed weight, so that a column is contiguous in memory.
     """
     group = pattern.group if isinstance(pattern, NMPattern) else columns
     columns = max(group, columns // group * group)
@@ -50,6 +52,8 @@ def sweep(weight: torch.Tensor, factor: torch.Tensor, pattern: Pattern, freeze: 
             if chosen is None and prices is not None:
                 chosen = project(w[here].square().mul_(prices[here].unsqueeze(1)), pattern, axis=0)
             kept[here] = freeze(w[here], factor[here, here], behind, chosen)
+            if grid is not None:
+                grid.freeze(first, w[here], factor[here, here], behind, kept[here])
             w[first + group : stop].addmm_(factor[here, first + group : stop].T, behind, alpha=-1)
         w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
         loss += float(errors.square().sum(dtype=torch.float64))

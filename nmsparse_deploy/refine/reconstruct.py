@@ -13,25 +13,15 @@ Guo et al., EBFT, 2024, arXiv:2402.12419 (a block at a time); Zimmer et al., 202
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from ..methods.base import LayerResult
 from ..models.base import from_rows, to_rows
-from ..models.halves import Seen, find_middle, parameters_before
 from ..steps import Reconstruct
 from .base import Block, BlockResult, Refinement
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """What is trained together: its parameters, and how to get from a block's input to the place of the loss."""
-
-    parameters: list[str]
-    forward: Callable[[nn.Module, int, torch.Tensor], torch.Tensor]
+from .units import Unit, units
 
 
 def refine(block: Block, step: Reconstruct) -> BlockResult:
@@ -39,7 +29,7 @@ def refine(block: Block, step: Reconstruct) -> BlockResult:
     assert block.dense_inputs is not None and block.dense_outputs is not None
     held_out = min(len(block.inputs) - 1, round(step.holdout * len(block.inputs)))
     facts = {}
-    for number, unit in enumerate(_units(block, step.unit)):
+    for number, unit in enumerate(units(block, step.unit)):
         with torch.no_grad():
             targets = [unit.forward(block.dense, i, x) for i, x in enumerate(block.dense_inputs)]
         facts[f"unit {number}"] = _train(block, unit, targets, held_out, step)
@@ -51,35 +41,7 @@ def refine(block: Block, step: Reconstruct) -> BlockResult:
     return BlockResult(layers, others, facts)
 
 
-def _units(block: Block, size: str) -> list[_Unit]:
-    names = [name for name, value in block.module.named_parameters() if value.is_floating_point()]
-    entrance = block.inputs[0]
-    middle = find_middle(block.dense, lambda m: block.run(m, 0, entrance), entrance) if size == "half" else None
-    if middle is None:
-        return [_Unit(names, block.run)]
-    first = parameters_before(block.dense, lambda m: block.run(m, 0, entrance), middle)
-
-    def to_the_middle(module: nn.Module, number: int, x: torch.Tensor) -> torch.Tensor:
-        seen: list[torch.Tensor] = []
-
-        def stop(_module: nn.Module, args: tuple) -> None:
-            seen.append(args[0])
-            raise Seen
-
-        handle = module.get_submodule(middle).register_forward_pre_hook(stop)
-        try:
-            block.run(module, number, x)
-        except Seen:
-            pass
-        finally:
-            handle.remove()
-        return seen[0]
-
-    return [_Unit([name for name in names if name in first], to_the_middle),
-            _Unit([name for name in names if name not in first], block.run)]
-
-
-def _train(block: Block, unit: _Unit, targets: Sequence[torch.Tensor], held_out: int, step: Reconstruct) -> dict:
+def _train(block: Block, unit: Unit, targets: Sequence[torch.Tensor], held_out: int, step: Reconstruct) -> dict:
     """Adam with a cosine; returns the held-out loss before and after. Leaves the best weights in the module."""
     trained = {name: block.module.get_parameter(name) for name in unit.parameters}
     masks = {name: from_rows(layer.result.mask, layer.shape, layer.axis) for name, layer in block.layers.items()
@@ -119,7 +81,7 @@ def _schedule(share: float, warm: float = 0.05) -> float:
 
 
 @torch.no_grad()
-def _loss(block: Block, unit: _Unit, targets: Sequence[torch.Tensor], numbers: Sequence[int]) -> float:
+def _loss(block: Block, unit: Unit, targets: Sequence[torch.Tensor], numbers: Sequence[int]) -> float:
     losses = [float(relative_error(unit.forward(block.module, i, block.inputs[i]), targets[i])) for i in numbers]
     return sum(losses) / len(losses)
 
