@@ -191,13 +191,22 @@ def test_dsnot_takes_most_of_the_mean_error_away():
     assert after < 0.3 * before
 
 
-def test_a_dsnot_swap_by_hand():
-    """ε = 2 - 0.5: the positive share returns, the negative one leaves, and -0.7 with the other sign is the end."""
-    weight = torch.tensor([[2.0, -0.5, -0.2, 3.0]])
-    mask = torch.tensor([[False, False, True, True]])
-    stats = LayerStats(10, torch.full((4,), 20.0), None, None, torch.full((4,), 10.0))
-    layer = Layer(weight, stats, TWO_FOUR, 1, weight.shape, LayerResult(mask))
-    assert dsnot.refine(layer, Dsnot()).mask.tolist() == [[True, False, False, True]]
+def by_hand(shares: list[float], variances: list[float], kept: list[bool], pattern: NMPattern) -> list[bool]:
+    """DSnoT on one row whose inputs all have mean 1, so that a weight is its share of the mean."""
+    weight, square = torch.tensor([shares]), torch.tensor(variances) + 1
+    stats = LayerStats(10, 10 * square, None, None, torch.full_like(square, 10.0))
+    layer = Layer(weight, stats, pattern, 1, weight.shape, LayerResult(torch.tensor([kept])))
+    return dsnot.refine(layer, Dsnot()).mask[0].tolist()
+
+
+def test_dsnot_regrows_by_share_over_variance():
+    """ε = 2.5: the smaller but steadier share returns, the only one of the other sign leaves, and no pair is left."""
+    assert by_hand([1.0, 1.5, -0.1, 3.0], [1, 4, 1, 1], [False, False, True, True], TWO_FOUR) == [True, False, False, True]
+
+
+def test_dsnot_stops_where_the_sign_flips():
+    """ε goes from 1.5 to -0.7; the second group could bring it to 0.1, but the row is done."""
+    assert by_hand([2.0, -0.2, -0.5, 0.3], [1] * 4, [False, True, False, True], NMPattern(1, 2)) == [True, False, False, True]
 
 
 # --- ADMM ------------------------------------------------------------------------------------------------------------
