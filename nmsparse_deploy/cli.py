@@ -93,7 +93,7 @@ def prune(model: Model = DEMO,
     _say_default(model)
     calibration = {"data": data, "samples": samples, "length": length, "seed": seed}
     settings = {"refine": [{"name": name} for name in refine], "permute": permute, "pattern": pattern,
-                "wbits": wbits, "wgroup": wgroup,                "calibration": calibration, "include": include, "exclude": exclude}
+                "wbits": wbits, "wgroup": wgroup, "calibration": calibration, "include": include, "exclude": exclude}
     if method == "auto":
         from .auto import choose
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from .errors import UsageError
-from .pattern import Unstructured, parse_pattern
+from .pattern import STRETCH, Unstructured, parse_pattern
 from .registry import METHODS, REFINEMENTS
 from .steps import AnyStep, Frozen
 
@@ -84,15 +84,9 @@ class Prune(Frozen):
                                  "leave out --permute")
         return self
 
-
-def _refuse_others(kind: str, asked: list[str], able: list[str], pattern: str) -> None:
-    for name in asked:
-        if name not in able:
-            raise UsageError(f"The {kind} '{name}' works in N:M groups only; for {pattern} take {' or '.join(able)}.")
-
     @model_validator(mode="after")
     def _can_be_rounded(self) -> Prune:
-        pattern = NMPattern.parse(self.pattern)
+        pattern = parse_pattern(self.pattern)
         if self.wbits is None:
             if self.wgroup is not None:
                 raise UsageError(f"wgroup {self.wgroup} shares the scales of wbits, which is not set.", "--wbits 4")
@@ -104,9 +98,17 @@ def _refuse_others(kind: str, asked: list[str], able: list[str], pattern: str) -
         if self.refine:
             raise UsageError(f"'{self.refine[0].name}' would move weights off the {self.wbits}-bit grid; leave out "
                              "--refine or --wbits.")
-        if self.wgroup is not None and self.wgroup % pattern.group:
-            raise UsageError(f"wgroup {self.wgroup} is not a multiple of the group of {pattern}.")
+        unit = STRETCH if isinstance(pattern, Unstructured) else pattern.group
+        if self.wgroup is not None and self.wgroup % unit:
+            raise UsageError(f"wgroup {self.wgroup} is not a multiple of {unit}, the columns pruned at a time.")
         return self
+
+
+
+def _refuse_others(kind: str, asked: list[str], able: list[str], pattern: str) -> None:
+    for name in asked:
+        if name not in able:
+            raise UsageError(f"The {kind} '{name}' works in N:M groups only; for {pattern} take {' or '.join(able)}.")
 
 
 class Export(Frozen):

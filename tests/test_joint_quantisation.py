@@ -198,7 +198,7 @@ def test_a_method_that_leaves_the_grid_is_caught(llama_dir, texts, tmp_path, mon
 @pytest.mark.parametrize("wrong,sentence", [
     ({"method": "wanda", "wbits": 4}, "'wanda' cannot round to 4 bits"),
     ({"method": "sparsegpt", "wbits": 4, "refine": [{"name": "refit"}]}, "'refit' would move weights off the 4-bit grid"),
-    ({"wbits": 4, "wgroup": 6}, "wgroup 6 is not a multiple of the group of 2:4"),
+    ({"wbits": 4, "wgroup": 6}, "wgroup 6 is not a multiple of 4"),
     ({"wgroup": 16}, "wgroup 16 shares the scales of wbits"),
     ({"wbits": 3}, "wbits"),
 ])

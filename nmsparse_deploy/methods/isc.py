@@ -19,20 +19,21 @@ import torch
 from ..calib.stats import LayerStats
 from ..pattern import Pattern
 from .base import LayerResult, Method
+from .grid import Grid
 from .hessian import dampen, inverse_factor
 from .sparsegpt import DAMPING, freezer
 from .sweep import COLUMNS, sweep
 
 
 def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: Pattern, mask: torch.Tensor | None = None,
-                damping: float = DAMPING, columns: int = COLUMNS) -> LayerResult:
-    """Prune `weight` `[R, n]` to `pattern`, or compensate for a given `mask`. Needs `stats.gram`."""
+                damping: float = DAMPING, columns: int = COLUMNS, grid: Grid | None = None) -> LayerResult:
+    """Prune `weight` `[R, n]` to `pattern` and round it to `grid`, or do so with a given `mask`. Needs `stats.gram`."""
     assert stats.gram is not None
     factor = inverse_factor(stats.gram, damping)
     prices = dampen(stats.gram, damping).diagonal().float() + factor.diagonal().square().reciprocal()
-    pruned, kept, _ = sweep(weight, factor, pattern, freezer(pattern), mask, columns, prices)
-    return LayerResult(kept, pruned)
+    pruned, kept, _ = sweep(weight, factor, pattern, freezer(pattern), mask, columns, prices, grid)
+    return LayerResult(kept, pruned, grid)
 
 
 METHOD = Method(prune_layer, "gram", True, "SparseGPT's sweep, choosing by the sum of OBD and OBS saliencies",
-                "Shao et al. 2023, arXiv:2310.09499", scope="stretch")
+                "Shao et al. 2023, arXiv:2310.09499", scope="stretch", quantises=True)

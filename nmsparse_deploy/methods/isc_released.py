@@ -14,6 +14,7 @@ import torch
 from ..calib.stats import LayerStats
 from ..pattern import Pattern
 from .base import LayerResult, Method
+from .grid import Grid
 from .hessian import dampen, inverse_factor
 from .sparsegpt import DAMPING, freezer
 from .sweep import COLUMNS, sweep
@@ -22,15 +23,15 @@ LENGTH = 2048
 
 
 def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: Pattern, mask: torch.Tensor | None = None,
-                damping: float = DAMPING, columns: int = COLUMNS) -> LayerResult:
-    """Prune `weight` `[R, n]` to `pattern`, or compensate for a given `mask`. Needs `stats.gram`."""
+                damping: float = DAMPING, columns: int = COLUMNS, grid: Grid | None = None) -> LayerResult:
+    """Prune `weight` `[R, n]` to `pattern` and round it to `grid`, or do so with a given `mask`. Needs `stats.gram`."""
     assert stats.gram is not None
     gram = stats.gram * (2 * LENGTH / max(stats.tokens, 1))
     factor = inverse_factor(gram, damping)
     prices = dampen(gram, damping).diagonal().float() + factor.diagonal().reciprocal()
-    pruned, kept, _ = sweep(weight, factor, pattern, freezer(pattern), mask, columns, prices)
-    return LayerResult(kept, pruned)
+    pruned, kept, _ = sweep(weight, factor, pattern, freezer(pattern), mask, columns, prices, grid)
+    return LayerResult(kept, pruned, grid)
 
 
 METHOD = Method(prune_layer, "gram", True, "ISC with the released code's mixed units, to reproduce it",
-                "Shao et al. 2023, arXiv:2310.09499 (released code)", scope="stretch")
+                "Shao et al. 2023, arXiv:2310.09499 (released code)", scope="stretch", quantises=True)

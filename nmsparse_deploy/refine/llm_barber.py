@@ -23,7 +23,7 @@ from torch import nn
 
 from ..calib.stats import as_rows
 from ..methods.base import LayerResult
-from ..pattern import NMPattern
+from ..pattern import NMPattern, Pattern
 from ..steps import LlmBarber
 from .base import Block, BlockResult, Layer, Refinement
 from .units import Unit, units
@@ -52,8 +52,13 @@ def refine(block: Block, step: LlmBarber) -> BlockResult:
     return BlockResult({name: layer.result for name, layer in layers.items()}, facts=facts)
 
 
-def rebuild(scores: torch.Tensor, mask: torch.Tensor, pattern: NMPattern, share: float) -> torch.Tensor:
-    """Swap one pair in the `share` of a row's improvable groups that gain most; `scores` and `mask` are `[R, n]`."""
+def rebuild(scores: torch.Tensor, mask: torch.Tensor, pattern: Pattern, share: float) -> torch.Tensor:
+    """Swap one pair in the `share` of a row's improvable groups that gain most; `scores` and `mask` are `[R, n]`.
+
+    Without groups the pairs are those of the paper: the k-th best pruned weight of a row with its k-th worst kept one.
+    """
+    if not isinstance(pattern, NMPattern):
+        return _rebuild_rows(scores, mask, share)
     prices, kept = (rows.unflatten(1, (-1, pattern.group)) for rows in (scores, mask))
     grown = prices.masked_fill(kept, -torch.inf).max(-1, keepdim=True)
     dropped = prices.masked_fill(~kept, torch.inf).min(-1, keepdim=True)
@@ -62,6 +67,15 @@ def rebuild(scores: torch.Tensor, mask: torch.Tensor, pattern: NMPattern, share:
     rank = gain.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     swap = (rank < allowed).unsqueeze(-1)
     return kept.scatter(-1, dropped.indices, ~swap).scatter(-1, grown.indices, swap).flatten(1)
+
+
+def _rebuild_rows(scores: torch.Tensor, mask: torch.Tensor, share: float) -> torch.Tensor:
+    grown = scores.masked_fill(mask, -torch.inf).sort(dim=1, descending=True, stable=True)
+    dropped = scores.masked_fill(~mask, torch.inf).sort(dim=1, stable=True)
+    allowed = (share * (grown.values > dropped.values).sum(1, keepdim=True).double()).floor()
+    swap = torch.arange(scores.shape[1], device=scores.device) < allowed
+    out = torch.zeros_like(mask).scatter(1, dropped.indices, swap)
+    return (mask & ~out) | torch.zeros_like(mask).scatter(1, grown.indices, swap)
 
 
 def _swapped(layer: Layer, mask: torch.Tensor) -> Layer:
@@ -130,4 +144,4 @@ def _columns(layer: nn.Module, gradient: torch.Tensor) -> torch.Tensor:
 
 
 REFINEMENT = Refinement("norms", "mask", "swaps the pairs that a block's loss prices the other way round",
-                        "Su et al. 2024, arXiv:2408.10631", block=refine)
+                        "Su et al. 2024, arXiv:2408.10631", block=refine, unstructured=True)
