@@ -4,9 +4,9 @@ Every tile of `group x group` keeps exactly `keep` in each row and each column, 
 
     max Σ_ij M_ij |W_ij|   over 0/1 matrices M with row and column sums `keep`
 
-Where few such matrices exist (90 for 2:4) all are tried, and the best is exact. Otherwise pairs of rows, then pairs of
-columns, are dealt anew until none gains: what only one of the two keeps is shared out in the best way, which leaves
-both sums as they were. The sums are then still exact in both directions; the total is a local optimum.
+Where few such matrices exist (90 for 2:4) all are tried, and the best is exact. Otherwise pairs of rows are dealt
+anew until none gains: what only one of the two keeps is shared out in the best way, which leaves the sums of rows and
+columns as they were. Both directions are then still exact, and the total is a local optimum.
 
 Rows beyond the last whole tile (an output count that is not a multiple of `group`) follow the pattern along the row
 only. A transposed mask pays when the backward pass is to be sparse too; for inference alone `magnitude` keeps more.
@@ -64,23 +64,22 @@ def all_tiles(pattern: NMPattern) -> torch.Tensor:
 
 
 def exchanged(scores: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
-    """Exchange between pairs of rows and pairs of columns, from a band around the diagonal to a local optimum."""
+    """Exchange between pairs of rows, from a band around the diagonal to a local optimum."""
     line = torch.arange(pattern.group, device=scores.device)
     band = (line - line.unsqueeze(1)) % pattern.group < pattern.keep
     kept = band.expand(scores.shape).clone()
     pairs = list(combinations(range(pattern.group), 2))
     for _ in range(ROUNDS):
         before = kept.clone()
-        for mask, values in ((kept, scores), (kept.mT, scores.mT)):
-            for one, two in pairs:
-                mask[:, one], mask[:, two] = _deal(mask[:, one], mask[:, two], values[:, one] - values[:, two])
+        for one, two in pairs:
+            kept[:, one], kept[:, two] = _deal(kept[:, one], kept[:, two], scores[:, one] - scores[:, two])
         if torch.equal(before, kept):
             break
     return kept
 
 
 def _deal(one: torch.Tensor, two: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Share out what only one of two lines keeps: the places that gain most go to the first, as many as it had."""
+    """Share out what only one of two rows keeps: the places that gain most go to the first, as many as it had."""
     single = one ^ two
     ranks = gain.masked_fill(~single, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
     first = single & (ranks < (one & single).sum(1, keepdim=True))
