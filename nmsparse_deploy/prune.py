@@ -58,7 +58,8 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
     progress(models.described(model, loaded), 0, 0)
     method: Method = METHODS.load(spec.method)
     inputs = models.sample_inputs(loaded)
-    plan = make_plan(discover(loaded.module, inputs), NMPattern.parse(spec.pattern), spec.include, spec.exclude)
+    plan = make_plan(discover(loaded.module, inputs), NMPattern.parse(spec.pattern), spec.include, spec.exclude,
+                     spec.patterns)
     _check_finite(loaded, plan)
     sample = None if needs(spec, method) == "none" else draw(loaded, spec.calibration, progress)
     run = RunDir.create(path, recipe, identity, force)
@@ -70,7 +71,7 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
 
 
 def _default_path(model: str, spec: Prune, identity: str) -> Path:
-    how = "-".join([spec.method, *(step.name for step in spec.refine)])
+    how = "-".join([spec.method, *(step.name for step in spec.refine), *(["plan"] if spec.patterns else [])])
     path = RUNS / f"{models.short_name(model)}-{how}-{spec.pattern.replace(':', '-')}"
     if (path / "manifest.json").is_file() and RunDir(path).manifest()["fingerprint"] != identity:
         return path.with_name(f"{path.name}-{identity[:8]}")
