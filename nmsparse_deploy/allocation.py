@@ -21,7 +21,7 @@ from typing import Any
 from .errors import NmsparseError, UsageError
 from .knapsack import Option, choose
 from .latency import Latency, saving_for, speedup
-from .pattern import NMPattern
+from .pattern import TWO_FOUR, NMPattern
 from .plan import PlanRow
 from .recipe import DENSE, Allocate
 from .sensitivity import Rise
@@ -68,7 +68,7 @@ def solve(groups: Sequence[Group], spec: Allocate, share: float, weights: int) -
     """The best choice for every group. `share` is that of the targets in the model's FLOPs, `weights` all that could be
     pruned. Raises `NmsparseError` with the best that can be reached when the constraint cannot be met."""
     if spec.max_ppl_increase is not None:
-        return _within_loss(groups, spec.max_ppl_increase)
+        return _within_loss(groups, spec.max_ppl_increase, NMPattern.parse(spec.pattern).implies(TWO_FOUR))
     if spec.min_speedup is not None:
         dense = sum(group.dense_us for group in groups)
         best = [max(choice.saving_us for choice in group.choices) for group in groups]
@@ -90,8 +90,8 @@ def solve(groups: Sequence[Group], spec: Allocate, share: float, weights: int) -
     return found
 
 
-def _within_loss(groups: Sequence[Group], increase: float) -> list[Choice]:
-    by = "saving_us" if any(choice.saving_us > 0 for group in groups for choice in group.choices) else "zeros"
+def _within_loss(groups: Sequence[Group], increase: float, has_kernels: bool) -> list[Choice]:
+    by = "saving_us" if has_kernels else "zeros"
     items = [[Option(getattr(choice, by), choice.cost) for choice in group.choices] for group in groups]
     found = choose(items, math.log1p(increase))
     chosen = [group.choices[index] for group, index in zip(groups, found or [0] * len(groups))]
