@@ -69,13 +69,63 @@ def inspect(model: Model = DEMO, pattern: str = "2:4", include: Include = [], ex
 
 
 @app.command()
+def plan(model: Model = DEMO,
+         max_ppl_increase: Annotated[float | None, typer.Option(
+             help="win the most time within this relative rise, for example 0.10")] = None,
+         min_speedup: Annotated[float | None, typer.Option(help="lose the least for a model this much faster")] = None,
+         budget: Annotated[float | None, typer.Option(
+             help="lose the least with this share of the prunable weights pruned")] = None,
+         pattern: Annotated[str, typer.Option(help="keep:group")] = "2:4",
+         vary_keep: Annotated[bool, typer.Option(
+             "--vary-keep", help="choose among keep-1, keep, keep+1, never dense; needs --budget")] = False,
+         estimator: Annotated[str, typer.Option(help="direct (try every group) or hutchinson (curvature)")] = "direct",
+         method: Annotated[str, typer.Option(help="how a group is pruned for the trial")] = "wanda",
+         probes: Annotated[int, typer.Option(help="random vectors of hutchinson")] = 8,
+         latency_table: Annotated[Path | None, typer.Option(help="measured GEMM times (JSON), see the guide")] = None,
+         gpu: Annotated[str, typer.Option(help="whose roofline predicts times without a table")] = "A100",
+         rows: Annotated[int | None, typer.Option(
+             help="batch times tokens of a GEMM [default: the table's, or 2048]")] = None,
+         data: Annotated[str, typer.Option(help="calibration text or images; auto suits the model")] = "auto",
+         samples: Annotated[int, typer.Option(help="calibration windows")] = 16,
+         length: Annotated[int, typer.Option(help="tokens per window")] = 256,
+         seed: int = 0,
+         include: Include = [], exclude: Exclude = [],  # noqa: B006
+         out: Annotated[Path | None, typer.Option(help="write the plan here (.yaml or .json) for prune --plan")] = None,
+         ) -> None:
+    """Decide which fusion groups get the pattern, under exactly one constraint."""
+    from .plan_file import check_name, save
+    from .planning import plan as api
+    from .recipe import Allocate, validate
+
+    spec = validate(Allocate, {
+        "max_ppl_increase": max_ppl_increase, "min_speedup": min_speedup, "budget": budget, "pattern": pattern,
+        "vary_keep": vary_keep, "estimator": estimator, "method": method, "probes": probes, "gpu": gpu, "rows": rows,
+        "latency_table": str(latency_table) if latency_table else None, "include": include, "exclude": exclude,
+        "calibration": {"data": data, "samples": samples, "length": length, "seed": seed}})
+    if out:
+        check_name(out)
+    _say_default(model)
+    found = api(model, spec, output.progress)
+    if out:
+        save(found.to_json(), out)
+    cells = [(", ".join(found.short_names(d)), f"{d.k}x{d.n}", f"{d.sensitivity:.2g} ± {d.error:.1g}",
+              f"{d.saving_us:.1f} ({d.gain:.2%})", d.pattern, d.reason if d.pattern == "dense" else "")
+             for d in found.decisions]
+    lines = found.summary() + ([f"next: nmsparse-deploy prune {model} --plan {out}"] if out else [])
+    output.table(found.to_json(), ("fusion group", "K x N", "sensitivity", "saves, us", "decision", "why dense"), cells,
+                 lines)
+
+
+@app.command()
 def prune(model: Model = DEMO,
           method: Annotated[str, typer.Option(help="see `nmsparse-deploy list`; auto: by time budget")] = "sparsegpt",
           refine: Annotated[list[str], typer.Option(
               help="what follows the method, see `nmsparse-deploy list`; may be repeated")] = [],  # noqa: B006
           permute: Annotated[bool, typer.Option(
               "--permute", help="first reorder the channels that are free to move, for better groups")] = False,
-          pattern: Annotated[str, typer.Option(help="keep:group, or unstructured:SHARE_OF_ZEROS")] = "2:4",
+          pattern: Annotated[str | None, typer.Option(
+              help="keep:group, or unstructured:SHARE_OF_ZEROS [default: 2:4, or the plan's]")] = None,
+          plan: Annotated[Path | None, typer.Option(help="what `nmsparse-deploy plan --out` wrote")] = None,
           wbits: Annotated[int | None, typer.Option(help="4 or 8: round kept weights in the same sweep")] = None,
           wgroup: Annotated[int | None, typer.Option(
               help="columns that share a scale, with --wbits; left out: a whole row")] = None,
@@ -92,7 +142,7 @@ def prune(model: Model = DEMO,
 
     _say_default(model)
     calibration = {"data": data, "samples": samples, "length": length, "seed": seed}
-    settings = {"refine": [{"name": name} for name in refine], "permute": permute, "pattern": pattern,
+    settings = {"refine": [{"name": name} for name in refine], "permute": permute, **_patterns(pattern, plan),
                 "wbits": wbits, "wgroup": wgroup, "calibration": calibration, "include": include, "exclude": exclude}
     if method == "auto":
         from .auto import choose
@@ -106,8 +156,9 @@ def prune(model: Model = DEMO,
         spec = validate(Prune, {"method": method, **settings})
     run = api(model, spec, out, force, output.progress)
     facts = run.manifest()["stages"]["prune"]
+    how = "as planned" if plan else f"to {spec.pattern}"
     output.result({"run": str(run.path), **facts},
-                  [f"{run.path}: {facts['layers']} layers pruned to {spec.pattern} and verified "
+                  [f"{run.path}: {facts['layers']} layers pruned {how} and verified "
                    f"in {facts['seconds']:.0f} s.", f"next: nmsparse-deploy evaluate {run.path}"])
 
 
@@ -302,6 +353,18 @@ def _show_cost(model: str, settings: dict[str, Any]) -> None:
     cost = predict_cost(model, spec, output.progress)
     output.table(cost, ("predicted", ""), [(name.replace("_", " "), f"{value:,.0f}") for name, value in cost.items()
                                            if not isinstance(value, str)])
+
+
+def _patterns(pattern: str | None, plan: Path | None) -> dict[str, Any]:
+    """The pattern and the decisions about single parameters."""
+    if plan is None:
+        return {"pattern": pattern or "2:4"}
+    from .plan_file import load
+
+    if pattern is not None:
+        raise UsageError("--plan decides the pattern; leave --pattern out.")
+    found = load(plan)
+    return {"pattern": found.pattern, "patterns": found.patterns}
 
 
 def _sparse_set(reports: list[Any]) -> list[str]:

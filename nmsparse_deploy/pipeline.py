@@ -57,7 +57,7 @@ def predict_cost(model: str = DEFAULT_MODEL, spec: Prune = Prune(),  # noqa: B00
     progress(f"loading {model}", 0, 0)
     loaded = models.load(model)
     found = discover(loaded.module, models.sample_inputs(loaded))
-    plan = make_plan(found, parse_pattern(spec.pattern), spec.include, spec.exclude)
+    plan = make_plan(found, parse_pattern(spec.pattern), spec.include, spec.exclude, spec.patterns)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute = compute_dtype(spec.compute, device)
     return estimate(loaded, plan, spec, Rates.measure(compute)).to_json()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from .errors import NmsparseError, UsageError
 from .models.base import Discovery, Skipped, Target
-from .pattern import Pattern
+from .pattern import NMPattern, Pattern
+from .recipe import decided
 from .verify import shape_verdict
 
 
@@ -55,17 +56,20 @@ class Plan:
 
 
 def make_plan(discovery: Discovery, pattern: Pattern, include: Sequence[str] = (),
-              exclude: Sequence[str] = ()) -> Plan:
+              exclude: Sequence[str] = (), patterns: Mapping[str, str] | None = None) -> Plan:
     """Apply shape and user rules, then make every fusion group all or nothing.
 
     Compilers merge the layers of a fusion group (q/k/v, gate/up) into one GEMM; one dense member would make the merged
-    weight dense. `include` and `exclude` are globs on parameter names. Raises `UsageError` when a glob matches nothing
-    and `NmsparseError` when nothing is left to prune.
+    weight dense. `include` and `exclude` are globs on parameter names; `patterns` decides single parameters otherwise
+    than `pattern`. Raises `UsageError` when a glob or a name matches nothing or a named pattern cannot be had, and
+    `NmsparseError` when nothing is left to prune.
     """
     for glob in (*include, *exclude):
         if not any(fnmatchcase(t.name, glob) for t in discovery.targets):
             raise UsageError(f"'{glob}' matches no prunable parameter.", "nmsparse-deploy inspect lists them")
-    reasons = {t.name: _stays_dense(t, pattern, include, exclude) for t in discovery.targets}
+    named = _named(discovery, patterns or {})
+    wanted = {t.name: named.get(t.name, (pattern, ""))[0] or pattern for t in discovery.targets}
+    reasons = {t.name: _stays_dense(t, wanted[t.name], include, exclude, named) for t in discovery.targets}
     dense_groups = {t.fusion: t for t in discovery.targets if reasons[t.name]}
     rows = []
     for target in discovery.targets:
@@ -73,15 +77,42 @@ def make_plan(discovery: Discovery, pattern: Pattern, include: Sequence[str] = (
         partner = dense_groups.get(target.fusion)
         if reason is None and partner is not None:
             reason = f"reads the same input as {partner.name}, which stays dense"
-        rows.append(PlanRow(target, None, reason) if reason else PlanRow(target, pattern, "selected"))
+        chosen = "selected by plan" if target.name in named else "selected"
+        rows.append(PlanRow(target, None, reason) if reason else PlanRow(target, wanted[target.name], chosen))
     plan = Plan(tuple(rows), discovery.skipped, discovery.blocks)
+    _check_merged(plan)
     if not plan.pruned():
         why = rows[0].reason if rows else "no weight lies in the repeated blocks"
         raise NmsparseError(f"Nothing can be pruned to {pattern}: {why}.")
     return plan
 
 
-def _stays_dense(target: Target, pattern: Pattern, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+def _named(discovery: Discovery, patterns: Mapping[str, str]) -> dict[str, tuple[Pattern | None, str]]:
+    """The decisions about single parameters, checked against the model."""
+    targets = {target.name: target for target in discovery.targets}
+    named = {name: decided(text) for name, text in patterns.items()}
+    for name, (pattern, _) in named.items():
+        if name not in targets:
+            raise UsageError(f"The plan names '{name}', which is no prunable parameter of this model.",
+                             "nmsparse-deploy inspect lists them")
+        if pattern and targets[name].k % pattern.alignment:
+            raise UsageError(f"'{name}' cannot have {pattern}: its reduction length {targets[name].k} is not divisible "
+                             f"by {pattern.alignment}.")
+    return named
+
+
+def _check_merged(plan: Plan) -> None:
+    """One merged GEMM has one N:M pattern."""
+    first: dict[str, PlanRow] = {}
+    for row in plan.pruned():
+        other = first.setdefault(row.target.fusion, row)
+        if isinstance(row.pattern, NMPattern) and row.pattern != other.pattern:
+            raise UsageError(f"'{other.target.name}' and '{row.target.name}' read the same input and are merged into "
+                             f"one GEMM, but the plan gives them {other.pattern} and {row.pattern}.")
+
+
+def _stays_dense(target: Target, pattern: Pattern, include: Sequence[str], exclude: Sequence[str],
+                 named: Mapping[str, tuple[Pattern | None, str]]) -> str | None:
     if target.k % pattern.alignment:
         return f"reduction length {target.k} is not divisible by {pattern.alignment}"
     if include and not any(fnmatchcase(target.name, glob) for glob in include):
@@ -89,4 +120,7 @@ def _stays_dense(target: Target, pattern: Pattern, include: Sequence[str], exclu
     for glob in exclude:
         if fnmatchcase(target.name, glob):
             return f"excluded by '{glob}'"
+    if target.name in named and named[target.name][0] is None:
+        why = named[target.name][1]
+        return f"kept dense by plan: {why}" if why else "kept dense by plan"
     return None

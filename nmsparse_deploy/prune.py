@@ -59,7 +59,8 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
     progress(models.described(model, loaded), 0, 0)
     method: Method = METHODS.load(spec.method)
     inputs = models.sample_inputs(loaded)
-    plan = make_plan(discover(loaded.module, inputs), parse_pattern(spec.pattern), spec.include, spec.exclude)
+    plan = make_plan(discover(loaded.module, inputs), parse_pattern(spec.pattern), spec.include, spec.exclude,
+                     spec.patterns)
     _check_finite(loaded, plan)
     _check_scales_fit(plan, spec)
     sample = None if needs(spec, method) == "none" else draw(loaded, spec.calibration, progress)
@@ -73,7 +74,7 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
 
 def _default_path(model: str, spec: Prune, identity: str) -> Path:
     how = "-".join([*(["permute"] if spec.permute else []), spec.method, *([f"w{spec.wbits}"] if spec.wbits else []),
-                    *(step.name for step in spec.refine)])
+                    *(step.name for step in spec.refine), *(["plan"] if spec.patterns else [])])
     path = RUNS / f"{models.short_name(model)}-{how}-{spec.pattern.replace(':', '-')}"
     if (path / "manifest.json").is_file() and RunDir(path).manifest()["fingerprint"] != identity:
         return path.with_name(f"{path.name}-{identity[:8]}")

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from .errors import UsageError
-from .pattern import STRETCH, Unstructured, parse_pattern
+from .pattern import STRETCH, NMPattern, Pattern, Unstructured, parse_pattern
 from .registry import METHODS, REFINEMENTS
 from .steps import AnyStep, Frozen
 
@@ -48,7 +48,16 @@ class Prune(Frozen):
                                                 "about twice the forward passes")
     include: tuple[str, ...] = Field((), description="globs on parameter names; empty = everything prunable")
     exclude: tuple[str, ...] = ()
+    patterns: dict[str, str] | None = Field(None, description="parameter name -> keep:group, dense, or dense: why; "
+                                            "what is not named gets `pattern`")
     compute: Literal["auto", "fp32", "bf16"] = Field("auto", description="dtype of forward passes; statistics are fp32")
+
+    @field_validator("patterns")
+    @classmethod
+    def _valid_patterns(cls, named: dict[str, str] | None) -> dict[str, str] | None:
+        for text in (named or {}).values():
+            decided(text)
+        return named
 
     @field_validator("method")
     @classmethod
@@ -109,6 +118,56 @@ def _refuse_others(kind: str, asked: list[str], able: list[str], pattern: str) -
     for name in asked:
         if name not in able:
             raise UsageError(f"The {kind} '{name}' works in N:M groups only; for {pattern} take {' or '.join(able)}.")
+
+
+DENSE = "dense"
+
+
+def decided(text: str) -> tuple[Pattern | None, str]:
+    """A value of `Prune.patterns`: its pattern (None = dense), and why. Raises `UsageError`."""
+    head, _, why = text.partition(":")
+    return (None, why.strip()) if head.strip() == DENSE else (parse_pattern(text), "")
+
+
+class Allocate(Frozen):
+    """Which fusion groups get the pattern, under exactly one constraint: `max_ppl_increase` (relative), `min_speedup`
+    (of the whole model), or `budget` (share of the prunable weights)."""
+
+    max_ppl_increase: float | None = Field(None, gt=0)
+    min_speedup: float | None = Field(None, gt=1)
+    budget: float | None = Field(None, gt=0, le=1)
+    pattern: str = "2:4"
+    vary_keep: bool = Field(False, description="choose among keep-1, keep and keep+1 instead of pattern and dense")
+    estimator: Literal["direct", "hutchinson"] = "direct"
+    method: str = Field("wanda", description="how a group is pruned for the trial")
+    probes: int = Field(8, ge=1, description="random vectors of the Hutchinson estimator")
+    calibration: Calibration = Calibration(samples=16, length=256)
+    latency_table: str | None = Field(None, description="JSON file of measured GEMM times, see latency.py")
+    gpu: str = Field("A100", description="whose roofline predicts where nothing was measured")
+    rows: int | None = Field(None, ge=1, description="batch times tokens of a GEMM; empty = the table's, or 2048")
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    compute: Literal["auto", "fp32", "bf16"] = "auto"
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        return METHODS.check(name)
+
+    @field_validator("pattern")
+    @classmethod
+    def _valid_pattern(cls, text: str) -> str:
+        return str(NMPattern.parse(text))
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> Allocate:
+        if sum(value is not None for value in (self.max_ppl_increase, self.min_speedup, self.budget)) != 1:
+            raise UsageError("A plan takes exactly one of --max-ppl-increase, --min-speedup and --budget.")
+        if self.vary_keep and self.budget is None:
+            raise UsageError("--vary-keep takes its mean density from --budget; no kernel runs what it makes faster.")
+        if self.max_ppl_increase is not None and self.estimator != "direct":
+            raise UsageError("--max-ppl-increase needs the direct estimator; curvature predicts no perplexity.")
+        return self
 
 
 class Export(Frozen):

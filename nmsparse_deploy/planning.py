@@ -1,0 +1,133 @@
+"""The plan stage: load, find the fusion groups, measure what each costs and saves, and decide under the constraint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import models
+from .allocation import Allocation, Choice, Group, candidates, choices, decisions, solve, totals
+from .calib.sample import draw
+from .errors import UsageError
+from .latency import Source, source
+from .methods.base import Method
+from .models.base import LoadedModel
+from .models.discover import discover, trace_inputs
+from .objective import Objective, objective
+from .pattern import NMPattern
+from .plan import Plan, PlanRow, make_plan
+from .predict import count_flops
+from .progress import Progress, silent
+from .prune import compute_dtype
+from .recipe import DEFAULT_MODEL, Allocate
+from .registry import METHODS
+from .sensitivity import Rise, direct, from_curvature, hutchinson, together
+
+Batches = list[dict[str, Any]]
+
+
+def plan(model: str = DEFAULT_MODEL, spec: Allocate = Allocate(budget=1.0), progress: Progress = silent) -> Allocation:  # noqa: B008
+    """Decide {dense, pattern} for every fusion group of `model` under the one constraint of `spec`.
+
+    Raises `NmsparseError` with the best that can be reached when the constraint cannot be met.
+    """
+    latencies = source(spec.gpu, spec.rows, Path(spec.latency_table) if spec.latency_table else None)
+    patterns = candidates(spec)
+    model = str(Path(model).resolve()) if Path(model).exists() else model
+    progress(f"loading {model}", 0, 0)
+    loaded = models.load(model)
+    if spec.max_ppl_increase is not None and loaded.family != "llm":
+        raise UsageError("Only language models have a perplexity.", "give --budget or --min-speedup")
+    base = make_plan(discover(loaded.module, models.sample_inputs(loaded)), NMPattern.parse(spec.pattern),
+                     spec.include, spec.exclude)
+    parts = fusion_groups(base)
+    times = [[latencies.group([row.target for row in part], pattern) for pattern in patterns] for part in parts]
+    share = flop_share(loaded, base, spec.calibration.length)
+    sample = draw(loaded, spec.calibration, progress)
+    start = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    curved = spec.estimator == "hutchinson"  # second derivatives drown in the rounding of 16 bits
+    loaded.module.to(device, torch.float32 if curved else compute_dtype(spec.compute, device))
+    trials = _Trials(loaded, base.blocks, _batches(loaded, sample.inputs, spec.calibration.batch),
+                     METHODS.load(spec.method), progress)
+    rises = trials.rises(parts, patterns, spec)
+    groups = [choices(part, patterns, rise, latency, dense=not spec.vary_keep)
+              for part, rise, latency in zip(parts, rises, times)]
+    weights = sum(row.target.k * row.target.n for row in base.rows)
+    chosen = solve(groups, spec, share, weights)
+    total = totals(groups, chosen, share, weights, loaded.family == "llm")
+    total["measured_together"] = trials.together(groups, chosen)
+    rules = {row.target.name: row.reason for row in base.rows if row.pattern is None}
+    facts = _facts(spec, latencies, trials.measure, sample.to_json())
+    return Allocation(model, spec.pattern, decisions(groups, chosen, share, trials.measure.unit,
+                                                     NMPattern.parse(spec.pattern)), rules, total,
+                      {**facts, "seconds": round(time.perf_counter() - start, 1)})
+
+
+def fusion_groups(base: Plan) -> list[list[PlanRow]]:
+    """The targets that may get the pattern, by fusion group, in the order of the blocks."""
+    found: dict[str, list[PlanRow]] = {}
+    for row in base.pruned():
+        found.setdefault(row.target.fusion, []).append(row)
+    return list(found.values())
+
+
+def flop_share(loaded: LoadedModel, base: Plan, length: int) -> float:
+    """Share of the groups' GEMMs in all FLOPs of one sample of `length` tokens (text only)."""
+    inputs = models.sample_inputs(loaded, 1, length)
+    reads = trace_inputs(loaded.module, base.blocks, inputs)
+    inside = sum(2 * reads[row.target.module].rows * row.target.k * row.target.n for row in base.pruned())
+    return min(1.0, inside / count_flops(loaded.module, inputs))
+
+
+class _Trials:
+    """What is tried out on one model with one sample."""
+
+    def __init__(self, loaded: LoadedModel, blocks: Sequence[str], batches: Batches, method: Method,
+                 progress: Progress) -> None:
+        self.loaded = loaded
+        self.blocks = blocks
+        self.batches = batches
+        self.method = method
+        self.progress = progress
+        with torch.no_grad():
+            self.measure: Objective = objective(loaded, loaded.module(**batches[0]))
+
+    def rises(self, parts: Sequence[Sequence[PlanRow]], patterns: Sequence[NMPattern],
+              spec: Allocate) -> list[list[Rise]]:
+        """For every part, its rise under every pattern."""
+        given = (self.loaded, self.blocks)
+        todo = [[replace(row, pattern=pattern) for row in part] for part in parts for pattern in patterns]
+        if spec.estimator == "direct":
+            flat = direct(*given, todo, self.batches, self.measure, self.method, self.progress)
+        else:
+            names = [row.target.name for part in parts for row in part]
+            traces = hutchinson(self.loaded, names, self.batches, self.measure, spec.probes, spec.calibration.seed,
+                                self.progress)
+            flat = from_curvature(*given, todo, self.batches, self.measure, self.method, traces)
+        return [flat[at : at + len(patterns)] for at in range(0, len(flat), len(patterns))]
+
+    def together(self, groups: Sequence[Group], chosen: Sequence[Choice]) -> dict[str, float]:
+        rows = [replace(row, pattern=choice.pattern) for group, choice in zip(groups, chosen) if choice.pattern
+                for row in group.rows]
+        rise = together(self.loaded, self.blocks, rows, self.batches, self.measure, self.method, self.progress)
+        return {"loss_rise": rise.mean, "standard_error": rise.error}
+
+
+def _batches(loaded: LoadedModel, inputs: dict[str, torch.Tensor], size: int) -> Batches:
+    """Batches in the model's own dtype: nothing here runs under autocast."""
+    dtype = next(loaded.module.parameters()).dtype
+    return [{name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+             for name, value in batch.items()} for batch in models.batches(loaded, inputs, size)]
+
+
+def _facts(spec: Allocate, latencies: Source, measure: Objective, sample: dict[str, Any]) -> dict[str, Any]:
+    asked = {name: getattr(spec, name) for name in ("max_ppl_increase", "min_speedup", "budget")}
+    return {"constraint": {name: value for name, value in asked.items() if value is not None},
+            "vary_keep": spec.vary_keep, "estimator": spec.estimator, "method": spec.method,
+            "objective": measure.kind, "unit": measure.unit, "latency": latencies.to_json(), "calibration": sample}
