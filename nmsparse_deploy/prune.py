@@ -234,8 +234,8 @@ class _Stage:
             masks.save(file)
         if self.spec.wbits:
             with self.run.replacing("scales.safetensors") as file:
-                about = {"bits": str(self.spec.wbits), "group": str(self.spec.wgroup or "row")}
-                save_file(self._scales(rows), file, about)
+                about = {"bits": self.spec.wbits, "group": self.spec.wgroup}  # one key: several come in any order
+                save_file(self._scales(rows), file, {"grid": json.dumps(about)})
         if self.sample is not None:
             with self.run.replacing("calibration.safetensors") as file:
                 save_file(self.sample.record(), file)

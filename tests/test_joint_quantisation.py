@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.errors import CheckFailed, UsageError
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.methods import group_obs, sparsegpt
@@ -152,7 +155,7 @@ def codes_on_disk(run, axis: int = 1) -> dict[str, torch.Tensor]:
     with safe_open(run / "scales.safetensors", "pt") as file:
         about, scales = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     state = load_file(run / "model/model.safetensors")
-    assert about["bits"] == "4" and set(scales) == set(MaskSet.load(run / "masks.safetensors").masks)
+    assert json.loads(about["grid"])["bits"] == 4 and set(scales) == set(MaskSet.load(run / "masks.safetensors").masks)
     found = {}
     for name, scale in scales.items():
         rows = to_rows(state[name.removeprefix("transformer.") if name not in state else name], axis).float()
@@ -176,6 +179,15 @@ def test_end_to_end_and_resume(llama_dir, texts, tmp_path):
     assert mask_bytes(resumed) == mask_bytes(whole)
     for file in ("model/model.safetensors", "scales.safetensors"):
         assert (resumed / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_the_command_line_passes_it_on(llama_dir, texts, tmp_path):
+    small = ["--data", str(texts["calibration"]), "--samples", "6", "--length", "32", "--out", str(tmp_path / "run")]
+    assert invoke(lambda: app(["prune", str(llama_dir), *small, "--wbits", "4", "--wgroup", "16"])) == 0
+    scales = load_file(tmp_path / "run/scales.safetensors")
+    assert scales["model.layers.0.mlp.down_proj.weight"].shape == (64, 8)
+    assert invoke(lambda: app(["prune", str(llama_dir), *small, "--wbits", "5", "--force"])) == 2
+    assert invoke(lambda: app(["prune", str(llama_dir), *small, "--method", "llm-barber", "--force"])) == 2
 
 
 def test_transposed_bf16_weights(texts, tmp_path):
