@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig
 from nmsparse_deploy.calib import walk as walk_module
 from nmsparse_deploy.calib.stats import StatsAccumulator
 from nmsparse_deploy.calib.walk import BlockWalk
+from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.models.base import from_rows, to_rows
 from nmsparse_deploy.models.discover import discover
 from tests import pico
@@ -205,3 +206,13 @@ def test_drift_of_the_residual_stream():
         sparse = changed.model(input_ids=IDS, output_hidden_states=True, use_cache=False).hidden_states[1]
     wanted = (dense - sparse).reshape(-1, 64).T @ seen["x"].reshape(-1, 64)
     torch.testing.assert_close(stats["model.layers.1.self_attn.o_proj"].drift, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("need", ["norms", "gram"])
+def test_overflowing_activations_are_one_sentence(need):
+    module = pico.llama()
+    with torch.no_grad():
+        module.model.layers[0].self_attn.v_proj.weight[3] = float("inf")
+    found = discover(pico.llama(), {"input_ids": IDS[:2]})
+    with pytest.raises(NmsparseError, match="activations overflow"):
+        BlockWalk(module, found.blocks, BATCHES).statistics(0, found.of_block(0), need)

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ..errors import NmsparseError
+
 Need = Literal["none", "norms", "gram"]
 NEEDS: tuple[Need, ...] = ("none", "norms", "gram")
 """From least to most; each contains those before it."""
@@ -94,12 +96,16 @@ class StatsAccumulator:
                 self.square_sum = squares if self.square_sum is None else self.square_sum.add_(squares)
 
     def finish(self) -> LayerStats:
+        """Everything summed so far. Raises `NmsparseError` when the model's activations have overflowed."""
+        for found in (self.gram, self.cross, self.drift, self.square_sum):
+            if found is not None and not torch.isfinite(found).all():
+                raise NmsparseError("The calibration statistics contain NaN or Inf: the model's activations overflow.",
+                                    "set compute to fp32 in the recipe, or look at the model's outputs first")
         if self.gram is not None:
             gram = (self.gram + self.gram.T).mul_(0.5)
-            return LayerStats(self.tokens, gram.diagonal().clone(), gram, self.cross, self.total,
-                              self.drift)
-        return LayerStats(self.tokens, self.square_sum if self.square_sum is not None else torch.zeros(0),
-                          total=self.total)
+            return LayerStats(self.tokens, gram.diagonal().clone(), gram, self.cross, self.total, self.drift)
+        square_sum = self.square_sum if self.square_sum is not None else torch.zeros(0)
+        return LayerStats(self.tokens, square_sum, total=self.total)
 
 
 def as_rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,6 @@ import math
 
 import torch
 
-from ..errors import NmsparseError
 from ..methods.base import LayerResult
 from ..methods.hessian import FP64_WIDTH
 from ..pattern import NMPattern, project
@@ -59,8 +58,6 @@ def level(pattern: NMPattern, step: int, moving: int) -> NMPattern:
 
 
 def _scale(gram: torch.Tensor) -> torch.Tensor:
-    if not torch.isfinite(gram).all():
-        raise NmsparseError("The calibration statistics contain NaN or Inf; the model's activations overflow.")
     scale = gram.diagonal().sqrt()
     largest = float(scale.max())
     return scale.clamp(min=FLOOR * largest) if largest > 0 else torch.ones_like(scale)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import NmsparseError
 from ..methods.base import LayerResult
 from ..methods.hessian import FP64_WIDTH
 from ..steps import Swap
@@ -77,8 +76,6 @@ def strongest(layer: Layer, share: float) -> torch.Tensor:
 def precise(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and Gram in fp64 where that is cheap: gains are differences of large numbers."""
     assert layer.stats.gram is not None
-    if not torch.isfinite(layer.stats.gram).all():
-        raise NmsparseError("The calibration statistics contain NaN or Inf; the model's activations overflow.")
     dtype = torch.float64 if layer.dense.shape[1] <= FP64_WIDTH else torch.float32
     return layer.dense.to(dtype), layer.stats.gram.to(dtype)
 
