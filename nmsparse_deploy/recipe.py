@@ -69,7 +69,6 @@ class Prune(Frozen):
 
     @model_validator(mode="after")
     def _can_be_rounded(self) -> Prune:
-        pattern = NMPattern.parse(self.pattern)
         if self.wbits is None:
             if self.wgroup is not None:
                 raise UsageError(f"wgroup {self.wgroup} shares the scales of wbits, which is not set.", "--wbits 4")
@@ -81,8 +80,8 @@ class Prune(Frozen):
         if self.refine:
             raise UsageError(f"'{self.refine[0].name}' would move weights off the {self.wbits}-bit grid; leave out "
                              "--refine or --wbits.")
-        if self.wgroup is not None and self.wgroup % pattern.group:
-            raise UsageError(f"wgroup {self.wgroup} is not a multiple of the group of {pattern}.")
+        if self.wgroup is not None and self.wgroup % NMPattern.parse(self.pattern).group:
+            raise UsageError(f"wgroup {self.wgroup} is not a multiple of the group of {self.pattern}.")
         return self
 
 
