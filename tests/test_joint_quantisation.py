@@ -219,7 +219,7 @@ def test_what_cannot_be_rounded_is_refused(wrong, sentence):
         validate(Prune, wrong)
     assert sentence in caught.value.message
     if wrong.get("method") == "wanda":
-        assert caught.value.hint == "methods that can: group-obs, sparsegpt"
+        assert "group-obs" in caught.value.hint and "sparsegpt" in caught.value.hint
 
 
 def test_a_scale_that_does_not_divide_a_layer_is_refused(llama_dir, texts, tmp_path):

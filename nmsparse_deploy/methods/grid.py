@@ -49,8 +49,8 @@ class Grid:
         Column by column, with the errors left to the later ones and added to `errors`; `factor` is the group's block of
         `U`. What that moves in a pruned place is pruned again, so the outcome is that of one sweep doing both at once.
         """
-        scale = self.scales[:, first // self.width]
         for column in range(w.shape[0]):
+            scale = self.scales[:, (first + column) // self.width]
             level = torch.where(kept[column], _nearest(w[column], scale, self.bits) * scale, 0.0)
             error = (w[column] - level) / factor[column, column]
             errors[column] += error
