@@ -42,11 +42,30 @@ def refined(method: str, *steps: str | dict[str, Any]) -> dict[str, Any]:
 
 
 ROWS: dict[str, dict[str, Any]] = {
+    "closed-form": recipe("closed-form"),
+    "best": recipe("best"),
     "group-obs": refined("group-obs"),
-    "wanda + refit": refined("wanda", "refit"),
     "group-obs + refit": refined("group-obs", "refit"),
+    "wanda + refit": refined("wanda", "refit"),
+    "alps": refined("alps"),
+    "isc": refined("isc"),
+    "admm": refined("wanda", "admm"),
+    "wanda + group-descent": refined("wanda", "group-descent"),
+    "wanda + llm-barber": refined("wanda", "llm-barber"),
+    "wanda + dsnot": refined("wanda", "dsnot"),
+    "ria": refined("ria"),
+    "permute, wanda": {**refined("wanda"), "permute": True},
+    "permute, closed-form": {**recipe("closed-form"), "permute": True},
+    "wanda + swap": refined("wanda", "swap"),
+    "isc-released": refined("isc-released"),
+    "magnitude-2d": refined("magnitude-2d"),
+    "sparsegpt, 4 bits": {**refined("sparsegpt"), "wbits": 4},
+    "isc, 4 bits": {**refined("isc"), "wbits": 4},
+    "sparsegpt, unstructured": {**refined("sparsegpt"), "pattern": "unstructured:0.5"},
+    "isc, unstructured": {**refined("isc"), "pattern": "unstructured:0.5"},
+    "wanda + llm-barber, unstructured": {**refined("wanda", "llm-barber"), "pattern": "unstructured:0.5"},
 }
-THREE: tuple[str, ...] = ()
+THREE = ("closed-form", "best")
 """Rows that are measured with three seeds of the calibration sample."""
 
 

@@ -26,8 +26,8 @@ class Refit(Step):
     """Least squares on the fixed mask."""
 
     name: Literal["refit"] = "refit"
-    blend: float = Field(0.25, ge=0, le=1, description="share of the dense stream in the target")
-    residual: float = Field(0.0, ge=0, le=1, description="share of the residual stream's drift that layers which "
+    blend: float = Field(0.5, ge=0, le=1, description="share of the dense stream in the target")
+    residual: float = Field(0.5, ge=0, le=1, description="share of the residual stream's drift that layers which "
                                                          "write to it make up for")
     steps: int = Field(20, ge=1, description="conjugate-gradient steps")
     damping: float = Field(0.01, gt=0, description="ridge relative to the normalised Gram")
@@ -41,9 +41,9 @@ class Reconstruct(Step):
     """Gradient steps on the surviving weights, norms and biases of one block against the dense model's output."""
 
     name: Literal["reconstruct"] = "reconstruct"
-    unit: Literal["half", "block"] = Field("half", description="attention and MLP one after the other, or together")
+    unit: Literal["half", "block"] = Field("block", description="all together, or attention and MLP one after the other")
     epochs: int = Field(4, ge=1, description="passes over the calibration batches, per unit")
-    rate: float = Field(3e-4, gt=0, description="learning rate of Adam at the start; falls to zero along a cosine")
+    rate: float = Field(1e-3, gt=0, description="learning rate of Adam at the start; falls to zero along a cosine")
     holdout: float = Field(0.1, ge=0, lt=1, description="share of the batches that decides when to stop")
 
     @property
