@@ -35,10 +35,11 @@ def collect(stages: Stages) -> dict[str, Any]:
 def _pruning(stages: Stages, recipe: dict[str, Any]) -> dict[str, Any]:
     with stages.of("layers.json"):
         values = sum(_size(row["shape"]) for row in stages.layers)
+        held = ", ".join(sorted({str(row["pattern"]) for row in stages.layers}))
         blocks = len({row["block"] for row in stages.layers})
     with stages.of("manifest.json"):
-        return {"method": str(recipe["method"]), "pattern": str(recipe["pattern"]), "layers": len(stages.layers),
-                "blocks": blocks, "weights": values, "finished": "prune" in stages.manifest["stages"]}
+        return {"method": str(recipe["method"]), "pattern": held or str(recipe["pattern"]), "blocks": blocks,
+                "layers": len(stages.layers), "weights": values, "finished": "prune" in stages.manifest["stages"]}
 
 
 def _size(shape: list[int]) -> int:

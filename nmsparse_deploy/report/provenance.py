@@ -62,7 +62,7 @@ def _prune(recipe: dict[str, Any], run: str) -> str:
     """`prune` with its options, or `run` where the recipe sets what has no option."""
     calibration = recipe.get("calibration") or {}
     if calibration.get("batch", Calibration().batch) != Calibration().batch or (
-            recipe.get("compute", Prune().compute) != Prune().compute):
+            recipe.get("compute", Prune().compute) != Prune().compute) or recipe.get("patterns"):
         return f"{_command('run', ['recipe.yaml'], [('out', run)])}  # the recipe below, saved as recipe.yaml"
     options = [("method", recipe.get("method")), ("pattern", recipe.get("pattern")),
                *((key, calibration.get(key)) for key in ("data", "samples", "length", "seed")),
