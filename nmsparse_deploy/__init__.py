@@ -24,13 +24,16 @@ _PUBLIC = {
     "RunDir": ".rundir",
     "prune": ".prune", "plan": ".planning",
     "inspect": ".pipeline", "verify": ".pipeline", "export": ".pipeline", "evaluate": ".pipeline", "bench": ".pipeline",
-    "report": ".pipeline", "run_recipe": ".pipeline",
+    "report": ".pipeline", "run_recipe": ".pipeline", "compare": ".compare",
     "NmsparseError": ".errors", "UsageError": ".errors", "CheckFailed": ".errors",
 }
 __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name], __name__), name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    # Importing a submodule puts it where a verb of the same name belongs, so all names are settled afterwards.
+    modules = {module: import_module(module, __name__) for module in dict.fromkeys(_PUBLIC.values())}
+    globals().update({public: getattr(modules[module], public) for public, module in _PUBLIC.items()})
+    return globals()[name]

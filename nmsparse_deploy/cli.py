@@ -121,6 +121,8 @@ def prune(model: Model = DEMO,
           method: Annotated[str, typer.Option(help="see `nmsparse-deploy list`; auto: by time budget")] = "sparsegpt",
           refine: Annotated[list[str], typer.Option(
               help="what follows the method, see `nmsparse-deploy list`; may be repeated")] = [],  # noqa: B006
+          sequential: Annotated[bool, typer.Option(
+              "--sequential", help="statistics of a layer see the pruned ones before it in its block")] = False,
           permute: Annotated[bool, typer.Option(
               "--permute", help="first reorder the channels that are free to move, for better groups")] = False,
           pattern: Annotated[str | None, typer.Option(
@@ -142,7 +144,8 @@ def prune(model: Model = DEMO,
 
     _say_default(model)
     calibration = {"data": data, "samples": samples, "length": length, "seed": seed}
-    settings = {"refine": [{"name": name} for name in refine], "permute": permute, **_patterns(pattern, plan),
+    settings = {"refine": [{"name": name} for name in refine], "sequential": sequential, "permute": permute,
+                **_patterns(pattern, plan),
                 "wbits": wbits, "wgroup": wgroup, "calibration": calibration, "include": include, "exclude": exclude}
     if method == "auto":
         from .auto import choose

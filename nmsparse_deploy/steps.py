@@ -41,7 +41,7 @@ class Reconstruct(Step):
     """Gradient steps on the surviving weights, norms and biases of one block against the dense model's output."""
 
     name: Literal["reconstruct"] = "reconstruct"
-    unit: Literal["half", "block"] = Field("block", description="all together, or attention and MLP one after the other")
+    unit: Literal["half", "block"] = Field("block", description="all together, or attention before MLP")
     epochs: int = Field(4, ge=1, description="passes over the calibration batches, per unit")
     rate: float = Field(1e-3, gt=0, description="learning rate of Adam at the start; falls to zero along a cosine")
     holdout: float = Field(0.1, ge=0, lt=1, description="share of the batches that decides when to stop")

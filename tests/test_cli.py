@@ -155,12 +155,20 @@ def test_help_is_fast_and_light():
     assert not {"torch", "numpy", "transformers", "pydantic", "onnx"} & set(loaded)
 
 
+def test_the_api_has_verbs_and_not_their_modules():
+    """Importing a submodule must not put it in the place of the function of the same name."""
+    script = "import nmsparse_deploy as nms; nms.prune; print(*(n for n in nms.__all__ if not callable(getattr(nms, n))))"
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert shown.returncode == 0 and shown.stdout.strip() == "", shown.stdout + shown.stderr
+
+
 def test_ctrl_c_keeps_finished_blocks(llama_dir, texts, tmp_path):
     """A real SIGINT while pruning: one sentence, no traceback, exit code 1, and the run can be resumed."""
     command = [sys.executable, "-m", "nmsparse_deploy", "prune", str(llama_dir), *small(texts), "--out", "run"]
     script = f"""
 import os, signal, sys
-from nmsparse_deploy import prune
+import nmsparse_deploy.prune
+prune = sys.modules["nmsparse_deploy.prune"]
 original = prune._Stage._commit
 def slow(self, name, pruned):
     if pruned.number == 1:

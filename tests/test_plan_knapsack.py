@@ -388,3 +388,15 @@ def test_keep_may_vary_around_a_mean_density(small, capfd, tmp_path):
     assert run(capfd, "prune", small[0], "--plan", file, "--method", "magnitude", "--out", tmp_path / "run")[0] == 0
     kept = {row["name"]: row["pattern"] for row in RunDir.open(tmp_path / "run").read_json("layers.json")}
     assert kept == plan["patterns"]
+
+
+def test_a_report_names_the_patterns_that_are_there(small, capfd, tmp_path):
+    """And sends the reader to the recipe, because no option holds a plan's decisions."""
+    file, where = tmp_path / "plan.json", tmp_path / "run"
+    patterns = {"model.layers.0.mlp.down_proj.weight": "1:4", "model.layers.1.mlp.down_proj.weight": "dense"}
+    plan_file.save({"model": "m", "pattern": "2:4", "patterns": patterns}, file)
+    assert run(capfd, "prune", small[0], "--plan", file, "--method", "magnitude", "--out", where)[0] == 0
+    assert run(capfd, "report", where)[0] == 0
+    text = (where / "report" / "report.md").read_text()
+    assert "13 weight matrices" in text and "pruned to 1:4, 2:4 with" in text
+    assert "recipe.yaml" in text and "kept dense by plan" in text

@@ -36,10 +36,12 @@ def collect(stages: Stages) -> dict[str, Any]:
 def _pruning(stages: Stages, recipe: dict[str, Any]) -> dict[str, Any]:
     with stages.of("layers.json"):
         values = sum(_size(row["shape"]) for row in stages.layers)
+        held = sorted({str(row["pattern"]) for row in stages.layers})
         blocks = len({row["block"] for row in stages.layers})
     with stages.of("manifest.json"):
-        return {"method": str(recipe["method"]), "pattern": str(recipe["pattern"]),
-                "sparse_kernels": parse_pattern(recipe["pattern"]).implies(TWO_FOUR), "layers": len(stages.layers),
+        patterns = held or [str(recipe["pattern"])]
+        return {"method": str(recipe["method"]), "pattern": ", ".join(patterns), "layers": len(stages.layers),
+                "sparse_kernels": all(parse_pattern(text).implies(TWO_FOUR) for text in patterns),
                 "blocks": blocks, "weights": values, "finished": "prune" in stages.manifest["stages"]}
 
 

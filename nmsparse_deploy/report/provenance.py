@@ -60,11 +60,14 @@ def commands(stages: Stages) -> list[str]:
 
 def _prune(recipe: dict[str, Any], run: str) -> str:
     """`prune` with its options, or `run` where the recipe sets what has no option."""
-    calibration = recipe.get("calibration") or {}
-    if calibration.get("batch", Calibration().batch) != Calibration().batch or (
-            recipe.get("compute", Prune().compute) != Prune().compute):
+    calibration, steps = recipe.get("calibration") or {}, recipe.get("refine") or []
+    usual = [step.model_dump(mode="json") for step in Prune(refine=[{"name": step["name"]} for step in steps]).refine]
+    if calibration.get("batch", Calibration().batch) != Calibration().batch or steps != usual or (
+            recipe.get("compute", Prune().compute) != Prune().compute) or recipe.get("patterns"):
         return f"{_command('run', ['recipe.yaml'], [('out', run)])}  # the recipe below, saved as recipe.yaml"
-    options = [("method", recipe.get("method")), ("pattern", recipe.get("pattern")),
+    options = [("method", recipe.get("method")), *(("refine", step["name"]) for step in steps),
+               *((name, "") for name in ("permute", "sequential") if recipe.get(name)),
+               *((name, recipe.get(name)) for name in ("pattern", "wbits", "wgroup")),
                *((key, calibration.get(key)) for key in ("data", "samples", "length", "seed")),
                *(("include", glob) for glob in recipe.get("include") or []),
                *(("exclude", glob) for glob in recipe.get("exclude") or []), ("out", run)]
@@ -75,7 +78,7 @@ def _command(verb: str, arguments: list[str], options: list[tuple[str, Any]]) ->
     words = ["nmsparse-deploy", verb, *arguments]
     for name, value in options:
         if value is not None:
-            words += [f"--{name}", str(value)]
+            words += [f"--{name}", *([str(value)] if value != "" else [])]
     return shlex.join(words)
 
 
