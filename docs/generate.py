@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -56,21 +57,33 @@ def refinements_table() -> str:
     return markdown(("refinement", "what it does", "changes", "statistics", "source"), rows)
 
 
-def baseline_table() -> str:
-    """README's table, from the measured file."""
-    result = json.loads((ROOT / "results/baseline-smollm2-135m.json").read_text())
-    texts = result["protocol"]["texts"]
-    titles = {"bbc": "BBC news", "wikitext2": "WikiText-2 test"}
+TITLES = {"bbc": "BBC news", "wikitext2": "WikiText-2 test"}
+
+
+def measured(names: tuple[str, ...] | None = None) -> str:
+    """The rows of the frozen baseline and of the one-shot benchmark, best last; all of them, or those with `names`."""
+    baseline, oneshot = (json.loads((ROOT / f"results/{name}-smollm2-135m.json").read_text())
+                         for name in ("baseline", "oneshot"))
+    texts = baseline["protocol"]["texts"]
+    ends = {text: {end: math.log(oneshot["ends"][text][end]) for end in ("dense", "sparsegpt")} for text in texts}
     rows = []
-    for line in result["table"]:
-        cells = [line["method"]]
+    lines = [line for line in baseline["table"] + oneshot["table"] if names is None or line["method"] in names]
+    for line in sorted(lines, key=lambda line: -line[texts[0]]["ppl"]):
+        dense, cells = line["method"] == "dense", [line["method"]]
         for text in texts:
-            spread = line[text]["seed_spread"]
-            cells.append(f"{line[text]['ppl']:.1f}" + (f" ± {100 * spread:.1f} %" if spread is not None else ""))
-        seconds = f"{line['seconds']:.0f} s" if line["method"] != "dense" else ""
-        rows.append((*cells, str(line["seeds"]) if line["method"] != "dense" else "", seconds))
-    head = ("2:4 method", *(f"{titles[t]}, perplexity" for t in texts), "seeds", "prune time")
+            spread, end = line[text]["seed_spread"], ends[text]
+            share = (end["sparsegpt"] - math.log(line[text]["ppl"])) / (end["sparsegpt"] - end["dense"])
+            closed = f" ({share:.2f})" if share > 0 and not dense else ""
+            around = f" ± {100 * spread:.1f} %" if spread is not None else ""
+            cells.append(f"{line[text]['ppl']:.1f}{around}{closed}")
+        facts = ("", "") if dense else (str(line["seeds"]), f"{line['seconds']:.0f} s")
+        rows.append((*cells, *facts))
+    head = ("2:4 method", *(f"{TITLES[t]}, perplexity" for t in texts), "seeds", "prune time")
     return markdown(head, rows)
+
+
+def readme_table() -> str:
+    return measured(("dense", "magnitude", "wanda", "sparsegpt", "closed-form", "best"))
 
 
 def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -78,7 +91,8 @@ def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-TABLES: dict[str, Any] = {"baseline": baseline_table, "methods": methods_table, "refinements": refinements_table}
+TABLES: dict[str, Any] = {"measured": readme_table, "oneshot": measured, "methods": methods_table,
+                          "refinements": refinements_table}
 
 
 def fill(text: str) -> str:

@@ -19,15 +19,16 @@ from .pattern import NMPattern
 from .plan import make_plan
 from .progress import Progress, silent
 from .prune import compute_dtype
-from .recipe import Prune, validate
+from .recipe import CLOSED_FORM, Prune, validate
 
 NAME = "auto"
 MINUTES = 10.0
 SLACK = 2.0
+CLOSED = CLOSED_FORM.model_dump(include={"method", "refine", "sequential"})
 LADDER: dict[str, dict[str, Any]] = {
-    "reconstructed": {"method": "group-obs", "refine": [{"name": "refit"}, {"name": "reconstruct"}]},
-    "closed form": {"method": "group-obs", "refine": [{"name": "refit"}]},
-    "refitted Wanda": {"method": "wanda", "refine": [{"name": "refit", "blend": 0.0}]},
+    "reconstructed": {**CLOSED, "refine": [*CLOSED["refine"], {"name": "reconstruct"}]},
+    "closed form": CLOSED,
+    "refitted Wanda": {"method": "wanda", "refine": [{"name": "refit", "blend": 0.0, "residual": 0.0}]},
     "Wanda": {"method": "wanda"},
 }
 """From the best to the fastest."""

@@ -308,12 +308,12 @@ def demo(model: Annotated[str, typer.Option(help="demo (a language model) or vit
          force: Force = False) -> None:
     """Prune a packaged model to 2:4, prove it, export it, compare it with its dense twin, and report."""
     from .pipeline import run_recipe
-    from .recipe import Recipe
+    from .recipe import CLOSED_FORM, Recipe
 
     folder = out or Path("runs") / (DEMO if model == DEMO else f"{DEMO}-{model}")
-    _finish_run(run_recipe(Recipe(model=model), folder, force, output.progress))
-    output.message("Small models suffer most from 2:4; larger ones lose far less. SparseGPT is the baseline method; "
-                   "docs/methods.md says what the others do.")
+    _finish_run(run_recipe(Recipe(model=model, prune=CLOSED_FORM), folder, force, output.progress))
+    output.message("Small models suffer most from 2:4; larger ones lose far less. "
+                   "docs/methods.md says what else there is.")
 
 
 @app.command()

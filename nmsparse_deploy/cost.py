@@ -43,9 +43,9 @@ class Cost:
 def estimate(loaded: LoadedModel, plan: Plan, spec: Prune, rates: Rates) -> Cost:
     """What the prune section `spec` would take on `loaded` under `plan`.
 
-    Formulas: two block forwards over T tokens (2·T·P each; three with a dense stream), `2Tn²` per Gram and per cross
-    Gram, `n³` per factor, `2Rn²` per sweep and per conjugate-gradient step, three forwards per epoch of reconstruction.
-    Layers that read the same input share the Gram but are factorised one by one.
+    Formulas: block forwards over T tokens (2·T·P each): one to advance, one for statistics in each stream (two when
+    sequential), three per epoch of reconstruction; `2Tn²` per Gram and per cross Gram, `n³` per factor, `2Rn²` per
+    sweep and per conjugate-gradient step. Layers that read the same input share the Gram but are factorised one by one.
     """
     method: Method = METHODS.load(spec.method)
     need = needs(spec, method)
@@ -57,7 +57,7 @@ def estimate(loaded: LoadedModel, plan: Plan, spec: Prune, rates: Rates) -> Cost
     widths = {t.fusion: t.k for t in targets}
     once = 2 * tokens * inside
     trained = sum(step.epochs for step in spec.refine if isinstance(step, Reconstruct))
-    forward = once * (2 + dense + 3 * trained)
+    forward = once * (1 + (1 + dense) * (1 + spec.sequential) + 3 * trained)
     grams = sum(2 * tokens * k**2 for k in widths.values()) * (1 + dense) if gram else 0
     factors = sum(t.k**3 for t in targets) if swept else 0
     sweeps = sum(2 * t.n * t.k**2 for t in targets)

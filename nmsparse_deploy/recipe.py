@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from .errors import UsageError
 from .pattern import STRETCH, NMPattern, Pattern, Unstructured, parse_pattern
 from .registry import METHODS, REFINEMENTS
-from .steps import AnyStep, Frozen
+from .steps import AnyStep, Frozen, Refit
 
 DEFAULT_MODEL = "demo"
 AUTO = "auto"
@@ -168,6 +168,10 @@ class Allocate(Frozen):
         if self.max_ppl_increase is not None and self.estimator != "direct":
             raise UsageError("--max-ppl-increase needs the direct estimator; curvature predicts no perplexity.")
         return self
+
+
+CLOSED_FORM = Prune(method="group-obs", refine=(Refit(),), sequential=True)
+"""Recommended where nothing else is asked for: no back-propagation, minutes for a small model (docs/methods.md)."""
 
 
 class Export(Frozen):

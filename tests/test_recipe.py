@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.recipe import Calibration, Prune, Recipe, differences, fingerprint, validate
+from nmsparse_deploy.recipe import CLOSED_FORM, Calibration, Prune, Recipe, differences, fingerprint, validate
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
@@ -16,6 +16,13 @@ RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid(path):
     assert Recipe.load(path).prune.method
+
+
+@pytest.mark.parametrize("name", ["demo", "closed-form"])
+def test_recipes_that_name_the_demo_spell_it_out(name):
+    named = Recipe.load(RECIPES[0].parent / f"{name}.yaml").prune
+    what = {"method", "pattern", "refine", "sequential"}
+    assert named.model_dump(include=what) == CLOSED_FORM.model_dump(include=what)
 
 
 def test_there_are_recipes():
