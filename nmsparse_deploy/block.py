@@ -13,6 +13,7 @@ from torch import nn
 
 from .calib.stats import NEEDS, LayerStats, Need
 from .calib.walk import BlockWalk
+from .memory import start_stretch, stretch_peak_mb
 from .methods.base import Method
 from .methods.grid import Grid
 from .models.base import to_rows
@@ -31,6 +32,8 @@ class PrunedBlock:
     layers: dict[str, Layer]
     others: dict[str, torch.Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+    """Largest memory while a layer was pruned, in MB."""
     refinements: list[dict[str, Any]] = field(default_factory=list)
     orders: Orders = field(default_factory=dict)
     """Where the entries of the dense weights come from, by parameter and axis, where channels were permuted."""
@@ -66,11 +69,13 @@ def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method:
                                     last=place == len(parts) - 1)
         for row in part:
             start = time.perf_counter()
+            start_stretch()
             layer = _prune_layer(module, row, stats.get(row.target.fusion, LayerStats.none()), spec, method)
             for step, refinement in leading:
                 layer = replace(layer, result=refinement.layer(layer, step))
             pruned.layers[row.target.name] = layer
             pruned.seconds[row.target.name] = time.perf_counter() - start
+            pruned.peaks[row.target.name] = stretch_peak_mb()
     for step, refinement in steps[len(leading):]:
         if refinement.layer is None:
             assert walk is not None

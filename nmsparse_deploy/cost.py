@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from .block import needs
+from .memory import peak_memory_mb
 from .methods.base import Method
 from .methods.hessian import FP64_WIDTH
 from .models.base import LoadedModel
@@ -73,7 +73,7 @@ def estimate(loaded: LoadedModel, plan: Plan, spec: Prune, rates: Rates) -> Cost
 def _memory(loaded: LoadedModel, plan: Plan, tokens: int, gram: bool, compute: torch.dtype) -> float:
     """What this process holds with the model loaded, a working copy of the largest block, two activation buffers, and
     the Grams of a block."""
-    loaded_now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    loaded_now = peak_memory_mb() * 1e6
     blocks = [sum(p.numel() for p in loaded.module.get_submodule(path).parameters()) for path in plan.blocks]
     widths = {row.target.fusion: row.target.k for row in plan.rows if row.target.block == 0}
     hidden = min(widths.values(), default=0)

@@ -30,6 +30,7 @@ from .evaluate import (
 )
 from .export import LinkMap, export_onnx
 from .masks import MaskSet
+from .memory import peak_memory_mb
 from .models.base import LoadedModel
 from .models.discover import discover, trace_inputs
 from .pattern import TWO_FOUR, Unstructured, parse_pattern
@@ -37,7 +38,7 @@ from .permutations import Permutations
 from .plan import Plan, make_plan
 from .predict import count_flops, predict
 from .progress import Progress, silent
-from .prune import NOT_CHECKED, compute_dtype, peak_memory_mb, prune
+from .prune import NOT_CHECKED, compute_dtype, prune
 from .recipe import AUTO, DEFAULT_MODEL, Bench, Evaluate, Export, Prune, Recipe
 from .rundir import RunDir, environment
 from .verify import VerifyReport, verify_checkpoint, verify_onnx

@@ -7,7 +7,6 @@ stream is recomputed through them, and the walk goes on: the masks are the same 
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from .calib.sample import Sample, draw
 from .calib.walk import BlockWalk
 from .errors import CheckFailed, NmsparseError, UsageError
 from .masks import Mask, MaskSet, tensor_hash
+from .memory import peak_memory_mb
 from .methods.base import Method, relative_error
 from .models.base import LoadedModel, from_rows, to_rows
 from .models.discover import discover
@@ -218,7 +218,7 @@ class _Stage:
             tensors |= {key: weight.cpu(), key + MASK: torch.from_numpy(mask.bits)}
             records.append({"name": key, "block": pruned.number, "axis": mask.axis, "pattern": str(mask.pattern),
                             "shape": mask.shape, "dense_hash": mask.dense_hash, "relative_error": error,
-                            "seconds": round(pruned.seconds[key], 3)})
+                            "seconds": round(pruned.seconds[key], 3), "peak_memory_mb": pruned.peaks[key]})
         with self.run.replacing(name) as temporary:
             told = {"layers": records, "refinements": pruned.refinements}
             save_file(tensors, temporary, {key: json.dumps(value) for key, value in told.items()})
@@ -270,8 +270,3 @@ class _Stage:
             found = load_file(self.run / f"blocks/{block:03d}.safetensors")
             scales |= {key.removesuffix(SCALES): value for key, value in found.items() if key.endswith(SCALES)}
         return scales
-
-
-def peak_memory_mb() -> int:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

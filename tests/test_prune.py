@@ -53,6 +53,7 @@ def test_every_method_ends_verified_and_loads_in_the_stock_library(name, llama_d
     facts = run.manifest()["stages"]["prune"]
     assert facts["layers"] == 14 and not (run / "blocks").exists()
     layers = run.read_json("layers.json")
+    assert all(0 < row["peak_memory_mb"] <= facts["peak_memory_mb"] for row in layers)
     assert all((row["relative_error"] is not None) == (METHODS.load(name).needs == "gram") for row in layers)
 
 
