@@ -40,9 +40,17 @@ def _pruning(stages: Stages, recipe: dict[str, Any]) -> dict[str, Any]:
         blocks = len({row["block"] for row in stages.layers})
     with stages.of("manifest.json"):
         patterns = held or [str(recipe["pattern"])]
-        return {"method": str(recipe["method"]), "pattern": ", ".join(patterns), "layers": len(stages.layers),
+        return {"method": _method(recipe), "pattern": ", ".join(patterns), "layers": len(stages.layers),
                 "sparse_kernels": all(parse_pattern(text).implies(TWO_FOUR) for text in patterns),
                 "blocks": blocks, "weights": values, "finished": "prune" in stages.manifest["stages"]}
+
+
+def _method(recipe: dict[str, Any]) -> str:
+    """The method with everything that the recipe has around it, in the order in which it happens."""
+    bits = [f"{recipe['wbits']} bits"] if recipe.get("wbits") else []
+    before = ["permuted channels"] if recipe.get("permute") else []
+    after = [str(step["name"]) for step in recipe.get("refine") or []]
+    return " + ".join([*before, str(recipe["method"]), *bits, *after])
 
 
 def _size(shape: list[int]) -> int:

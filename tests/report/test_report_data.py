@@ -43,6 +43,19 @@ def test_a_damaged_stage_file_is_one_sentence_and_keeps_the_old_report(tmp_path,
     assert (run / "report/index.html").read_bytes() == before
 
 
+def test_the_method_is_named_with_what_surrounds_it(tmp_path):
+    run = make_run(tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text())
+    steps = Recipe.model_validate({"prune": {"method": "group-obs", "refine": [{"name": "refit"}], "sequential": True,
+                                             "permute": True}}).prune.model_dump(mode="json")
+    manifest["recipe"] |= steps
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    report = report_of(run)
+    assert report["headline"]["method"] == "permuted channels + group-obs + refit"
+    commands = " ".join(report["provenance"]["commands"])
+    assert all(part in commands for part in ("--refine refit", "--sequential", "--permute"))
+
+
 def test_a_run_that_is_not_pruned_is_refused(tmp_path):
     run = RunDir.create(tmp_path / "run", {"model": "pico"}, "0", force=False)
     with pytest.raises(UsageError, match="not pruned yet"):
