@@ -18,7 +18,7 @@ def test_shipped_recipes_are_valid(path):
     assert Recipe.load(path).prune.method
 
 
-@pytest.mark.parametrize("name", ["demo", "closed-form"])
+@pytest.mark.parametrize("name", ["demo", "closed-form", "vit"])
 def test_recipes_that_name_the_demo_spell_it_out(name):
     named = Recipe.load(RECIPES[0].parent / f"{name}.yaml").prune
     what = {"method", "pattern", "refine", "sequential"}
