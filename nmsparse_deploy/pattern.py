@@ -55,6 +55,11 @@ class NMPattern:
         """What the length of the group axis must be a multiple of."""
         return self.group
 
+    @property
+    def stretch(self) -> int:
+        """Columns that a sweep prunes at a time."""
+        return self.group
+
     def implies(self, other: NMPattern) -> bool:
         """Does every tensor with this pattern also have `other`? (2:8 implies 2:4; 4:8 does not.)"""
         period = math.lcm(self.group, other.group)
@@ -100,6 +105,10 @@ class Unstructured:
     @property
     def alignment(self) -> int:
         return 1
+
+    @property
+    def stretch(self) -> int:
+        return STRETCH
 
     def implies(self, other: NMPattern) -> bool:
         """A share of zeros promises nothing about any group."""

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from .errors import UsageError
-from .pattern import STRETCH, NMPattern, Pattern, Unstructured, parse_pattern
+from .pattern import NMPattern, Pattern, Unstructured, parse_pattern
 from .registry import METHODS, REFINEMENTS
 from .steps import AnyStep, Frozen, Refit
 
@@ -82,20 +82,21 @@ class Prune(Frozen):
     @model_validator(mode="after")
     def _finds_the_pattern(self) -> Prune:
         """Methods and refinements that need groups refuse an unstructured pattern before anything is loaded."""
-        if isinstance(parse_pattern(self.pattern), Unstructured):
+        named = [decided(text)[0] for text in (self.patterns or {}).values()]
+        loose = next((p for p in (parse_pattern(self.pattern), *named) if isinstance(p, Unstructured)), None)
+        if loose is not None:
             able = [name for name in METHODS.names() if METHODS.load(name).scope]
-            _refuse_others("method", [self.method], able, self.pattern)
+            _refuse_others("method", [self.method], able, str(loose))
             found = {name: REFINEMENTS.load(name) for name in REFINEMENTS.names()}
             able = [name for name, step in found.items() if step.changes == "weights" or step.unstructured]
-            _refuse_others("refinement", [step.name for step in self.refine], able, self.pattern)
+            _refuse_others("refinement", [step.name for step in self.refine], able, str(loose))
             if self.permute:
-                raise UsageError(f"Permuting channels makes better groups, and {self.pattern} has none.",
+                raise UsageError(f"Permuting channels makes better groups, and {loose} has none.",
                                  "leave out --permute")
         return self
 
     @model_validator(mode="after")
     def _can_be_rounded(self) -> Prune:
-        pattern = parse_pattern(self.pattern)
         if self.wbits is None:
             if self.wgroup is not None:
                 raise UsageError(f"wgroup {self.wgroup} shares the scales of wbits, which is not set.", "--wbits 4")
@@ -107,7 +108,7 @@ class Prune(Frozen):
         if self.refine:
             raise UsageError(f"'{self.refine[0].name}' would move weights off the {self.wbits}-bit grid; leave out "
                              "--refine or --wbits.")
-        unit = STRETCH if isinstance(pattern, Unstructured) else pattern.group
+        unit = parse_pattern(self.pattern).stretch
         if self.wgroup is not None and self.wgroup % unit:
             raise UsageError(f"wgroup {self.wgroup} is not a multiple of {unit}, the columns pruned at a time.")
         return self

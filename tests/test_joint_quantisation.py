@@ -233,3 +233,14 @@ def test_the_fingerprint_knows_the_grid_and_older_runs_keep_theirs():
     assert len(seen) == 4
     assert fingerprint("m", Prune()) == fingerprint("m", validate(Prune, {"wbits": None, "wgroup": None}))
     assert fingerprint("m", Prune()) == "0d4c46526d920eab"
+
+
+def test_plans_with_other_patterns_are_checked_too(texts, llama_dir, tmp_path):
+    """A scale must not change inside what one step prunes, and groups must not be asked of methods that have none."""
+    name = "model.layers.0.mlp.down_proj.weight"
+    wanted = validate(Prune, {**spec(texts, "sparsegpt").model_dump(), "wbits": 4, "wgroup": 4, "patterns": {name: "4:8"}})
+    with pytest.raises(UsageError, match="cuts through what 4:8 prunes"):
+        prune(str(llama_dir), wanted, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UsageError, match="'group-obs' works in N:M groups only"):
+        validate(Prune, {"method": "group-obs", "patterns": {name: "unstructured:0.5"}})
