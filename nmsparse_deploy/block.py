@@ -17,7 +17,7 @@ from .memory import start_stretch, stretch_peak_mb
 from .methods.base import Method
 from .methods.grid import Grid
 from .models.base import to_rows
-from .plan import Plan, PlanRow
+from .plan import Plan, PlanRow, by_fusion
 from .recipe import Prune
 from .refine.base import Block, Layer, RefineBlock
 from .refine.permute import Orders, permute
@@ -57,7 +57,7 @@ def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method:
     steps = [(step, REFINEMENTS.load(step.name)) for step in spec.refine]
     leading = list(takewhile(lambda pair: pair[1].layer is not None, steps))
     rows = plan.pruned(number)
-    parts = list(_by_input(rows).values()) if spec.sequential and walk else [rows]
+    parts = list(by_fusion(rows).values()) if spec.sequential and walk else [rows]
     pruned = PrunedBlock(number, {})
     if probe is not None:
         _permute(module, plan, pruned, walk, probe)
@@ -86,14 +86,6 @@ def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method:
             pruned.layers[name] = replace(layer, result=refinement.layer(layer, step))
             pruned.seconds[name] += time.perf_counter() - start
     return pruned
-
-
-def _by_input(rows: list[PlanRow]) -> dict[str, list[PlanRow]]:
-    """The block's targets by fusion group, in the order in which they run."""
-    parts: dict[str, list[PlanRow]] = {}
-    for row in rows:
-        parts.setdefault(row.target.fusion, []).append(row)
-    return parts
 
 
 def _permute(module: nn.Module, plan: Plan, pruned: PrunedBlock, walk: BlockWalk | None, probe: BlockWalk) -> None:

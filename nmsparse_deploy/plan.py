@@ -55,6 +55,14 @@ class Plan:
         return {"blocks": list(self.blocks), "rows": rows, "skipped": [asdict(s) for s in self.skipped]}
 
 
+def by_fusion(rows: Sequence[PlanRow]) -> dict[str, list[PlanRow]]:
+    """Rows by fusion group, in the order in which the groups run."""
+    parts: dict[str, list[PlanRow]] = {}
+    for row in rows:
+        parts.setdefault(row.target.fusion, []).append(row)
+    return parts
+
+
 def make_plan(discovery: Discovery, pattern: Pattern, include: Sequence[str] = (),
               exclude: Sequence[str] = (), patterns: Mapping[str, str] | None = None) -> Plan:
     """Apply shape and user rules, then make every fusion group all or nothing.

@@ -20,7 +20,7 @@ from .models.base import LoadedModel
 from .models.discover import discover, trace_inputs
 from .objective import Objective, objective
 from .pattern import NMPattern
-from .plan import Plan, PlanRow, make_plan
+from .plan import Plan, PlanRow, by_fusion, make_plan
 from .predict import count_flops
 from .progress import Progress, silent
 from .prune import compute_dtype
@@ -71,10 +71,7 @@ def plan(model: str = DEFAULT_MODEL, spec: Allocate = Allocate(budget=1.0), prog
 
 def fusion_groups(base: Plan) -> list[list[PlanRow]]:
     """The targets that may get the pattern, by fusion group, in the order of the blocks."""
-    found: dict[str, list[PlanRow]] = {}
-    for row in base.pruned():
-        found.setdefault(row.target.fusion, []).append(row)
-    return list(found.values())
+    return list(by_fusion(base.pruned()).values())
 
 
 def flop_share(loaded: LoadedModel, base: Plan, length: int) -> float:

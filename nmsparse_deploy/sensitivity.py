@@ -24,10 +24,11 @@ from torch import nn
 from .calib.stats import LayerStats
 from .calib.tail import Tail
 from .methods.base import Method
-from .models.base import LoadedModel, from_rows, to_rows
+from .models.base import LoadedModel, to_rows
 from .objective import Objective
 from .plan import PlanRow
 from .progress import Progress, silent
+from .refine.base import Layer
 
 Batch = Mapping[str, Any]
 
@@ -155,9 +156,9 @@ def trial(module: nn.Module, row: PlanRow, method: Method, stats: Mapping[str, L
     assert row.pattern is not None
     parameter = module.get_parameter(row.target.name).detach()
     weight = to_rows(parameter, row.target.axis).float()
-    result = method.prune_layer(weight, stats.get(row.target.fusion, LayerStats.none()), row.pattern)
-    kept = torch.where(result.mask, weight if result.weight is None else result.weight, 0.0)
-    return from_rows(kept, parameter.shape, row.target.axis).to(parameter.dtype)
+    known = stats.get(row.target.fusion, LayerStats.none())
+    result = method.prune_layer(weight, known, row.pattern)
+    return Layer(weight, known, row.pattern, row.target.axis, parameter.shape, result).stored(parameter.dtype)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from ..calib.stats import LayerStats
 from ..models.base import to_rows
 from ..models.spaces import PermutationSpace, Run, find_spaces, reorder
 from ..pattern import NMPattern, project
-from ..plan import PlanRow
+from ..plan import PlanRow, by_fusion
 
 ROUNDS = 100
 SMALLEST = 1e-6
@@ -143,10 +143,7 @@ def permute(module: nn.Module, block: str, rows: Sequence[PlanRow], stats: Mappi
     block in fp32 (see `find_spaces`).
     """
     prefix = block + "."
-    groups: dict[str, list[PlanRow]] = {}
-    for row in rows:
-        groups.setdefault(row.target.fusion, []).append(row)
-    readers = [[row.target.module.removeprefix(prefix) for row in group] for group in groups.values()]
+    readers = [[row.target.module.removeprefix(prefix) for row in group] for group in by_fusion(rows).values()]
     spaces, reasons = find_spaces(module.get_submodule(block), run, x, readers)
     shared = _shared(module)
     orders: Orders = {}

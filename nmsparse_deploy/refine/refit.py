@@ -8,7 +8,7 @@ every row solves
 that is `ŵ_S H_SS = (w C)_S` with `H = X_s X_sᵀ + λI` and `C = α X_d X_sᵀ + (1-α) X_s X_sᵀ + λI`. Both are normalised
 to unit diagonal first, so λ is relative. Rows have their own step lengths; the residual is projected onto the mask, so
 nothing outside it ever changes. With α > 0 a layer also repairs what the layers before it have shifted; α = 1 is known
-to shrink weights layer after layer and destroys the model (the regressors are noisy), a quarter is what helps.
+to shrink weights layer after layer and destroys the model (the regressors are noisy), a quarter to a half helps.
 
 A layer whose output is added to the residual stream can repair the drift of that stream as well: with `R_s` and `R_d`
 what its output is added to in the two streams, `β (R_d - R_s)` joins the target, that is `β (R_d - R_s) X_sᵀ` joins
