@@ -124,7 +124,7 @@ def _refine_block(module: nn.Module, plan: Plan, pruned: PrunedBlock, walk: Bloc
         for name, value in present.items():
             sparse.get_parameter(name.removeprefix(path)).copy_(value)
     layers = {name.removeprefix(path): layer for name, layer in pruned.layers.items()}
-    done = refine(Block(sparse, dense, layers, walk.hidden, walk.entered, walk.dense,
+    done = refine(Block(sparse, dense, layers, walk.hidden, walk.entered,
                         lambda block, batch, x: walk.run(block, pruned.number, batch, x)), step)
     for name, result in done.layers.items():
         pruned.layers[path + name] = replace(pruned.layers[path + name], result=result)

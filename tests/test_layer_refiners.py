@@ -271,7 +271,7 @@ def with_bias(seed: int, method: str) -> tuple[Layer, torch.Tensor, Block]:
     module = nn.ModuleDict({"biased": nn.Linear(16, 6), "plain": nn.Linear(16, 6, bias=False)})
     for child in module.values():
         child.weight.data.copy_(layer.dense)
-    block = Block(module, module, {"biased.weight": layer, "plain.weight": layer}, [x], None, None, lambda m, i, h: h)
+    block = Block(module, module, {"biased.weight": layer, "plain.weight": layer}, [x], None, lambda m, i, h: h)
     return layer, x, block
 
 

@@ -144,7 +144,7 @@ def llama_block(seed: int, updated: bool = False, batches: int = 2, batch: int =
     def run(block: nn.Module, number: int, x: torch.Tensor) -> torch.Tensor:
         return block(x, position_embeddings=rope)
 
-    return Block(module, dense, layers, inputs, None, None, run)
+    return Block(module, dense, layers, inputs, None, run)
 
 
 def gradients_one_by_one(layers, dense_loss, samples) -> dict[str, torch.Tensor]:
@@ -240,7 +240,7 @@ def test_convolutions_and_transposed_linears(seed):
         rows = to_rows(weight, axis)
         layers[name] = Layer(rows, LayerStats.none(), TWO_FOUR, axis, weight.shape, LayerResult(project(rows, TWO_FOUR)))
     inputs = [torch.randn(3, 4, 5, 5) for _ in range(2)]
-    block = Block(module, dense, layers, inputs, None, None, lambda block, number, x: block(x))
+    block = Block(module, dense, layers, inputs, None, lambda block, number, x: block(x))
     weights = {name: dense.get_parameter(name) for name in layers}
     expected = gradients_one_by_one(weights, lambda x: mse_loss(dense(x), module(x).detach()),
                                     [x[i : i + 1] for x in inputs for i in range(3)])
@@ -318,6 +318,6 @@ def test_a_refinement_is_not_a_method(name):
 def test_an_empty_half_is_left_out():
     block = llama_block(0)
     some = {name: layer for name, layer in block.layers.items() if "mlp" in name}
-    squares, loss = squared_gradients(Block(block.module, block.dense, some, block.inputs, None, None, block.run),
+    squares, loss = squared_gradients(Block(block.module, block.dense, some, block.inputs, None, block.run),
                                       SimpleNamespace(parameters=["self_attn.q_proj.weight"], forward=block.run))
     assert squares == {} and loss == 0

@@ -52,8 +52,8 @@ class Block:
     """A pruned block beside its dense twin, with what a refinement of its loss needs. Names are those inside the block.
 
     `module` holds the pruned weights and `dense` the original ones, both fp32 and free to be used up. `inputs` are the
-    pruned model's hidden states at the entrance, one tensor per batch; `dense_inputs` and `dense_outputs` the dense
-    model's at the entrance and the exit for the same samples (None unless the step asks for the dense stream).
+    pruned model's hidden states at the entrance, one tensor per batch; `dense_inputs` those of the dense model for the
+    same samples (None unless the step asks for the dense stream).
     `run(module, number, x)` calls a block on batch `number` as the model would, in the dtype of the stream.
     """
 
@@ -62,7 +62,6 @@ class Block:
     layers: Mapping[str, Layer]
     inputs: Sequence[torch.Tensor]
     dense_inputs: Sequence[torch.Tensor] | None
-    dense_outputs: Sequence[torch.Tensor] | None
     run: Callable[[nn.Module, int, torch.Tensor], torch.Tensor]
 
 

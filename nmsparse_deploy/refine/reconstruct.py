@@ -26,7 +26,7 @@ from .units import Unit, units
 
 def refine(block: Block, step: Reconstruct) -> BlockResult:
     """Train the block's units one after the other; see the module's docstring."""
-    assert block.dense_inputs is not None and block.dense_outputs is not None
+    assert block.dense_inputs is not None
     held_out = min(len(block.inputs) - 1, round(step.holdout * len(block.inputs)))
     facts = {}
     for number, unit in enumerate(units(block, step.unit)):
