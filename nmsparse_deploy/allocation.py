@@ -21,7 +21,7 @@ from typing import Any
 from .errors import NmsparseError, UsageError
 from .knapsack import Option, choose
 from .latency import Latency, saving_for, speedup
-from .pattern import TWO_FOUR, NMPattern
+from .pattern import TWO_FOUR, NMPattern, Pattern
 from .plan import PlanRow
 from .recipe import DENSE, Allocate
 from .sensitivity import Rise
@@ -31,7 +31,7 @@ from .sensitivity import Rise
 class Choice:
     """One way to treat a fusion group: a pattern (None = dense), what it costs, and what it wins."""
 
-    pattern: NMPattern | None
+    pattern: Pattern | None
     rise: Rise
     saving_us: float
     zeros: int
@@ -54,12 +54,12 @@ class Group:
         return sum(row.target.k * row.target.n for row in self.rows)
 
 
-def choices(rows: Sequence[PlanRow], patterns: Sequence[NMPattern], rises: Sequence[Rise],
+def choices(rows: Sequence[PlanRow], patterns: Sequence[Pattern], rises: Sequence[Rise],
             latencies: Sequence[Latency], dense: bool) -> Group:
     """The group of `rows` with one choice a pattern, and `dense` if it may stay so."""
     weights = sum(row.target.k * row.target.n for row in rows)
     found = [Choice(None, Rise(0.0, 0.0), 0.0, 0)] if dense else []
-    found += [Choice(pattern, rise, latency.saving_us, weights * pattern.zeros // pattern.group)
+    found += [Choice(pattern, rise, latency.saving_us, round(weights * (1 - pattern.density)))
               for pattern, rise, latency in zip(patterns, rises, latencies)]
     return Group(tuple(rows), latencies[0].dense_us, tuple(found))
 
@@ -134,7 +134,7 @@ class Decision:
 
 
 def decisions(groups: Sequence[Group], chosen: Sequence[Choice], share: float, unit: str,
-              asked: NMPattern) -> tuple[Decision, ...]:
+              asked: Pattern) -> tuple[Decision, ...]:
     """What was decided about every group, in words too."""
     dense = sum(group.dense_us for group in groups)
     found = []
@@ -150,8 +150,9 @@ def decisions(groups: Sequence[Group], chosen: Sequence[Choice], share: float, u
     return tuple(found)
 
 
-def totals(groups: Sequence[Group], chosen: Sequence[Choice], share: float, weights: int, llm: bool) -> dict[str, Any]:
-    """Sums over the plan; everything in it is predicted from single groups."""
+def totals(groups: Sequence[Group], chosen: Sequence[Choice], share: float, weights: int,
+           llm: bool) -> dict[str, Any]:
+    """Sums over the plan, predicted from single groups. `llm`: do rises add up to one of log perplexity?"""
     pruned = [(group, choice) for group, choice in zip(groups, chosen) if choice.pattern]
     dense = sum(group.dense_us for group in groups)
     saved = sum(choice.saving_us for _, choice in pruned)
@@ -191,16 +192,20 @@ class Allocation:
         """What the plan comes to, in sentences."""
         t, measured = self.totals, self.totals["measured_together"]
         latency = self.facts["latency"]
-        lines = [f"{t['groups_pruned']} of {t['groups']} fusion groups pruned: {t['share_pruned']:.1%} of the prunable "
+        what = "matrices" if self.facts["spread"] else "fusion groups"
+        lines = [f"{t['groups_pruned']} of {t['groups']} {what} pruned: {t['share_pruned']:.1%} of the prunable "
                  f"weights, mean density {t['mean_density']:.1%}."]
         if t["ppl_increase"] is not None:
             lines.append(f"Perplexity, on the calibration sample: {t['ppl_increase']:+.1%} if rises add up; "
                          f"{_percent(measured['loss_rise'])} measured for the plan as a whole (trial method "
                          f"{self.facts['method']}, no refinement).")
+        elif self.facts["spread"]:
+            lines.append(f"Loss on the calibration sample ({self.facts['unit']}): {measured['loss_rise']:+.3g} "
+                         f"measured for the plan as a whole (trial method {self.facts['method']}, no refinement).")
         else:
             lines.append(f"Loss on the calibration sample ({self.facts['unit']}): {t['loss_rise']:.3g} if rises add "
                          f"up; {measured['loss_rise']:.3g} measured for the plan as a whole.")
-        if self.facts["vary_keep"]:
+        if self.facts["vary_keep"] or self.facts["spread"]:
             lines.append("Kernels run 2:4 only: densities that vary with the layer gain no time on hardware.")
         else:
             times = "measured GEMM times" if latency["status"] == "measured" else "the roofline"

@@ -75,7 +75,9 @@ def plan(model: Model = DEMO,
          min_speedup: Annotated[float | None, typer.Option(help="lose the least for a model this much faster")] = None,
          budget: Annotated[float | None, typer.Option(
              help="lose the least with this share of the prunable weights pruned")] = None,
-         pattern: Annotated[str, typer.Option(help="keep:group")] = "2:4",
+         pattern: Annotated[str, typer.Option(
+             help="keep:group, or unstructured:SHARE_OF_ZEROS, the mean of what every matrix gets")] = "2:4",
+         spread: Annotated[float, typer.Option(help="with unstructured: how far shares lie from the mean")] = 0.1,
          vary_keep: Annotated[bool, typer.Option(
              "--vary-keep", help="choose among keep-1, keep, keep+1, never dense; needs --budget")] = False,
          estimator: Annotated[str, typer.Option(help="direct (try every group) or hutchinson (curvature)")] = "direct",
@@ -99,8 +101,8 @@ def plan(model: Model = DEMO,
 
     spec = validate(Allocate, {
         "max_ppl_increase": max_ppl_increase, "min_speedup": min_speedup, "budget": budget, "pattern": pattern,
-        "vary_keep": vary_keep, "estimator": estimator, "method": method, "probes": probes, "gpu": gpu, "rows": rows,
-        "latency_table": str(latency_table) if latency_table else None, "include": include, "exclude": exclude,
+        "spread": spread, "vary_keep": vary_keep, "estimator": estimator, "method": method, "probes": probes,
+        "gpu": gpu, "rows": rows, "latency_table": str(latency_table) if latency_table else None, "include": include, "exclude": exclude,
         "calibration": {"data": data, "samples": samples, "length": length, "seed": seed}})
     if out:
         check_name(out)

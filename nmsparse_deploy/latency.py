@@ -20,13 +20,13 @@ from typing import Any
 
 from .errors import UsageError
 from .models.base import Target
-from .pattern import NMPattern
+from .pattern import Pattern
 from .predict import GPUS, Gpu, gemm_seconds
 from .verify import shape_verdict
 
 ROWS = 2048
 """Rows of a GEMM (batch times tokens) when neither the user nor the table says otherwise."""
-INELIGIBLE = "ineligible by shape"
+ELIGIBLE = ("recommended", "possible")
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,14 @@ class Source:
     table: Mapping[tuple[int, int], Latency] | None = None
     roofline: Gpu | None = None
 
-    def group(self, members: Sequence[Target], pattern: NMPattern) -> Latency:
+    def group(self, members: Sequence[Target], pattern: Pattern) -> Latency:
         """Dense and sparse latency of a fusion group; no saving where sparse tensor cores cannot run it.
 
         Raises `UsageError` when a measured table has no row for the shape.
         """
         k, n = members[0].k, sum(member.n for member in members)
         found = self._roofline(k, n) if self.table is None else _looked_up(self.table, members, self.rows)
-        verdict = shape_verdict(k, n, pattern)
-        return Latency(found.dense_us, found.dense_us) if verdict in (None, INELIGIBLE) else found
+        return found if shape_verdict(k, n, pattern) in ELIGIBLE else Latency(found.dense_us, found.dense_us)
 
     def _roofline(self, k: int, n: int) -> Latency:
         assert self.roofline is not None

@@ -12,22 +12,25 @@ Shao et al., One-Shot Sensitivity-Aware Mixed Sparsity Pruning for Large Languag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from .errors import UsageError
 
 
-def mixed_ratios(sensitivities: Mapping[str, float], ratio: float, alpha: float = 0.1) -> dict[str, float]:
+def mixed_ratios(sensitivities: Sequence[float], ratio: float, alpha: float = 0.1) -> list[float]:
     """Sparsity (share of zeros) of every matrix around the mean `ratio` = p, most for the least sensitive.
 
-    Equal sensitivities are ranked by their order in the mapping. A single matrix gets `ratio`. Raises `UsageError` when
-    a density would leave [0, 1].
+    Equal sensitivities are ranked by their order. A single matrix gets `ratio`. Raises `UsageError` when a density
+    would leave [0, 1].
     """
     if not 0 <= ratio <= 1 or not 0 <= alpha <= min(ratio, 1 - ratio):
-        raise UsageError(f"Sparsities {ratio:g} ± {alpha:g} leave the range from 0 to 1.", "choose a smaller alpha")
+        raise UsageError(f"Shares of zeros of {ratio:g} ± {alpha:g} leave the range from 0 to 1.",
+                         "choose a smaller spread")
     lowest = 1 - ratio - alpha
     highest = 2 * (1 - ratio) - lowest
-    ranked = sorted(sensitivities, key=lambda name: sensitivities[name])
-    last = len(ranked) - 1
-    density = {name: lowest + i * (highest - lowest) / last if last else 1 - ratio for i, name in enumerate(ranked)}
-    return {name: 1 - density[name] for name in sensitivities}
+    last = len(sensitivities) - 1
+    found = [ratio] * len(sensitivities)
+    for rank, place in enumerate(sorted(range(len(found)), key=lambda i: sensitivities[i])):
+        if last:
+            found[place] = 1 - (lowest + rank * (highest - lowest) / last)
+    return found

@@ -14,12 +14,13 @@ from . import models
 from .allocation import Allocation, Choice, Group, candidates, choices, decisions, solve, totals
 from .calib.sample import draw
 from .errors import UsageError
-from .latency import Source, source
+from .latency import Latency, Source, source
 from .methods.base import Method
+from .mixed_ratios import mixed_ratios
 from .models.base import LoadedModel
 from .models.discover import discover, trace_inputs
 from .objective import Objective, objective
-from .pattern import NMPattern
+from .pattern import Pattern, Unstructured, parse_pattern
 from .plan import Plan, PlanRow, by_fusion, make_plan
 from .predict import count_flops
 from .progress import Progress, silent
@@ -32,20 +33,22 @@ Batches = list[dict[str, Any]]
 
 
 def plan(model: str = DEFAULT_MODEL, spec: Allocate = Allocate(budget=1.0), progress: Progress = silent) -> Allocation:  # noqa: B008
-    """Decide {dense, pattern} for every fusion group of `model` under the one constraint of `spec`.
+    """Decide {dense, pattern} for every fusion group of `model` under the one constraint of `spec`, or the share of
+    zeros of every matrix when the pattern is unstructured.
 
     Raises `NmsparseError` with the best that can be reached when the constraint cannot be met.
     """
     latencies = source(spec.gpu, spec.rows, Path(spec.latency_table) if spec.latency_table else None)
-    patterns = candidates(spec)
+    asked = parse_pattern(spec.pattern)
+    mixed = isinstance(asked, Unstructured)
+    patterns: list[Pattern] = [asked] if isinstance(asked, Unstructured) else [*candidates(spec)]
     model = str(Path(model).resolve()) if Path(model).exists() else model
     progress(f"loading {model}", 0, 0)
     loaded = models.load(model)
     if spec.max_ppl_increase is not None and loaded.family != "llm":
         raise UsageError("Only language models have a perplexity.", "give --budget or --min-speedup")
-    base = make_plan(discover(loaded.module, models.sample_inputs(loaded)), NMPattern.parse(spec.pattern),
-                     spec.include, spec.exclude)
-    parts = fusion_groups(base)
+    base = make_plan(discover(loaded.module, models.sample_inputs(loaded)), asked, spec.include, spec.exclude)
+    parts = [[row] for row in base.pruned()] if mixed else fusion_groups(base)
     times = [[latencies.group([row.target for row in part], pattern) for pattern in patterns] for part in parts]
     share = flop_share(loaded, base, spec.calibration.length)
     sample = draw(loaded, spec.calibration, progress)
@@ -56,17 +59,29 @@ def plan(model: str = DEFAULT_MODEL, spec: Allocate = Allocate(budget=1.0), prog
     trials = _Trials(loaded, base.blocks, _batches(loaded, sample.inputs, spec.calibration.batch),
                      METHODS.load(spec.method), progress)
     rises = trials.rises(parts, patterns, spec)
-    groups = [choices(part, patterns, rise, latency, dense=not spec.vary_keep)
-              for part, rise, latency in zip(parts, rises, times)]
     weights = sum(row.target.k * row.target.n for row in base.rows)
-    chosen = solve(groups, spec, share, weights)
-    total = totals(groups, chosen, share, weights, loaded.family == "llm")
+    groups, chosen = _choose(asked, parts, patterns, rises, times, spec, share, weights)
+    total = totals(groups, chosen, share, weights, loaded.family == "llm" and not mixed)
     total["measured_together"] = trials.together(groups, chosen)
     rules = {row.target.name: row.reason for row in base.rows if row.pattern is None}
     facts = _facts(spec, latencies, trials.measure, sample.to_json())
     return Allocation(model, spec.pattern, decisions(groups, chosen, share, trials.measure.unit,
-                                                     NMPattern.parse(spec.pattern)), rules, total,
+                                                     asked), rules, total,
                       {**facts, "seconds": round(time.perf_counter() - start, 1)})
+
+
+def _choose(asked: Pattern, parts: Sequence[Sequence[PlanRow]], patterns: Sequence[Pattern],
+            rises: Sequence[Sequence[Rise]], times: Sequence[Sequence[Latency]], spec: Allocate, share: float,
+            weights: int) -> tuple[list[Group], list[Choice]]:
+    """The groups with all their choices, and the one that was taken: by the constraint, or by MixGPT's rule."""
+    if isinstance(asked, Unstructured):
+        own = mixed_ratios([rise.mean for (rise,) in rises], asked.ratio, spec.spread)
+        groups = [choices(part, [Unstructured(ratio)], rise, latency, dense=False)
+                  for part, ratio, rise, latency in zip(parts, own, rises, times)]
+        return groups, [group.choices[0] for group in groups]
+    groups = [choices(part, patterns, rise, latency, dense=not spec.vary_keep)
+              for part, rise, latency in zip(parts, rises, times)]
+    return groups, solve(groups, spec, share, weights)
 
 
 def fusion_groups(base: Plan) -> list[list[PlanRow]]:
@@ -95,7 +110,7 @@ class _Trials:
         with torch.no_grad():
             self.measure: Objective = objective(loaded, loaded.module(**batches[0]))
 
-    def rises(self, parts: Sequence[Sequence[PlanRow]], patterns: Sequence[NMPattern],
+    def rises(self, parts: Sequence[Sequence[PlanRow]], patterns: Sequence[Pattern],
               spec: Allocate) -> list[list[Rise]]:
         """For every part, its rise under every pattern."""
         given = (self.loaded, self.blocks)
@@ -106,6 +121,8 @@ class _Trials:
             names = [row.target.name for part in parts for row in part]
             traces = hutchinson(self.loaded, names, self.batches, self.measure, spec.probes, spec.calibration.seed,
                                 self.progress)
+            if any(isinstance(pattern, Unstructured) for pattern in patterns):  # MixGPT ranks by curvature alone
+                return [[Rise(abs(traces[row.target.name].mean), traces[row.target.name].error)] for (row,) in parts]
             flat = from_curvature(*given, todo, self.batches, self.measure, self.method, traces)
         return [flat[at : at + len(patterns)] for at in range(0, len(flat), len(patterns))]
 
@@ -126,5 +143,7 @@ def _batches(loaded: LoadedModel, inputs: dict[str, torch.Tensor], size: int) ->
 def _facts(spec: Allocate, latencies: Source, measure: Objective, sample: dict[str, Any]) -> dict[str, Any]:
     asked = {name: getattr(spec, name) for name in ("max_ppl_increase", "min_speedup", "budget")}
     return {"constraint": {name: value for name, value in asked.items() if value is not None},
-            "vary_keep": spec.vary_keep, "estimator": spec.estimator, "method": spec.method,
+            "vary_keep": spec.vary_keep,
+            "spread": spec.spread if isinstance(parse_pattern(spec.pattern), Unstructured) else None,
+            "estimator": spec.estimator, "method": spec.method,
             "objective": measure.kind, "unit": measure.unit, "latency": latencies.to_json(), "calibration": sample}

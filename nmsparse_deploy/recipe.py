@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from .errors import UsageError
-from .pattern import NMPattern, Pattern, Unstructured, parse_pattern
+from .pattern import Pattern, Unstructured, parse_pattern
 from .registry import METHODS, REFINEMENTS
 from .steps import AnyStep, Frozen, Refit
 
@@ -132,12 +132,14 @@ def decided(text: str) -> tuple[Pattern | None, str]:
 
 class Allocate(Frozen):
     """Which fusion groups get the pattern, under exactly one constraint: `max_ppl_increase` (relative), `min_speedup`
-    (of the whole model), or `budget` (share of the prunable weights)."""
+    (of the whole model), or `budget` (share of the prunable weights). An unstructured pattern takes none: every matrix
+    gets a share of zeros of its own around the pattern's."""
 
     max_ppl_increase: float | None = Field(None, gt=0)
     min_speedup: float | None = Field(None, gt=1)
     budget: float | None = Field(None, gt=0, le=1)
     pattern: str = "2:4"
+    spread: float = Field(0.1, gt=0, lt=1, description="how far unstructured shares of zeros lie from their mean")
     vary_keep: bool = Field(False, description="choose among keep-1, keep and keep+1 instead of pattern and dense")
     estimator: Literal["direct", "hutchinson"] = "direct"
     method: str = Field("wanda", description="how a group is pruned for the trial")
@@ -158,11 +160,16 @@ class Allocate(Frozen):
     @field_validator("pattern")
     @classmethod
     def _valid_pattern(cls, text: str) -> str:
-        return str(NMPattern.parse(text))
+        return str(parse_pattern(text))
 
     @model_validator(mode="after")
     def _one_constraint(self) -> Allocate:
-        if sum(value is not None for value in (self.max_ppl_increase, self.min_speedup, self.budget)) != 1:
+        constraints = sum(value is not None for value in (self.max_ppl_increase, self.min_speedup, self.budget))
+        if isinstance(parse_pattern(self.pattern), Unstructured):
+            if constraints or self.vary_keep:
+                raise UsageError(f"The mean of {self.pattern} is the constraint; leave the others out.")
+            return self
+        if constraints != 1:
             raise UsageError("A plan takes exactly one of --max-ppl-increase, --min-speedup and --budget.")
         if self.vary_keep and self.budget is None:
             raise UsageError("--vary-keep takes its mean density from --budget; no kernel runs what it makes faster.")

@@ -177,7 +177,7 @@ def test_patterns_without_kernels_are_judged_by_their_zeros():
     ({}, "exactly one"), ({"budget": 0.5, "min_speedup": 1.2}, "exactly one"),
     ({"min_speedup": 1.2, "vary_keep": True}, "vary-keep"),
     ({"max_ppl_increase": 0.1, "estimator": "hutchinson"}, "direct estimator"),
-    ({"budget": 1.5}, "budget"), ({"budget": 0.5, "method": "wnada"}, "Did you mean 'wanda'"),
+    ({"pattern": "unstructured:0.5", "budget": 0.5}, "leave the others out"), ({"budget": 1.5}, "budget"), ({"budget": 0.5, "method": "wnada"}, "Did you mean 'wanda'"),
 ])
 def test_bad_constraints_are_usage_errors(fields, sentence):
     with pytest.raises(UsageError, match=sentence):
@@ -245,24 +245,22 @@ def test_the_roofline_stands_in():
 
 @given(st.lists(st.floats(0, 1e4), min_size=1, max_size=30), st.floats(0.1, 0.9), st.floats(0, 0.1))
 def test_mixed_ratios(values, ratio, alpha):
-    named = {f"m{i}": value for i, value in enumerate(values)}
-    found = mixed_ratios(named, ratio, alpha)
-    assert list(found) == list(named)
-    assert sum(found.values()) / len(found) == pytest.approx(ratio)
-    assert all(ratio - alpha - 1e-9 <= r <= ratio + alpha + 1e-9 for r in found.values())
-    ranked = sorted(named, key=lambda name: named[name])
-    assert [found[name] for name in ranked] == sorted(found.values(), reverse=True)
+    found = mixed_ratios(values, ratio, alpha)
+    assert sum(found) / len(found) == pytest.approx(ratio)
+    assert all(ratio - alpha - 1e-9 <= r <= ratio + alpha + 1e-9 for r in found)
+    ranked = [r for _, _, r in sorted(zip(values, range(len(values)), found))]
+    assert ranked == sorted(found, reverse=True)
     if len(values) > 1:
-        assert max(found.values()) == pytest.approx(ratio + alpha) and min(found.values()) == pytest.approx(ratio - alpha)
-        steps = [found[a] - found[b] for a, b in itertools.pairwise(ranked)]
+        assert max(found) == pytest.approx(ratio + alpha) and min(found) == pytest.approx(ratio - alpha)
+        steps = [a - b for a, b in itertools.pairwise(ranked)]
         assert steps == pytest.approx([2 * alpha / (len(values) - 1)] * len(steps), abs=1e-9)
 
 
 def test_mixed_ratios_drift_when_sizes_differ_and_refuse_what_is_no_density():
-    found = mixed_ratios({"small": 1.0, "large": 2.0}, 0.5, 0.1)
-    assert (found["small"] * 1 + found["large"] * 3) / 4 == pytest.approx(0.45)
+    small, large = mixed_ratios([1.0, 2.0], 0.5, 0.1)
+    assert (small * 1 + large * 3) / 4 == pytest.approx(0.45)
     with pytest.raises(UsageError):
-        mixed_ratios({"a": 1.0}, 0.05, 0.1)
+        mixed_ratios([1.0], 0.05, 0.1)
 
 
 # --- from the plan to the pruned model -----------------------------------------------------------------------------------
@@ -388,6 +386,22 @@ def test_keep_may_vary_around_a_mean_density(small, capfd, tmp_path):
     assert run(capfd, "prune", small[0], "--plan", file, "--method", "magnitude", "--out", tmp_path / "run")[0] == 0
     kept = {row["name"]: row["pattern"] for row in RunDir.open(tmp_path / "run").read_json("layers.json")}
     assert kept == plan["patterns"]
+
+
+@pytest.mark.parametrize("estimator", ["direct", "hutchinson"])
+def test_every_matrix_gets_a_share_of_zeros_by_its_sensitivity(estimator, small, capfd, tmp_path):
+    file = tmp_path / "plan.json"
+    code, out, _ = run(capfd, "plan", *small, "--pattern", "unstructured:0.5", "--spread", 0.2, "--estimator", estimator,
+                       "--probes", 2, "--out", file)
+    assert code == 0 and "14 of 14 matrices" in out and "gain no time on hardware" in out
+    groups = json.loads(file.read_text())["groups"]
+    ratios = [float(group["pattern"].partition(":")[2]) for group in groups]
+    ranked = [ratio for _, ratio in sorted(zip([group["sensitivity"] for group in groups], ratios))]
+    assert ranked == sorted(ratios, reverse=True) and ranked[0] == pytest.approx(0.7) and sum(ratios) == pytest.approx(7)
+    assert run(capfd, "prune", small[0], "--plan", file, "--method", "magnitude", "--out", tmp_path / "run")[0] == 0
+    for row in RunDir.open(tmp_path / "run").read_json("layers.json"):
+        group = next(group for group in groups if row["name"] in group["members"])
+        assert row["pattern"] == group["pattern"]
 
 
 def test_a_report_names_the_patterns_that_are_there(small, capfd, tmp_path):
