@@ -102,7 +102,8 @@ def plan(model: Model = DEMO,
     spec = validate(Allocate, {
         "max_ppl_increase": max_ppl_increase, "min_speedup": min_speedup, "budget": budget, "pattern": pattern,
         "spread": spread, "vary_keep": vary_keep, "estimator": estimator, "method": method, "probes": probes,
-        "gpu": gpu, "rows": rows, "latency_table": str(latency_table) if latency_table else None, "include": include, "exclude": exclude,
+        "gpu": gpu, "rows": rows, "latency_table": str(latency_table) if latency_table else None,
+        "include": include, "exclude": exclude,
         "calibration": {"data": data, "samples": samples, "length": length, "seed": seed}})
     if out:
         check_name(out)
