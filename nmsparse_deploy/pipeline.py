@@ -179,6 +179,8 @@ def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = sile
     start = time.perf_counter()
     recipe = run.manifest()["recipe"]
     pruned = _load_pruned(run)
+    if pruned.family == "seq2seq":
+        raise NmsparseError("Encoder-decoder models cannot be evaluated yet; their export is compared with the model.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute = compute_dtype(recipe["compute"], device)
     stage = _evaluate_text if pruned.family == "llm" else _evaluate_features

@@ -21,8 +21,8 @@ FEW = 16
 class Routed:
     """Accumulates per expert of a stack, or for one matrix that only some tokens reach."""
 
-    def __init__(self, need: Need, target: Target, twin: bool = False) -> None:
-        self._need, self._target, self._twin = need, target, twin
+    def __init__(self, need: Need, target: Target, device: torch.device, twin: bool = False) -> None:
+        self._need, self._target, self._device, self._twin = need, target, device, twin
         self._sums = [StatsAccumulator(need) for _ in range(target.experts)]
 
     def update(self, layer: nn.Module, x: torch.Tensor, dense: torch.Tensor | None = None,
@@ -40,11 +40,12 @@ class Routed:
     def _finished(self, total: StatsAccumulator) -> LayerStats:
         stats = total.finish()
         if total.tokens < FEW:
-            stats = white(self._target.k, total.tokens, self._need)
+            stats = white(self._target.k, total.tokens, self._need, self._device)
         return replace(stats, cross=stats.gram) if self._twin else stats
 
 
-def white(width: int, tokens: int, need: Need) -> LayerStats:
+def white(width: int, tokens: int, need: Need, device: torch.device) -> LayerStats:
     """Statistics that say nothing about any channel; `tokens` is how many there were."""
-    gram = torch.eye(width) if need == "gram" else None
-    return LayerStats(tokens, torch.ones(width), gram, total=torch.zeros(width), white=True)
+    gram = torch.eye(width, device=device) if need == "gram" else None
+    ones = torch.ones(width, device=device)
+    return LayerStats(tokens, ones, gram, total=torch.zeros_like(ones), white=True)

@@ -65,8 +65,9 @@ class Tail:
     def statistics(self, targets: Sequence[Target], need: Need) -> dict[str, LayerStats]:
         """What the targets of block `start` read in the dense model, one entry a fusion group."""
         readers = {target.fusion: target for target in reversed(targets)}
+        device = next(self.module.parameters()).device
         sums: dict[str, StatsAccumulator | Routed] = {
-            fusion: Routed(need, t) if t.routed else StatsAccumulator(need) for fusion, t in readers.items()}
+            fusion: Routed(need, t, device) if t.routed else StatsAccumulator(need) for fusion, t in readers.items()}
         handles = [self.module.get_submodule(target.module).register_forward_pre_hook(
             lambda layer, args, total=sums[fusion]: total.update(layer, args[0]))
             for fusion, target in readers.items() if not target.watched]

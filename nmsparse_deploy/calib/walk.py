@@ -77,8 +77,9 @@ class BlockWalk:
         readers = {t.fusion: t for t in reversed(targets)}
         twin = self._dense is not None and need == "gram"
         writers = self._writers(dense, index) if twin else {}
+        device = next(self.module.parameters()).device
         sums: dict[str, StatsAccumulator | Routed] = {
-            fusion: Routed(need, t, twin) if t.routed else StatsAccumulator(need) for fusion, t in readers.items()}
+            fusion: Routed(need, t, device, twin) if t.routed else StatsAccumulator(need) for fusion, t in readers.items()}
         left: list[Output] = []
         for number, x in enumerate(self.hidden):
             beside = None

@@ -118,7 +118,15 @@ def trace_inputs(inputs: Mapping[str, torch.Tensor], dtype: torch.dtype, dynamic
 
 
 def dynamic_shapes(inputs: Mapping[str, torch.Tensor]) -> tuple[dict[int, Any], ...]:
-    """Which axes vary: the first of everything is the batch, the second of a 2-D input the sequence."""
-    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
-    axes: dict[int, dict[int, Any]] = {0: {}, 2: {0: batch, 1: sequence}}
-    return tuple(axes.get(t.ndim, {0: batch}) for t in inputs.values())
+    """Which axes vary: the first of everything is the batch, the second of a 2-D input the sequence.
+
+    A decoder's sequence is another one than its encoder's.
+    """
+    batch, sequence, decoder = (torch.export.Dim(name) for name in ("batch", "sequence", "decoder_sequence"))
+
+    def axes(name: str, tensor: torch.Tensor) -> dict[int, Any]:
+        if tensor.ndim == 2:
+            return {0: batch, 1: decoder if name.startswith("decoder_") else sequence}
+        return {0: batch} if tensor.ndim else {}
+
+    return tuple(axes(name, tensor) for name, tensor in inputs.items())

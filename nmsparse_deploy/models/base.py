@@ -71,7 +71,7 @@ class LoadedModel:
     name: str
     """A short name for folders and headings."""
     family: str
-    """`llm`, `encoder` or `vision`: which data it eats and which metric it is judged by."""
+    """`llm`, `encoder`, `seq2seq` or `vision`: which data it eats and which metric it is judged by."""
     library: str = "transformers"
     """Which adapter loads and saves it: `transformers` or `timm`."""
     processor: Any = None
