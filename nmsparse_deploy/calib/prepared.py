@@ -30,7 +30,8 @@ class PreparedSample:
         return {"fingerprint": torch.tensor(list(bytes.fromhex(self.fingerprint)), dtype=torch.uint8)}
 
     def to_json(self) -> dict[str, Any]:
-        return {"source": self.source, "fingerprint": self.fingerprint, "samples": len(next(iter(self.inputs.values()))),
+        count = len(next(iter(self.inputs.values())))
+        return {"source": self.source, "fingerprint": self.fingerprint, "samples": count,
                 "inputs": {name: list(tensor.shape) for name, tensor in self.inputs.items()}}
 
 

@@ -48,9 +48,9 @@ class PairedSample(SequenceSample):
 
 def paired(sample: TokenSample, config: Any) -> PairedSample:
     """The sample with the decoder's side; it begins with the token that `config` says, or with padding."""
-    start = next((getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id")
-                  if getattr(config, name, None) is not None), 0)
-    return PairedSample(sample.ids, sample.windows, sample.source, sample.fingerprint, int(start))
+    named = [getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id")]
+    start = next((int(token) for token in named if token is not None), 0)
+    return PairedSample(sample.ids, sample.windows, sample.source, sample.fingerprint, start)
 
 
 def longest(tokenizer: Any) -> int:

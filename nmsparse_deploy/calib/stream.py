@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,11 +79,10 @@ class Model:
         """One pass that tells how the blocks are entered (and what leaves them); the first `answered` do not run."""
         layers = [self.module.get_submodule(path) for path in self.blocks]
         handles = [layer.register_forward_pre_hook(
-            lambda m, args, kwargs, index=index: entered(index, *_split(m, args, kwargs)), with_kwargs=True)
+            lambda _m, args, named, index=index: entered(index, *_split(args, named)), with_kwargs=True)
             for index, layer in enumerate(layers)]
         if left is not None:
-            handles += [layer.register_forward_hook(lambda _m, _args, output, index=index: left(index, output))
-                        for index, layer in enumerate(layers)]
+            handles += [layer.register_forward_hook(partial(_leaves, left, index)) for index, layer in enumerate(layers)]
         stubs = [(layer, vars(layer).get("forward")) for layer in layers[:answered]]
         for index, (layer, _) in enumerate(stubs):
             vars(layer)["forward"] = lambda *_args, index=index, **_named: answer(index) if answer else None
@@ -189,7 +189,7 @@ class Model:
 
 def ends_of(route: Route, count: int) -> list[int]:
     """For every block, the last one of its stretch."""
-    starts = sorted(route.starts) + [count]
+    starts = [*sorted(route.starts), count]
     return [next(start for start in starts if start > index) - 1 for index in range(count)]
 
 
@@ -225,7 +225,11 @@ class Stream:
                 batch, index + 1, lambda earlier, number=number: self._kept[self._ends[earlier]][number])
 
 
-def _split(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, Call]:
+def _leaves(left: Callable[[int, Output], None], index: int, _module: nn.Module, _args: tuple, output: Output) -> None:
+    left(index, output)
+
+
+def _split(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, Call]:
     """Separate the hidden states (the first argument, or the first tensor among the named ones) from the rest."""
     if args:
         return args[0], Call(args[1:], kwargs)
@@ -256,8 +260,10 @@ def _alike(one: Call, other: Call) -> bool:
 
 def hollow(output: Output) -> Output:
     """The same structure and shapes without the memory."""
-    return tree_map(lambda leaf: leaf.new_zeros(()).expand(leaf.shape) if isinstance(leaf, torch.Tensor) else leaf,
-                    output)
+    def empty(leaf: Any) -> Any:
+        return leaf.new_zeros(()).expand(leaf.shape) if isinstance(leaf, torch.Tensor) else leaf
+
+    return tree_map(empty, output)
 
 
 def _noise(leaf: Any, generator: torch.Generator) -> Any:

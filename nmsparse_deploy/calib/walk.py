@@ -7,7 +7,7 @@ was, whatever its name, so nothing here depends on a model family or a library v
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,7 +79,8 @@ class BlockWalk:
         writers = self._writers(dense, index) if twin else {}
         device = next(self.module.parameters()).device
         sums: dict[str, StatsAccumulator | Routed] = {
-            fusion: Routed(need, t, device, twin) if t.routed else StatsAccumulator(need) for fusion, t in readers.items()}
+            fusion: Routed(need, t, device, twin) if t.routed else StatsAccumulator(need)
+            for fusion, t in readers.items()}
         left: list[Output] = []
         for number, x in enumerate(self.hidden):
             beside = None
@@ -147,11 +148,11 @@ class BlockWalk:
             lambda _m, _args, out, layer=layer: writes(layer, out)) for layer in places]
         handles += [block.get_submodule(place).register_forward_pre_hook(
             lambda _m, args, place=place: passes(place, args[0])) for place in {*places.values()} - {EXIT}]
-        watch: Callable[[], AbstractContextManager] = nullcontext
+        watch: AbstractContextManager = nullcontext()
         if watched:
-            watch = lambda: Watch({name: block.get_parameter(name) for name in watched}, multiplied)  # noqa: E731
+            watch = Watch({name: block.get_parameter(name) for name in watched}, multiplied)
         try:
-            with watch(), torch.no_grad():
+            with watch, torch.no_grad():
                 trace.output = self._call(block, index, number, stream.hidden[number], stream)
             passes(EXIT, main(trace.output))
         except Captured:

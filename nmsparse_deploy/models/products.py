@@ -83,4 +83,5 @@ def _products(name: str, stored: torch.Tensor, factor: torch.Tensor, rows: torch
     else:
         for expert in range(factor.shape[0]):
             part = rows[expert if rows.shape[0] > 1 else 0]
-            yield Product(name, axis, first + expert, part[part.ne(0).any(-1)])  # what is not routed here comes as zeros
+            routed = part.ne(0).any(-1)  # what is not routed here comes as zeros
+            yield Product(name, axis, first + expert, part[routed])

@@ -80,8 +80,9 @@ def trace(module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str, torch
         elif known is not None:
             watched[product.weight] = Read(known.group, known.rows + len(rows), known.axis, True)
 
-    handles = [layer.register_forward_pre_hook(lambda layer, args, kwargs, path=path: called(
-        path, layer, args[0] if args else next(iter(kwargs.values()))), with_kwargs=True) for path, layer in gemms(module)]
+    handles = [layer.register_forward_pre_hook(
+        lambda layer, args, named, path=path: called(path, layer, args[0] if args else next(iter(named.values()))),
+        with_kwargs=True) for path, layer in gemms(module)]
     handles += [module.get_submodule(path).register_forward_pre_hook(
         lambda _m, _args, path=path: found.entered.append(path)) for path in blocks]
     inside = {name: parameter for path, name, parameter in weights(module)

@@ -48,8 +48,9 @@ class Layer:
         if not count:
             return [self]
         weights = [None] * count if self.result.weight is None else self.result.weight.chunk(count)
-        return [Layer(dense, stats, self.pattern, 1, dense.shape, LayerResult(mask, weight)) for dense, stats, mask, weight
-                in zip(self.dense.chunk(count), self.stats.experts, self.result.mask.chunk(count), weights)]
+        parts = zip(self.dense.chunk(count), self.stats.experts, self.result.mask.chunk(count), weights)
+        return [Layer(dense, stats, self.pattern, 1, dense.shape, LayerResult(mask, weight))
+                for dense, stats, mask, weight in parts]
 
     def error(self, weight: torch.Tensor) -> float | None:
         """The relative output error of `weight` (rows) on the calibration data; None without a Gram."""
