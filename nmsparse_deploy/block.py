@@ -14,12 +14,12 @@ from torch import nn
 from .calib.stats import NEEDS, LayerStats, Need
 from .calib.walk import BlockWalk
 from .memory import start_stretch, stretch_peak_mb
-from .methods.base import Method
+from .methods.base import Method, prune_matrices
 from .methods.grid import Grid
 from .models.base import to_rows
 from .plan import Plan, PlanRow, by_fusion
 from .recipe import Prune
-from .refine.base import Block, Layer, RefineBlock
+from .refine.base import Block, Layer, RefineBlock, refine_matrices
 from .refine.permute import Orders, permute
 from .registry import REFINEMENTS
 
@@ -72,7 +72,7 @@ def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method:
             start_stretch()
             layer = _prune_layer(module, row, stats.get(row.target.fusion, LayerStats.none()), spec, method)
             for step, refinement in leading:
-                layer = replace(layer, result=refinement.layer(layer, step))
+                layer = replace(layer, result=refine_matrices(refinement.layer, layer, step))
             pruned.layers[row.target.name] = layer
             pruned.seconds[row.target.name] = time.perf_counter() - start
             pruned.peaks[row.target.name] = stretch_peak_mb()
@@ -83,7 +83,7 @@ def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method:
             continue
         for name, layer in pruned.layers.items():
             start = time.perf_counter()
-            pruned.layers[name] = replace(layer, result=refinement.layer(layer, step))
+            pruned.layers[name] = replace(layer, result=refine_matrices(refinement.layer, layer, step))
             pruned.seconds[name] += time.perf_counter() - start
     return pruned
 
@@ -107,8 +107,8 @@ def _prune_layer(module: nn.Module, row: PlanRow, stats: LayerStats, spec: Prune
     assert row.pattern is not None
     parameter = module.get_parameter(row.target.name).detach()
     weight = to_rows(parameter, row.target.axis).float()
-    rounding: dict[str, Any] = {"grid": Grid.of(weight, spec.wbits, spec.wgroup)} if spec.wbits else {}
-    result = method.prune_layer(weight, stats, row.pattern, **rounding)
+    grid = Grid.of(weight, spec.wbits, spec.wgroup) if spec.wbits else None
+    result = prune_matrices(method, weight, stats, row.pattern, grid)
     return Layer(weight, stats, row.pattern, row.target.axis, parameter.shape, result)
 
 

@@ -163,9 +163,12 @@ def prune(model: Model = DEMO,
     run = api(model, spec, out, force, output.progress)
     facts = run.manifest()["stages"]["prune"]
     how = "as planned" if plan else f"to {spec.pattern}"
+    few = facts.get("experts_by_magnitude", {"matrices": 0})
+    lines = [f"{few['matrices']} of {few['of']} expert matrices were reached by too few calibration tokens and were "
+             "pruned by magnitude (layers.json names them); more --samples reach more."] if few["matrices"] else []
     output.result({"run": str(run.path), **facts},
                   [f"{run.path}: {facts['layers']} layers pruned {how} and verified "
-                   f"in {facts['seconds']:.0f} s.", f"next: nmsparse-deploy evaluate {run.path}"])
+                   f"in {facts['seconds']:.0f} s.", *lines, f"next: nmsparse-deploy evaluate {run.path}"])
 
 
 @app.command()

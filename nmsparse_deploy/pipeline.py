@@ -179,6 +179,8 @@ def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = sile
     start = time.perf_counter()
     recipe = run.manifest()["recipe"]
     pruned = _load_pruned(run)
+    if pruned.family == "seq2seq":
+        raise NmsparseError("Encoder-decoder models cannot be evaluated yet; their export is compared with the model.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute = compute_dtype(recipe["compute"], device)
     stage = _evaluate_text if pruned.family == "llm" else _evaluate_features
@@ -257,7 +259,7 @@ def bench(run: RunDir, spec: Bench = Bench(), progress: Progress = silent) -> Be
     masked = MaskSet.load(run / "masks.safetensors").masks
     found = discover(dense.module, inputs)
     targets = [t for t in found.targets if t.name in masked and masked[t.name].pattern.implies(TWO_FOUR)]
-    rows = trace_inputs(dense.module, found.blocks, inputs)[targets[0].module].rows if targets else 0
+    rows = trace_inputs(dense.module, found.blocks, inputs)[targets[0].name].rows if targets else 0
     bounds = predict(targets, rows, count_flops(dense.module, inputs)) if targets else []
     result = BenchResult("cpu", {"batch": spec.batch, "length": spec.length}, arms, ratios, CPU_SENTENCE,
                          tuple(bound.to_json() for bound in bounds), environment())

@@ -24,7 +24,7 @@ class PlanRow:
 
     def shape_verdict(self) -> str | None:
         """Whether sparse tensor cores have kernels for this shape; None where they cannot run the pattern."""
-        return shape_verdict(self.target.k, self.target.n, self.pattern) if self.pattern else None
+        return shape_verdict(self.target.k, self.target.outputs, self.pattern) if self.pattern else None
 
 
 @dataclass(frozen=True)

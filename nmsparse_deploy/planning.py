@@ -93,7 +93,7 @@ def flop_share(loaded: LoadedModel, base: Plan, length: int) -> float:
     """Share of the groups' GEMMs in all FLOPs of one sample of `length` tokens (text only)."""
     inputs = models.sample_inputs(loaded, 1, length)
     reads = trace_inputs(loaded.module, base.blocks, inputs)
-    inside = sum(2 * reads[row.target.module].rows * row.target.k * row.target.n for row in base.pruned())
+    inside = sum(2 * reads[row.target.name].rows * row.target.k * row.target.outputs for row in base.pruned())
     return min(1.0, inside / count_flops(loaded.module, inputs))
 
 

@@ -24,7 +24,7 @@ from .calib.walk import BlockWalk
 from .errors import CheckFailed, NmsparseError, UsageError
 from .masks import Mask, MaskSet, tensor_hash
 from .memory import peak_memory_mb
-from .methods.base import Method, relative_error
+from .methods.base import Method
 from .models.base import LoadedModel, from_rows, to_rows
 from .models.discover import discover
 from .pattern import Scope, mask_follows, parse_pattern
@@ -114,6 +114,15 @@ def _cpu_flags() -> str:
         return ""
 
 
+def _unreached(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Experts that too few calibration tokens reached, among all matrices of experts; nothing without experts."""
+    stacks = [row["experts"] for row in rows if "experts" in row]
+    if not stacks:
+        return {}
+    return {"experts_by_magnitude": {"matrices": sum(len(stack["by_magnitude"]) for stack in stacks),
+                                     "of": sum(len(stack["tokens"]) for stack in stacks)}}
+
+
 MASK = "|mask"
 SCALES = "|scales"
 """Follow a parameter's name in a block's file."""
@@ -159,7 +168,7 @@ class _Stage:
             raise CheckFailed(f"The saved model fails verification: {report.summary()}")
         self.run.finish("prune", time.perf_counter() - start, layers=len(rows), peak_memory_mb=peak_memory_mb(),
                         provenance=self.loaded.provenance, compute=str(self.compute).removeprefix("torch."),
-                        calibration=self.sample.to_json() if self.sample else None)
+                        calibration=self.sample.to_json() if self.sample else None, **_unreached(rows))
         shutil.rmtree(self.run / "blocks", ignore_errors=True)
 
     def _walk(self) -> BlockWalk | None:
@@ -216,13 +225,12 @@ class _Stage:
                 if not layer.result.grid.holds(to_rows(weight, layer.axis)):
                     raise CheckFailed(f"The recipe left the {self.spec.wbits}-bit grid on '{key}'.")
                 tensors[key + SCALES] = layer.result.grid.scales.cpu()
-            error = None
-            if layer.stats.gram is not None:
-                error = relative_error(layer.dense, to_rows(weight, layer.axis).float(), layer.stats.gram)
+            error = layer.error(to_rows(weight, layer.axis).float())
             tensors |= {key: weight.cpu(), key + MASK: torch.from_numpy(mask.bits)}
             records.append({"name": key, "block": pruned.number, "axis": mask.axis, "pattern": str(mask.pattern),
                             "shape": mask.shape, "dense_hash": mask.dense_hash, "relative_error": error,
-                            "seconds": round(pruned.seconds[key], 3), "peak_memory_mb": pruned.peaks[key]})
+                            "seconds": round(pruned.seconds[key], 3), "peak_memory_mb": pruned.peaks[key],
+                            **layer.reached()})
         with self.run.replacing(name) as temporary:
             told = {"layers": records, "refinements": pruned.refinements}
             save_file(tensors, temporary, {key: json.dumps(value) for key, value in told.items()})

@@ -23,7 +23,7 @@ from torch import nn
 
 from .calib.stats import LayerStats
 from .calib.tail import Tail
-from .methods.base import Method
+from .methods.base import Method, prune_matrices
 from .models.base import LoadedModel, to_rows
 from .objective import Objective
 from .plan import PlanRow
@@ -157,7 +157,7 @@ def trial(module: nn.Module, row: PlanRow, method: Method, stats: Mapping[str, L
     parameter = module.get_parameter(row.target.name).detach()
     weight = to_rows(parameter, row.target.axis).float()
     known = stats.get(row.target.fusion, LayerStats.none())
-    result = method.prune_layer(weight, known, row.pattern)
+    result = prune_matrices(method, weight, known, row.pattern)
     return Layer(weight, known, row.pattern, row.target.axis, parameter.shape, result).stored(parameter.dtype)
 
 

@@ -152,9 +152,9 @@ def test_both_streams():
     block = module.get_submodule("model.layers.1")
     handle = layer.register_forward_pre_hook(lambda _m, args: fed.append(args[0].reshape(-1, 128)))
     for number in range(len(BATCHES)):
-        rest = walk._calls[number][1]
-        block(walk.hidden[number], *rest[0], **rest[1])
-        block(dense_output[number], *rest[0], **rest[1])
+        call = walk._stream.call(1, number)
+        call(block, walk.hidden[number])
+        call(block, dense_output[number])
     handle.remove()
     sparse, dense = torch.cat(fed[0::2]), torch.cat(fed[1::2])
     entry = walk.statistics(1, found.of_block(1), "gram")["model.layers.1.mlp.down_proj"]

@@ -34,6 +34,25 @@ def calibration_sequences(text: Text, tokenizer: Any, samples: int, length: int,
     return _wrapped(plain, tokenizer)
 
 
+@dataclass(frozen=True)
+class PairedSample(SequenceSample):
+    """Windows as an encoder-decoder reads them: the decoder is taught the text that the encoder sees."""
+
+    start: int = 0
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        shifted = torch.cat([torch.full_like(self.ids[:, :1], self.start), self.ids[:, :-1]], 1)
+        return {**super().inputs, "decoder_input_ids": shifted}
+
+
+def paired(sample: TokenSample, config: Any) -> PairedSample:
+    """The sample with the decoder's side; it begins with the token that `config` says, or with padding."""
+    named = [getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id")]
+    start = next((int(token) for token in named if token is not None), 0)
+    return PairedSample(sample.ids, sample.windows, sample.source, sample.fingerprint, start)
+
+
 def longest(tokenizer: Any) -> int:
     """Tokens per sequence that the tokenizer says its model reads; libraries write a huge number for "any"."""
     limit = int(getattr(tokenizer, "model_max_length", 0) or 0)

@@ -23,6 +23,9 @@ class LayerStats:
     or None; `cross` is `X_dᵀX` with `X_d` the inputs that the dense model gives the same layer for the same tokens, or
     None. `drift` is `(R_d - R)ᵀX` `[outputs, n]` for a layer that writes to the residual stream, with `R` what its
     output is added to and `R_d` the same in the dense model; None for other layers.
+
+    A stack of matrices has the statistics of each in `experts`. Those of an expert that hardly any token reached are
+    `white` instead: as if its inputs were uncorrelated and of equal size, so that every method ranks by magnitude.
     """
 
     tokens: int
@@ -31,6 +34,8 @@ class LayerStats:
     cross: torch.Tensor | None = None
     total: torch.Tensor | None = None
     drift: torch.Tensor | None = None
+    experts: tuple[LayerStats, ...] = ()
+    white: bool = False
 
     @classmethod
     def none(cls) -> LayerStats:
@@ -73,7 +78,7 @@ class StatsAccumulator:
 
     @torch.no_grad()
     def update(self, layer: nn.Module, x: torch.Tensor, dense: torch.Tensor | None = None,
-               drift: torch.Tensor | None = None) -> None:
+               drift: torch.Tensor | None = None, expert: int = 0) -> None:
         """Add one batch of a layer's inputs, what the dense model feeds it for the same tokens, and by how much the
         residual stream beside it has drifted away from the dense model's.
 

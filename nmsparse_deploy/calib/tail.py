@@ -9,13 +9,15 @@ then every pass is a whole one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..models.base import Target
+from ..models.products import Product, Watch
+from .routed import Routed
 from .stats import LayerStats, Need, StatsAccumulator
 
 Batch = Mapping[str, Any]
@@ -62,13 +64,24 @@ class Tail:
     @torch.no_grad()
     def statistics(self, targets: Sequence[Target], need: Need) -> dict[str, LayerStats]:
         """What the targets of block `start` read in the dense model, one entry a fusion group."""
-        sums = {target.fusion: StatsAccumulator(need) for target in targets}
         readers = {target.fusion: target for target in reversed(targets)}
+        device = next(self.module.parameters()).device
+        sums: dict[str, StatsAccumulator | Routed] = {
+            fusion: Routed(need, t, device) if t.routed else StatsAccumulator(need) for fusion, t in readers.items()}
         handles = [self.module.get_submodule(target.module).register_forward_pre_hook(
-            lambda layer, args, total=sums[fusion]: total.update(layer, args[0])) for fusion, target in readers.items()]
+            lambda layer, args, total=sums[fusion]: total.update(layer, args[0]))
+            for fusion, target in readers.items() if not target.watched]
+        watched = {target.name: target for target in readers.values() if target.watched}
+
+        def multiplied(product: Product) -> None:
+            target = watched[product.weight]
+            sums[target.fusion].update(self.module.get_submodule(target.module), product.rows, expert=product.expert)
+
+        weights = {name: self.module.get_parameter(name) for name in watched}
         try:
-            for number in range(len(self.batches)):
-                self._output_of(number, self.start)
+            with Watch(weights, multiplied) if watched else nullcontext():
+                for number in range(len(self.batches)):
+                    self._output_of(number, self.start)
         finally:
             for handle in handles:
                 handle.remove()

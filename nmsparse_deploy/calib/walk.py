@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,24 +17,22 @@ from torch import nn
 
 from ..models.base import Target
 from ..models.halves import EXIT, residual_writers
+from ..models.products import Product, Watch
+from .routed import Routed
 from .stats import LayerStats, Need, StatsAccumulator
-
-Batch = Mapping[str, Any]
-
-
-class _Captured(Exception):
-    """Raised to leave the forward pass once everything wanted has been seen."""
+from .stream import Batch, Captured, Model, Output, Stream, main
 
 
 @dataclass
 class _Trace:
     """One run of a block: what each fusion group read, what each residual writer wrote and what it was added to, and
-    what left the block."""
+    what left the block. Where products are watched, `products` has what each matrix read."""
 
     reads: dict[str, torch.Tensor] = field(default_factory=dict)
+    products: dict[str, list[tuple[int, torch.Tensor]]] = field(default_factory=dict)
     written: dict[str, torch.Tensor] = field(default_factory=dict)
     rests: dict[str, torch.Tensor] = field(default_factory=dict)
-    output: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    output: Output = None
 
 
 class BlockWalk:
@@ -48,43 +47,23 @@ class BlockWalk:
         self.module = module.eval()
         self.blocks = list(blocks)
         self.compute = compute
-        self.hidden: list[torch.Tensor] = []
-        self._calls: list[list[tuple[tuple, dict[str, Any]]]] = []
-        for batch in batches:
-            self._capture(batch)
-        self.dense: list[torch.Tensor] | None = list(self.hidden) if both else None
+        model = Model(self.module, blocks, compute)
+        route = model.survey(batches[0])
+        last = len(self.blocks) - 1
+        uniform = len(route.starts) == 1 and len(route.follows) == last
+        seen = [model.calls(batch, 0 if uniform else last) for batch in batches]
+        self._stream = Stream(model, route, batches, [hidden for hidden, _ in seen], [calls for _, calls in seen])
+        self._dense = self._stream.twin() if both else None
         self.entered: list[torch.Tensor] | None = None
         self._layouts: dict[tuple[str, ...], dict[str, str]] = {}
 
-    @torch.no_grad()
-    def _capture(self, batch: Batch) -> None:
-        """Record the first block's input and how every block is called. Stops before the last block computes."""
-        calls: dict[int, tuple[tuple, dict[str, Any]]] = {}
+    @property
+    def hidden(self) -> list[torch.Tensor]:
+        return self._stream.hidden
 
-        def record(index: int, args: tuple, kwargs: dict[str, Any]) -> None:
-            hidden, rest, named = _split(args, kwargs)
-            if index == 0:
-                self.hidden.append(_cast(hidden, self.compute))
-            calls[index] = (_cast(rest, self.compute), _cast(named, self.compute))
-            if index == len(self.blocks) - 1 or (index == 0 and self._uniform()):
-                raise _Captured
-
-        handles = [self.module.get_submodule(path).register_forward_pre_hook(
-            lambda _m, args, kwargs, index=index: record(index, args, kwargs), with_kwargs=True)
-            for index, path in enumerate(self.blocks)]
-        try:
-            with torch.autocast(_device(self.module).type, self.compute, enabled=self.compute != torch.float32):
-                self.module(**batch)
-        except _Captured:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._calls.append([calls.get(index, calls[0]) for index in range(len(self.blocks))])
-
-    def _uniform(self) -> bool:
-        """Is every block called with the very same arguments as the first? Then later batches need only that one."""
-        return bool(self._calls) and all(_same(call, self._calls[0][0]) for call in self._calls[0])
+    @property
+    def dense(self) -> list[torch.Tensor] | None:
+        return None if self._dense is None else self._dense.hidden
 
     def statistics(self, index: int, targets: Sequence[Target], need: Need,
                    weights: Mapping[str, torch.Tensor] | None = None, last: bool = True) -> dict[str, LayerStats]:
@@ -95,25 +74,36 @@ class BlockWalk:
         """
         dense = self._working_copy(index)
         pruned = self._working_copy(index, weights) if weights else dense
-        prefix = self.blocks[index] + "."
-        readers = {t.fusion: t.module.removeprefix(prefix) for t in reversed(targets)}
-        twin = self.dense is not None and need == "gram"
+        readers = {t.fusion: t for t in reversed(targets)}
+        twin = self._dense is not None and need == "gram"
         writers = self._writers(dense, index) if twin else {}
-        sums = {fusion: StatsAccumulator(need) for fusion in readers}
-        if self.dense is not None and last:
-            self.entered = list(self.dense)
+        device = next(self.module.parameters()).device
+        sums: dict[str, StatsAccumulator | Routed] = {
+            fusion: Routed(need, t, device, twin) if t.routed else StatsAccumulator(need)
+            for fusion, t in readers.items()}
+        left: list[Output] = []
         for number, x in enumerate(self.hidden):
             beside = None
-            if self.dense is not None and (twin or last):
-                beside = self._trace(dense, index, number, self.dense[number], readers, writers, whole=last)
-                if last:
-                    self.dense[number] = beside.output
-            here = self._trace(pruned, index, number, x, readers, writers, whole=False)
-            for fusion, layer in readers.items():
-                fed = beside.reads[fusion] if beside and twin else None
+            if self._dense is not None and (twin or last):
+                beside = self._trace(dense, index, number, self._dense, readers, writers, whole=last)
+                left += [beside.output] if last else []
+            here = self._trace(pruned, index, number, self._stream, readers, writers, whole=False)
+            for fusion, target in readers.items():
+                layer, total = self._inside(index, target.module), sums[fusion]
+                for expert, rows in here.products.get(fusion, ()):
+                    total.update(pruned.get_submodule(layer), rows, expert=expert)
+                if fusion not in here.reads:
+                    continue
+                fed = beside.reads[fusion] if beside and twin and not target.routed else None
                 drift = beside.rests[layer] - here.rests[layer] if beside and layer in here.rests else None
-                sums[fusion].update(pruned.get_submodule(layer), here.reads[fusion], fed, drift)
+                total.update(pruned.get_submodule(layer), here.reads[fusion], fed, drift)
+        if self._dense is not None and last:
+            self.entered = list(self._dense.hidden)
+            self._dense.move(index, left)
         return {fusion: total.finish() for fusion, total in sums.items()}
+
+    def _inside(self, index: int, name: str) -> str:
+        return name.removeprefix(self.blocks[index] + ".")
 
     def _writers(self, block: nn.Module, index: int) -> dict[str, str]:
         """Who writes to the residual stream, found once for each make of block."""
@@ -123,21 +113,26 @@ class BlockWalk:
             self._layouts[layout] = residual_writers(block, lambda m: self._run(m, index, 0, entrance), entrance)
         return self._layouts[layout]
 
-    def _trace(self, block: nn.Module, index: int, number: int, x: torch.Tensor, readers: Mapping[str, str],
+    def _trace(self, block: nn.Module, index: int, number: int, stream: Stream, readers: Mapping[str, Target],
                writers: Mapping[str, str], whole: bool) -> _Trace:
         """Run a block and record; stops when everything wanted was seen, unless `whole`."""
-        trace, layers = _Trace(), {layer: fusion for fusion, layer in readers.items()}
+        trace = _Trace()
+        layers = {self._inside(index, t.module): fusion for fusion, t in readers.items() if not t.watched}
+        watched = {self._inside(index, t.name): fusion for fusion, t in readers.items() if t.watched}
         places = {layer: writers[layer] for layer in layers if layer in writers}
-        waiting = {*layers, *places.values()}
+        waiting = {*layers, *places.values(), *watched}
 
         def at(name: str) -> None:
             waiting.discard(name)
             if not waiting and not whole:
-                raise _Captured
+                raise Captured
 
-        def reads(layer: str, args: tuple) -> None:
-            trace.reads[layers[layer]] = args[0]
+        def reads(layer: str, args: tuple, named: dict[str, Any]) -> None:
+            trace.reads[layers[layer]] = args[0] if args else next(iter(named.values()))
             at(layer)
+
+        def multiplied(product: Product) -> None:
+            trace.products.setdefault(watched[product.weight], []).append((product.expert, product.rows))
 
         def writes(layer: str, output: torch.Tensor) -> None:
             trace.written[layer] = output
@@ -148,15 +143,19 @@ class BlockWalk:
             at(place)
 
         handles = [block.get_submodule(layer).register_forward_pre_hook(
-            lambda _m, args, layer=layer: reads(layer, args)) for layer in layers]
+            lambda _m, args, named, layer=layer: reads(layer, args, named), with_kwargs=True) for layer in layers]
         handles += [block.get_submodule(layer).register_forward_hook(
             lambda _m, _args, out, layer=layer: writes(layer, out)) for layer in places]
         handles += [block.get_submodule(place).register_forward_pre_hook(
             lambda _m, args, place=place: passes(place, args[0])) for place in {*places.values()} - {EXIT}]
+        watch: AbstractContextManager = nullcontext()
+        if watched:
+            watch = Watch({name: block.get_parameter(name) for name in watched}, multiplied)
         try:
-            trace.output = self._run(block, index, number, x)
-            passes(EXIT, trace.output)
-        except _Captured:
+            with watch, torch.no_grad():
+                trace.output = self._call(block, index, number, stream.hidden[number], stream)
+            passes(EXIT, main(trace.output))
+        except Captured:
             pass
         finally:
             for handle in handles:
@@ -165,14 +164,17 @@ class BlockWalk:
 
     def pass_dense(self, index: int) -> None:
         """Move the dense stream past a still dense block whose statistics nobody needs."""
-        if self.dense is not None:
-            block = self._working_copy(index)
-            self.dense = [self._run(block, index, number, x) for number, x in enumerate(self.dense)]
+        if self._dense is not None:
+            self._pass(self._dense, index)
 
     def advance(self, index: int) -> None:
         """Replace the stream by the block's outputs under its present weights."""
+        self._pass(self._stream, index)
+
+    @torch.no_grad()
+    def _pass(self, stream: Stream, index: int) -> None:
         block = self._working_copy(index)
-        self.hidden = [self._run(block, index, number, x) for number, x in enumerate(self.hidden)]
+        stream.move(index, [self._call(block, index, number, x, stream) for number, x in enumerate(stream.hidden)])
 
     def _working_copy(self, index: int, weights: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
         block = copy.deepcopy(self.module.get_submodule(self.blocks[index]))
@@ -190,51 +192,9 @@ class BlockWalk:
 
         A block held in another dtype than the stream runs under autocast.
         """
+        return main(self._call(block, index, number, x, self._stream))
+
+    def _call(self, block: nn.Module, index: int, number: int, x: torch.Tensor, stream: Stream) -> Output:
         mixed = next(block.parameters()).dtype != self.compute
         with torch.autocast(x.device.type, self.compute, enabled=mixed):
-            return self._call(block, index, number, x)
-
-    def _call(self, block: nn.Module, index: int, number: int, x: torch.Tensor) -> torch.Tensor:
-        rest, named = self._calls[number][index]
-        output = block(x, *rest, **named)
-        return output[0] if isinstance(output, tuple) else output
-
-
-def _split(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple, dict[str, Any]]:
-    """Separate the hidden states (the first argument) from the rest of a call."""
-    if args:
-        return args[0], args[1:], kwargs
-    first = next(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
-    raise TypeError(f"the block takes its hidden states as the keyword '{first}'; only the first argument is supported")
-
-
-def _same(a: tuple[tuple, dict[str, Any]], b: tuple[tuple, dict[str, Any]]) -> bool:
-    """Same arguments: identical objects, or equal plain values."""
-    if len(a[0]) != len(b[0]) or a[1].keys() != b[1].keys():
-        return False
-    pairs = [*zip(a[0], b[0]), *((a[1][name], b[1][name]) for name in a[1])]
-    return all(_equal(x, y) for x, y in pairs)
-
-
-def _equal(x: Any, y: Any) -> bool:
-    if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
-        return x is y or (x.shape == y.shape and x.dtype == y.dtype and bool(torch.equal(x, y)))
-    if isinstance(x, (tuple, list)) and isinstance(y, (tuple, list)):
-        return len(x) == len(y) and all(_equal(a, b) for a, b in zip(x, y))
-    if x is None or isinstance(x, (bool, int, float, str)):
-        return type(x) is type(y) and x == y
-    return x is y
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, tuple):
-        return tuple(_cast(item, dtype) for item in value)
-    if isinstance(value, dict):
-        return {name: _cast(item, dtype) for name, item in value.items()}
-    return value
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+            return stream.call(index, number)(block, x)

@@ -94,8 +94,16 @@ def link(path: Path, module: nn.Module, targets: Sequence[Target]) -> LinkMap:
                               BAKE)
         uses.setdefault(_innermost(use.scopes, modules), []).append(use)
     rows = [row for target in targets
-            for row in _rows(graph, target, _own_tensors(module, target), uses.get(target.module, []))]
+            for row in _rows(graph, target, _own_tensors(module, target), _candidates(target, uses))]
     return LinkMap(path.name, tuple(rows))
+
+
+def _candidates(target: Target, uses: dict[str, list[WeightUse]]) -> list[WeightUse]:
+    """Uses in the target's own module, or, when that is not called, in the nearest module around it that has any."""
+    place = target.module
+    while target.watched and place and place not in uses:
+        place = place.rpartition(".")[0]
+    return uses.get(place, [])
 
 
 def _rows(graph: OnnxGraph, target: Target, own: dict[str, torch.Tensor], uses: list[WeightUse]) -> Iterator[LinkRow]:
@@ -110,7 +118,8 @@ def _rows(graph: OnnxGraph, target: Target, own: dict[str, torch.Tensor], uses: 
             found = True
             yield LinkRow(target.name, target.module, use.node, use.op, use.tensor, use.axis, tuple(use.shape),
                           use.dtype, hashlib.sha256(np.ascontiguousarray(raw).data).hexdigest())
-        elif not any(_same(raw, view) for tensor in own.values() for view in _views(_tensor_bits(tensor))):
+        elif not target.watched and not any(
+                _same(raw, view) for tensor in own.values() for view in _views(_tensor_bits(tensor))):
             raise CheckFailed(f"The ONNX node '{use.node}' multiplies by other values than the parameter "
                               f"'{target.name}' holds: its module changes the weight while it runs.", BAKE)
     if not found:

@@ -24,8 +24,8 @@ def cast_copy(module: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[st
 
     Only what has to change is copied: a tensor that has the right type already is shared with `module`. Buffers that
     are not part of the state dict are tables computed at load time (rotary frequencies); libraries keep them in full
-    precision whatever the model's type, and so does the copy. Raises `NmsparseError` when a mask is still a
-    parametrization, or a weight does not fit `dtype`.
+    precision whatever the model's type, and so does the copy, unless the cast loses nothing (masks, zero biases).
+    Raises `NmsparseError` when a mask is still a parametrization, or a weight does not fit `dtype`.
     """
     for path, child in module.named_modules():
         if parametrize.is_parametrized(child):
@@ -40,13 +40,18 @@ def cast_copy(module: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[st
         memo[id(parameter)] = parameter if shared else nn.Parameter(value, requires_grad=False)
     kept = set(module.state_dict(keep_vars=True))
     for name, buffer in module.named_buffers():
-        memo[id(buffer)] = _cast(name, buffer, dtype, lost) if name in kept else buffer.cpu()
+        memo[id(buffer)] = _cast(name, buffer, dtype, lost) if name in kept else _table(buffer.cpu(), dtype)
     warnings = []
     if lost:
         worst = max(lost, key=lambda name: lost[name])
         warnings.append(f"{sum(lost.values()):,} values of {len(lost)} tensors are too small for "
                         f"{str(dtype)[6:]} and became 0, most of them in '{worst}'.")
     return copy.deepcopy(module, memo).eval(), warnings
+
+
+def _table(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    cast = value.to(dtype) if value.is_floating_point() else value
+    return cast if torch.equal(cast.to(value.dtype), value) else value
 
 
 def _cast(name: str, value: torch.Tensor, dtype: torch.dtype, lost: dict[str, int]) -> torch.Tensor:
@@ -118,7 +123,15 @@ def trace_inputs(inputs: Mapping[str, torch.Tensor], dtype: torch.dtype, dynamic
 
 
 def dynamic_shapes(inputs: Mapping[str, torch.Tensor]) -> tuple[dict[int, Any], ...]:
-    """Which axes vary: the first of everything is the batch, the second of a 2-D input the sequence."""
-    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
-    axes: dict[int, dict[int, Any]] = {0: {}, 2: {0: batch, 1: sequence}}
-    return tuple(axes.get(t.ndim, {0: batch}) for t in inputs.values())
+    """Which axes vary: the first of everything is the batch, the second of a 2-D input the sequence.
+
+    A decoder's sequence is another one than its encoder's.
+    """
+    batch, sequence, decoder = (torch.export.Dim(name) for name in ("batch", "sequence", "decoder_sequence"))
+
+    def axes(name: str, tensor: torch.Tensor) -> dict[int, Any]:
+        if tensor.ndim == 2:
+            return {0: batch, 1: decoder if name.startswith("decoder_") else sequence}
+        return {0: batch} if tensor.ndim else {}
+
+    return tuple(axes(name, tensor) for name, tensor in inputs.items())

@@ -19,6 +19,7 @@ from torch import nn
 from ..errors import MissingExtra, NmsparseError, UsageError, from_os_error
 from ..models.base import Target
 from ..progress import Progress, silent
+from .experts import unroll_experts
 from .link import LinkMap, link
 from .prepare import PRECISIONS, cast_copy, dynamic_shapes, take_one_output, trace_inputs
 from .tidy import TensorSpec, dynamic_dims, fixed_axes, tensor_specs, tidy
@@ -88,6 +89,7 @@ def export_onnx(
     dtype = PRECISIONS[precision]
     progress(f"exporting ONNX {precision}: casting", 0, STEPS)
     copied, notes = cast_copy(module, dtype)
+    notes += unroll_experts(copied)
     sample = trace_inputs(inputs, dtype, dynamic)
     taken = take_one_output(copied, list(sample), output)
     try:

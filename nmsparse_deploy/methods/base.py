@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -63,10 +63,38 @@ def score_method(scores: Callable[[torch.Tensor, LayerStats], torch.Tensor], nee
     return Method(prune_layer, needs, False, summary, source, scope)
 
 
+def prune_matrices(method: Method, weight: torch.Tensor, stats: LayerStats, pattern: Pattern,
+                   grid: Grid | None = None) -> LayerResult:
+    """Prune `weight` by `method`; a stack of experts `[E*out, in]` matrix by matrix, each with its own statistics."""
+    options: dict[str, Any] = {} if grid is None else {"grid": grid}
+    if not stats.experts:
+        return method.prune_layer(weight, stats, pattern, **options)
+    found = []
+    for number, (part, own) in enumerate(zip(weight.chunk(len(stats.experts)), stats.experts)):
+        if grid is not None:
+            options["grid"] = Grid(grid.scales.chunk(len(stats.experts))[number], grid.width, grid.bits)
+        found.append(method.prune_layer(part, own, pattern, **options))
+    return stacked(found, grid)
+
+
+def stacked(results: Sequence[LayerResult], grid: Grid | None = None) -> LayerResult:
+    """The results of a stack's matrices as that of the stack; all of them changed weights, or none did."""
+    weights = [result.weight for result in results if result.weight is not None]
+    return LayerResult(torch.cat([result.mask for result in results]), torch.cat(weights) if weights else None, grid)
+
+
 def relative_error(weight: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> float:
     """`tr[(W-Ŵ) G (W-Ŵ)ᵀ] / tr[W G Wᵀ]`: the layer's output error on the calibration data, as a share of its output."""
-    def energy(m: torch.Tensor) -> float:
+    return error_over([(weight, pruned, gram)])
+
+
+def error_over(layers: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> float:
+    """The relative error of several `(weight, pruned, gram)` together."""
+    def energy(m: torch.Tensor, gram: torch.Tensor) -> float:
         return float(((m @ gram) * m).sum(dtype=torch.float64))
 
-    total = energy(weight)
-    return energy(weight - pruned) / total if total > 0 else 0.0
+    lost = total = 0.0
+    for weight, pruned, gram in layers:
+        total += energy(weight, gram)
+        lost += energy(weight - pruned, gram)
+    return lost / total if total > 0 else 0.0

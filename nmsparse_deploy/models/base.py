@@ -17,6 +17,10 @@ class Target:
 
     `k` is the length of the reduction axis (`axis` of the stored weight), `n` the number of outputs. Targets with the
     same `fusion` read the same input tensor; compilers merge them into one GEMM, so they are pruned all or none.
+
+    A parameter may be a stack of `experts` matrices along its first axis; `n` counts the outputs of all of them. Where
+    it is `routed`, a router decides which tokens are read. Where its module is not called, the product with the weight
+    is `watched` instead.
     """
 
     name: str
@@ -26,6 +30,14 @@ class Target:
     k: int
     n: int
     fusion: str
+    experts: int = 1
+    routed: bool = False
+    watched: bool = False
+
+    @property
+    def outputs(self) -> int:
+        """Of one matrix."""
+        return self.n // self.experts
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,7 @@ class LoadedModel:
     name: str
     """A short name for folders and headings."""
     family: str
-    """`llm`, `encoder` or `vision`: which data it eats and which metric it is judged by."""
+    """`llm`, `encoder`, `seq2seq` or `vision`: which data it eats and which metric it is judged by."""
     library: str = "transformers"
     """Which adapter loads and saves it: `transformers` or `timm`."""
     processor: Any = None
@@ -102,10 +114,12 @@ def to_rows(weight: torch.Tensor, axis: int) -> torch.Tensor:
     """A weight as the matrix `[outputs, reduction]` that the methods work on.
 
     A convolution `[M, C, R, S]` becomes `[M, R*S*C]`: groups run along input channels, one kernel position at a time.
+    A stack `[E, out, in]` or `[E, in, out]` becomes `[E*out, in]`.
     """
     if weight.ndim == 2:
         return weight.movedim(axis, -1)
-    return weight.movedim(axis, -1).flatten(1)
+    moved = weight.movedim(axis, -1)
+    return moved.flatten(0, 1) if weight.ndim == 3 else moved.flatten(1)
 
 
 def from_rows(rows: torch.Tensor, shape: torch.Size | tuple[int, ...], axis: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .discover import group_axis
+from .reads import group_axis
 
 Run = Callable[[nn.Module], torch.Tensor]
 """Calls a block on one batch of hidden states and returns what leaves it."""

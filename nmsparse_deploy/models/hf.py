@@ -20,6 +20,8 @@ HEADS = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCaus
          "ForSequenceClassification": "AutoModelForSequenceClassification",
          "ForTokenClassification": "AutoModelForTokenClassification"}
 """How an architecture's name ends -> what loads it with its head; anything else is loaded without one."""
+GENERATES = "ForConditionalGeneration"
+"""Loaded by its own class: several automatic ones claim this ending."""
 
 
 def load(source: str, dtype: torch.dtype | None = None, alias: str | None = None,
@@ -54,9 +56,10 @@ def _from_pretrained(where: str, source: str, name: str, dtype: torch.dtype | No
         config = transformers.AutoConfig.from_pretrained(where)
         architecture = (config.architectures or [""])[0]
         auto = next((name for end, name in HEADS.items() if architecture.endswith(end)), "AutoModel")
+        if architecture.endswith(GENERATES) and hasattr(transformers, architecture):
+            auto = architecture
         module = getattr(transformers, auto).from_pretrained(where, dtype=dtype or "auto", config=config)
-        vision = module.main_input_name == "pixel_values"
-        family = "llm" if auto == "AutoModelForCausalLM" else "vision" if vision else "encoder"
+        family = _family(module, auto)
         processor = _processor(where, family, config)
     except Exception as error:
         raise _explain(error, source) from error
@@ -66,12 +69,25 @@ def _from_pretrained(where: str, source: str, name: str, dtype: torch.dtype | No
     return LoadedModel(module.eval(), source, name, family, processor=processor, provenance=facts)
 
 
+def _family(module: Any, auto: str) -> str:
+    if getattr(module.config, "is_encoder_decoder", False):
+        return "seq2seq"
+    if module.main_input_name == "pixel_values":
+        return "vision"
+    return "llm" if auto == "AutoModelForCausalLM" or auto.endswith(GENERATES) else "encoder"
+
+
 def _processor(where: str, family: str, config: Any) -> Any:
     """The tokenizer, or what a picture goes through before it is seen."""
     if family != "vision":
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(where)
+        try:
+            return AutoTokenizer.from_pretrained(where)
+        except (OSError, ValueError, TypeError):
+            if family != "seq2seq":
+                raise
+            return None  # speech comes in as features; calibration data has to be prepared then
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
@@ -161,8 +177,22 @@ def sample_inputs(model: LoadedModel, batch: int = 2, length: int = 16) -> dict[
         return {"pixel_values": noise.to(parameter.device, parameter.dtype)}
     vocabulary = config.get_text_config().vocab_size
     ids = (torch.arange(batch * length, device=parameter.device) % vocabulary).view(batch, length)
+    if model.family == "seq2seq":
+        return {**_source(model, ids), "decoder_input_ids": ids.flip(1)}
     mask = {"attention_mask": torch.ones_like(ids)} if model.family == "encoder" else {}
     return {"input_ids": ids, **mask}
+
+
+def _source(model: LoadedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the encoder reads: tokens, or the spectrogram of a stretch of speech of the one length it takes."""
+    module: Any = model.module
+    if module.main_input_name == "input_ids":
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    parameter = next(module.parameters())
+    frames = 2 * getattr(module.config, "max_source_positions", 1500)
+    shape = (len(ids), getattr(module.config, "num_mel_bins", 80), frames)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return {module.main_input_name: noise.to(parameter.device, parameter.dtype)}
 
 
 def save(model: LoadedModel, folder: Path) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .discover import group_axis
+from .reads import group_axis
 
 Run = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 """`run(block, x)`: call a block on hidden states as its model would."""

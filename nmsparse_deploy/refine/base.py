@@ -7,14 +7,14 @@ pruned model's stream at its entrance and the dense model's at its exit. Both ma
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..calib.stats import LayerStats, Need
-from ..methods.base import LayerResult
+from ..methods.base import LayerResult, error_over, stacked
 from ..models.base import from_rows
 from ..pattern import NMPattern, Pattern
 
@@ -41,6 +41,32 @@ class Layer:
         """The present weight as rows, zeros off the mask."""
         kept = self.dense if self.result.weight is None else self.result.weight
         return torch.where(self.result.mask, kept, 0.0)
+
+    def matrices(self) -> list[Layer]:
+        """The layer itself, or the matrices of a stack of experts, each with its own statistics."""
+        count = len(self.stats.experts)
+        if not count:
+            return [self]
+        weights = [None] * count if self.result.weight is None else self.result.weight.chunk(count)
+        parts = zip(self.dense.chunk(count), self.stats.experts, self.result.mask.chunk(count), weights)
+        return [Layer(dense, stats, self.pattern, 1, dense.shape, LayerResult(mask, weight))
+                for dense, stats, mask, weight in parts]
+
+    def error(self, weight: torch.Tensor) -> float | None:
+        """The relative output error of `weight` (rows) on the calibration data; None without a Gram."""
+        parts = self.matrices()
+        grams = [part.stats.gram for part in parts if part.stats.gram is not None]
+        if len(grams) < len(parts):
+            return None
+        return error_over(zip([part.dense for part in parts], weight.chunk(len(parts)), grams))
+
+    def reached(self) -> dict[str, Any]:
+        """For the record: how many calibration tokens reached each expert, and which were pruned by magnitude."""
+        stats = self.stats.experts or (self.stats,)
+        if not self.stats.experts and not self.stats.white:
+            return {}
+        return {"experts": {"tokens": [own.tokens for own in stats],
+                            "by_magnitude": [number for number, own in enumerate(stats) if own.white]}}
 
     def stored(self, dtype: torch.dtype) -> torch.Tensor:
         """The present weight in the shape and dtype of the parameter, pruned values exactly +0.0."""
@@ -76,6 +102,18 @@ class BlockResult:
 
 RefineLayer = Callable[[Layer, Any], LayerResult]
 """`(layer, step)`: the better mask, weight, or both; `step` holds the settings of the recipe."""
+
+
+def refine_matrices(refine: RefineLayer, layer: Layer, step: Any) -> LayerResult:
+    """Refine a layer; a stack of experts matrix by matrix."""
+    if not layer.stats.experts:
+        return refine(layer, step)
+    parts = layer.matrices()
+    found = [refine(part, step) for part in parts]
+    if any(result.weight is not None for result in found):  # a refinement may leave some matrices as they were
+        found = [replace(result, weight=part.dense if result.weight is None else result.weight)
+                 for part, result in zip(parts, found)]
+    return stacked(found)
 
 
 RefineBlock = Callable[[Block, Any], BlockResult]
