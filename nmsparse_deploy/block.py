@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
@@ -17,6 +18,7 @@ from .memory import start_stretch, stretch_peak_mb
 from .methods.base import Method, prune_matrices
 from .methods.grid import Grid
 from .models.base import to_rows
+from .objective import distance
 from .plan import Plan, PlanRow, by_fusion
 from .recipe import Prune
 from .refine.base import Block, Layer, RefineBlock, refine_matrices
@@ -124,10 +126,17 @@ def _refine_block(module: nn.Module, plan: Plan, pruned: PrunedBlock, walk: Bloc
         for name, value in present.items():
             sparse.get_parameter(name.removeprefix(path)).copy_(value)
     layers = {name.removeprefix(path): layer for name, layer in pruned.layers.items()}
+    left = len(plan.blocks) - pruned.number
     done = refine(Block(sparse, dense, layers, walk.hidden, walk.entered,
-                        lambda block, batch, x: walk.run(block, pruned.number, batch, x)), step)
+                        lambda block, batch, x: walk.run(block, pruned.number, batch, x),
+                        _distance(module, pruned.number, walk) if step.outlook(left) else None), step)
     for name, result in done.layers.items():
         pruned.layers[path + name] = replace(pruned.layers[path + name], result=result)
     pruned.others |= {path + name: value for name, value in done.others.items()}
     pruned.refinements.append({"block": pruned.number, "name": step.name, **done.facts,
                                "seconds": round(time.perf_counter() - start, 3)})
+
+
+def _distance(module: nn.Module, number: int, walk: BlockWalk) -> Callable[..., torch.Tensor]:
+    """How far the model's output moves; the blocks behind this one are still dense."""
+    return lambda batch, x, dense: distance(module, lambda state: walk.finish(number, batch, state), x, dense)

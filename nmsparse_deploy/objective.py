@@ -9,11 +9,12 @@ The last two are zero at the dense model; their Hessians there are the Fisher ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 
 from .models.base import LoadedModel
@@ -63,8 +64,21 @@ def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 def objective(loaded: LoadedModel, output: Any) -> Objective:
     """What suits the model, told from its family and one output of it."""
-    if loaded.family == "llm":
-        return Objective("cross-entropy")
+    return Objective("cross-entropy") if loaded.family == "llm" else unlabelled(loaded.module, output)
+
+
+def unlabelled(module: nn.Module, output: Any) -> Objective:
+    """What compares a model's output with the dense model's."""
     if isinstance(output, torch.Tensor):  # timm
-        return Objective("kl" if getattr(loaded.module, "num_classes", 0) else "hidden")
+        return Objective("kl" if getattr(module, "num_classes", 0) else "hidden")
     return Objective("kl" if getattr(output, "logits", None) is not None else "hidden")
+
+
+def distance(module: nn.Module, finish: Callable[[torch.Tensor], Any], x: torch.Tensor,
+             dense: torch.Tensor) -> torch.Tensor:
+    """How far the output of `module` moves when `finish` goes on from hidden states `x` instead of `dense`."""
+    with torch.no_grad():
+        reference = finish(dense)
+    output = finish(x)
+    measure = unlabelled(module, output)
+    return measure.loss(output, {}, measure.signal(reference)).mean()

@@ -21,6 +21,10 @@ class Step(Frozen):
         """Does it look at what the dense model computes beside the pruned one?"""
         return False
 
+    def outlook(self, left: int) -> bool:
+        """Does it look at the model's output where `left` blocks are left, the present one included?"""
+        return False
+
 
 class Refit(Step):
     """Least squares on the fixed mask."""
@@ -45,10 +49,15 @@ class Reconstruct(Step):
     epochs: int = Field(4, ge=1, description="passes over the calibration batches, per unit")
     rate: float = Field(1e-3, gt=0, description="learning rate of Adam at the start; falls to zero along a cosine")
     holdout: float = Field(0.1, ge=0, lt=1, description="share of the batches that decides when to stop")
+    through: int = Field(0, ge=0, description="how many of the last blocks are trained on what the model makes of "
+                                              "their output, instead of on the output")
 
     @property
     def dense_stream(self) -> bool:
         return True
+
+    def outlook(self, left: int) -> bool:
+        return left <= self.through
 
 
 class GroupDescent(Step):

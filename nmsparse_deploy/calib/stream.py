@@ -8,7 +8,8 @@ have answered. Which of the two it is, the model is asked once, by answering noi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -71,6 +72,7 @@ class Model:
         self.module = module
         self.blocks = list(blocks)
         self.compute = compute
+        self._templates: list[Output] = []
 
     @torch.no_grad()
     def forward(self, batch: Batch, entered: Callable[[int, torch.Tensor, Call], None],
@@ -83,21 +85,29 @@ class Model:
             for index, layer in enumerate(layers)]
         if left is not None:
             handles += [layer.register_forward_hook(partial(_leaves, left, index)) for index, layer in enumerate(layers)]
-        stubs = [(layer, vars(layer).get("forward")) for layer in layers[:answered]]
-        for index, (layer, _) in enumerate(stubs):
-            vars(layer)["forward"] = lambda *_args, index=index, **_named: answer(index) if answer else None
         try:
-            with torch.autocast(self._device(), self.compute, enabled=self.compute != torch.float32):
-                self.module(**batch)
+            with _answering(layers[:answered], answer or (lambda index: None)):
+                self._run(batch)
         except Captured:
             pass
         finally:
             for handle in handles:
                 handle.remove()
-            for layer, own in stubs:
-                vars(layer).pop("forward", None)  # the class's own shows again
-                if own is not None:
-                    vars(layer)["forward"] = own
+
+    def finish(self, batch: Batch, index: int, x: torch.Tensor) -> Any:
+        """The model's output for a batch when block `index` puts out the hidden states `x`, with its gradient.
+
+        The blocks after it run as they are. Other items that a block returns beside its hidden states are hollow.
+        """
+        layers = [self.module.get_submodule(path) for path in self.blocks[: index + 1]]
+        known = self._templates[: index + 1]  # the last block's is not: it returns what the others do
+        output = type(known[-1])((x, *known[-1][1:])) if known and isinstance(known[-1], (tuple, list)) else x
+        with _answering(layers, lambda number: output):
+            return self._run(batch)
+
+    def _run(self, batch: Batch) -> Any:
+        with torch.autocast(self._device(), self.compute, enabled=self.compute != torch.float32):
+            return self.module(**batch)
 
     def entrance(self, batch: Batch, index: int, answer: Callable[[int], Output]) -> tuple[torch.Tensor, Call]:
         """How block `index` is entered when the blocks before it answer so."""
@@ -223,6 +233,25 @@ class Stream:
         for number, batch in enumerate(self.batches):
             self.hidden[number], self.calls[number][index + 1] = self.model.entrance(
                 batch, index + 1, lambda earlier, number=number: self._kept[self._ends[earlier]][number])
+
+
+@contextmanager
+def _answering(layers: Sequence[nn.Module], answer: Callable[[int], Output]) -> Iterator[None]:
+    """Layers that return what they are told instead of computing."""
+    stubs = [(layer, vars(layer).get("forward")) for layer in layers]
+    for index, layer in enumerate(layers):
+        vars(layer)["forward"] = partial(_instead, answer, index)
+    try:
+        yield
+    finally:
+        for layer, own in stubs:
+            vars(layer).pop("forward", None)  # the class's own shows again
+            if own is not None:
+                vars(layer)["forward"] = own
+
+
+def _instead(answer: Callable[[int], Output], index: int, *_args: Any, **_named: Any) -> Output:
+    return answer(index)
 
 
 def _leaves(left: Callable[[int, Output], None], index: int, _module: nn.Module, _args: tuple, output: Output) -> None:

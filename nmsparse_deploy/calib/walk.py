@@ -194,6 +194,10 @@ class BlockWalk:
         """
         return main(self._call(block, index, number, x, self._stream))
 
+    def finish(self, index: int, number: int, x: torch.Tensor) -> Any:
+        """The model's output for batch `number` when block `index` puts out `x`; see `Model.finish`."""
+        return self._stream.model.finish(self._stream.batches[number], index, x)
+
     def _call(self, block: nn.Module, index: int, number: int, x: torch.Tensor, stream: Stream) -> Output:
         mixed = next(block.parameters()).dtype != self.compute
         with torch.autocast(x.device.type, self.compute, enabled=mixed):

@@ -81,6 +81,8 @@ class Block:
     pruned model's hidden states at the entrance, one tensor per batch; `dense_inputs` those of the dense model for the
     same samples (None unless the step asks for the dense stream).
     `run(module, number, x)` calls a block on batch `number` as the model would, in the dtype of the stream.
+    `distance(number, x, dense)`: how far the model's output for that batch is from the dense model's when the block
+    puts out `x` instead of `dense`; None unless the step wants to know in this block.
     """
 
     module: nn.Module
@@ -89,6 +91,7 @@ class Block:
     inputs: Sequence[torch.Tensor]
     dense_inputs: Sequence[torch.Tensor] | None
     run: Callable[[nn.Module, int, torch.Tensor], torch.Tensor]
+    distance: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

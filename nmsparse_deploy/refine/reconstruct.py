@@ -4,8 +4,9 @@ The input is what the *pruned* model feeds the block, the target what the *dense
 included, so a block also repairs what those before it have shifted. Surviving weights, norms and biases move; the mask
 is applied to every gradient and the zeros stay. In halves, first what runs before the norm between attention and MLP is
 trained on the hidden states there, then the rest on the block's output. The error of a token is relative to the size of
-its target, which is how the next norm will see it. A held-out share of the batches decides which epoch is kept; when
-none is better than the start, the start is.
+its target, which is how the next norm will see it. The last blocks (`through`) may be judged by what the model makes of
+their output instead: the Kullback-Leibler divergence from the dense model's predictions. A held-out share of the
+batches decides which epoch is kept; when none is better than the start, the start is.
 
 Guo et al., EBFT, 2024, arXiv:2402.12419 (a block at a time); Zimmer et al., 2025, arXiv:2510.14444 (units of any size).
 """
@@ -60,8 +61,8 @@ def _train(block: Block, unit: Unit, targets: Sequence[torch.Tensor], held_out: 
     for epoch in range(step.epochs):
         for place, number in enumerate(torch.randperm(count, generator=order).tolist()):
             optimiser.param_groups[0]["lr"] = step.rate * _schedule((epoch * count + place) / total)
-            loss = relative_error(unit.forward(block.module, number, block.inputs[number]), targets[number])
-            loss.backward()
+            loss = _error(block, unit, number, targets[number])
+            loss.backward(inputs=list(trained.values()))
             for name, mask in masks.items():
                 trained[name].grad.mul_(mask)  # type: ignore[union-attr]
             optimiser.step()
@@ -82,8 +83,16 @@ def _schedule(share: float, warm: float = 0.05) -> float:
 
 @torch.no_grad()
 def _loss(block: Block, unit: Unit, targets: Sequence[torch.Tensor], numbers: Sequence[int]) -> float:
-    losses = [float(relative_error(unit.forward(block.module, i, block.inputs[i]), targets[i])) for i in numbers]
+    losses = [float(_error(block, unit, number, targets[number])) for number in numbers]
     return sum(losses) / len(losses)
+
+
+def _error(block: Block, unit: Unit, number: int, target: torch.Tensor) -> torch.Tensor:
+    """Of the unit's output, or of the model's where the unit ends the block and the block may look so far."""
+    output = unit.forward(block.module, number, block.inputs[number])
+    if block.distance is None or not unit.leaves:
+        return relative_error(output, target)
+    return block.distance(number, output, target)
 
 
 def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

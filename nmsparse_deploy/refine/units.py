@@ -18,6 +18,8 @@ class Unit:
 
     parameters: list[str]
     forward: Callable[[nn.Module, int, torch.Tensor], torch.Tensor]
+    leaves: bool = True
+    """Is the place of the loss the block's exit?"""
 
 
 def units(block: Block, size: str) -> list[Unit]:
@@ -45,5 +47,5 @@ def units(block: Block, size: str) -> list[Unit]:
             handle.remove()
         return seen[0]
 
-    return [Unit([name for name in names if name in first], to_the_middle),
+    return [Unit([name for name in names if name in first], to_the_middle, False),
             Unit([name for name in names if name not in first], block.run)]
