@@ -23,15 +23,15 @@ Whatever else must survive a kill goes into `state()`, tensors by name, and come
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ..models.base import to_rows
-from .masked import Law, LearnableMask, Site, attach, move_to, original, showing
+from .masked import LawOf, LearnableMask, Site, attach, move_to, original, showing
 from .moment import Moment
 
 
@@ -91,12 +91,22 @@ class Learner:
         """Take back what `state` returned."""
 
 
+@dataclass(frozen=True)
+class Learned:
+    """One line of the registry: what makes a learner from the method's settings, what it does, who published it."""
+
+    make: Callable[[Any], Learner]
+    summary: str
+    source: str
+    updates_weights: bool = False
+
+
 class MaskLearner(Learner):
     """A `Law` trained by AdamW through the model's own losses."""
 
     trains_weights = False
 
-    def __init__(self, law: Law, rate: float, decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.95)) -> None:
+    def __init__(self, law: LawOf, rate: float, decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.95)) -> None:
         self.law, self.rate, self.decay, self.betas = law, rate, decay, betas
         self.masks: dict[str, LearnableMask] = {}
         self.module: nn.Module = nn.Module()
@@ -116,7 +126,7 @@ class MaskLearner(Learner):
     def finish(self) -> dict[str, Learnt]:
         found = {}
         for mask in self.masks.values():
-            rows = to_rows(original(self.module, mask.site), mask.site.axis).float()
-            weight = mask.law.kept(mask.values, rows).cpu() if self.trains_weights else None
+            rows = to_rows(original(self.module, mask.site), mask.site.axis)
+            weight = mask.law.kept(mask.values, rows).float().cpu() if self.trains_weights else None
             found[mask.site.name] = Learnt(mask.law.hard(mask.values, rows).cpu(), weight)
         return found

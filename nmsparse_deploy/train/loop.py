@@ -156,9 +156,10 @@ class _Fit:
 
     def _fail(self, step: int) -> None:
         self._save()
+        best = f"step {self.so_far.best_step}, held-out loss {self.so_far.best:.4g}"
         raise NmsparseError(
-            f"{self.title}: the loss or its gradient is not finite at step {step + 1} of {self.spec.steps}; the "
-            f"best mask so far (step {self.so_far.best_step}, held-out loss {self.so_far.best:.4g}) is in the checkpoint.",
+            f"{self.title}: the loss or its gradient is not finite at step {step + 1} of {self.spec.steps}; the best "
+            f"mask so far ({best}) is in the checkpoint.",
             "start another run with a smaller step_size, or with compute fp32")
 
     def _save(self) -> None:

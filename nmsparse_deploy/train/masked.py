@@ -10,7 +10,7 @@ computed from it and from trained values, which are ordinary parameters of the m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,7 +41,11 @@ class Site:
 
 
 class Law:
-    """How a mask follows from trained values. Matrices are rows `[R, K]`, fp32, with the groups along K."""
+    """How the mask of one weight follows from trained values.
+
+    Matrices are rows `[R, K]` with the groups along K. `rows` is the original weight in its own dtype, which a law raises
+    to fp32 where it computes with it; the values are fp32, in any shape the law likes.
+    """
 
     def start(self, rows: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
         """The trained values before the first step; `hard` of them has to be the bool mask `prior` everywhere."""
@@ -68,7 +72,7 @@ class LearnableMask(nn.Module):
         super().__init__()
         self.site = site
         self.law = law
-        rows = to_rows(weight.detach(), site.axis).float()
+        rows = to_rows(weight.detach(), site.axis)
         self.values = nn.Parameter(law.start(rows, prior.to(rows.device)).float())
         self.mode: Mode = "hard"
         self.moment = Moment()
@@ -77,20 +81,20 @@ class LearnableMask(nn.Module):
         if self.mode == "dense":
             return weight
         with torch.autocast(weight.device.type, enabled=False):  # bf16 cannot rank candidates
-            rows = to_rows(weight, self.site.axis).float()
+            rows = to_rows(weight, self.site.axis)
             if self.mode == "hard":
                 seen = torch.where(self.law.hard(self.values, rows), self.law.kept(self.values, rows), 0.0)
             else:
                 seen = self.law.soft(self.values, rows, self.moment, self.site.name)
             return from_rows(seen, weight.shape, self.site.axis).to(weight.dtype)
 
-    @torch.no_grad()
-    def mask(self, weight: torch.Tensor) -> torch.Tensor:
-        """The hard mask as rows; `weight` is the original."""
-        return self.law.hard(self.values, to_rows(weight, self.site.axis).float())
 
 
-def attach(module: nn.Module, sites: Mapping[str, Site], law: Law,
+LawOf = Callable[[Site], Law]
+"""The law of a weight; patterns may differ from weight to weight."""
+
+
+def attach(module: nn.Module, sites: Mapping[str, Site], law: LawOf,
            priors: Mapping[str, torch.Tensor]) -> dict[str, LearnableMask]:
     """Freeze `module` and put a mask on the weight of every site; `priors` are bool rows by `Site.name`."""
     module.requires_grad_(False)
@@ -99,7 +103,7 @@ def attach(module: nn.Module, sites: Mapping[str, Site], law: Law,
         owner, _, name = path.rpartition(".")
         layer = module.get_submodule(owner)
         weight = layer.get_parameter(name)
-        mask = LearnableMask(site, law, weight, priors[site.name]).to(weight.device)
+        mask = LearnableMask(site, law(site), weight, priors[site.name])
         parametrize.register_parametrization(layer, name, mask, unsafe=True)
         attached[path] = mask
     return attached
