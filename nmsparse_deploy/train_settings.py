@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from .registry import METHODS
 from .steps import Frozen
 
 Objective = Literal["auto", "block", "global"]
@@ -36,6 +37,14 @@ class Learn(Frozen):
     track: str | None = Field(None, description="one of accelerate's trackers: tensorboard, wandb, trackio...")
 
 
+    @field_validator("priors")
+    @classmethod
+    def _known_priors(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            METHODS.check(name)
+        return names
+
+
 class MaskLLM(Learn):
     """A distribution over the masks of every group, learned by gradient."""
 
@@ -50,3 +59,7 @@ class MaskLLM(Learn):
     noise: bool = Field(True, description="sample candidates; false: anneal without noise")
     regulariser: float = Field(1e-5, ge=0, description="reward for large kept weights")
     decay: float = Field(0.0, ge=0, description="weight decay on the logits")
+
+
+AnyLearn = MaskLLM
+"""The section of any learned method, told apart by `name`."""

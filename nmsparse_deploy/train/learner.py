@@ -31,6 +31,7 @@ import torch
 from torch import nn
 
 from ..models.base import to_rows
+from ..pattern import NMPattern
 from .masked import LawOf, LearnableMask, Site, attach, move_to, original, showing
 from .moment import Moment
 
@@ -99,6 +100,16 @@ class Learned:
     summary: str
     source: str
     updates_weights: bool = False
+    bytes_per_weight: Callable[[Any, NMPattern], float] = lambda spec, pattern: ADAM + BEST
+    """What the method holds for every weight that learns, from settings and pattern: trained values, gradients,
+    optimiser state, best masks."""
+
+
+ADAM = 16.0
+"""Bytes of a number that AdamW trains: the fp32 value, its gradient and two moments."""
+
+BEST = 1.0
+"""Bytes of the best mask so far, per weight."""
 
 
 class MaskLearner(Learner):

@@ -43,8 +43,8 @@ class Site:
 class Law:
     """How the mask of one weight follows from trained values.
 
-    Matrices are rows `[R, K]` with the groups along K. `rows` is the original weight in its own dtype, which a law raises
-    to fp32 where it computes with it; the values are fp32, in any shape the law likes.
+    Matrices are rows `[R, K]` with the groups along K. `rows` is the original weight in its own dtype, which a law
+    raises to fp32 where it computes with it; the values are fp32, in any shape the law likes.
     """
 
     def start(self, rows: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
