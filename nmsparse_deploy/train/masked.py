@@ -149,6 +149,7 @@ def showing(module: nn.Module, mode: Mode) -> Iterator[None]:
 
 
 def move_to(module: nn.Module, moment: Moment) -> None:
-    """Tell every mask where the run is."""
+    """Tell every mask where the run is. From here on it shows its soft face: blocks that are computed again in the
+    backward pass have to see the same."""
     for mask in masks(module):
-        mask.moment = moment
+        mask.mode, mask.moment = "soft", moment

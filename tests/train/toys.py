@@ -46,4 +46,4 @@ class Planted:
 
 def settings(method: str = "maskllm", **changes):
     """The `learn` section of a recipe."""
-    return validate(Prune, {"method": method, "learn": changes}).learn
+    return validate(Prune, {"method": method, "learn": changes}).learn.settled("block")
