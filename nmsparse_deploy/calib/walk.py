@@ -167,13 +167,13 @@ class BlockWalk:
         if self._dense is not None:
             self._pass(self._dense, index)
 
-    def advance(self, index: int) -> None:
-        """Replace the stream by the block's outputs under its present weights."""
-        self._pass(self._stream, index)
+    def advance(self, index: int, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Replace the stream by the block's outputs under its present weights, or under `weights` in their place."""
+        self._pass(self._stream, index, weights)
 
     @torch.no_grad()
-    def _pass(self, stream: Stream, index: int) -> None:
-        block = self._working_copy(index)
+    def _pass(self, stream: Stream, index: int, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+        block = self._working_copy(index, weights)
         stream.move(index, [self._call(block, index, number, x, stream) for number, x in enumerate(stream.hidden)])
 
     def _working_copy(self, index: int, weights: Mapping[str, torch.Tensor] | None = None) -> nn.Module:

@@ -21,6 +21,7 @@ import torch
 from ..methods.base import LayerResult
 from ..models.base import from_rows, to_rows
 from ..steps import Reconstruct
+from ..train.losses import relative_error
 from .base import Block, BlockResult, Refinement
 from .units import Unit, units
 
@@ -93,13 +94,6 @@ def _error(block: Block, unit: Unit, number: int, target: torch.Tensor) -> torch
     if block.distance is None or not unit.leaves:
         return relative_error(output, target)
     return block.distance(number, output, target)
-
-
-def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of `‖y - t‖² / ‖t‖²`, with states `[..., hidden]`."""
-    target = target.float()
-    size = target.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return ((output.float() - target).square().sum(-1) / size).mean()
 
 
 REFINEMENT = Refinement("norms", "weights", "gradient steps on a block's surviving weights against the dense stream",
