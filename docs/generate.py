@@ -94,13 +94,33 @@ def readme_table() -> str:
     return measured(("dense", "magnitude", "wanda", "sparsegpt", "closed-form", "best"))
 
 
+COLUMNS = {"discover": "discovered", "wanda": "Wanda", "sparsegpt": "SparseGPT", "verify": "verified",
+           "export": "ONNX fp16", "agreement": "ONNX Runtime agrees", "reload": "reloads identically"}
+
+
+def families_table() -> str:
+    """What passed and what did not; every failure with its reason below the table."""
+    found = json.loads((ROOT / "results/families.json").read_text())["families"]
+    reasons: list[str] = []
+    rows = []
+    for name, row in found.items():
+        cells = [name]
+        for column in COLUMNS:
+            if row[column] != "yes" and row[column] not in reasons:
+                reasons.append(row[column])
+            cells.append("yes" if row[column] == "yes" else f"no ({reasons.index(row[column]) + 1})")
+        rows.append(tuple(cells))
+    notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
+    return "\n".join([markdown(("family", *COLUMNS.values()), rows), *(["", *notes] if notes else [])])
+
+
 def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 TABLES: dict[str, Any] = {"measured": readme_table, "oneshot": measured, "methods": methods_table,
-                          "learned": learned_table, "refinements": refinements_table}
+                          "learned": learned_table, "refinements": refinements_table, "families": families_table}
 
 
 def fill(text: str) -> str:

@@ -113,7 +113,7 @@ def _permute(module: nn.Module, plan: Plan, pruned: PrunedBlock, walk: BlockWalk
     number, rows = pruned.number, plan.pruned(pruned.number)
     stats = walk.statistics(number, [row.target for row in rows], "norms", last=False) if walk else {}
     done = permute(module, plan.blocks[number], rows, stats, lambda block, x: probe.run(block, number, 0, x),
-                   probe.hidden[0])
+                   probe.example(number))
     pruned.orders = done.orders
     targets = {row.target.name for row in rows}
     pruned.others |= {name: module.get_parameter(name).detach().clone() for name, _ in done.orders

@@ -7,7 +7,8 @@ import torch
 import transformers
 from torch import nn
 
-from nmsparse_deploy.calib.stream import Model
+from nmsparse_deploy.calib.passage import Model
+from nmsparse_deploy.calib.survey import survey
 from nmsparse_deploy.calib.walk import BlockWalk
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.models.discover import discover, find_blocks
@@ -158,7 +159,7 @@ def test_both_streams_are_what_whole_models_compute(name):
 @pytest.mark.parametrize("name", [*LIBRARY, *TOYS])
 def test_the_model_is_asked_only_where_it_has_to_be(name):
     module, batches, _, starts = case(name)
-    assert Model(module, discover(module, batches[0]).blocks, torch.float32).survey(batches[0]).starts == starts
+    assert survey(Model(module, discover(module, batches[0]).blocks, torch.float32), batches[0]).starts == starts
 
 
 @torch.no_grad()
@@ -186,7 +187,7 @@ def test_statistics_behind_the_encoder_see_the_pruned_encoder():
 def test_nothing_of_the_model_is_changed_by_the_survey():
     module, batches, _, _ = case("swin")
     blocks = discover(module, batches[0]).blocks
-    Model(module, blocks, torch.float32).survey(batches[0])
+    survey(Model(module, blocks, torch.float32), batches[0])
     assert not any("forward" in vars(m) or m._forward_pre_hooks or m._forward_hooks for m in module.modules())
 
 

@@ -18,9 +18,11 @@ from torch import nn
 from ..models.base import Target
 from ..models.halves import EXIT, residual_writers
 from ..models.products import Product, Watch
+from .passage import Batch, Captured, Model, Output, main
 from .routed import Routed
 from .stats import LayerStats, Need, StatsAccumulator
-from .stream import Batch, Captured, Model, Output, Stream, main
+from .stream import Stream
+from .survey import survey
 
 
 @dataclass
@@ -48,13 +50,16 @@ class BlockWalk:
         self.blocks = list(blocks)
         self.compute = compute
         model = Model(self.module, blocks, compute)
-        route = model.survey(batches[0])
+        route = survey(model, batches[0])
         last = len(self.blocks) - 1
         uniform = len(route.starts) == 1 and len(route.follows) == last
         seen = [model.calls(batch, 0 if uniform else last) for batch in batches]
-        self._stream = Stream(model, route, batches, [hidden for hidden, _ in seen], [calls for _, calls in seen])
+        self._stream = Stream(model, route, batches, [hidden for hidden, *_ in seen], [calls for _, calls, _ in seen])
+        self._shapes = seen[0][2]
         self._dense = self._stream.twin() if both else None
         self.entered: list[torch.Tensor] | None = None
+        self._items: int | None = None
+        """How many items the last whole run of a block returned; None: just the hidden states."""
         self._layouts: dict[tuple[str, ...], dict[str, str]] = {}
 
     @property
@@ -64,6 +69,12 @@ class BlockWalk:
     @property
     def dense(self) -> list[torch.Tensor] | None:
         return None if self._dense is None else self._dense.hidden
+
+    def example(self, index: int) -> torch.Tensor:
+        """Hidden states of the shape that block `index` takes, to try something out on it."""
+        x = self.hidden[0]
+        shape = self._shapes[index] if index < len(self._shapes) else x.shape
+        return x if x.shape == shape else torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(x)
 
     def statistics(self, index: int, targets: Sequence[Target], need: Need,
                    weights: Mapping[str, torch.Tensor] | None = None, last: bool = True) -> dict[str, LayerStats]:
@@ -82,7 +93,7 @@ class BlockWalk:
             fusion: Routed(need, t, device, twin) if t.routed else StatsAccumulator(need)
             for fusion, t in readers.items()}
         left: list[Output] = []
-        for number, x in enumerate(self.hidden):
+        for number in range(len(self.hidden)):
             beside = None
             if self._dense is not None and (twin or last):
                 beside = self._trace(dense, index, number, self._dense, readers, writers, whole=last)
@@ -154,6 +165,7 @@ class BlockWalk:
         try:
             with watch, torch.no_grad():
                 trace.output = self._call(block, index, number, stream.hidden[number], stream)
+            self._items = len(trace.output) if isinstance(trace.output, (tuple, list)) else None
             passes(EXIT, main(trace.output))
         except Captured:
             pass
@@ -195,8 +207,12 @@ class BlockWalk:
         return main(self._call(block, index, number, x, self._stream))
 
     def finish(self, index: int, number: int, x: torch.Tensor) -> Any:
-        """The model's output for batch `number` when block `index` puts out `x`; see `Model.finish`."""
-        return self._stream.model.finish(self._stream.batches[number], index, x)
+        """The model's output for batch `number` when block `index` puts out `x`, with its gradient.
+
+        The blocks after it run as they are. What a block returns beside its hidden states is left empty.
+        """
+        output = x if self._items is None else (x, *[None] * (self._items - 1))
+        return self._stream.model.finish(self._stream.batches[number], index, output)
 
     def _call(self, block: nn.Module, index: int, number: int, x: torch.Tensor, stream: Stream) -> Output:
         mixed = next(block.parameters()).dtype != self.compute

@@ -81,6 +81,7 @@ def save(model: LoadedModel, folder: Path) -> None:
 def batches(model: LoadedModel, inputs: Mapping[str, torch.Tensor], size: int) -> list[dict[str, Any]]:
     """Inputs `[samples, ...]` as keyword arguments of forward passes on the model's device, `size` samples each."""
     device = next(model.module.parameters()).device
-    extra: dict[str, Any] = {"use_cache": False} if model.family in ("llm", "seq2seq") else {}  # a cache would only cost memory
+    # A cache would only cost memory.
+    extra: dict[str, Any] = {"use_cache": False} if model.family in ("llm", "seq2seq") else {}
     parts = {name: value.to(device).split(size) for name, value in inputs.items()}
     return [{**dict(zip(parts, row)), **extra} for row in zip(*parts.values())]

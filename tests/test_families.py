@@ -1,0 +1,38 @@
+"""The support table is what the code does: every family through every column (slow, `make matrix`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import pico
+from tests.family_check import COLUMNS, YES, check
+from tests.vision import small
+from tests.zoo import FAMILIES
+
+TABLE = json.loads((Path(__file__).parent.parent / "results/families.json").read_text())["families"]
+REQUIRED = ("OPT", "LLaMA", "BLOOM", "Baichuan-style", "Mistral", "Qwen2", "Qwen3", "GPT-2", "GPT-NeoX", "Mixtral",
+            "BERT", "T5", "timm ViT", "DINOv2", "Swin", "timm Swin")
+FAST = ("BLOOM", "Whisper")
+
+
+def test_the_table_has_every_family_and_the_promised_ones_pass():
+    assert list(TABLE) == list(FAMILIES)
+    for name in REQUIRED:
+        assert {TABLE[name][column] for column in COLUMNS} == {YES}, name
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    return {"text": pico.text(folder, "calibration.txt", 1), "pictures": small.labelled(folder / "pictures")}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.matrix) for n in FAMILIES])
+def test_a_family_does_what_the_table_says(name, data, tmp_path):
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    row = check(name, tmp_path, data)
+    assert {column: row[column] == YES for column in COLUMNS} == {column: TABLE[name][column] == YES for column in COLUMNS}, row
