@@ -102,8 +102,8 @@ class EngineEvidence:
         for rung, what in CLAIMS.items():
             if self.count(rung):
                 return f"{self.count(rung)} of {everything} GEMMs ({self.share(rung):.0%} of their FLOPs) {what}."
-        return (f"{self.unplaced_kernels} sparse kernels were seen, but none could be tied to one of {everything} GEMMs, "
-                "so it is not known which of them run sparse.")
+        return (f"{self.unplaced_kernels} sparse kernels were seen, but none could be tied to one of {everything} "
+                "GEMMs, so it is not known which of them run sparse.")
 
     def summary(self) -> dict[str, Any]:
         """Counts and shares by rung, and why layers stopped where they did."""
