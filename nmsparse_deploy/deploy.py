@@ -152,7 +152,7 @@ def gather(engine: Path, sidecar: Sidecar, report: VerifyReport, link: LinkMap |
                           f"means nothing: {log.memory[0]}")
     sources = Sources({check.node: check for check in report.checks if check.node},
                       bool(sidecar.settings.get("sparse")), log,
-                      parse_inspector(texts[LAYERS]) if LAYERS in texts else None,
+                      parse_inspector(texts[LAYERS], f"'{engine.with_suffix(LAYERS)}'") if LAYERS in texts else None,
                       _kernels(engine, texts[KERNELS]) if KERNELS in texts else None, counters)
     return climb(engine.name, str(onnx), gemms(onnx, link, sidecar.settings.get("shapes", {})), sources)
 

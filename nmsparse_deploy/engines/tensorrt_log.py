@@ -126,13 +126,13 @@ class EngineLayer:
         return is_sparse_kernel(self.tactic)
 
 
-def parse_inspector(text: str) -> tuple[EngineLayer, ...]:
-    """Layers of the inspector's JSON. Raises `UsageError` when it is no such thing."""
+def parse_inspector(text: str, source: str = "This") -> tuple[EngineLayer, ...]:
+    """Layers of the inspector's JSON. Raises `UsageError` when it is no such thing; `source` names the file."""
     try:
         layers = json.loads(text)["Layers"]
         return tuple(_inspected(layer) for layer in layers)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"This is not the JSON of an engine inspector: {type(error).__name__} {error}.") from error
+        raise UsageError(f"{source} is not the JSON of an engine inspector: {type(error).__name__} {error}.") from error
 
 
 def _inspected(layer: Any) -> EngineLayer:
