@@ -288,8 +288,8 @@ def report(run: RunDir) -> Path:
 def run_recipe(recipe: Recipe, out: Path | None = None, force: bool = False, progress: Progress = silent) -> RunDir:
     """Every stage of a recipe in order; finished stages of the same run are kept."""
     run = prune(recipe.model, recipe.prune, out, force, progress)
-    stages: dict[str, tuple[Any, Any]] = {"export": (export, recipe.export), "build": (build, recipe.build),
-                                          "evaluate": (evaluate, recipe.evaluate), "bench": (bench, recipe.bench)}
+    stages: dict[str, tuple[Any, Any]] = {"export": (export, recipe.export), "evaluate": (evaluate, recipe.evaluate),
+                                          "build": (build, recipe.build), "bench": (bench, recipe.bench)}
     done = run.manifest()["stages"]
     for name, (stage, spec) in stages.items():
         if spec is not None and done.get(name, {}).get("spec") != spec.model_dump(mode="json"):

@@ -95,8 +95,7 @@ def _build(trt: Any, logger: Any, onnx: Path, made: Path, settings: Settings, pr
     network = builder.create_network(network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx)):
-        error = parser.get_error(0).desc() if parser.num_errors else "no reason given"
-        raise NmsparseError(f"TensorRT cannot parse '{onnx}': {_sentence(error)}")
+        raise NmsparseError(f"TensorRT cannot parse '{onnx}': {_sentence(_first_error(parser))}")
     config = builder.create_builder_config()
     configure(trt, config, settings)
     profile = builder.create_optimization_profile()
@@ -115,8 +114,16 @@ def _build(trt: Any, logger: Any, onnx: Path, made: Path, settings: Settings, pr
         errors = parse_log(_text(made)).errors
         raise NmsparseError(f"TensorRT built no engine: {_sentence(errors[-1] if errors else 'it gave no reason')}")
     made.write_bytes(plan)
-    made.with_suffix(CACHE).write_bytes(config.get_timing_cache().serialize())
+    cache = config.get_timing_cache()
+    made.with_suffix(CACHE).write_bytes(cache.serialize())
     return _inspect(trt, logger, made, settings)
+
+
+def _first_error(parser: Any) -> str:
+    if not parser.num_errors:
+        return ""
+    failure = parser.get_error(0)
+    return str(failure.desc())
 
 
 def network_flags(trt: Any) -> int:

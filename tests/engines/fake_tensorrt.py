@@ -260,5 +260,6 @@ def make(major: int, *, choose=lambda names: names, extra_log=(), parses=True, b
 
     trt.IProgressMonitor, trt.Builder, trt.OnnxParser, trt.Runtime = IProgressMonitor, Builder, OnnxParser, Runtime
     trt.classes = {"builder": Builder, "network": Network, "parser": OnnxParser, "config": Config, "profile": Profile,
-                   "cache": Cache, "runtime": Runtime, "engine": Engine, "context": Context, "inspector": Inspector}
+                   "cache": Cache, "runtime": Runtime, "engine": Engine, "context": Context, "inspector": Inspector,
+                   "failure": ParserError}
     return trt
