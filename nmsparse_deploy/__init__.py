@@ -20,11 +20,12 @@ _PUBLIC = {
     "check": ".pattern",
     "Mask": ".masks", "MaskSet": ".masks",
     "Recipe": ".recipe", "Prune": ".recipe", "Calibration": ".recipe", "Export": ".recipe", "Evaluate": ".recipe",
-    "Bench": ".recipe", "Allocate": ".recipe",
+    "Bench": ".recipe", "Allocate": ".recipe", "Build": ".recipe",
     "RunDir": ".rundir",
     "prune": ".prune", "plan": ".planning",
     "inspect": ".pipeline", "verify": ".pipeline", "export": ".pipeline", "evaluate": ".pipeline", "bench": ".pipeline",
     "report": ".pipeline", "run_recipe": ".pipeline", "compare": ".compare",
+    "build": ".deploy", "verify_engine": ".deploy", "EngineEvidence": ".engines.evidence",
     "NmsparseError": ".errors", "UsageError": ".errors", "CheckFailed": ".errors",
 }
 __all__ = sorted(_PUBLIC)

@@ -178,11 +178,15 @@ def prune(model: Model = DEMO,
 
 @app.command()
 def verify(target: Annotated[Path | None, typer.Argument(
-               help="run folder, checkpoint (file or folder) or .onnx; left out: the newest run")] = None,
+               help="run folder, checkpoint (file or folder), .onnx or .engine; left out: the newest run")] = None,
            pattern: Annotated[str, typer.Option(help="keep:group, for files without a run")] = "2:4",
            expect: Annotated[list[str], typer.Option(
-               help="glob on tensors that have to be sparse, for files without a run; may be repeated")] = []) -> None:  # noqa: B006
-    """Check every tensor of a run or of any checkpoint or ONNX file. Exit code 1 when one fails."""
+               help="glob on tensors that have to be sparse, for files without a run; may be repeated")] = [],  # noqa: B006
+           counters: Annotated[Path | None, typer.Option(help="CSV of Nsight Compute, for an .engine")] = None) -> None:
+    """Check every tensor of a run or of any checkpoint or ONNX file; for an engine, show which kernels are sparse."""
+    if target is not None and target.suffix in (".engine", ".plan"):
+        _show_engine(target, counters)
+        return
     from .pipeline import verify_any
 
     reports, missing = verify_any(target, pattern, expect, output.progress)
@@ -197,7 +201,8 @@ def verify(target: Annotated[Path | None, typer.Argument(
 @app.command()
 def export(run: Run = None,
            precision: Annotated[list[str], typer.Option(help="fp32, fp16 or bf16; may be repeated")] = ["fp32", "fp16"],  # noqa: B006
-           opset: Annotated[int, typer.Option(help="20 or 23")] = 20) -> None:
+           opset: Annotated[int, typer.Option(help="20 or 23")] = 20,
+           trt: Annotated[bool, typer.Option("--trt", help="then build TensorRT engines, see build")] = False) -> None:
     """Export a run to ONNX, verify each graph, and compare it with the model in ONNX Runtime."""
     from .pipeline import export as api
     from .recipe import Export, validate
@@ -207,7 +212,38 @@ def export(run: Run = None,
     rows = api(opened, validate(Export, {"precisions": precision, "opset": opset}), output.progress)
     lines = [f"{opened / row['path']}: {sum(row['files'].values()) / 1e6:.0f} MB, {row['links']} weights linked and "
              f"verified; {_agreement(row['agreement'])}" for row in rows]
-    output.result({"run": str(opened.path), "files": rows}, [*lines, rows[0]["size_note"]])
+    lines.append(rows[0]["size_note"])
+    if not trt:
+        output.result({"run": str(opened.path), "files": rows}, lines)
+        return
+    from .deploy import build as build_api
+    from .recipe import Build
+
+    for line in lines:
+        output.message(line)
+    low = next((name for name in precision if name != "fp32"), "fp32")
+    _show_engines(build_api(opened, validate(Build, {"precision": low}), output.progress), {"files": rows})
+
+
+@app.command()
+def build(run: Run = None,
+          precision: Annotated[str, typer.Option(help="which exported graph: fp16, bf16 or fp32")] = "fp16",
+          batch: int = 1, length: Annotated[int, typer.Option(help="tokens per sample")] = 128,
+          shape: Annotated[list[str], typer.Option(help="NAME=1x3x224x224, for other inputs; may be repeated")] = [],  # noqa: B006
+          level: Annotated[int, typer.Option(help="builder optimisation level, 4 or 5")] = 4,
+          timing_iterations: Annotated[int, typer.Option(help="timings per tactic, 8 or more")] = 8,
+          route: Annotated[str | None, typer.Option(help="build-route knobs for a third engine, if listed")] = None,
+          allow_fp32: Annotated[bool, typer.Option("--allow-fp32", help="build from a graph in fp32")] = False) -> None:
+    """Build TensorRT engines with and without sparse weights, and show which layers got sparse kernels."""
+    from .deploy import build as api
+    from .deploy import parse_shapes
+    from .recipe import Build, validate
+    from .rundir import RunDir
+
+    spec = validate(Build, {"precision": precision, "batch": batch, "length": length, "shapes": parse_shapes(shape),
+                            "level": level, "timing_iterations": timing_iterations, "route": route,
+                            "allow_fp32": allow_fp32})
+    _show_engines(api(RunDir.open(run), spec, output.progress), {})
 
 
 @app.command()
@@ -372,6 +408,23 @@ def _show_cost(model: str, settings: dict[str, Any]) -> None:
     cost = predict_cost(model, spec, output.progress)
     output.table(cost, ("predicted", ""), [(name.replace("_", " "), f"{value:,.0f}") for name, value in cost.items()
                                            if not isinstance(value, str)])
+
+
+def _show_engines(rows: list[dict[str, Any]], more: dict[str, Any]) -> None:
+    lines = [f"{row['path']}: {row['bytes'] / 1e6:.0f} MB, built in {row['seconds']:.0f} s. "
+             f"{row['evidence']['verdict']}" for row in rows]
+    output.result({**more, "engines": rows}, lines)
+
+
+def _show_engine(engine: Path, counters: Path | None) -> None:
+    from .deploy import verify_engine
+
+    found = verify_engine(engine, counters, output.progress)
+    rows = [(layer.name, f"{layer.k}x{layer.n}", layer.dtype, layer.rung or "none", layer.reason or "",
+             layer.why_not) for layer in found.layers]
+    output.table(found.to_json(), ("weight", "K x N", "type", "rung", "stopped because", ""), rows, [found.verdict])
+    if found.problems:
+        raise CheckFailed(found.problems[0])
 
 
 def _patterns(pattern: str | None, plan: Path | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from . import models
 from .bench import CPU_SENTENCE, BenchResult, interleave, ratio, summarise
 from .calib.text import check_disjoint, evaluation_sample, load_text
 from .cost import Rates, estimate
+from .deploy import build
 from .engines.base import agreement
 from .engines.onnxruntime import OnnxRuntime
 from .errors import CheckFailed, MissingExtra, NmsparseError, UsageError
@@ -72,8 +73,13 @@ def verify(run: RunDir, progress: Progress = silent) -> list[VerifyReport]:
         link = LinkMap.load(path.with_suffix(".link.json")).by_parameter()
         reports.append(verify_onnx(path, masks, link, progress=progress))
     run.write_json("verify.json", {"reports": [report.to_json() for report in reports],
-                                   "not_checked": list(NOT_CHECKED)})
+                                   "not_checked": not_checked(run)})
     return reports
+
+
+def not_checked(run: RunDir) -> list[dict[str, str]]:
+    """Steps of the chain that were not taken; a run with engines has its evidence in `engines.json`."""
+    return [] if (run / "engines.json").is_file() else list(NOT_CHECKED)
 
 
 def verify_any(target: Path | None = None, pattern: str = "2:4", expect: Sequence[str] = (),
@@ -85,10 +91,8 @@ def verify_any(target: Path | None = None, pattern: str = "2:4", expect: Sequenc
     if target is None or (target / "manifest.json").is_file():
         if expect:
             raise UsageError("--expect is for files without a run; a run knows which tensors have to be sparse.")
-        return verify(RunDir.open(target), progress), list(NOT_CHECKED)
-    if target.suffix in (".engine", ".plan"):
-        raise UsageError(f"'{target}' is an engine: its weights cannot be read back, only a build's evidence can.",
-                         "verify the ONNX file it was built from")
+        run = RunDir.open(target)
+        return verify(run, progress), not_checked(run)
     wanted = parse_pattern(pattern)
     if isinstance(wanted, Unstructured):
         raise UsageError(f"'{target}' has no masks, and zeros alone cannot show that it is {wanted}.",
@@ -287,7 +291,7 @@ def run_recipe(recipe: Recipe, out: Path | None = None, force: bool = False, pro
     """Every stage of a recipe in order; finished stages of the same run are kept."""
     run = prune(recipe.model, recipe.prune, out, force, progress)
     stages: dict[str, tuple[Any, Any]] = {"export": (export, recipe.export), "evaluate": (evaluate, recipe.evaluate),
-                                          "bench": (bench, recipe.bench)}
+                                          "build": (build, recipe.build), "bench": (bench, recipe.bench)}
     done = run.manifest()["stages"]
     for name, (stage, spec) in stages.items():
         if spec is not None and done.get(name, {}).get("spec") != spec.model_dump(mode="json"):

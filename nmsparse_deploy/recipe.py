@@ -221,6 +221,19 @@ class Export(Frozen):
     opset: Literal[20, 23] = 20
 
 
+class Build(Frozen):
+    """The TensorRT engines that are built from one exported graph."""
+
+    precision: Literal["fp32", "fp16", "bf16"] = "fp16"
+    batch: int = Field(1, ge=1)
+    length: int = Field(128, ge=1, description="tokens per sample")
+    shapes: dict[str, tuple[int, ...]] = Field({}, description="shapes of inputs that batch and length do not settle")
+    level: int = Field(4, ge=4, le=5, description="builder optimisation level; below 4 not every kernel is tried")
+    timing_iterations: int = Field(8, ge=8, description="timings that are averaged for every tactic")
+    route: str | None = Field(None, description="build-route knobs for a third engine, where TensorRT lists them")
+    allow_fp32: bool = Field(False, description="build although no weight is in low precision")
+
+
 class Evaluate(Frozen):
     """Which held-out data the dense and the pruned model are compared on.
 
@@ -252,6 +265,7 @@ class Recipe(Frozen):
     model: str = DEFAULT_MODEL
     prune: Prune = Prune()
     export: Export | None = Export()
+    build: Build | None = None
     evaluate: Evaluate | None = Evaluate()
     bench: Bench | None = Bench()
 

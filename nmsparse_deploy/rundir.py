@@ -9,6 +9,7 @@
       scales.safetensors   with --wbits: what the integers of each weight are multiplied by
       plan.json layers.json verify.json evaluate.json bench.json
       onnx/                exported graphs with their link maps
+      engines/ engines.json   TensorRT engines with logs and layer lists; what they prove
       report/              index.html, report.md, report.json
 
 Whatever is named here was written completely: files and folders are built under a temporary name and renamed.

@@ -64,12 +64,14 @@ def not_checked(stages: Stages) -> list[dict[str, str]]:
         recorded = stages.verify or {}
         rows += [{"place": row["place"], "why": row["why"]} for row in recorded.get("not_checked", [])]
         places = {report["place"] for report in recorded.get("reports", [])}
+    if stages.engines is not None:
+        rows = [row for row in rows if row["place"] != "engine"]  # it was built after that verification
     named = {row["place"] for row in rows}
     if stages.verify is None:
         rows.append({"place": "pattern", "why": "the run has no verification, see nmsparse-deploy verify"})
     if "onnx" not in places | named:
         rows.append({"place": "onnx", "why": "no ONNX file was exported, see nmsparse-deploy export"})
-    if "engine" not in places | named:
+    if stages.engines is None and "engine" not in places | named:
         rows.append({"place": "engine", "why": "no inference engine was built"})
     if stages.evaluate is None:
         rows.append({"place": "accuracy", "why": "not evaluated, see nmsparse-deploy evaluate"})

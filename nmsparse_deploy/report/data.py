@@ -7,6 +7,7 @@ from typing import Any
 from ..models import short_name
 from ..pattern import TWO_FOUR, parse_pattern
 from . import artefacts, compliance, provenance, quality
+from .engines import engines
 from .layers import layers
 from .stages import Stages
 from .text import clean
@@ -26,7 +27,8 @@ def collect(stages: Stages) -> dict[str, Any]:
         "format": FORMAT, "model": model, "pruning": _pruning(stages, recipe), "quality": measured,
         "continuations": quality.continuations(stages), "images": quality.images(stages),
         "compliance": compliance.compliance(stages),
-        "not_checked": compliance.not_checked(stages), "sizes": sizes, "graphs": exported, "layers": found,
+        "not_checked": compliance.not_checked(stages), "sizes": sizes, "graphs": exported,
+        "engines": engines(stages), "layers": found,
         "latency": timed, "overview": artefacts.overview(measured, exported, timed, sizes["model_bytes"]),
         "provenance": provenance.provenance(stages), "skipped": provenance.skipped(stages)}
     with stages.of("verify.json"):

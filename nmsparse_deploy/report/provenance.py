@@ -45,6 +45,14 @@ def commands(stages: Stages) -> list[str]:
             files = stages.export["files"]
             options = [("precision", row["precision"]) for row in files] + [("opset", files[0]["opset"])]
             found.append(_command("export", [run], options))
+    with stages.of("manifest.json"):
+        if stages.engines:
+            spec = stages.manifest["stages"].get("build", {}).get("spec") or {}
+            shapes = [("shape", f"{name}={'x'.join(map(str, size))}") for name, size in
+                      (spec.get("shapes") or {}).items()]
+            plain = ("precision", "batch", "length", "level", "timing_iterations", "route")
+            options = [(name.replace("_", "-"), spec.get(name)) for name in plain] + shapes
+            found.append(_command("build", [run], options + ([("allow-fp32", "")] if spec.get("allow_fp32") else [])))
     with stages.of("evaluate.json"):
         if stages.evaluate:
             protocol = next(iter(stages.evaluate["results"].values()))

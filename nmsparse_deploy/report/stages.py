@@ -25,6 +25,7 @@ class Stages:
     evaluate: dict[str, Any] | None
     export: dict[str, Any] | None
     bench: dict[str, Any] | None
+    engines: dict[str, Any] | None
 
     @classmethod
     def read(cls, run: RunDir) -> Stages:
@@ -35,7 +36,7 @@ class Stages:
                              "nmsparse-deploy prune with the same options resumes it")
         return cls(run.path, manifest, _read(run, "plan.json", dict), _read(run, "layers.json", list) or [],
                    _read(run, "verify.json", dict), _read(run, "evaluate.json", dict), _read(run, "export.json", dict),
-                   _read(run, "bench.json", dict))
+                   _read(run, "bench.json", dict), _read(run, "engines.json", dict))
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
@@ -58,5 +59,7 @@ def _read(run: RunDir, name: str, kind: type) -> Any:
 
 def _remedy(name: str) -> str:
     stage = Path(name).stem
-    known = stage in ("verify", "evaluate", "export", "bench")
-    return f"nmsparse-deploy {stage} writes it again" if known else "nmsparse-deploy prune --force starts over"
+    known = {name: name for name in ("verify", "evaluate", "export", "bench")} | {"engines": "build"}
+    if stage in known:
+        return f"nmsparse-deploy {known[stage]} writes it again"
+    return "nmsparse-deploy prune --force starts over"

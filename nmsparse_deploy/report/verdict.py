@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .engines import lines as engine_lines
 from .text import interval, listed, megabytes, number, plural, with_error, within
 
 NOT_EVALUATED = "what it costs in accuracy was not measured"
@@ -101,6 +102,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
     lines.append(f"Size: weights {megabytes(sizes['model_bytes'])} with their zeros stored, masks "
                  f"{megabytes(sizes['masks_bytes'])}.")
     lines.append(f"{_capital(speed_clause(report['latency']))}.")
+    lines += engine_lines(report["engines"])
     missing = report["not_checked"]
     if missing:
         lines.append("Not checked here: " + "; ".join(f"{row['place']} ({row['why']})" for row in missing) + ".")

@@ -1,0 +1,119 @@
+"""What proves that an engine multiplies with sparse tensor cores, layer by layer, and what may be claimed from it.
+
+The ladder: the stored weight has the pattern; its whole fusion group has it, in a shape that kernels exist for; the
+builder found it eligible; the builder chose a sparse kernel for it; the finished engine holds that kernel; the kernel
+was seen to run; the hardware counted sparse instructions. A rung is reached when there is raw text that says so, and
+nothing above the highest rung is ever claimed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Rung = Literal["pattern", "shape", "eligible", "chosen", "tactic", "observed", "counted"]
+RUNGS: tuple[Rung, ...] = ("pattern", "shape", "eligible", "chosen", "tactic", "observed", "counted")
+KERNEL_RUNGS: tuple[Rung, ...] = ("tactic", "observed", "counted")
+"""From here on a sparse kernel was seen by its name."""
+Reason = Literal["not in pattern", "fusion partner dense", "shape", "not eligible", "dense was faster",
+                 "built without sparse weights", "not checked", "unknown"]
+CLAIMS: dict[Rung, str] = {
+    "counted": "issued sparse instructions, as counted by the hardware",
+    "observed": "ran on sparse tensor-core kernels",
+    "tactic": "have a sparse tensor-core kernel in the engine, which was not watched running"}
+"""The best that may be said, first."""
+NOT_SPARSE = "not due to sparse tensor cores"
+
+
+@dataclass(frozen=True)
+class LayerEvidence:
+    """One multiplication of the graph. `proofs` holds the raw text for every rung that was reached."""
+
+    node: str
+    parameter: str | None
+    k: int
+    n: int
+    dtype: str
+    flops: int
+    proofs: dict[Rung, str]
+    reason: Reason | None
+    """Why the rung after the highest was not reached; None on the last one."""
+    why_not: str
+    merged_with: tuple[str, ...] = ()
+    """Other nodes that read the same tensor."""
+
+    @property
+    def rung(self) -> Rung | None:
+        return next((rung for rung in reversed(RUNGS) if rung in self.proofs), None)
+
+    @property
+    def sparse(self) -> bool:
+        """Was a sparse kernel seen for it?"""
+        return any(rung in self.proofs for rung in KERNEL_RUNGS)
+
+    @property
+    def name(self) -> str:
+        return self.parameter or self.node
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "rung": self.rung, "merged_with": list(self.merged_with)}
+
+
+@dataclass(frozen=True)
+class EngineEvidence:
+    """All multiplications of one engine by a stored weight, and what the sources said beyond single layers."""
+
+    engine: str
+    onnx: str
+    sparse_weights: bool
+    """Was the builder allowed to use sparse kernels?"""
+    layers: tuple[LayerEvidence, ...]
+    flop_basis: Literal["input shapes", "equal rows"]
+    """FLOPs at the engine's input shapes, or where those could not be inferred, with the same rows for every GEMM."""
+    passes: tuple[dict[str, Any], ...] = ()
+    """The builder's eligible and chosen lines in their order."""
+    unplaced: tuple[str, ...] = ()
+    """Names in these lines, and sparse kernels, that could not be tied to one multiplication."""
+    unplaced_kernels: int = 0
+    problems: tuple[str, ...] = ()
+
+    def count(self, rung: Rung) -> int:
+        return sum(rung in layer.proofs for layer in self.layers)
+
+    def share(self, rung: Rung) -> float:
+        """Share of the FLOPs of these multiplications in layers with that rung."""
+        total = sum(layer.flops for layer in self.layers)
+        return sum(layer.flops for layer in self.layers if rung in layer.proofs) / total if total else 0.0
+
+    @property
+    def sparse_seen(self) -> bool:
+        return self.unplaced_kernels > 0 or any(layer.sparse for layer in self.layers)
+
+    @property
+    def verdict(self) -> str:
+        """What may be said about speed, in one sentence."""
+        everything = len(self.layers)
+        if not self.sparse_weights:
+            return f"Built without sparse weights: whatever its speed, it is {NOT_SPARSE}."
+        if not self.sparse_seen:
+            return (f"No sparse kernel was seen in {everything} GEMMs ({self.count('eligible')} eligible, "
+                    f"{self.count('chosen')} chosen): any difference in speed is {NOT_SPARSE}.")
+        for rung, what in CLAIMS.items():
+            if self.count(rung):
+                return f"{self.count(rung)} of {everything} GEMMs ({self.share(rung):.0%} of their FLOPs) {what}."
+        return (f"{self.unplaced_kernels} sparse kernels were seen, but none could be tied to one of {everything} "
+                "GEMMs, so it is not known which of them run sparse.")
+
+    def summary(self) -> dict[str, Any]:
+        """Counts and shares by rung, and why layers stopped where they did."""
+        reasons = Counter(layer.reason for layer in self.layers if layer.reason)
+        return {"gemms": len(self.layers), "flop_basis": self.flop_basis,
+                "rungs": {rung: {"layers": self.count(rung), "flop_share": self.share(rung)} for rung in RUNGS},
+                "reasons": dict(reasons.most_common()), "sparse_seen": self.sparse_seen, "verdict": self.verdict}
+
+    def to_json(self) -> dict[str, Any]:
+        return {"engine": self.engine, "onnx": self.onnx, "sparse_weights": self.sparse_weights, **self.summary(),
+                "layers": [layer.to_json() for layer in self.layers], "passes": list(self.passes),
+                "unplaced": list(self.unplaced), "unplaced_kernels": self.unplaced_kernels,
+                "problems": list(self.problems)}
