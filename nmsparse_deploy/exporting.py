@@ -17,6 +17,7 @@ from .errors import CheckFailed, MissingExtra, NmsparseError
 from .export import ExportResult, LinkMap, export_onnx
 from .export.cached import CacheGraph, check_steps, export_cached
 from .export.qdq import insert_qdq
+from .export.share import share_weights
 from .masks import MaskSet
 from .models.base import LoadedModel, Target
 from .models.discover import discover
@@ -44,11 +45,13 @@ def export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str,
                              precision=BASE if eight else precision, opset=spec.opset, progress=progress)
         facts = {key: value for key, value in result.as_dict().items() if key != "link"}
         if loaded.family == "llm" and spec.cache:
-            cached = export_cached(loaded.module, folder, NAME, targets, precision=BASE if eight else precision,
+            cached = export_cached(loaded.module, folder, targets, precision=BASE if eight else precision,
                                    opset=spec.opset, progress=progress)
         if eight:
             progress(f"quantising to {precision}", 0, 0)
             facts["quantisation"] = _quantise(folder, result, cached, precision, spec, masks, ranges)
+        if cached:
+            share_weights(folder, [NAME, *(graph.name for graph in cached)])
         facts["files"] = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     path = run / f"onnx/{precision}/{NAME}.onnx"
     graphs = {graph.name: path.with_name(f"{graph.name}.onnx") for graph in cached}
@@ -72,12 +75,11 @@ def _ranges(run: RunDir, loaded: LoadedModel, targets: list[Target], progress: P
 
 def _quantise(folder: Path, result: ExportResult, cached: tuple[CacheGraph, ...], precision: str, spec: Export,
               masks: MaskSet, ranges: dict[str, Range]) -> dict[str, Any]:
-    """Rewrite every graph of the folder; they share one copy of the codes as they shared the weights."""
-    sparse = {name for name, mask in masks.masks.items() if mask.pattern.implies(TWO_FOUR)} if spec.requantise else set()
+    """Rewrite every graph of the folder, and keep the links of what has a mask."""
+    sparse = {name for name, mask in masks.masks.items() if spec.requantise and mask.pattern.implies(TWO_FOUR)}
     told: dict[str, Any] = {}
     for name, link in ((NAME, result.link), *((graph.name, graph.link) for graph in cached)):
-        done = insert_qdq(folder / f"{name}.onnx", link, ranges, precision, sparse, spec.scales == "tensor",
-                          f"{NAME}.onnx.data")
+        done = insert_qdq(folder / f"{name}.onnx", link, ranges, precision, sparse, spec.scales == "tensor")
         LinkMap(done.link.onnx, tuple(row for row in done.link.rows if row.parameter in masks.masks)).save(
             folder / f"{name}.link.json")
         told = told or {"gemms": done.gemms, "requantised": done.requantised, "vanished": done.vanished,
@@ -126,3 +128,29 @@ def _compiled(path: Path, progress: Progress) -> dict[str, Any]:
         return {"refused": error.message}
 
 
+
+
+def told(row: dict[str, Any], path: str) -> list[str]:
+    """What `export_one` recorded, as lines."""
+    lines = [f"{path}: {sum(row['files'].values()) / 1e6:.0f} MB, {row['links']} weights linked and verified; "
+             f"{_compared(row['agreement'])}"]
+    if "quantisation" in row:
+        done = row["quantisation"]
+        lines.append(f"  {done['gemms']} GEMMs in {row['precision']} (scales per {done['scales']}), "
+                     f"{done['requantised']} with 8-bit outputs; {done['vanished']:,} small weights became 0")
+    if "cached" in row:
+        lines.append(f"  {' and '.join(row['cached']['graphs'])} on the same weights, prefill and steps: "
+                     f"{_compared(row['cached']['agreement'])}")
+    compiled = row["tensorrt_rtx"]
+    if all("not_checked" in found for found in compiled.values()):
+        found = compiled[NAME]
+        return [*lines, f"  not checked here: TensorRT-RTX ({found['hint']})"]
+    return lines + [f"  {name}: {found.get('summary') or found.get('refused') or found.get('not_checked')}"
+                    for name, found in compiled.items()]
+
+
+def _compared(row: dict[str, Any]) -> str:
+    if "not_checked" in row:
+        return f"not run here: {row['not_checked']}"
+    same = f", same top token at {row['argmax_share']:.1%}" if row["argmax_share"] is not None else ""
+    return f"largest difference to PyTorch {row['max_abs']:.2g}{same}"

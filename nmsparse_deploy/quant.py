@@ -1,12 +1,14 @@
 """Eight bits after pruning: the two number formats, and what has to be known about the activations.
 
-    s_row = max |w| / most per output,   s_x = max |x| / most per tensor,   Q(v) = saturate(round(v / s)),   most = 127, 448
+    s_row = max |w| / most per output,   s_x = max |x| / most per tensor,   Q(v) = saturate(round(v / s))
 
-Everything is symmetric, so zero stays zero and the pattern lives on in the stored integers. Weights are quantised after
+where most = 127 (INT8) or 448 (FP8, E4M3).
+
+Everything is symmetric, so zero stays zero and the pattern lives on in the stored codes. Weights are quantised after
 pruning and refitting, never before. `export/qdq.py` writes the graph.
 
-ONNX Runtime's own quantiser was tried first and not taken: its FP8 scales come from standard deviations (a weight beyond
-the range saturates) and are one per tensor, and it cannot say "requantise the outputs of these nodes only".
+ONNX Runtime's own quantiser was read first and not taken: its FP8 scales come from standard deviations, so that large
+weights saturate, and it turns biases into 32-bit integers or fp32, which a strongly typed compiler will not fuse.
 """
 
 from __future__ import annotations

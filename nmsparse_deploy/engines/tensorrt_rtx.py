@@ -57,6 +57,8 @@ class Compiled:
     gemms: tuple[FusedGemm, ...]
     merged: tuple[tuple[str, ...], ...]
     """Groups of ONNX nodes that became one GEMM."""
+    generated: tuple[str, ...]
+    """ONNX nodes with a weight that became generated code: no matrix kernel, so no sparse one (a single row)."""
     lost: tuple[str, ...]
     """ONNX nodes with a weight that no layer of the plan names."""
     wide: tuple[str, ...]
@@ -64,8 +66,16 @@ class Compiled:
     rung: str = RUNG
 
     def to_json(self) -> dict[str, Any]:
-        eight = sum(gemm.eight_bit for gemm in self.gemms)
-        return {**asdict(self), "eight_bit_gemms": eight}
+        return {**asdict(self), "eight_bit_gemms": sum(gemm.eight_bit for gemm in self.gemms)}
+
+    def summary(self) -> str:
+        """One sentence."""
+        merged = f", {len(self.merged)} of them merged from {sum(map(len, self.merged))}" if self.merged else ""
+        parts = [f"compiles to {len(self.gemms)} GEMMs{merged}"]
+        parts += [f"{len(self.generated)} products of one row became generated code"] if self.generated else []
+        parts += [f"{len(self.wide)} GEMMs read fp32 unexpectedly"] if self.wide else []
+        parts += [f"{len(self.lost)} products are in no layer"] if self.lost else []
+        return f"TensorRT-RTX {self.version} {'; '.join(parts)}"
 
 
 class TensorRtRtx:
@@ -102,7 +112,8 @@ class TensorRtRtx:
         return cls(judge(artefact, found, trt.__version__, plan.nbytes, sizes))
 
     def inspect(self) -> dict[str, Any]:
-        return {"engine": "tensorrt-rtx", **self.compiled.to_json(), "sparse_kernels": None,
+        return {"engine": "tensorrt-rtx", **self.compiled.to_json(), "summary": self.compiled.summary(),
+                "sparse_kernels": None,
                 "reason": "compiled without a GPU: kernels are chosen where the plan is loaded"}
 
     def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -125,10 +136,13 @@ def judge(artefact: Path, found: Sequence[Layer], version: str, plan_bytes: int,
     from ..verify.onnx_graph import OnnxGraph
 
     uses = {use.node: use for use in OnnxGraph(artefact).uses if use.op != "Conv"}
-    gemms, seen, wide = [], set(), set()
-    for layer in found:
+    gemms: list[FusedGemm] = []
+    seen: set[str] = set()
+    wide: set[str] = set()
+    mentioned = {node for layer in found for node in layer.onnx_nodes if node in uses}
+    for layer in (layer for layer in found if layer.is_gemm):
         nodes = tuple(node for node in layer.onnx_nodes if node in uses)
-        if not nodes or not layer.is_gemm:
+        if not nodes:
             continue
         seen.update(nodes)
         # Scales of the product (alpha and beta) are single numbers in fp32, whatever is multiplied.
@@ -139,8 +153,8 @@ def judge(artefact: Path, found: Sequence[Layer], version: str, plan_bytes: int,
         if WIDE in operands:
             wide.update(node for node in nodes if uses[node].dtype != "F32")
     merged = tuple(gemm.nodes for gemm in gemms if len(gemm.nodes) > 1)
-    return Compiled(version, plan_bytes, sizes, len(found), tuple(gemms), merged, tuple(uses.keys() - seen),
-                    tuple(sorted(wide)))
+    return Compiled(version, plan_bytes, sizes, len(found), tuple(gemms), merged,
+                    tuple(sorted(mentioned - seen)), tuple(sorted(uses.keys() - mentioned)), tuple(sorted(wide)))
 
 
 _OPERANDS = ("Float", "Half", "BFloat16", "Int8", "FP8")
@@ -151,7 +165,7 @@ class _Log:
 
     @staticmethod
     def make(trt: Any) -> Any:
-        class Log(trt.ILogger):  # type: ignore[misc]
+        class Log(trt.ILogger):
             def __init__(self) -> None:
                 super().__init__()
                 self.lines: list[tuple[str, str]] = []

@@ -58,8 +58,8 @@ def export_cached(module: nn.Module, folder: Path, targets: Sequence[Target], *,
         if name == DECODE:
             sample = step(copied, sample["input_ids"][:, :1], LENGTH)
         outputs = take_cache(copied, list(sample), len(past) // 2)
-        model, linked, _ = write_graph(copied, {**sample, **past}, _shapes(sample, past), outputs, folder, name, targets,
-                                       opset, _telling(progress, f"exporting {name} {precision}"))
+        model, linked, _ = write_graph(copied, {**sample, **past}, _shapes(sample, past), outputs, folder, name,
+                                       targets, opset, _telling(progress, f"exporting {name} {precision}"))
         made.append(CacheGraph(name, linked, tensor_specs(model.graph.input), tensor_specs(model.graph.output)))
     return made[0], made[1]
 

@@ -4,9 +4,10 @@
     activation  QuantizeLinear -> DequantizeLinear (one scale), one pair per tensor, shared by what reads it
     output      QuantizeLinear -> DequantizeLinear behind the bias, where asked for
 
-Weights are stored as codes, so the verifier reads what the GEMM multiplies by. The layout is the one that compilers turn
-into 8-bit GEMMs; where the output is requantised too, the GEMM writes 8 bits. TensorRT needs that to pick its
-sparse INT8 kernels (NVIDIA Model-Optimizer, pull request 1664).
+Weights are stored as codes, so the verifier reads what the GEMM multiplies by. By report, TensorRT picks its sparse
+INT8 kernels only where the output is requantised (NVIDIA Model-Optimizer, pull request 1664). TensorRT-RTX, compiling
+without a GPU, lets a GEMM write 8 bits only when its weight has one scale, and merges q/k/v all the same when they share
+it; with a scale per output it requantises in a kernel of its own. Hence `one_scale`.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def insert_qdq(path: Path, link: LinkMap, ranges: Mapping[str, Range], kind: str
     rewrite = _Rewrite(onnx.load(str(path)), FORMATS[kind])
     for row in link.rows:
         if len(row.shape) != 2 or row.op not in ("MatMul", "Gemm"):
-            raise NmsparseError(f"'{row.parameter}' is multiplied by {row.op} with a weight of shape {list(row.shape)}; "
-                                f"{kind} needs a matrix.", "export it in fp16")
+            raise NmsparseError(f"'{row.parameter}' is multiplied by {row.op} with a weight of shape "
+                                f"{list(row.shape)}; {kind} needs a matrix.", "export it in fp16")
     if one_scale:
         ranges = rewrite.share(link.rows, ranges)
     rows = [rewrite.row(row, ranges[row.module], row.parameter in requantise) for row in link.rows]
@@ -172,8 +173,10 @@ class _Rewrite:
     def _dequantize(self, given: list[str], result: str, axis: int | None = None) -> onnx.NodeProto:
         from onnx import helper
 
-        along = {} if axis is None else {"axis": axis}
-        return helper.make_node("DequantizeLinear", given, [result], f"{given[0]}_dequantize", **along)
+        node = helper.make_node("DequantizeLinear", given, [result], f"{given[0]}_dequantize")
+        if axis is not None:
+            node.attribute.append(helper.make_attribute("axis", axis))
+        return node
 
     def _zero(self) -> str:
         """The zero point of every activation; it says which type the codes have."""
