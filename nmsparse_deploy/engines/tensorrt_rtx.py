@@ -178,7 +178,8 @@ class _Log:
 
 def _first_error(parser: Any, lines: Sequence[tuple[str, str]]) -> str:
     """TensorRT-RTX's own words for what went wrong, in one line."""
-    told = [parser.get_error(i).desc() for i in range(parser.num_errors)] if parser else []
+    errors = [parser.get_error(i) for i in range(parser.num_errors)] if parser else []
+    told = [f"node '{error.node_name()}' ({error.node_operator()}): {error.desc()}" for error in errors]
     told += [message for severity, message in lines if severity in ("ERROR", "INTERNAL_ERROR")]
     text = " ".join(next(iter(told), "no reason given").split())
     return text[:300] if text.endswith(".") else f"{text[:300]}."

@@ -6,8 +6,8 @@
 
 Weights are stored as codes, so the verifier reads what the GEMM multiplies by. By report, TensorRT picks its sparse
 INT8 kernels only where the output is requantised (NVIDIA Model-Optimizer, pull request 1664). TensorRT-RTX, compiling
-without a GPU, lets a GEMM write 8 bits only when its weight has one scale, and merges q/k/v all the same when they share
-it; with a scale per output it requantises in a kernel of its own. Hence `one_scale`.
+without a GPU, lets a GEMM write 8 bits only when its weight has one scale; with a scale per output it requantises in a
+kernel of its own. Hence `one_scale`, which q, k and v have to share to be merged all the same.
 """
 
 from __future__ import annotations
