@@ -87,7 +87,7 @@ def readme_table() -> str:
 
 
 def deploy_table() -> str:
-    """Every family, precision and opset: did the pattern hold, what did ONNX Runtime and TensorRT-RTX's compiler say?"""
+    """Every family, precision and opset: did the pattern hold, and what did ONNX Runtime and TensorRT-RTX say?"""
     rows = []
     for row in json.loads((ROOT / "results/deploy-cpu.json").read_text())["rows"]:
         name = f"{row['precision']}, a scale per {row['scales']}" if row["scales"] else row["precision"]
@@ -128,8 +128,8 @@ def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-TABLES: dict[str, Any] = {"deploy": deploy_table, "steps": steps_table, "measured": readme_table, "oneshot": measured, "methods": methods_table,
-                          "refinements": refinements_table}
+TABLES: dict[str, Any] = {"deploy": deploy_table, "steps": steps_table, "measured": readme_table, "oneshot": measured,
+                          "methods": methods_table, "refinements": refinements_table}
 
 
 def fill(text: str) -> str:
