@@ -114,13 +114,51 @@ def families_table() -> str:
     return "\n".join([markdown(("family", *COLUMNS.values()), rows), *(["", *notes] if notes else [])])
 
 
+def deploy_table() -> str:
+    """Every family, precision and opset: did the pattern hold, and what did ONNX Runtime and TensorRT-RTX say?"""
+    rows = []
+    for row in json.loads((ROOT / "results/deploy-cpu.json").read_text())["rows"]:
+        name = f"{row['precision']}, a scale per {row['scales']}" if row["scales"] else row["precision"]
+        cells = (row["family"], name, str(row["opset"]))
+        if "failed" in row:
+            rows.append((*cells, f"FAILS: {row['failed']}", "", "", "", ""))
+            continue
+        held = row["verified"] if isinstance(row["verified"], int) else f"FAILS: {row['verified']}"
+        same, made = row["agreement"], row["rtx"]
+        close = f"FAILS: {same['failed']}" if "failed" in same else f"{same['relative']:.2%}"
+        if "failed" in made:
+            rows.append((*cells, str(held), close, f"FAILS: {made['failed']}", "", ""))
+            continue
+        islands = "".join(f", {made[key]} {what}" for key, what in (
+            ("fp32", "in fp32"), ("generated", "without a GEMM"), ("lost", "lost")) if made[key])
+        merged = f"{made['merged']} of {made['groups']}" if made["groups"] else "stored merged"
+        rows.append((*cells, str(held), close, f"{made['gemms']} GEMMs{islands}", merged,
+                     f"{made['eight_bit_in']} read, {made['eight_bit_out']} also write"))
+    return markdown(("model", "precision", "opset", "2:4 weights verified", "off from PyTorch", "TensorRT-RTX",
+                     "q/k/v, gate/up merged", "8-bit GEMMs"), rows)
+
+
+def steps_table() -> str:
+    """Prefill and decode of every language model."""
+    rows = []
+    for row in json.loads((ROOT / "results/deploy-cpu.json").read_text())["steps"]:
+        if "failed" in row:
+            rows.append((row["family"], f"FAILS: {row['failed']}", "", ""))
+            continue
+        made = [f"{graph['gemms']} GEMMs" if "failed" not in graph else f"FAILS: {graph['failed']}"
+                for graph in row["rtx"].values()]
+        rows.append((row["family"], f"{row['agreement']['max_abs']:.1e}", *made))
+    return markdown(("model", "largest difference to one pass (fp32)", "prefill", "decode"), rows)
+
+
 def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-TABLES: dict[str, Any] = {"measured": readme_table, "oneshot": measured, "methods": methods_table,
-                          "learned": learned_table, "refinements": refinements_table, "families": families_table}
+TABLES: dict[str, Any] = {"deploy": deploy_table, "steps": steps_table, "measured": readme_table, "oneshot": measured,
+                          "methods": methods_table, "learned": learned_table, "refinements": refinements_table,
+                          "families": families_table}
 
 
 def fill(text: str) -> str:

@@ -176,6 +176,21 @@ def prune(model: Model = DEMO,
                    f"next: nmsparse-deploy evaluate {run.path}"])
 
 
+@app.command(name="import")
+def import_(model: Annotated[str, typer.Argument(help="the dense model; or a sparse one, if nothing else is given")],
+            masks: Annotated[Path | None, typer.Option(
+                help="masks for it: .npz (packed bits), .pt, .safetensors, or a folder of them")] = None,
+            sparse: Annotated[str | None, typer.Option(help="the same model, pruned elsewhere")] = None,
+            pattern: Annotated[str, typer.Option(help="keep:group")] = "2:4",
+            out: Annotated[Path | None, typer.Option(
+                help="run folder [default: runs/MODEL-imported-PATTERN]")] = None) -> None:
+    """Make a run of masks or of a sparse model that were found elsewhere, and verify it."""
+    from .import_masks import import_result
+
+    done = import_result(model, masks, sparse, pattern, out, output.progress)
+    output.result(done.to_json(), [done.summary(), f"next: nmsparse-deploy export {done.run.path}"])
+
+
 @app.command()
 def verify(target: Annotated[Path | None, typer.Argument(
                help="run folder, checkpoint (file or folder), .onnx or .engine; left out: the newest run")] = None,
@@ -200,19 +215,26 @@ def verify(target: Annotated[Path | None, typer.Argument(
 
 @app.command()
 def export(run: Run = None,
-           precision: Annotated[list[str], typer.Option(help="fp32, fp16 or bf16; may be repeated")] = ["fp32", "fp16"],  # noqa: B006
+           precision: Annotated[list[str], typer.Option(
+               help="fp32, fp16, bf16, int8 or fp8; may be repeated")] = ["fp32", "fp16"],  # noqa: B006
            opset: Annotated[int, typer.Option(help="20 or 23")] = 20,
+           cache: Annotated[bool, typer.Option(
+               help="language models: also prefill and decode graphs, on the same weights")] = True,
+           scales: Annotated[str, typer.Option(
+               help="int8 and fp8: channel, or tensor (one for all weights that read the same input)")] = "channel",
+           requantise: Annotated[bool, typer.Option(help="int8 and fp8: 8-bit outputs of sparse GEMMs")] = True,
            trt: Annotated[bool, typer.Option("--trt", help="then build TensorRT engines, see build")] = False) -> None:
-    """Export a run to ONNX, verify each graph, and compare it with the model in ONNX Runtime."""
+    """Export a run to ONNX, verify each graph, compare it with the model, and compile it with TensorRT-RTX if here."""
+    from .exporting import told
     from .pipeline import export as api
     from .recipe import Export, validate
     from .rundir import RunDir
 
     opened = RunDir.open(run)
-    rows = api(opened, validate(Export, {"precisions": precision, "opset": opset}), output.progress)
-    lines = [f"{opened / row['path']}: {sum(row['files'].values()) / 1e6:.0f} MB, {row['links']} weights linked and "
-             f"verified; {_agreement(row['agreement'])}" for row in rows]
-    lines.append(rows[0]["size_note"])
+    spec = validate(Export, {"precisions": precision, "opset": opset, "cache": cache, "scales": scales,
+                             "requantise": requantise})
+    rows = api(opened, spec, output.progress)
+    lines = [*(line for row in rows for line in told(row, str(opened / row["path"]))), rows[0]["size_note"]]
     if not trt:
         output.result({"run": str(opened.path), "files": rows}, lines)
         return
@@ -227,7 +249,7 @@ def export(run: Run = None,
 
 @app.command()
 def build(run: Run = None,
-          precision: Annotated[str, typer.Option(help="which exported graph: fp16, bf16 or fp32")] = "fp16",
+          precision: Annotated[str, typer.Option(help="which exported graph: fp16, bf16, fp32, int8 or fp8")] = "fp16",
           batch: int = 1, length: Annotated[int, typer.Option(help="tokens per sample")] = 128,
           shape: Annotated[list[str], typer.Option(help="NAME=1x3x224x224, for other inputs; may be repeated")] = [],  # noqa: B006
           level: Annotated[int, typer.Option(help="builder optimisation level, 4 or 5")] = 4,
@@ -470,13 +492,6 @@ def _finish_run(run: Any) -> None:
 def _say_default(model: str) -> None:
     if model == DEMO:
         output.message("MODEL left out: using the demo model SmolLM2-135M-Instruct.")
-
-
-def _agreement(row: dict[str, Any]) -> str:
-    if "not_checked" in row:
-        return f"not run here: {row['not_checked']}"
-    same = f", same top token at {row['argmax_share']:.1%}" if row["argmax_share"] is not None else ""
-    return f"largest difference to PyTorch {row['max_abs']:.2g}{same}"
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from .bench import CPU_SENTENCE, BenchResult, interleave, ratio, summarise
 from .calib.text import check_disjoint, evaluation_sample, load_text
 from .cost import Rates, estimate
 from .deploy import build
-from .engines.base import agreement
 from .engines.onnxruntime import OnnxRuntime
 from .errors import CheckFailed, MissingExtra, NmsparseError, UsageError
 from .evaluate import (
@@ -29,7 +27,8 @@ from .evaluate import (
     perplexity,
     torch_arm,
 )
-from .export import LinkMap, export_onnx
+from .export import LinkMap
+from .exporting import NAME, export_one
 from .masks import MaskSet
 from .memory import peak_memory_mb
 from .models.base import LoadedModel
@@ -40,6 +39,7 @@ from .plan import Plan, make_plan
 from .predict import count_flops, predict
 from .progress import Progress, silent
 from .prune import NOT_CHECKED, compute_dtype, prune
+from .quant import Range
 from .recipe import AUTO, DEFAULT_MODEL, Bench, Evaluate, Export, Prune, Recipe
 from .rundir import RunDir, environment
 from .verify import VerifyReport, verify_checkpoint, verify_onnx
@@ -105,6 +105,11 @@ def exported(run: RunDir) -> list[Path]:
     return sorted((run / "onnx").glob("*/*.onnx"))
 
 
+def whole(run: RunDir) -> list[Path]:
+    """The exported graphs that take what the model takes; those with a cache take more."""
+    return [path for path in exported(run) if path.stem == NAME]
+
+
 def _load_pruned(run: RunDir, dtype: torch.dtype | None = None) -> LoadedModel:
     if not run.finished("prune"):
         raise UsageError(f"The run '{run.path}' is not pruned yet.", "nmsparse-deploy prune with the same options "
@@ -117,7 +122,12 @@ def _load_dense(run: RunDir) -> LoadedModel:
 
     Raises `CheckFailed` when it is not the very model that the masks were found for.
     """
-    loaded = models.load(run.manifest()["recipe"]["model"])
+    recipe = run.manifest()["recipe"]
+    if "imported" in recipe and not any(recipe["imported"].values()):
+        raise NmsparseError(f"'{run.path}' was imported from a checkpoint that was sparse already; its dense twin is "
+                            "not known, so there is nothing to compare it with.",
+                            f"nmsparse-deploy import DENSE_MODEL --sparse '{recipe['model']}'")
+    loaded = models.load(recipe["model"])
     if (run / "permutations.safetensors").is_file():
         Permutations.load(run / "permutations.safetensors").apply(loaded.module)
     MaskSet.load(run / "masks.safetensors").check_base(dict(loaded.module.named_parameters()))
@@ -133,7 +143,8 @@ def export(run: RunDir, spec: Export = Export(), progress: Progress = silent) ->
     masks = MaskSet.load(run / "masks.safetensors")
     loaded = _load_pruned(run)
     with run.lock():
-        rows = [_export_one(run, loaded, masks, precision, spec.opset, progress) for precision in spec.precisions]
+        ranges: dict[str, Range] = {}
+        rows = [export_one(run, loaded, masks, precision, spec, ranges, progress) for precision in spec.precisions]
         run.write_json("export.json", {"files": rows})
         reports = verify(run, progress)
         bad = [report for report in reports if not report.ok]
@@ -142,36 +153,6 @@ def export(run: RunDir, spec: Export = Export(), progress: Progress = silent) ->
         run.finish("export", time.perf_counter() - start, spec=spec.model_dump(mode="json"),
                    peak_memory_mb=peak_memory_mb())
     return rows
-
-
-def _export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str, opset: int,
-                progress: Progress) -> dict[str, Any]:
-    found = discover(loaded.module, models.sample_inputs(loaded))
-    targets = [target for target in found.targets if target.name in masks.masks]
-    with run.replacing(f"onnx/{precision}") as folder:
-        folder.mkdir()
-        result = export_onnx(loaded.module, models.sample_inputs(loaded), folder, "model", targets, precision=precision,
-                             opset=opset, progress=progress)
-    facts = {key: value for key, value in result.as_dict().items() if key != "link"}
-    progress(f"comparing ONNX {precision} with the model", 0, 0)
-    return {**facts, "path": f"onnx/{precision}/model.onnx", "links": len(result.link.rows),
-            "agreement": _agreement(run / f"onnx/{precision}/model.onnx", loaded)}
-
-
-@torch.no_grad()
-def _agreement(path: Path, loaded: LoadedModel) -> dict[str, Any]:
-    """ONNX Runtime against PyTorch in fp32 on other shapes than the traced ones, or why they could not be compared."""
-    inputs = models.sample_inputs(loaded, batch=1, length=48)
-    reference = loaded.module.float()(**inputs)
-    try:
-        output = next(iter(OnnxRuntime.build(path).run(inputs).values()))
-    except (MissingExtra, NmsparseError) as error:
-        return {"not_checked": error.message}
-    logits = getattr(reference, "logits", None)
-    if logits is not None:
-        return asdict(agreement(logits, output, "logits"))
-    features = reference if isinstance(reference, torch.Tensor) else reference.last_hidden_state
-    return asdict(agreement(features, output, "features"))
 
 
 def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = silent) -> dict[str, Any]:  # noqa: B008
@@ -222,7 +203,7 @@ def _evaluate_features(run: RunDir, pruned: LoadedModel, model: str, spec: Evalu
     dense = _load_dense(run)
     for loaded in (dense, pruned):
         loaded.module.to(device, compute)
-    graphs, missing = onnx_arms(pruned, exported(run)) if spec.onnx else ([], [])
+    graphs, missing = onnx_arms(pruned, whole(run)) if spec.onnx else ([], [])
     arms = [torch_arm("dense", dense), torch_arm("pruned", pruned), *graphs]
     record = _calibration_record(run)
     if pruned.family == "vision":
@@ -245,7 +226,7 @@ def bench(run: RunDir, spec: Bench = Bench(), progress: Progress = silent) -> Be
     inputs = models.sample_inputs(pruned, spec.batch, spec.length)
     calls = {"dense": _forward(dense.module, inputs), "pruned": _forward(pruned.module, inputs)}
     kernels = {"dense": "PyTorch CPU", "pruned": "PyTorch CPU"}
-    for path in exported(run):
+    for path in whole(run):
         name = f"pruned, ONNX {path.parent.name}"
         try:
             session = OnnxRuntime.build(path)

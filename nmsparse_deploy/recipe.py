@@ -217,14 +217,18 @@ CLOSED_FORM = Prune(method="group-obs", refine=(Refit(),), sequential=True)
 class Export(Frozen):
     """Which ONNX files are written."""
 
-    precisions: tuple[Literal["fp32", "fp16", "bf16"], ...] = ("fp32", "fp16")
+    precisions: tuple[Literal["fp32", "fp16", "bf16", "int8", "fp8"], ...] = ("fp32", "fp16")
     opset: Literal[20, 23] = 20
+    cache: bool = Field(True, description="language models: also a prefill and a decode graph with a key/value cache")
+    scales: Literal["channel", "tensor"] = Field("channel", description="int8 and fp8: weight scales per output, or "
+                                                 "one for all weights that read the same input")
+    requantise: bool = Field(True, description="int8 and fp8: 8-bit outputs of the GEMMs that are sparse")
 
 
 class Build(Frozen):
     """The TensorRT engines that are built from one exported graph."""
 
-    precision: Literal["fp32", "fp16", "bf16"] = "fp16"
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] = "fp16"
     batch: int = Field(1, ge=1)
     length: int = Field(128, ge=1, description="tokens per sample")
     shapes: dict[str, tuple[int, ...]] = Field({}, description="shapes of inputs that batch and length do not settle")

@@ -8,10 +8,10 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from .experts import unroll_experts
 from .link import LinkMap, link
 from .prepare import PRECISIONS, cast_copy, dynamic_shapes, take_one_output, trace_inputs
 from .tidy import TensorSpec, dynamic_dims, fixed_axes, tensor_specs, tidy
+
+if TYPE_CHECKING:
+    import onnx
 
 STEPS = 4
 OPSETS = range(18, 24)
@@ -92,22 +95,9 @@ def export_onnx(
     notes += unroll_experts(copied)
     sample = trace_inputs(inputs, dtype, dynamic)
     taken = take_one_output(copied, list(sample), output)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as scratch:
-            path = Path(scratch) / f"{name}.onnx"
-            progress(f"exporting ONNX {precision}: tracing", 1, STEPS)
-            program = _trace(copied, sample, opset, dynamic)
-            progress(f"exporting ONNX {precision}: writing weights", 2, STEPS)
-            program.model.graph.outputs[0].name = taken[0]
-            program.save(path, external_data=True)
-            del program
-            model = tidy(path)
-            progress(f"exporting ONNX {precision}: proving where each weight went", 3, STEPS)
-            linked = link(path, copied, targets)
-            linked.save(path.with_suffix(".link.json"))
-            files = _publish(Path(scratch), folder)
-    except OSError as error:
-        raise from_os_error(error) from error
+    shapes = dynamic_shapes(sample) if dynamic else None
+    model, linked, files = write_graph(copied, sample, shapes, taken, folder, name, targets, opset,
+                                       lambda what, step: progress(f"exporting ONNX {precision}: {what}", step, STEPS))
     progress(f"exported ONNX {precision}", 4, STEPS)
     given, made = tensor_specs(model.graph.input), tensor_specs(model.graph.output)
     if dynamic:
@@ -116,12 +106,37 @@ def export_onnx(
                         time.perf_counter() - start, linked, tuple(notes))
 
 
-def _trace(module: nn.Module, sample: Mapping[str, torch.Tensor], opset: int, dynamic: bool) -> Any:
-    shapes = (dynamic_shapes(sample),) if dynamic else None
+def write_graph(module: nn.Module, sample: Mapping[str, torch.Tensor], shapes: tuple[Any, ...] | None,
+                outputs: Sequence[str], folder: Path, name: str, targets: Sequence[Target], opset: int,
+                progress: Callable[[str, int], None]) -> tuple[onnx.ModelProto, LinkMap, dict[str, int]]:
+    """Trace a prepared module and write its three files; returns the graph without weights, the link map and the sizes.
+
+    `outputs` may be filled while the module is traced.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as scratch:
+            path = Path(scratch) / f"{name}.onnx"
+            progress("tracing", 1)
+            program = _trace(module, sample, opset, shapes)
+            progress("writing weights", 2)
+            for value, wanted in zip(program.model.graph.outputs, outputs):
+                value.name = wanted
+            program.save(path, external_data=True)
+            del program
+            model = tidy(path)
+            progress("proving where each weight went", 3)
+            linked = link(path, module, targets)
+            linked.save(path.with_suffix(".link.json"))
+            return model, linked, _publish(Path(scratch), folder)
+    except OSError as error:
+        raise from_os_error(error) from error
+
+
+def _trace(module: nn.Module, sample: Mapping[str, torch.Tensor], opset: int, shapes: tuple[Any, ...] | None) -> Any:
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(module, tuple(sample.values()), dynamo=True, opset_version=opset, verbose=False,
-                                        input_names=list(sample), output_names=["output"], dynamic_shapes=shapes,
+                                        input_names=list(sample), dynamic_shapes=(shapes,) if shapes else None,
                                         optimize=not _has_batch_norm(module))
     except NmsparseError:
         raise
@@ -129,7 +144,7 @@ def _trace(module: nn.Module, sample: Mapping[str, torch.Tensor], opset: int, dy
         cause = _root(error)
         if isinstance(cause, NmsparseError):
             raise cause from error
-        hint = "try dynamic=False, which exports the exact shapes of the sample" if dynamic else None
+        hint = "try dynamic=False, which exports the exact shapes of the sample" if shapes else None
         raise NmsparseError(f"The model could not be exported to ONNX: {_first_line(cause)}", hint) from error
     return program
 

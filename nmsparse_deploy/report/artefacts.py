@@ -47,7 +47,25 @@ def graphs(stages: Stages) -> list[dict[str, Any]] | None:
     keys = ("path", "precision", "opset", "files", "links", "dense_bytes", "seconds", "size_note", "dynamic")
     with stages.of("export.json"):
         return [{**{key: row.get(key) for key in keys}, "bytes": sum(row["files"].values()),
-                 "agreement": row.get("agreement"), "warnings": row.get("warnings") or []} for row in _exports(stages)]
+                 "agreement": row.get("agreement"), "warnings": row.get("warnings") or [],
+                 "notes": _notes(row)} for row in _exports(stages)]
+
+
+def _notes(row: dict[str, Any]) -> list[str]:
+    """What was done to a graph beside tracing it, and what TensorRT-RTX made of it."""
+    notes = []
+    if row.get("quantisation"):
+        done = row["quantisation"]
+        notes.append(f"{done['gemms']} GEMMs multiply {row['precision']} numbers, weight scales per {done['scales']}; "
+                     f"{done['requantised']} write 8 bits; {done['vanished']} small weights became zero.")
+    if row.get("cached"):
+        same = row["cached"]["agreement"]
+        gap = f"by {same['max_abs']:.2g} at most" if "max_abs" in same else f"(not run: {same['not_checked']})"
+        graphs = " and ".join(row["cached"]["graphs"])
+        notes.append(f"{graphs} share the weights; reading a text step by step differs from one pass {gap}.")
+    notes += [f"{name}: {told}" for name, found in (row.get("tensorrt_rtx") or {}).items()
+              if (told := found.get("summary") or found.get("refused"))]
+    return notes
 
 
 def latency(stages: Stages) -> dict[str, Any] | None:

@@ -43,7 +43,8 @@ def _place(run: Path, report: dict[str, Any]) -> dict[str, Any]:
 def _title(place: str, artefact: str) -> str:
     parts = Path(artefact).parts
     if place == "onnx":
-        return f"ONNX {parts[-2]}" if len(parts) > 1 else "ONNX"
+        which = "" if Path(artefact).stem == "model" else f" {Path(artefact).stem}"
+        return f"ONNX {parts[-2]}{which}" if len(parts) > 1 else "ONNX"
     return {"file": "saved model", "torch": "model in memory"}.get(place, place)
 
 
@@ -81,8 +82,11 @@ def not_checked(stages: Stages) -> list[dict[str, str]]:
 def _agreement(stages: Stages) -> list[dict[str, str]]:
     with stages.of("export.json"):
         files = (stages.export or {}).get("files", [])
-        return [{"place": f"output of ONNX {row['precision']}", "why": row["agreement"]["not_checked"]}
+        rows = [{"place": f"output of ONNX {row['precision']}", "why": row["agreement"]["not_checked"]}
                 for row in files if "not_checked" in (row.get("agreement") or {})]
+        absent = [found for row in files for found in (row.get("tensorrt_rtx") or {}).values()
+                  if "not_checked" in found]
+        return rows + ([{"place": "TensorRT-RTX compile", "why": absent[0]["not_checked"]}] if absent else [])
 
 
 def _speed(stages: Stages) -> list[dict[str, str]]:
