@@ -131,7 +131,8 @@ def prune(model: Model = DEMO,
           wbits: Annotated[int | None, typer.Option(help="4 or 8: round kept weights in the same sweep")] = None,
           wgroup: Annotated[int | None, typer.Option(
               help="columns that share a scale, with --wbits; left out: a whole row")] = None,
-          data: Annotated[str, typer.Option(help="calibration text or images; auto suits the model")] = "auto",
+          data: Annotated[str, typer.Option(
+              help="calibration text, images, or inputs.safetensors; auto suits the model")] = "auto",
           samples: Annotated[int, typer.Option(help="calibration windows")] = 64,
           length: Annotated[int, typer.Option(help="tokens per window")] = 512,
           seed: int = 0,
