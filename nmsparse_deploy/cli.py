@@ -138,7 +138,8 @@ def prune(model: Model = DEMO,
               help="optimiser steps of a learned method [default: 60 per block, 1000 for a whole model]")] = None,
           objective: Annotated[str | None, typer.Option(
               help="of a learned method: block, global, or auto [default: auto, global on a GPU]")] = None,
-          data: Annotated[str, typer.Option(help="calibration text or images; auto suits the model")] = "auto",
+          data: Annotated[str, typer.Option(
+              help="calibration text, images, or inputs.safetensors; auto suits the model")] = "auto",
           samples: Annotated[int, typer.Option(help="calibration windows")] = 64,
           length: Annotated[int, typer.Option(help="tokens per window")] = 512,
           seed: int = 0,

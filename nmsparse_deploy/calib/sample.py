@@ -45,8 +45,8 @@ def draw(loaded: LoadedModel, spec: Calibration, progress: Progress = silent) ->
     if loaded.family == "vision":
         progress(f"sampling {spec.samples} images of {source}", 0, 0)
         return calibration_images(source, loaded.processor, input_name(loaded), spec.samples, spec.seed, progress)
-    if loaded.processor is None:
-        raise UsageError(f"'{loaded.source}' has no tokenizer, so it cannot be calibrated on text.",
+    if loaded.processor is None or input_name(loaded) != "input_ids":
+        raise UsageError(f"'{loaded.source}' reads {input_name(loaded)}, so it cannot be calibrated on text.",
                          f"give inputs of its forward pass: --data FILE{ENDING}")
     progress(f"sampling {spec.samples} x {spec.length} tokens of {source}", 0, 0)
     sample = calibration_sequences if loaded.family in ("encoder", "seq2seq") else calibration_sample
