@@ -14,6 +14,11 @@ STEPS = {"block": 60, "global": 1000}
 STEP_SIZES = {"block": 2.0, "global": 1.0}
 
 
+def is_file(prior: str) -> bool:
+    """Is a prior a mask file, and not a method?"""
+    return prior.endswith(".safetensors")
+
+
 class Learn(Frozen):
     """What every learned method has: how long, on what, judged how often. `name` is that of the method."""
 
@@ -28,7 +33,8 @@ class Learn(Frozen):
     floor: float = Field(0.1, ge=0, le=1, description="learning rate at the end as a share of its peak")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 = no clipping")
     priors: tuple[str, ...] = Field(("magnitude", "wanda", "sparsegpt-mask"), min_length=1,
-                                    description="one-shot methods; learning starts from the best mask among them")
+                                    description="one-shot methods, or masks.safetensors files of the same model "
+                                    "and pattern; learning starts from the best mask among them")
     prior_samples: int = Field(64, ge=1, description="calibration samples for the priors (global objective)")
     task: float = Field(1.0, ge=0, description="weight of the model's own loss (global, language models)")
     distill: float = Field(1.0, ge=0, description="weight of the divergence from the dense model's outputs (global)")
@@ -48,8 +54,17 @@ class Learn(Frozen):
     @classmethod
     def _known_priors(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
-            METHODS.check(name)
+            if not is_file(name):
+                METHODS.check(name)
         return names
+
+    @property
+    def prior_methods(self) -> tuple[str, ...]:
+        return tuple(name for name in self.priors if not is_file(name))
+
+    @property
+    def prior_files(self) -> tuple[str, ...]:
+        return tuple(name for name in self.priors if is_file(name))
 
 
 class MaskLLM(Learn):
