@@ -109,6 +109,37 @@ def test_held_out_loss_falls_and_zeros_stay(unit, monkeypatch):
     assert pruned.refinements[0]["block"] == 0 and pruned.refinements[0]["name"] == "reconstruct"
 
 
+@pytest.mark.parametrize("make", [pico.llama, pico.gpt2, bert], ids=["llama", "gpt2", "bert"])
+def test_the_last_block_may_be_judged_by_the_output_of_the_model(make, monkeypatch):
+    """Block 0 of 2 with `through` 2: the distance is that of whole models, with the block behind it dense."""
+    model = make()
+    block, start, result, pruned = blocks(model, monkeypatch, {"through": 2, "epochs": 3})
+    output = "last_hidden_state" if make is bert else "logits"
+
+    def judged(weights, number):
+        batch = {"input_ids": torch.randint(pico.VOCABULARY, (2, 32), generator=torch.Generator().manual_seed(number))}
+        dense = model(**batch)[output].detach()
+        path = next(name for name in pruned.layers).split(".0.")[0] + ".0."
+        held = {path + name: value for name, value in weights.items()}
+        found = torch.func.functional_call(model, held, (), batch)[output].detach()
+        if make is bert:
+            return float(((found - dense).flatten(1).square().sum(1) / dense.flatten(1).square().sum(1)).mean())
+        p, q = dense.log_softmax(-1), found.log_softmax(-1)
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    facts = result.facts["unit 0"]
+    assert facts["before"] == pytest.approx(judged(start, 9), rel=1e-3)
+    after = {name: value.detach() for name, value in block.module.named_parameters()}
+    assert facts["after"] == pytest.approx(judged(after, 9), rel=1e-3) and facts["after"] < facts["before"]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_blocks_before_the_outlook_are_reconstructed_as_ever(monkeypatch):
+    *_, near = blocks(pico.llama(), monkeypatch, {"through": 1})
+    *_, never = blocks(pico.llama(), monkeypatch)
+    assert near.refinements[0]["unit 0"] == never.refinements[0]["unit 0"]
+
+
 def test_a_useless_training_is_thrown_away(monkeypatch):
     """With a rate that destroys the block, the held-out batches keep the start, bit for bit."""
     _, before, result, _ = blocks(pico.llama(), monkeypatch, {"rate": 10.0, "epochs": 1})
