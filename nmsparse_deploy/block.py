@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
@@ -14,14 +15,17 @@ from torch import nn
 from .calib.stats import NEEDS, LayerStats, Need
 from .calib.walk import BlockWalk
 from .memory import start_stretch, stretch_peak_mb
-from .methods.base import Method
+from .methods.base import LayerResult, Method
 from .methods.grid import Grid
 from .models.base import to_rows
 from .plan import Plan, PlanRow, by_fusion
 from .recipe import Prune
-from .refine.base import Block, Layer, RefineBlock
+from .refine.base import Block, BlockResult, Layer, RefineBlock
 from .refine.permute import Orders, permute
-from .registry import REFINEMENTS
+from .registry import METHODS, REFINEMENTS
+
+LearnBlock = Callable[[Block, Any, int, str], BlockResult]
+"""A block refinement that learns masks; also told the block's number and path."""
 
 
 @dataclass
@@ -40,22 +44,31 @@ class PrunedBlock:
 
 
 def needs(spec: Prune, method: Method) -> Need:
-    """The statistics that the method and the refinements ask for together."""
-    asked = {method.needs, *(REFINEMENTS.load(step.name).needs for step in spec.refine)}
+    """The statistics that the method and the refinements ask for together.
+
+    Learning a block at a time asks for what its priors need; learning the whole model is done before the walk.
+    """
+    asked: set[Need] = {REFINEMENTS.load(step.name).needs for step in spec.refine} | {NEEDS[0]}
+    if spec.learn is None:
+        asked.add(method.needs)
+    elif spec.learn.objective != "global":
+        asked |= {"norms", *(METHODS.load(name).needs for name in spec.learn.priors)}
     if spec.permute:
         asked.add("norms")
     return max(asked, key=NEEDS.index)
 
 
 def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method: Method,
-                walk: BlockWalk | None, probe: BlockWalk | None = None) -> PrunedBlock:
+                walk: BlockWalk | None, probe: BlockWalk | None = None, learn: LearnBlock | None = None,
+                given: Mapping[str, LayerResult] | None = None) -> PrunedBlock:
     """Prune block `number` of the model `module`, whose weights are still dense there and stay so.
 
     `walk` is the calibration stream at the block's entrance; None when nothing in the recipe needs data. `probe` is a
-    small one in fp32; with it the channels are permuted first, and the dense weights in `module` with them.
+    small one in fp32; with it the channels are permuted first, and the dense weights in `module` with them. `learn`
+    finds the block's masks in place of the method, `given` holds them where they are known already.
     """
     steps = [(step, REFINEMENTS.load(step.name)) for step in spec.refine]
-    leading = list(takewhile(lambda pair: pair[1].layer is not None, steps))
+    leading = [] if learn else list(takewhile(lambda pair: pair[1].layer is not None, steps))
     rows = plan.pruned(number)
     parts = list(by_fusion(rows).values()) if spec.sequential and walk else [rows]
     pruned = PrunedBlock(number, {})
@@ -70,12 +83,16 @@ def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method:
         for row in part:
             start = time.perf_counter()
             start_stretch()
-            layer = _prune_layer(module, row, stats.get(row.target.fusion, LayerStats.none()), spec, method)
+            layer = _prune_layer(module, row, stats.get(row.target.fusion, LayerStats.none()), spec, method, given)
             for step, refinement in leading:
                 layer = replace(layer, result=refinement.layer(layer, step))
             pruned.layers[row.target.name] = layer
             pruned.seconds[row.target.name] = time.perf_counter() - start
             pruned.peaks[row.target.name] = stretch_peak_mb()
+    if learn is not None:
+        assert walk is not None
+        path = plan.blocks[number]
+        _refine_block(module, plan, pruned, walk, spec.learn, lambda block, step: learn(block, step, number, path))
     for step, refinement in steps[len(leading):]:
         if refinement.layer is None:
             assert walk is not None
@@ -103,12 +120,13 @@ def _permute(module: nn.Module, plan: Plan, pruned: PrunedBlock, walk: BlockWalk
                                "seconds": round(time.perf_counter() - start, 3)})
 
 
-def _prune_layer(module: nn.Module, row: PlanRow, stats: LayerStats, spec: Prune, method: Method) -> Layer:
+def _prune_layer(module: nn.Module, row: PlanRow, stats: LayerStats, spec: Prune, method: Method,
+                 given: Mapping[str, LayerResult] | None) -> Layer:
     assert row.pattern is not None
     parameter = module.get_parameter(row.target.name).detach()
     weight = to_rows(parameter, row.target.axis).float()
     rounding: dict[str, Any] = {"grid": Grid.of(weight, spec.wbits, spec.wgroup)} if spec.wbits else {}
-    result = method.prune_layer(weight, stats, row.pattern, **rounding)
+    result = given[row.target.name] if given else method.prune_layer(weight, stats, row.pattern, **rounding)
     return Layer(weight, stats, row.pattern, row.target.axis, parameter.shape, result)
 
 

@@ -21,7 +21,7 @@ from .pipeline import evaluate
 from .progress import Progress, silent
 from .prune import prune
 from .recipe import DEFAULT_MODEL, Evaluate, Prune, Recipe, validate
-from .registry import METHODS
+from .registry import check_method
 from .rundir import RUNS, RunDir, environment, now
 
 
@@ -37,7 +37,7 @@ def load(names: Sequence[str]) -> dict[str, Prune]:
             key, spec = path.stem, Recipe.load(path).prune
         else:
             method, *steps = name.split("+")
-            METHODS.check(method)
+            check_method(method)
             key, spec = name, validate(Prune, {"method": method, "refine": [{"name": step} for step in steps]})
         if key in found:
             raise UsageError(f"Two recipes are called '{key}'; rename one of the files.")

@@ -22,9 +22,10 @@ from .block import PrunedBlock, needs, prune_block
 from .calib.sample import Sample, draw
 from .calib.walk import BlockWalk
 from .errors import CheckFailed, NmsparseError, UsageError
+from .learn import FOLDER, Session, resolved, summary
 from .masks import Mask, MaskSet, tensor_hash
 from .memory import peak_memory_mb
-from .methods.base import Method, relative_error
+from .methods.base import LayerResult, Method, relative_error
 from .models.base import LoadedModel, from_rows, to_rows
 from .models.discover import discover
 from .pattern import Scope, mask_follows, parse_pattern
@@ -57,13 +58,16 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
     progress(f"loading {model}", 0, 0)
     loaded = models.load(model)
     progress(models.described(model, loaded), 0, 0)
-    method: Method = METHODS.load(spec.method)
+    if spec.learn is not None:
+        found = {"objective": resolved(spec.learn.objective, spec.permute)}
+        spec = spec.model_copy(update={"learn": spec.learn.model_copy(update=found)})
+    method: Method = METHODS.load(spec.learn.priors[0] if spec.learn else spec.method)
     inputs = models.sample_inputs(loaded)
     plan = make_plan(discover(loaded.module, inputs), parse_pattern(spec.pattern), spec.include, spec.exclude,
                      spec.patterns)
     _check_finite(loaded, plan)
     _check_scales_fit(plan, spec)
-    sample = None if needs(spec, method) == "none" else draw(loaded, spec.calibration, progress)
+    sample = None if needs(spec, method) == "none" and not spec.learn else draw(loaded, spec.calibration, progress)
     run = RunDir.create(path, recipe, identity, force)
     with run.lock():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -131,6 +135,7 @@ class _Stage:
     plan: Plan
     spec: Prune
     method: Method
+    """The first prior, where masks are learned."""
     sample: Sample | None
     compute: torch.dtype
     progress: Progress
@@ -138,11 +143,14 @@ class _Stage:
     """What block refinements had to tell, block by block."""
     orders: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
     """How channels were permuted before pruning."""
+    given: dict[str, LayerResult] | None = None
+    """Masks that were learned for the whole model."""
 
     def work(self) -> None:
         start = time.perf_counter()
         self.run.write_json("plan.json", self.plan.to_json())
         blocks = sorted({row.target.block for row in self.plan.pruned()})
+        self._learn_whole()
         walk, probe = self._walk(), self._probe()
         rows: list[dict[str, Any]] = []
         for number in range(blocks[-1] + 1):
@@ -159,16 +167,17 @@ class _Stage:
             raise CheckFailed(f"The saved model fails verification: {report.summary()}")
         self.run.finish("prune", time.perf_counter() - start, layers=len(rows), peak_memory_mb=peak_memory_mb(),
                         provenance=self.loaded.provenance, compute=str(self.compute).removeprefix("torch."),
-                        calibration=self.sample.to_json() if self.sample else None)
-        shutil.rmtree(self.run / "blocks", ignore_errors=True)
+                        calibration=self.sample.to_json() if self.sample else None, **self._learned())
+        for folder in ("blocks", FOLDER):
+            shutil.rmtree(self.run / folder, ignore_errors=True)
 
     def _walk(self) -> BlockWalk | None:
         """The calibration stream, or None when the method needs no data."""
-        if self.sample is None:
+        if self.sample is None or needs(self.spec, self.method) == "none":
             return None
         batches = models.batches(self.loaded, self.sample.inputs, self.spec.calibration.batch)
         self.progress("capturing the inputs of the first block", 0, 0)
-        both = any(step.dense_stream for step in self.spec.refine)
+        both = any(step.dense_stream for step in self.spec.refine) or self._blockwise()
         return BlockWalk(self.loaded.module, self.plan.blocks, batches, self.compute, both)
 
     def _probe(self) -> BlockWalk | None:
@@ -182,7 +191,8 @@ class _Stage:
         """Prune one block, or read it back when an earlier process finished it."""
         name = f"blocks/{block:03d}.safetensors"
         if not (self.run / name).is_file():
-            self._commit(name, prune_block(self.loaded.module, self.plan, block, self.spec, self.method, walk, probe))
+            self._commit(name, prune_block(self.loaded.module, self.plan, block, self.spec, self.method, walk, probe,
+                                          self._session().learn_block if self._blockwise() else None, self.given))
         elif walk is not None:
             walk.pass_dense(block)
         weights = load_file(self.run / name)
@@ -195,6 +205,28 @@ class _Stage:
         self.refinements += json.loads(records["refinements"])
         self.orders |= from_tensors(weights)
         return json.loads(records["layers"])
+
+    def _blockwise(self) -> bool:
+        return self.spec.learn is not None and self.spec.learn.objective == "block"
+
+    def _session(self) -> Session:
+        return Session(self.run, self.spec.learn, self.spec.calibration.seed, self.compute,
+                       next(self.loaded.module.parameters()).device, self.progress)
+
+    def _learn_whole(self) -> None:
+        """Learn all masks at once, where the recipe asks for it; the walk then writes them down."""
+        if self.spec.learn is None or self._blockwise():
+            return
+        from .learn_model import learn_model
+
+        assert self.sample is not None
+        self.given, facts = learn_model(self._session(), self.loaded, self.plan, self.spec, self.sample.inputs)
+        self.refinements.append({"block": None, **facts})
+
+    def _learned(self) -> dict[str, Any]:
+        if self.spec.learn is None:
+            return {}
+        return {"learned": summary([row for row in self.refinements if row["name"] == self.spec.method])}
 
     def _scope(self) -> Scope | None:
         """What the method compared; None when a refinement may have moved places since."""

@@ -12,8 +12,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from .errors import UsageError
 from .pattern import NMPattern, Pattern, Unstructured, parse_pattern
-from .registry import METHODS, REFINEMENTS
+from .registry import LEARNERS, METHODS, REFINEMENTS, check_method
 from .steps import AnyStep, Frozen, Refit
+from .train_settings import AnyLearn
 
 DEFAULT_MODEL = "demo"
 AUTO = "auto"
@@ -43,6 +44,7 @@ class Prune(Frozen):
     calibration: Calibration = Calibration()
     wbits: Literal[4, 8] | None = Field(None, description="round kept weights to this many bits in the same sweep")
     wgroup: int | None = Field(None, ge=1, description="columns that share a scale, with wbits; left out: a whole row")
+    learn: AnyLearn | None = Field(None, description="settings of a learned method; filled in when there is one")
     refine: tuple[AnyStep, ...] = Field((), description="applied in order after the mask is chosen")
     sequential: bool = Field(False, description="a layer's statistics see the pruned layers before it in its block; "
                                                 "about twice the forward passes")
@@ -51,6 +53,23 @@ class Prune(Frozen):
     patterns: dict[str, str] | None = Field(None, description="parameter name -> keep:group, dense, or dense: why; "
                                             "what is not named gets `pattern`")
     compute: Literal["auto", "fp32", "bf16"] = Field("auto", description="dtype of forward passes; statistics are fp32")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _section_of_the_method(cls, data: Any) -> Any:
+        """`learn` need not repeat the method's name, and is there whenever the method learns."""
+        if not isinstance(data, dict):
+            return data
+        method, section = data.get("method"), data.get("learn")
+        if method not in LEARNERS.entries:
+            if section is not None:
+                name = method or cls.model_fields["method"].default
+                raise UsageError(f"The section learn belongs to a learned method, and '{name}' is none.",
+                                 f"one of: {', '.join(LEARNERS.names())}")
+            return data
+        if section is None or (isinstance(section, dict) and "name" not in section):
+            return {**data, "learn": {"name": method, **(section or {})}}
+        return data
 
     @field_validator("patterns")
     @classmethod
@@ -64,7 +83,7 @@ class Prune(Frozen):
     def _known_method(cls, name: str) -> str:
         if name in REFINEMENTS.names():
             raise UsageError(f"'{name}' refines a mask; type --method wanda --refine {name}.")
-        return METHODS.check(name)
+        return check_method(name)
 
     @field_validator("refine", mode="before")
     @classmethod
@@ -96,12 +115,25 @@ class Prune(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _can_be_learned(self) -> Prune:
+        if self.learn is None:
+            return self
+        if self.learn.name != self.method:
+            raise UsageError(f"The section learn is that of '{self.learn.name}', the method is '{self.method}'.")
+        if self.learn.batch is not None and self.learn.batch % self.calibration.batch:
+            raise UsageError(f"learn.batch {self.learn.batch} is not a multiple of calibration.batch "
+                             f"{self.calibration.batch}, the samples that pass at a time.")
+        if self.permute and self.learn.objective == "global":
+            raise UsageError("Permuted channels are learned a block at a time.", "--objective block")
+        return self
+
+    @model_validator(mode="after")
     def _can_be_rounded(self) -> Prune:
         if self.wbits is None:
             if self.wgroup is not None:
                 raise UsageError(f"wgroup {self.wgroup} shares the scales of wbits, which is not set.", "--wbits 4")
             return self
-        if not METHODS.load(self.method).quantises:
+        if self.learn is not None or not METHODS.load(self.method).quantises:
             able = [name for name in METHODS.names() if METHODS.load(name).quantises]
             raise UsageError(f"'{self.method}' cannot round to {self.wbits} bits while it prunes.",
                              f"methods that can: {', '.join(able)}")

@@ -46,6 +46,10 @@ METHODS = Registry("method", {
     "wanda": ".methods.wanda:METHOD",
 })
 
+LEARNERS = Registry("learned method", {
+    "maskllm": ".methods.maskllm:LEARNED",
+})
+
 REFINEMENTS = Registry("refinement", {
     "admm": ".refine.admm:REFINEMENT",
     "bias": ".refine.bias:REFINEMENT",
@@ -56,3 +60,8 @@ REFINEMENTS = Registry("refinement", {
     "refit": ".refine.refit:REFINEMENT",
     "swap": ".refine.swap:REFINEMENT",
 })
+
+
+def check_method(name: str) -> str:
+    """Return the name of a method, one-shot or learned; raise `UsageError` with the nearest name otherwise."""
+    return Registry(METHODS.kind, METHODS.entries | LEARNERS.entries).check(name)

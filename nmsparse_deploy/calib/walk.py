@@ -169,9 +169,9 @@ class BlockWalk:
             block = self._working_copy(index)
             self.dense = [self._run(block, index, number, x) for number, x in enumerate(self.dense)]
 
-    def advance(self, index: int) -> None:
-        """Replace the stream by the block's outputs under its present weights."""
-        block = self._working_copy(index)
+    def advance(self, index: int, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Replace the stream by the block's outputs under its present weights, or under `weights` in their place."""
+        block = self._working_copy(index, weights)
         self.hidden = [self._run(block, index, number, x) for number, x in enumerate(self.hidden)]
 
     def _working_copy(self, index: int, weights: Mapping[str, torch.Tensor] | None = None) -> nn.Module:

@@ -20,6 +20,7 @@ import torch
 from ..methods.base import LayerResult
 from ..models.base import from_rows, to_rows
 from ..steps import Reconstruct
+from ..train.losses import relative_error
 from .base import Block, BlockResult, Refinement
 from .units import Unit, units
 
@@ -84,13 +85,6 @@ def _schedule(share: float, warm: float = 0.05) -> float:
 def _loss(block: Block, unit: Unit, targets: Sequence[torch.Tensor], numbers: Sequence[int]) -> float:
     losses = [float(relative_error(unit.forward(block.module, i, block.inputs[i]), targets[i])) for i in numbers]
     return sum(losses) / len(losses)
-
-
-def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of `‖y - t‖² / ‖t‖²`, with states `[..., hidden]`."""
-    target = target.float()
-    size = target.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return ((output.float() - target).square().sum(-1) / size).mean()
 
 
 REFINEMENT = Refinement("norms", "weights", "gradient steps on a block's surviving weights against the dense stream",

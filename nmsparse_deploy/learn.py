@@ -1,0 +1,127 @@
+"""Learned masks inside the prune stage: priors, the best of them, the loop, and what it has to tell.
+
+With the block objective a block is learned where the walk stands, from the stream of the pruned model; with the global
+one the whole model is learned first (`learn_model.py`) and the walk only writes down the masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from .errors import NmsparseError
+from .methods.base import LayerResult
+from .pattern import NMPattern
+from .progress import Progress
+from .refine.base import Block, BlockResult
+from .registry import LEARNERS, METHODS
+from .rundir import RunDir
+from .train.budget import Budget, Weights, budget
+from .train.checkpoint import Checkpoints
+from .train.judge import Masks, best_prior
+from .train.learner import Learned, Learnt, Subject
+from .train.loop import Outcome, fit
+from .train.masked import Site
+from .train.subjects import BlockSubject
+from .train_settings import Learn
+
+FOLDER = "learning"
+"""In the run folder while masks are learned: priors and checkpoints."""
+
+ADVICE = "learn.form: compact or scores, a smaller calibration.batch, gradient_checkpointing, or objective: block"
+
+
+def resolved(wanted: str, permute: bool) -> Literal["block", "global"]:
+    """What `objective: auto` means here: the whole model where there is a GPU, else a block at a time."""
+    if wanted == "auto":
+        return "global" if torch.cuda.is_available() and not permute else "block"
+    return "global" if wanted == "global" else "block"
+
+
+@dataclass(frozen=True)
+class Session:
+    """One prune stage that learns: its settings and where it writes."""
+
+    run: RunDir
+    spec: Any
+    """Settings of the method, a `Learn`."""
+    seed: int
+    compute: torch.dtype
+    device: torch.device
+    progress: Progress
+
+    @property
+    def method(self) -> Learned:
+        found: Learned = LEARNERS.load(self.spec.name)
+        return found
+
+    def learn(self, subject: Subject, priors: Mapping[str, Masks], room: Budget, name: str,
+              title: str) -> tuple[dict[str, Learnt], dict[str, Any]]:
+        """From the best of the priors to the best mask found, and the facts. Resumes from the checkpoint `name`."""
+        room.check(self.device, ADVICE)
+        chosen, losses = best_prior(subject, priors)
+        outcome: Outcome = fit(subject, self.method.make(self.spec), priors[chosen], self.spec, self.seed,
+                               Checkpoints(self.run, f"{FOLDER}/{name}.safetensors"), self.progress, title)
+        patterns = {site.name: site.pattern for site in subject.sites.values()}
+        facts = {"prior_method": chosen, "priors": losses, **outcome.facts, "memory": room.to_json(),
+                 "changed": changed(outcome.learnt, priors[chosen], patterns)}
+        return outcome.learnt, facts
+
+    def learn_block(self, block: Block, spec: Learn, number: int, path: str) -> BlockResult:
+        """A block refinement that throws the given weights away and learns masks for the dense ones."""
+        assert block.dense_inputs is not None
+        sites = {name: Site(f"{path}.{name}", name, layer.axis, layer.groups) for name, layer in block.layers.items()}
+        subject = BlockSubject(block.dense, sites, block.inputs, block.dense_inputs, block.run, spec.holdout)
+        priors = {method: {sites[name].name: mask_of(method, layer.dense, layer.stats, layer.groups)
+                           for name, layer in block.layers.items()} for method in spec.priors}
+        tokens = max(x.numel() // x.shape[-1] for x in block.inputs)
+        room = self.room([(layer.dense, layer.groups) for layer in block.layers.values()], tokens)
+        learnt, facts = self.learn(subject, priors, room, f"block-{number:03d}", f"block {number}")
+        layers = {name: LayerResult(learnt[site.name].mask, learnt[site.name].weight) for name, site in sites.items()}
+        return BlockResult(layers, facts={"objective": "block", **facts})
+
+    def room(self, weights: Sequence[tuple[torch.Tensor, NMPattern]], tokens: int, outputs: int = 0) -> Budget:
+        """Predicted memory for matrices `[n, k]` with their patterns."""
+        rows = [Weights(rows.numel(), rows.shape[1], rows.shape[0], pattern) for rows, pattern in weights]
+        return budget(rows, lambda pattern: self.method.bytes_per_weight(self.spec, pattern), tokens, self.compute,
+                      outputs, self.spec.gradient_checkpointing)
+
+
+def mask_of(method: str, weight: torch.Tensor, stats: Any, pattern: NMPattern) -> torch.Tensor:
+    """What a one-shot method would keep, for the original weights."""
+    prune_layer: Callable[..., LayerResult] = METHODS.load(method).prune_layer
+    return prune_layer(weight, stats, pattern).mask
+
+
+def changed(learnt: Mapping[str, Learnt], priors: Masks, patterns: Mapping[str, NMPattern]) -> float:
+    """Share of the groups whose mask is another than the prior's."""
+    different = groups = 0
+    for name, one in learnt.items():
+        moved = (one.mask != priors[name].cpu()).reshape(-1, patterns[name].group).any(-1)
+        different += int(moved.sum())
+        groups += moved.numel()
+    return different / groups if groups else 0.0
+
+
+def summary(told: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a stage learned, from the facts of its blocks or of the whole model."""
+    if not told:
+        raise NmsparseError("Nothing was learned.")
+    count = len(told)
+    mean = {key: sum(row[key] for row in told) / count for key in ("prior", "best", "changed")}
+    return {"objective": told[0]["objective"], **mean, "unmoved": sum(row["changed"] == 0 for row in told),
+            "parts": count, "steps": sum(row["steps"] for row in told),
+            "learning_seconds": round(sum(row["seconds"] for row in told), 1)}
+
+
+def sentence(found: dict[str, Any]) -> str:
+    """What the summary means."""
+    what = "block" if found["objective"] == "block" else "model"
+    if found["unmoved"] == found["parts"]:
+        return "no learned mask beat its one-shot prior on held-out data: the masks are the priors, unchanged."
+    kept = f"; {found['unmoved']} of {found['parts']} blocks kept their prior" if found["unmoved"] else ""
+    return (f"learned per {what}: mean held-out loss {found['prior']:.4g} for the one-shot prior, {found['best']:.4g} "
+            f"for the learned mask; {found['changed']:.1%} of the groups changed{kept}.")

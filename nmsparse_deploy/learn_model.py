@@ -1,0 +1,101 @@
+"""The global objective: one-shot priors for the whole model, then masks learned through all of it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from . import models
+from .block import prune_block
+from .calib.walk import BlockWalk
+from .learn import FOLDER, Session
+from .methods.base import LayerResult, Method
+from .models.base import LoadedModel, to_rows
+from .objective import objective
+from .pattern import NMPattern
+from .plan import Plan
+from .progress import Progress
+from .recipe import Prune
+from .registry import METHODS
+from .train.judge import Masks
+from .train.masked import Site
+from .train.subjects import WholeModel
+
+
+def learn_model(session: Session, loaded: LoadedModel, plan: Plan, spec: Prune,
+                inputs: dict[str, torch.Tensor]) -> tuple[dict[str, LayerResult], dict[str, Any]]:
+    """Masks for everything in the plan by parameter name, and the facts. The model is dense before and after."""
+    batches = models.batches(loaded, inputs, spec.calibration.batch)
+    sites, weights = {}, []
+    for row in plan.pruned():
+        assert isinstance(row.pattern, NMPattern)
+        name = row.target.name
+        sites[name] = Site(name, name, row.target.axis, row.pattern)
+        weights.append((to_rows(loaded.module.get_parameter(name), row.target.axis), row.pattern))
+    with torch.no_grad(), torch.autocast(session.device.type, session.compute,
+                                         enabled=session.compute != torch.float32):
+        output = loaded.module(**{name: value[:1] if isinstance(value, torch.Tensor) else value
+                                  for name, value in batches[0].items()})
+    suits = objective(loaded, output)
+    subject = WholeModel(loaded.module, sites, batches, suits, session.spec, session.compute)
+    signal = suits.signal(output)
+    states = signal.numel() // signal.shape[-1]
+    room = session.room(weights, states * subject.samples, signal.shape[-1])
+    some = models.batches(loaded, {key: value[: session.spec.prior_samples] for key, value in inputs.items()},
+                          spec.calibration.batch)
+    priors = {method: _prior(session, loaded.module, plan, spec, method, some) for method in session.spec.priors}
+    with _recomputed(loaded.module, plan.blocks if session.spec.gradient_checkpointing else ()):
+        learnt, facts = session.learn(subject, priors, room, "whole", f"{spec.method} {spec.pattern}")
+    return ({name: LayerResult(one.mask, one.weight) for name, one in learnt.items()},
+            {"name": spec.method, "objective": "global", **facts})
+
+
+def _prior(session: Session, module: nn.Module, plan: Plan, spec: Prune, method: str,
+           batches: Sequence[dict[str, Any]]) -> Masks:
+    """The masks of a one-shot method for the original weights, from an earlier process if it got that far."""
+    name = f"{FOLDER}/prior-{method}.safetensors"
+    if not (session.run / name).is_file():
+        found = one_shot(module, plan, spec, method, batches, session.compute, session.progress)
+        with session.run.replacing(name) as temporary:
+            save_file({key: mask.contiguous() for key, mask in found.items()}, temporary)
+    return load_file(session.run / name)
+
+
+def one_shot(module: nn.Module, plan: Plan, spec: Prune, name: str, batches: Sequence[dict[str, Any]],
+             compute: torch.dtype, progress: Progress) -> dict[str, torch.Tensor]:
+    """Bool rows by parameter name: walk the blocks, and let every block see what the pruned ones before it make of the
+    data. Weights stay as they are."""
+    method: Method = METHODS.load(name)
+    alone = spec.model_copy(update={"method": name, "learn": None, "refine": (), "permute": False})
+    walk = None if method.needs == "none" else BlockWalk(module, plan.blocks, batches, compute)
+    masks: dict[str, torch.Tensor] = {}
+    for number in range(max(row.target.block for row in plan.pruned()) + 1):
+        progress(f"prior {name}, block {number}", number, len(plan.blocks))
+        pruned = prune_block(module, plan, number, alone, method, walk) if plan.pruned(number) else None
+        layers = {key: replace(layer, result=LayerResult(layer.result.mask))
+                  for key, layer in (pruned.layers if pruned else {}).items()}
+        masks |= {key: layer.result.mask.cpu() for key, layer in layers.items()}
+        if walk is not None:
+            walk.advance(number, {key: layer.stored(torch.float32) for key, layer in layers.items()})
+    return masks
+
+
+@contextmanager
+def _recomputed(module: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
+    """Inside, the blocks keep nothing for the backward pass but their inputs."""
+    found = [module.get_submodule(path) for path in blocks]
+    for block in found:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for block in found:
+            del block.forward

@@ -1,0 +1,52 @@
+"""MaskLLM: learn which weights of every group stay by back-propagation through a distribution over masks.
+
+Every group holds a categorical distribution over its candidate masks `S_i`. A step samples a relaxed mask by Gumbel
+softmax, multiplies the frozen weights with it, and moves the logits by the gradient of the loss; the scale `kappa` of
+the logits rises and the temperature `tau` falls until samples are masks. A term `-lambda*sum ||W*m~||^2` rewards large
+kept weights, which keep the gradient alive. Learning starts at a one-shot prior `m0`:
+
+    pi_i = sigma*alpha*(<m0, S_i> - N^2/M)
+    e^(kappa*sigma*alpha*N) / sum_i e^(kappa*sigma*alpha*<m0, S_i>) = confidence
+
+Only `kappa*sigma` and `kappa*rate` matter, so `confidence` and `step_size = kappa_end*rate` are what is set. The paper
+adds the prior to Gaussian noise of its own size, which loses the prior in one group of eighteen; here it stands alone.
+The masks themselves are in `train/maskparam.py`: six-way for 2:4 as published, compact and straight-through besides.
+
+Fang et al., MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models, NeurIPS 2024, arXiv:2409.17481.
+Written from the paper's formulas; the published code was not used.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ..pattern import NMPattern
+from ..train.learner import ADAM, BEST, Learned, MaskLearner
+from ..train.masked import Law, Site
+from ..train.maskparam import Annealing, Choice, Scores, form_for
+from ..train.moment import Linear
+from ..train_settings import MaskLLM
+
+
+def make(spec: MaskLLM) -> MaskLearner:
+    """The learner for a recipe's settings."""
+    annealing = Annealing(Linear(*spec.kappa), Linear(*spec.tau), spec.confidence, spec.noise, spec.regulariser)
+
+    def law(site: Site) -> Law:
+        form = form_for(site.pattern) if spec.form == "auto" else spec.form
+        if form == "scores":
+            return Scores(site.pattern, annealing)
+        return Choice(site.pattern, annealing, compact=form == "compact")
+
+    return MaskLearner(law, spec.step_size / spec.kappa[1], spec.decay)
+
+
+def bytes_per_weight(spec: MaskLLM, pattern: NMPattern) -> float:
+    """24 bytes for the six logits of a 2:4 group, 16 for the other forms; and the best mask."""
+    candidates = spec.form == "candidates" or (spec.form == "auto" and form_for(pattern) == "candidates")
+    values = math.comb(pattern.group, pattern.keep) / pattern.group if candidates else 1
+    return ADAM * values + BEST
+
+
+LEARNED = Learned(make, "a distribution over the masks of every group, learned by gradient",
+                  "Fang et al. 2024, arXiv:2409.17481", bytes_per_weight=bytes_per_weight)

@@ -1,0 +1,65 @@
+"""The section `learn:` of a recipe: the settings of the learned methods. The code of each is in `methods/NAME.py`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from .registry import METHODS
+from .steps import Frozen
+
+Objective = Literal["auto", "block", "global"]
+
+
+class Learn(Frozen):
+    """What every learned method has: how long, on what, judged how often. `name` is that of the method."""
+
+    objective: Objective = Field("auto", description="block: one block against the dense block's output; global: the "
+                                 "whole model's loss; auto: global where there is a GPU")
+    steps: int = Field(100, ge=1, description="optimiser steps, per block with the block objective")
+    batch: int | None = Field(None, ge=1, description="samples per optimiser step, calibration.batch of them at a "
+                              "time; left out: calibration.batch")
+    warmup: int = Field(0, ge=0, description="optimiser steps of rising learning rate")
+    schedule: Literal["cosine", "linear"] = Field("cosine", description="how the learning rate falls to `floor`")
+    floor: float = Field(0.1, ge=0, le=1, description="learning rate at the end as a share of its peak")
+    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 = no clipping")
+    priors: tuple[str, ...] = Field(("magnitude", "wanda", "sparsegpt-mask"), min_length=1,
+                                    description="one-shot methods; learning starts from the best mask among them")
+    prior_samples: int = Field(64, ge=1, description="calibration samples for the priors (global objective)")
+    task: float = Field(1.0, ge=0, description="weight of the model's own loss (global, language models)")
+    distill: float = Field(1.0, ge=0, description="weight of the divergence from the dense model's outputs (global)")
+    temperature: float = Field(1.0, gt=0, description="of the distillation")
+    holdout: float = Field(0.1, gt=0, lt=1, description="share of the batches that judges and is not trained on")
+    evaluate_every: int = Field(25, ge=1, description="steps between judgements of the hard mask")
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
+    gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass (global)")
+    track: str | None = Field(None, description="one of accelerate's trackers: tensorboard, wandb, trackio...")
+
+
+    @field_validator("priors")
+    @classmethod
+    def _known_priors(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            METHODS.check(name)
+        return names
+
+
+class MaskLLM(Learn):
+    """A distribution over the masks of every group, learned by gradient."""
+
+    name: Literal["maskllm"] = "maskllm"
+    form: Literal["auto", "candidates", "compact", "scores"] = Field(
+        "auto", description="a logit per candidate, a logit per weight, or straight-through scores; auto: candidates "
+                            "up to ten of them, compact beyond")
+    confidence: float = Field(0.83, gt=0, lt=1, description="probability of the prior's candidate at the start")
+    step_size: float = Field(0.5, gt=0, description="learning rate times the last kappa; above about 1 masks get worse")
+    kappa: tuple[float, float] = Field((100.0, 500.0), description="scale of the logits, first and last step")
+    tau: tuple[float, float] = Field((1.0, 0.05), description="temperature of the samples, first and last step")
+    noise: bool = Field(True, description="sample candidates; false: anneal without noise")
+    regulariser: float = Field(1e-5, ge=0, description="reward for large kept weights")
+    decay: float = Field(0.0, ge=0, description="weight decay on the logits")
+
+
+AnyLearn = MaskLLM
+"""The section of any learned method, told apart by `name`."""
