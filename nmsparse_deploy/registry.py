@@ -48,6 +48,8 @@ METHODS = Registry("method", {
 
 LEARNERS = Registry("learned method", {
     "maskllm": ".methods.maskllm:LEARNED",
+    "maskpro": ".methods.maskpro:LEARNED",
+    "proxsparse": ".methods.proxsparse:LEARNED",
 })
 
 REFINEMENTS = Registry("refinement", {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -61,5 +61,31 @@ class MaskLLM(Learn):
     decay: float = Field(0.0, ge=0, description="weight decay on the logits")
 
 
-AnyLearn = MaskLLM
+class ProxSparse(Learn):
+    """A copy of the weights is drawn towards the pattern; its support is the mask."""
+
+    name: Literal["proxsparse"] = "proxsparse"
+    pressure: float = Field(2.0, ge=0, description="strength of all proximal steps together, relative to each matrix")
+    reach: float = Field(2.0, gt=0, description="how far a weight can be carried over the run, in root mean squares of "
+                                                "its matrix; sets the learning rate")
+    lambda1: float | None = Field(None, ge=0, description="strength of one step as published, instead of pressure")
+    rate: float | None = Field(None, gt=0, description="learning rate as published, instead of reach")
+    lambda2: float = Field(0.0, ge=0, description="weight of the term that holds weights near their original values")
+    epsilon: float = Field(0.1, gt=0, description="keeps that term finite where the original weight is small")
+
+
+class MaskPro(Learn):
+    """A logit per weight, learned from forward passes alone."""
+
+    name: Literal["maskpro"] = "maskpro"
+    clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 = no clipping")
+    floor: float = Field(1.0, ge=0, le=1, description="learning rate at the end as a share of its peak")
+    flips: float = Field(300.0, gt=0, description="groups that differ from the prior in a draw, at the start")
+    step_size: float = Field(0.05, gt=0, description="share of C that a usual residual moves the logit of a drawn "
+                                                     "weight")
+    magnitude: float | None = Field(None, gt=0, description="C, the logit of the prior's weights, instead of flips")
+    rate: float | None = Field(None, gt=0, description="learning rate as published, instead of step_size")
+
+
+AnyLearn = Annotated[MaskLLM | MaskPro | ProxSparse, Field(discriminator="name")]
 """The section of any learned method, told apart by `name`."""

@@ -91,6 +91,10 @@ class Learner:
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take back what `state` returned."""
 
+    def facts(self) -> dict[str, Any]:
+        """What else the run should tell; JSON-able."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Learned:

@@ -204,7 +204,7 @@ class _Fit:
         told = asdict(self.so_far)
         told["seconds"] = round(self.so_far.seconds + time.perf_counter() - self.start, 3)
         return {**told, "steps": told.pop("step"), "samples_per_step": self.parts * self.subject.samples * self.world,
-                "processes": self.world, "peak_memory_mb": stretch_peak_mb()}
+                "processes": self.world, "peak_memory_mb": stretch_peak_mb(), **self.learner.facts()}
 
 
 def _parts(batch: int, samples: int, world: int) -> int:

@@ -12,8 +12,9 @@ and the cheapest of all is the answer. The updates start from zero, smallest ent
 one constant and one in proportion to `z`: near equal entries zero alone leads to a local minimum. A block is divided by
 its largest entry `c` first, `prox_λ(c z) = c prox_{λ c^(N-1)}(z)`, so that tolerances are relative.
 
-Liu et al., ProxSparse, ICML 2025, arXiv:2502.00258, section 3 (2:4, from zero). The balanced starts, the general
-keep:group and the certificate are this project's.
+Kübler et al., A Proximal Operator for Inducing 2:4-Sparsity, 2025, arXiv:2501.18015; Liu et al., ProxSparse, ICML 2025,
+arXiv:2502.00258, section 3 (both 2:4). The balanced starts, the general keep:group and the certificate are this
+project's.
 """
 
 from __future__ import annotations
