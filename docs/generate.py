@@ -49,6 +49,14 @@ def methods_table() -> str:
     return markdown(("method", "what it does", "weights", "statistics", "source"), rows)
 
 
+def learned_table() -> str:
+    from nmsparse_deploy.registry import LEARNERS
+
+    rows = [(f"`{name}`", m.summary, "trained" if m.updates_weights else "kept", m.source)
+            for name in LEARNERS.names() for m in [LEARNERS.load(name)]]
+    return markdown(("method", "what it does", "weights", "source"), rows)
+
+
 def refinements_table() -> str:
     from nmsparse_deploy.registry import REFINEMENTS
 
@@ -92,7 +100,7 @@ def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 TABLES: dict[str, Any] = {"measured": readme_table, "oneshot": measured, "methods": methods_table,
-                          "refinements": refinements_table}
+                          "learned": learned_table, "refinements": refinements_table}
 
 
 def fill(text: str) -> str:

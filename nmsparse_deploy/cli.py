@@ -131,6 +131,10 @@ def prune(model: Model = DEMO,
           wbits: Annotated[int | None, typer.Option(help="4 or 8: round kept weights in the same sweep")] = None,
           wgroup: Annotated[int | None, typer.Option(
               help="columns that share a scale, with --wbits; left out: a whole row")] = None,
+          steps: Annotated[int | None, typer.Option(
+              help="optimiser steps of a learned method [default: 60 per block, 1000 for a whole model]")] = None,
+          objective: Annotated[str | None, typer.Option(
+              help="of a learned method: block, global, or auto [default: auto, global on a GPU]")] = None,
           data: Annotated[str, typer.Option(help="calibration text or images; auto suits the model")] = "auto",
           samples: Annotated[int, typer.Option(help="calibration windows")] = 64,
           length: Annotated[int, typer.Option(help="tokens per window")] = 512,
@@ -145,7 +149,7 @@ def prune(model: Model = DEMO,
     _say_default(model)
     calibration = {"data": data, "samples": samples, "length": length, "seed": seed}
     settings = {"refine": [{"name": name} for name in refine], "sequential": sequential, "permute": permute,
-                **_patterns(pattern, plan),
+                **_patterns(pattern, plan), **_learning(steps, objective),
                 "wbits": wbits, "wgroup": wgroup, "calibration": calibration, "include": include, "exclude": exclude}
     if method == "auto":
         from .auto import choose
@@ -162,7 +166,7 @@ def prune(model: Model = DEMO,
     how = "as planned" if plan else f"to {spec.pattern}"
     output.result({"run": str(run.path), **facts},
                   [f"{run.path}: {facts['layers']} layers pruned {how} and verified "
-                   f"in {facts['seconds']:.0f} s.", f"next: nmsparse-deploy evaluate {run.path}"])
+                   f"in {facts['seconds']:.0f} s.", *_learned(facts), f"next: nmsparse-deploy evaluate {run.path}"])
 
 
 @app.command()
@@ -333,16 +337,21 @@ def doctor() -> None:
 @app.command(name="list")
 def list_() -> None:
     """The methods that can find a mask, the refinements that can follow, and where they come from."""
-    from .registry import METHODS, REFINEMENTS
+    from .registry import LEARNERS, METHODS, REFINEMENTS
 
     methods = {name: METHODS.load(name) for name in METHODS.names()}
+    learned = {name: LEARNERS.load(name) for name in LEARNERS.names()}
     refinements = {name: REFINEMENTS.load(name) for name in REFINEMENTS.names()}
     data = {"methods": [{"name": n, "needs": m.needs, "updates_weights": m.updates_weights, "unstructured": m.scope,
                          "summary": m.summary, "source": m.source} for n, m in methods.items()],
+            "learned": [{"name": n, "updates_weights": m.updates_weights, "summary": m.summary, "source": m.source}
+                        for n, m in learned.items()],
             "refinements": [{"name": n, "needs": r.needs, "changes": r.changes, "summary": r.summary,
                              "source": r.source} for n, r in refinements.items()]}
     rows = [(f"--method {n}", m.summary, "updated" if m.updates_weights else "kept", m.needs, m.source)
             for n, m in methods.items()]
+    rows += [(f"--method {n}", m.summary, "updated" if m.updates_weights else "kept", "learned", m.source)
+             for n, m in learned.items()]
     rows += [(f"--refine {n}", r.summary, "kept" if r.changes == "mask" else "updated", r.needs, r.source)
              for n, r in refinements.items()]
     output.table(data, ("option", "what it does", "weights", "data", "source"), rows)
@@ -368,6 +377,21 @@ def _patterns(pattern: str | None, plan: Path | None) -> dict[str, Any]:
         raise UsageError("--plan decides the pattern; leave --pattern out.")
     found = load(plan)
     return {"pattern": found.pattern, "patterns": found.patterns}
+
+
+def _learning(steps: int | None, objective: str | None) -> dict[str, Any]:
+    """The section of a learned method, as far as options set it."""
+    asked = {name: value for name, value in (("steps", steps), ("objective", objective)) if value is not None}
+    return {"learn": asked} if asked else {}
+
+
+def _learned(facts: dict[str, Any]) -> list[str]:
+    """What was learned, if something was."""
+    if "learned" not in facts:
+        return []
+    from .learn import sentence
+
+    return [sentence(facts["learned"])]
 
 
 def _sparse_set(reports: list[Any]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .block import needs
+from .learn import resolved
 from .memory import peak_memory_mb
 from .methods.base import Method
 from .methods.hessian import FP64_WIDTH
@@ -47,16 +48,20 @@ def estimate(loaded: LoadedModel, plan: Plan, spec: Prune, rates: Rates) -> Cost
     sequential), three per epoch of reconstruction; `2Tn²` per Gram and per cross Gram, `n³` per factor, `2Rn²` per
     sweep and per conjugate-gradient step. Layers that read the same input share the Gram but are factorised one by one.
     """
-    method: Method = METHODS.load(spec.method)
+    method: Method = METHODS.load(spec.learn.priors[0] if spec.learn else spec.method)
     need = needs(spec, method)
-    tokens = spec.calibration.samples * spec.calibration.length if need != "none" else 0
+    tokens = spec.calibration.samples * spec.calibration.length if need != "none" or spec.learn else 0
     targets = [row.target for row in plan.pruned()]
     inside = sum(row.target.k * row.target.n for row in plan.rows)
     gram, swept = need == "gram", method.needs == "gram"
-    dense = any(step.dense_stream for step in spec.refine)
+    dense = any(step.dense_stream for step in spec.refine) or spec.learn is not None
     widths = {t.fusion: t.k for t in targets}
     once = 2 * tokens * inside
-    trained = sum(step.epochs for step in spec.refine if isinstance(step, Reconstruct))
+    trained: float = sum(step.epochs for step in spec.refine if isinstance(step, Reconstruct))
+    if spec.learn is not None:
+        settled = spec.learn.settled(resolved(spec.learn.objective, spec.permute))
+        batch = settled.batch or spec.calibration.batch
+        trained += settled.steps * batch / max(1, spec.calibration.samples)
     forward = once * (1 + (1 + dense) * (1 + spec.sequential) + 3 * trained)
     grams = sum(2 * tokens * k**2 for k in widths.values()) * (1 + dense) if gram else 0
     factors = sum(t.k**3 for t in targets) if swept else 0

@@ -59,8 +59,8 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
     loaded = models.load(model)
     progress(models.described(model, loaded), 0, 0)
     if spec.learn is not None:
-        found = {"objective": resolved(spec.learn.objective, spec.permute)}
-        spec = spec.model_copy(update={"learn": spec.learn.model_copy(update=found)})
+        settled = spec.learn.settled(resolved(spec.learn.objective, spec.permute))
+        spec = spec.model_copy(update={"learn": settled})
     method: Method = METHODS.load(spec.learn.priors[0] if spec.learn else spec.method)
     inputs = models.sample_inputs(loaded)
     plan = make_plan(discover(loaded.module, inputs), parse_pattern(spec.pattern), spec.include, spec.exclude,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator
 
@@ -10,6 +10,8 @@ from .registry import METHODS
 from .steps import Frozen
 
 Objective = Literal["auto", "block", "global"]
+STEPS = {"block": 60, "global": 1000}
+STEP_SIZES = {"block": 2.0, "global": 1.0}
 
 
 class Learn(Frozen):
@@ -17,7 +19,8 @@ class Learn(Frozen):
 
     objective: Objective = Field("auto", description="block: one block against the dense block's output; global: the "
                                  "whole model's loss; auto: global where there is a GPU")
-    steps: int = Field(100, ge=1, description="optimiser steps, per block with the block objective")
+    steps: int = Field(0, ge=0, description="optimiser steps, of every block with the block objective; 0: 60 for a "
+                       "block, 1000 for a whole model")
     batch: int | None = Field(None, ge=1, description="samples per optimiser step, calibration.batch of them at a "
                               "time; left out: calibration.batch")
     warmup: int = Field(0, ge=0, description="optimiser steps of rising learning rate")
@@ -37,6 +40,10 @@ class Learn(Frozen):
     track: str | None = Field(None, description="one of accelerate's trackers: tensorboard, wandb, trackio...")
 
 
+    def settled(self, objective: Literal["block", "global"]) -> Self:
+        """The same settings with nothing left to be decided."""
+        return self.model_copy(update={"objective": objective, "steps": self.steps or STEPS[objective]})
+
     @field_validator("priors")
     @classmethod
     def _known_priors(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -53,12 +60,17 @@ class MaskLLM(Learn):
         "auto", description="a logit per candidate, a logit per weight, or straight-through scores; auto: candidates "
                             "up to ten of them, compact beyond")
     confidence: float = Field(0.83, gt=0, lt=1, description="probability of the prior's candidate at the start")
-    step_size: float = Field(0.5, gt=0, description="learning rate times the last kappa; above about 1 masks get worse")
+    step_size: float = Field(0.0, ge=0, description="learning rate times the last kappa; 0: 2 for a block, 1 for a "
+                             "whole model; much more makes masks worse")
     kappa: tuple[float, float] = Field((100.0, 500.0), description="scale of the logits, first and last step")
     tau: tuple[float, float] = Field((1.0, 0.05), description="temperature of the samples, first and last step")
     noise: bool = Field(True, description="sample candidates; false: anneal without noise")
     regulariser: float = Field(1e-5, ge=0, description="reward for large kept weights")
     decay: float = Field(0.0, ge=0, description="weight decay on the logits")
+
+    def settled(self, objective: Literal["block", "global"]) -> Self:
+        done = super().settled(objective)
+        return done.model_copy(update={"step_size": self.step_size or STEP_SIZES[objective]})
 
 
 class ProxSparse(Learn):

@@ -32,7 +32,7 @@ from torch import nn
 
 from ..models.base import to_rows
 from ..pattern import NMPattern
-from .masked import LawOf, LearnableMask, Site, attach, move_to, original, showing
+from .masked import LawOf, LearnableMask, Site, attach, move_to, original
 from .moment import Moment
 
 
@@ -134,8 +134,7 @@ class MaskLearner(Learner):
 
     def loss_terms(self, subject: Subject, number: int, moment: Moment) -> dict[str, torch.Tensor]:
         move_to(subject.module, moment)
-        with showing(subject.module, "soft"):
-            return subject.loss_terms(number)
+        return subject.loss_terms(number)
 
     @torch.no_grad()
     def finish(self) -> dict[str, Learnt]:

@@ -76,6 +76,8 @@ class LearnableMask(nn.Module):
         self.values = nn.Parameter(law.start(rows, prior.to(rows.device)).float())
         self.mode: Mode = "hard"
         self.moment = Moment()
+        self.order: list[str] = []
+        """Of the layer's parameters, which the parametrisation changes."""
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         if self.mode == "dense":
@@ -104,18 +106,21 @@ def attach(module: nn.Module, sites: Mapping[str, Site], law: LawOf,
         layer = module.get_submodule(owner)
         weight = layer.get_parameter(name)
         mask = LearnableMask(site, law(site), weight, priors[site.name])
+        mask.order = list(layer._parameters)
         parametrize.register_parametrization(layer, name, mask, unsafe=True)
         attached[path] = mask
     return attached
 
 
 def detach(module: nn.Module) -> None:
-    """Take every learnable mask off again; the original tensors, not copies of them, are the weights afterwards."""
+    """Take every learnable mask off again; the original tensors, not copies of them, are the weights again."""
     for layer in list(module.modules()):
         listed: Any = getattr(layer, "parametrizations", {})
         for name in list(listed):
-            if any(isinstance(p, LearnableMask) for p in listed[name]):
+            if isinstance(mask := listed[name][0], LearnableMask):
                 parametrize.remove_parametrizations(layer, name, leave_parametrized=False)
+                for key in mask.order:
+                    layer._parameters[key] = layer._parameters.pop(key)
 
 
 def masks(module: nn.Module) -> list[LearnableMask]:
@@ -144,6 +149,7 @@ def showing(module: nn.Module, mode: Mode) -> Iterator[None]:
 
 
 def move_to(module: nn.Module, moment: Moment) -> None:
-    """Tell every mask where the run is."""
+    """Tell every mask where the run is. From here on it shows its soft face: blocks that are computed again in the
+    backward pass have to see the same."""
     for mask in masks(module):
-        mask.moment = moment
+        mask.mode, mask.moment = "soft", moment
