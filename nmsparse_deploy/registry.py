@@ -56,6 +56,7 @@ REFINEMENTS = Registry("refinement", {
     "admm": ".refine.admm:REFINEMENT",
     "bias": ".refine.bias:REFINEMENT",
     "dsnot": ".refine.dsnot:REFINEMENT",
+    "finetune": ".refine.finetune:REFINEMENT",
     "group-descent": ".refine.group_descent:REFINEMENT",
     "llm-barber": ".refine.llm_barber:REFINEMENT",
     "reconstruct": ".refine.reconstruct:REFINEMENT",

@@ -7,38 +7,27 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator
 
 from .registry import METHODS
-from .steps import Frozen
+from .steps import Training
 
 Objective = Literal["auto", "block", "global"]
 STEPS = {"block": 60, "global": 1000}
 STEP_SIZES = {"block": 2.0, "global": 1.0}
+FORWARDS = 10
+"""How many times as many steps a method takes that learns from forward passes alone."""
 
 
-class Learn(Frozen):
+class Learn(Training):
     """What every learned method has: how long, on what, judged how often. `name` is that of the method."""
 
     objective: Objective = Field("auto", description="block: one block against the dense block's output; global: the "
                                  "whole model's loss; auto: global where there is a GPU")
     steps: int = Field(0, ge=0, description="optimiser steps, of every block with the block objective; 0: 60 for a "
                        "block, 1000 for a whole model")
-    batch: int | None = Field(None, ge=1, description="samples per optimiser step, calibration.batch of them at a "
-                              "time; left out: calibration.batch")
-    warmup: int = Field(0, ge=0, description="optimiser steps of rising learning rate")
-    schedule: Literal["cosine", "linear"] = Field("cosine", description="how the learning rate falls to `floor`")
-    floor: float = Field(0.1, ge=0, le=1, description="learning rate at the end as a share of its peak")
-    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 = no clipping")
     priors: tuple[str, ...] = Field(("magnitude", "wanda", "sparsegpt-mask"), min_length=1,
                                     description="one-shot methods; learning starts from the best mask among them")
     prior_samples: int = Field(64, ge=1, description="calibration samples for the priors (global objective)")
     task: float = Field(1.0, ge=0, description="weight of the model's own loss (global, language models)")
     distill: float = Field(1.0, ge=0, description="weight of the divergence from the dense model's outputs (global)")
-    temperature: float = Field(1.0, gt=0, description="of the distillation")
-    holdout: float = Field(0.1, gt=0, lt=1, description="share of the batches that judges and is not trained on")
-    evaluate_every: int = Field(25, ge=1, description="steps between judgements of the hard mask")
-    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
-    gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass (global)")
-    track: str | None = Field(None, description="one of accelerate's trackers: tensorboard, wandb, trackio...")
-
 
     def settled(self, objective: Literal["block", "global"]) -> Self:
         """The same settings with nothing left to be decided."""
@@ -97,6 +86,11 @@ class MaskPro(Learn):
                                                      "weight")
     magnitude: float | None = Field(None, gt=0, description="C, the logit of the prior's weights, instead of flips")
     rate: float | None = Field(None, gt=0, description="learning rate as published, instead of step_size")
+
+    def settled(self, objective: Literal["block", "global"]) -> Self:
+        """Forward passes are cheap and tell little: more of them."""
+        steps = {name: FORWARDS * count for name, count in STEPS.items()}[objective]
+        return super().settled(objective).model_copy(update={"steps": self.steps or steps})
 
 
 AnyLearn = Annotated[MaskLLM | MaskPro | ProxSparse, Field(discriminator="name")]

@@ -12,8 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "nmsparse_deploy"
 FILES = sorted(PACKAGE.rglob("*.py"))
 SHIPS = ("export", "engines", "bench", "quant", "evaluate", "report")
-FINDS = ("methods", "refine", "train", "prune", "block")
-FREE_OF_THE_GROUP = ("methods", "block", "masks", "plan", "prune", "refine", "train", "stats", "walk")
+FINDS = ("methods", "refine", "train", "learn", "learn_model", "prune", "block")
+FREE_OF_THE_GROUP = ("methods", "block", "learn", "learn_model", "masks", "plan", "prune", "refine", "train", "stats", "walk")
 
 
 def part(path: Path) -> str:

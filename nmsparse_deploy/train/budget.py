@@ -58,13 +58,14 @@ def budget(weights: Sequence[Weights], bytes_per_weight: Callable[[NMPattern], f
     `bytes_per_weight` covers trained values, gradients, optimiser state and the best masks. A masked copy of every
     weight lives until the backward pass, and so does what a layer reads and writes, unless blocks are recomputed.
     """
+    single = torch.float32.itemsize
     state = sum(one.count * bytes_per_weight(one.pattern) for one in weights)
-    masked = sum(one.count for one in weights) * (4 + (compute.itemsize if compute.itemsize < torch.float32.itemsize
-                                                       else 0))
+    cast = compute.itemsize if compute.itemsize < single else 0  # autocast keeps another copy
+    masked = sum(one.count for one in weights) * (single + cast)
     touched = sum(one.k + 2 * one.n for one in weights)
     if recomputed:
         touched = max((one.k for one in weights), default=0)
-        masked = max((one.count for one in weights), default=0) * torch.float32.itemsize
+        masked = max((one.count for one in weights), default=0) * single
     return Budget(state, masked, tokens * (touched * compute.itemsize + outputs * SOFTMAX_BYTES))
 
 

@@ -45,8 +45,6 @@ def test_masks_on_untouched_weights(name, pattern, objective, llama_dir, texts, 
             assert (value == dense[key]).all()
     learned = run.manifest()["stages"]["prune"]["learned"]
     assert learned["best"] <= learned["prior"]
-    if name == "proxsparse" and pattern == "2:4":
-        assert learned["changed"] > 0
 
 
 def test_three_fused_projections_in_a_conv1d(texts, tmp_path):
