@@ -69,7 +69,8 @@ def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method:
     small one in fp32; with it the channels are permuted first, and the dense weights in `module` with them. `learn`
     finds the block's masks in place of the method, `given` holds them where they are known already.
     """
-    steps = [(step, REFINEMENTS.load(step.name)) for step in spec.refine]
+    found = [(step, REFINEMENTS.load(step.name)) for step in spec.refine]
+    steps = [(step, refinement) for step, refinement in found if refinement.model is None]
     leading = [] if learn else list(takewhile(lambda pair: pair[1].layer is not None, steps))
     rows = plan.pruned(number)
     parts = list(by_fusion(rows).values()) if spec.sequential and walk else [rows]

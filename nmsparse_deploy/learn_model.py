@@ -53,7 +53,7 @@ def learn_model(session: Session, loaded: LoadedModel, plan: Plan, spec: Prune,
                           spec.calibration.batch)
     priors = {method: _prior(session, loaded.module, plan, spec, method, some)
               for method in session.spec.prior_methods} | dict(session.stored)
-    with _recomputed(loaded.module, plan.blocks if session.spec.gradient_checkpointing else ()):
+    with recomputed(loaded.module, plan.blocks if session.spec.gradient_checkpointing else ()):
         learnt, facts = session.learn(subject, priors, room, "whole", f"{spec.method} {spec.pattern}")
     return ({name: LayerResult(one.mask, one.weight) for name, one in learnt.items()},
             {"name": spec.method, "objective": "global", **facts})
@@ -90,7 +90,7 @@ def one_shot(module: nn.Module, plan: Plan, spec: Prune, name: str, batches: Seq
 
 
 @contextmanager
-def _recomputed(module: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
+def recomputed(module: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
     """Inside, the blocks keep nothing for the backward pass but their inputs."""
     found = [module.get_submodule(path) for path in blocks]
     for block in found:

@@ -36,6 +36,7 @@ from .progress import Progress, silent
 from .recipe import DEFAULT_MODEL, Prune, fingerprint
 from .registry import METHODS, REFINEMENTS
 from .rundir import RUNS, RunDir
+from .train.checkpoint import Checkpoints
 from .train.judge import Masks
 from .verify import VerifyReport, verify_checkpoint
 
@@ -70,7 +71,8 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
     _check_finite(loaded, plan)
     stored = stored_priors(spec.learn, loaded.module, plan) if spec.learn else {}
     _check_scales_fit(plan, spec)
-    sample = None if needs(spec, method) == "none" and not spec.learn else draw(loaded, spec.calibration, progress)
+    idle = needs(spec, method) == "none" and not spec.learn and not spec.finetune
+    sample = None if idle else draw(loaded, spec.calibration, progress)
     run = RunDir.create(path, recipe, identity, force)
     with run.lock():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -160,6 +162,8 @@ class _Stage:
     """How channels were permuted before pruning."""
     given: dict[str, LayerResult] | None = None
     """Masks that were learned for the whole model."""
+    moved: dict[str, Mask] = field(default_factory=dict)
+    """Masks that fine-tuning changed."""
 
     def work(self) -> None:
         start = time.perf_counter()
@@ -176,6 +180,7 @@ class _Stage:
                 walk.pass_dense(number)
             if walk is not None and number < blocks[-1]:
                 walk.advance(number)
+        self._finetune(rows)
         self.progress("saving and verifying", 0, 0)
         report = self._save(rows)
         if not report.ok:
@@ -237,6 +242,24 @@ class _Stage:
 
         assert self.sample is not None
         self.given, facts = learn_model(self._session(), self.loaded, self.plan, self.spec, self.sample.inputs)
+        self.refinements.append({"block": None, **facts})
+
+    def _finetune(self, rows: list[dict[str, Any]]) -> None:
+        """Train the whole pruned model, where the recipe asks for it. Errors of single layers mean nothing after."""
+        if self.spec.finetune is None:
+            return
+        from .refine_model import refine_model
+
+        assert self.sample is not None
+        masks = self._masks(rows)
+        found, facts = refine_model(Checkpoints(self.run, f"{FOLDER}/{self.spec.finetune.name}.safetensors"),
+                                    self.loaded, self.plan, self.spec, masks, self.sample.inputs, self.compute,
+                                    self.progress)
+        for row in rows:
+            row["relative_error"] = None
+            kept, mask = found[row["name"]], masks[row["name"]]
+            bits = from_rows(kept, mask.shape, mask.axis)
+            self.moved[row["name"]] = Mask.pack(bits, mask.axis, mask.pattern, mask.dense_hash)
         self.refinements.append({"block": None, **facts})
 
     def _learned(self) -> dict[str, Any]:
@@ -312,7 +335,7 @@ class _Stage:
                 for row in (r for r in rows if r["block"] == block):
                     masks[row["name"]] = Mask(file.get_tensor(row["name"] + MASK), tuple(row["shape"]), row["axis"],
                                               parse_pattern(row["pattern"]), row["dense_hash"])
-        return masks
+        return masks | self.moved
 
     def _scales(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Scales of the rounded weights by parameter, fp32, `[outputs, runs of inputs that share one]`."""

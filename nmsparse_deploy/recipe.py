@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from .errors import UsageError
 from .pattern import Pattern, Unstructured, parse_pattern
 from .registry import LEARNERS, METHODS, REFINEMENTS, check_method
-from .steps import AnyStep, Frozen, Refit
+from .steps import AnyStep, Finetune, Frozen, Refit
 from .train_settings import AnyLearn
 
 DEFAULT_MODEL = "demo"
@@ -71,6 +71,11 @@ class Prune(Frozen):
             return {**data, "learn": {"name": method, **(section or {})}}
         return data
 
+    @property
+    def finetune(self) -> Finetune | None:
+        """The step that trains the whole model, if there is one."""
+        return next((step for step in self.refine if isinstance(step, Finetune)), None)
+
     @field_validator("patterns")
     @classmethod
     def _valid_patterns(cls, named: dict[str, str] | None) -> dict[str, str] | None:
@@ -112,6 +117,25 @@ class Prune(Frozen):
             if self.permute:
                 raise UsageError(f"Permuting channels makes better groups, and {loose} has none.",
                                  "leave out --permute")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_model_last(self) -> Prune:
+        """What trains the whole model comes after everything else, once."""
+        if any(isinstance(step, Finetune) for step in self.refine[:-1]):
+            raise UsageError("finetune trains the whole pruned model; it comes once, after all other refinements.")
+        last = self.finetune
+        if last is not None and last.batch is not None and last.batch % self.calibration.batch:
+            raise UsageError(f"finetune's batch {last.batch} is not a multiple of calibration.batch "
+                             f"{self.calibration.batch}, the samples that pass at a time.")
+        if last is not None and last.moves_mask:
+            named = [decided(text)[0] for text in (self.patterns or {}).values()]
+            if any(isinstance(p, Unstructured) for p in (parse_pattern(self.pattern), *named)):
+                raise UsageError(f"finetune with {last.how} chooses within groups, and the pattern has none.",
+                                 "how: fixed")
+            if self.permute:
+                raise UsageError(f"finetune with {last.how} brings back dense weights, which permuting moves.",
+                                 "how: fixed, or leave out --permute")
         return self
 
     @model_validator(mode="after")

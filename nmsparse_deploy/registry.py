@@ -48,12 +48,15 @@ METHODS = Registry("method", {
 
 LEARNERS = Registry("learned method", {
     "maskllm": ".methods.maskllm:LEARNED",
+    "maskpro": ".methods.maskpro:LEARNED",
+    "proxsparse": ".methods.proxsparse:LEARNED",
 })
 
 REFINEMENTS = Registry("refinement", {
     "admm": ".refine.admm:REFINEMENT",
     "bias": ".refine.bias:REFINEMENT",
     "dsnot": ".refine.dsnot:REFINEMENT",
+    "finetune": ".refine.finetune:REFINEMENT",
     "group-descent": ".refine.group_descent:REFINEMENT",
     "llm-barber": ".refine.llm_barber:REFINEMENT",
     "reconstruct": ".refine.reconstruct:REFINEMENT",

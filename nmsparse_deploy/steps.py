@@ -26,6 +26,26 @@ class Step(Frozen):
         return False
 
 
+class Training(Frozen):
+    """What every training run has: how long, on what, judged how often."""
+
+    steps: int = Field(200, ge=1, description="optimiser steps")
+    batch: int | None = Field(None, ge=1, description="samples per optimiser step, calibration.batch of them at a "
+                              "time; left out: calibration.batch")
+    warmup: int = Field(0, ge=0, description="optimiser steps of rising learning rate")
+    schedule: Literal["cosine", "linear"] = Field("cosine", description="how the learning rate falls to `floor`")
+    floor: float = Field(0.1, ge=0, le=1, description="learning rate at the end as a share of its peak")
+    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 = no clipping")
+    task: float = Field(1.0, ge=0, description="weight of the model's own loss (language models)")
+    distill: float = Field(1.0, ge=0, description="weight of the divergence from the dense model's outputs")
+    temperature: float = Field(1.0, gt=0, description="of the distillation")
+    holdout: float = Field(0.1, gt=0, lt=1, description="share of the batches that judges and is not trained on")
+    evaluate_every: int = Field(25, ge=1, description="steps between judgements of the hard mask")
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
+    gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass (whole models)")
+    track: str | None = Field(None, description="one of accelerate's trackers: tensorboard, wandb, trackio...")
+
+
 class Refit(Step):
     """Least squares on the fixed mask."""
 
@@ -108,5 +128,26 @@ class LlmBarber(Step):
                          "0.01 after Wanda or SparseGPT, 0.1 after magnitude")
 
 
-AnyStep = Annotated[Admm | Bias | Dsnot | GroupDescent | LlmBarber | Reconstruct | Refit | Swap,
+class Finetune(Step, Training):
+    """Train what survives in the whole model, with the dense one as the teacher. Comes last."""
+
+    name: Literal["finetune"] = "finetune"
+    how: Literal["fixed", "sr-ste", "s-ste", "adapters"] = Field(
+        "fixed", description="fixed: the mask stays; sr-ste, s-ste: it follows the weights until it is frozen; "
+                             "adapters: low-rank, merged under the mask")
+    rate: float = Field(1e-4, gt=0, description="learning rate of AdamW at its peak")
+    warmup: int = Field(20, ge=0, description="optimiser steps of rising learning rate")
+    task: float = Field(1 / 3, ge=0, description="weight of the model's own loss (language models)")
+    distill: float = Field(2 / 3, ge=0, description="weight of the divergence from the dense model's outputs")
+    refresh: int = Field(10, ge=1, description="steps between two looks at the mask (sr-ste)")
+    frozen: float = Field(0.2, ge=0, lt=1, description="share of the steps, at the end, with the mask fixed")
+    decay: float = Field(2e-4, ge=0, description="pull of pruned weights to zero, in the gradient (sr-ste)")
+    rank: int = Field(16, ge=1, description="of the adapters")
+
+    @property
+    def moves_mask(self) -> bool:
+        return self.how in ("sr-ste", "s-ste")
+
+
+AnyStep = Annotated[Admm | Bias | Dsnot | Finetune | GroupDescent | LlmBarber | Reconstruct | Refit | Swap,
                     Field(discriminator="name")]

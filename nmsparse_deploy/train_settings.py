@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator
 
 from .registry import METHODS
-from .steps import Frozen
+from .steps import Training
 
 Objective = Literal["auto", "block", "global"]
 STEPS = {"block": 60, "global": 1000}
 STEP_SIZES = {"block": 2.0, "global": 1.0}
+FORWARDS = 10
+"""How many times as many steps a method takes that learns from forward passes alone."""
 
 
 def is_file(prior: str) -> bool:
@@ -19,32 +21,19 @@ def is_file(prior: str) -> bool:
     return prior.endswith(".safetensors")
 
 
-class Learn(Frozen):
+class Learn(Training):
     """What every learned method has: how long, on what, judged how often. `name` is that of the method."""
 
     objective: Objective = Field("auto", description="block: one block against the dense block's output; global: the "
                                  "whole model's loss; auto: global where there is a GPU")
     steps: int = Field(0, ge=0, description="optimiser steps, of every block with the block objective; 0: 60 for a "
                        "block, 1000 for a whole model")
-    batch: int | None = Field(None, ge=1, description="samples per optimiser step, calibration.batch of them at a "
-                              "time; left out: calibration.batch")
-    warmup: int = Field(0, ge=0, description="optimiser steps of rising learning rate")
-    schedule: Literal["cosine", "linear"] = Field("cosine", description="how the learning rate falls to `floor`")
-    floor: float = Field(0.1, ge=0, le=1, description="learning rate at the end as a share of its peak")
-    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 = no clipping")
     priors: tuple[str, ...] = Field(("magnitude", "wanda", "sparsegpt-mask"), min_length=1,
                                     description="one-shot methods, or masks.safetensors files of the same model "
                                     "and pattern; learning starts from the best mask among them")
     prior_samples: int = Field(64, ge=1, description="calibration samples for the priors (global objective)")
     task: float = Field(1.0, ge=0, description="weight of the model's own loss (global, language models)")
     distill: float = Field(1.0, ge=0, description="weight of the divergence from the dense model's outputs (global)")
-    temperature: float = Field(1.0, gt=0, description="of the distillation")
-    holdout: float = Field(0.1, gt=0, lt=1, description="share of the batches that judges and is not trained on")
-    evaluate_every: int = Field(25, ge=1, description="steps between judgements of the hard mask")
-    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
-    gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass (global)")
-    track: str | None = Field(None, description="one of accelerate's trackers: tensorboard, wandb, trackio...")
-
 
     def settled(self, objective: Literal["block", "global"]) -> Self:
         """The same settings with nothing left to be decided."""
@@ -88,5 +77,36 @@ class MaskLLM(Learn):
         return done.model_copy(update={"step_size": self.step_size or STEP_SIZES[objective]})
 
 
-AnyLearn = MaskLLM
+class ProxSparse(Learn):
+    """A copy of the weights is drawn towards the pattern; its support is the mask."""
+
+    name: Literal["proxsparse"] = "proxsparse"
+    pressure: float = Field(2.0, ge=0, description="strength of all proximal steps together, relative to each matrix")
+    reach: float = Field(2.0, gt=0, description="how far a weight can be carried over the run, in root mean squares of "
+                                                "its matrix; sets the learning rate")
+    lambda1: float | None = Field(None, ge=0, description="strength of one step as published, instead of pressure")
+    rate: float | None = Field(None, gt=0, description="learning rate as published, instead of reach")
+    lambda2: float = Field(0.0, ge=0, description="weight of the term that holds weights near their original values")
+    epsilon: float = Field(0.1, gt=0, description="keeps that term finite where the original weight is small")
+
+
+class MaskPro(Learn):
+    """A logit per weight, learned from forward passes alone."""
+
+    name: Literal["maskpro"] = "maskpro"
+    clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 = no clipping")
+    floor: float = Field(1.0, ge=0, le=1, description="learning rate at the end as a share of its peak")
+    flips: float = Field(300.0, gt=0, description="groups that differ from the prior in a draw, at the start")
+    step_size: float = Field(0.05, gt=0, description="share of C that a usual residual moves the logit of a drawn "
+                                                     "weight")
+    magnitude: float | None = Field(None, gt=0, description="C, the logit of the prior's weights, instead of flips")
+    rate: float | None = Field(None, gt=0, description="learning rate as published, instead of step_size")
+
+    def settled(self, objective: Literal["block", "global"]) -> Self:
+        """Forward passes are cheap and tell little: more of them."""
+        steps = {name: FORWARDS * count for name, count in STEPS.items()}[objective]
+        return super().settled(objective).model_copy(update={"steps": self.steps or steps})
+
+
+AnyLearn = Annotated[MaskLLM | MaskPro | ProxSparse, Field(discriminator="name")]
 """The section of any learned method, told apart by `name`."""

@@ -17,6 +17,10 @@ from ..calib.stats import LayerStats, Need
 from ..methods.base import LayerResult, error_over, stacked
 from ..models.base import from_rows
 from ..pattern import NMPattern, Pattern
+from ..progress import Progress
+from ..train.checkpoint import Checkpoints
+from ..train.learner import Subject
+from ..train.loop import Outcome
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,29 @@ RefineBlock = Callable[[Block, Any], BlockResult]
 
 
 @dataclass(frozen=True)
+class Whole:
+    """A pruned model with what it is trained on.
+
+    `subject.module` holds the pruned weights in fp32; its sites have the masks `masks`, bool rows by parameter name.
+    `dense(name)` are the rows of the dense weight.
+    """
+
+    subject: Subject
+    masks: Mapping[str, torch.Tensor]
+    dense: Callable[[str], torch.Tensor]
+    seed: int
+    checkpoints: Checkpoints | None
+    progress: Progress
+
+
+RefineModel = Callable[[Whole, Any], Outcome]
+"""`(whole, step)`: what every parameter that changed is now, by name, and facts. The module is left as it was."""
+
+
+@dataclass(frozen=True)
 class Refinement:
-    """One line of the registry. Exactly one of `layer` and `block` is set; `changes` is `mask`, `weights` or `both`.
+    """One line of the registry. Exactly one of `layer`, `block` and `model` is set; `changes` is `mask`, `weights` or
+    `both`. What refines a whole model comes after everything else.
 
     What changes weights alone follows any mask; `unstructured` says that a mask may be an unstructured one as well.
     """
@@ -136,4 +161,5 @@ class Refinement:
     source: str
     layer: RefineLayer | None = None
     block: RefineBlock | None = None
+    model: RefineModel | None = None
     unstructured: bool = False

@@ -91,6 +91,10 @@ class Learner:
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take back what `state` returned."""
 
+    def facts(self) -> dict[str, Any]:
+        """What else the run should tell; JSON-able."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Learned:
@@ -137,6 +141,12 @@ class MaskLearner(Learner):
         found = {}
         for mask in self.masks.values():
             rows = to_rows(original(self.module, mask.site), mask.site.axis)
-            weight = mask.law.kept(mask.values, rows).float().cpu() if self.trains_weights else None
-            found[mask.site.name] = Learnt(mask.law.hard(mask.values, rows).cpu(), weight)
+            weight = mask.law.kept(mask.values, rows) if self.trains_weights else None
+            found[mask.site.name] = Learnt(_copied(mask.law.hard(mask.values, rows), torch.bool),
+                                           None if weight is None else _copied(weight, torch.float32))
         return found
+
+
+def _copied(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """On the CPU, in memory of its own: the values move on, and what was the best stays."""
+    return tensor.to("cpu", dtype, copy=True)

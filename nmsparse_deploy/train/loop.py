@@ -23,7 +23,7 @@ from accelerate.tracking import get_available_trackers
 from ..errors import MissingExtra, NmsparseError, UsageError
 from ..memory import start_stretch, stretch_peak_mb
 from ..progress import Progress, silent
-from ..train_settings import Learn
+from ..steps import Training
 from .checkpoint import (
     Checkpoints,
     Progressed,
@@ -50,7 +50,7 @@ class Outcome:
     facts: dict[str, Any]
 
 
-def fit(subject: Subject, learner: Learner, priors: Mapping[str, torch.Tensor], spec: Learn, seed: int = 0,
+def fit(subject: Subject, learner: Learner, priors: Mapping[str, torch.Tensor], spec: Training, seed: int = 0,
         checkpoints: Checkpoints | None = None, progress: Progress = silent, title: str = "learning") -> Outcome:
     """Train until `spec.steps`, from the checkpoint if there is one, and return the best masks.
 
@@ -75,8 +75,8 @@ def fit(subject: Subject, learner: Learner, priors: Mapping[str, torch.Tensor], 
 class _Fit:
     """One run of the loop."""
 
-    def __init__(self, subject: Subject, learner: Learner, priors: Mapping[str, torch.Tensor], spec: Learn, seed: int,
-                 checkpoints: Checkpoints | None, progress: Progress, title: str) -> None:
+    def __init__(self, subject: Subject, learner: Learner, priors: Mapping[str, torch.Tensor], spec: Training,
+                 seed: int, checkpoints: Checkpoints | None, progress: Progress, title: str) -> None:
         self.subject, self.learner, self.spec, self.seed = subject, learner, spec, seed
         self.checkpoints, self.progress, self.title = checkpoints, progress, title
         self.accelerator = _accelerator(spec, title)
@@ -204,7 +204,7 @@ class _Fit:
         told = asdict(self.so_far)
         told["seconds"] = round(self.so_far.seconds + time.perf_counter() - self.start, 3)
         return {**told, "steps": told.pop("step"), "samples_per_step": self.parts * self.subject.samples * self.world,
-                "processes": self.world, "peak_memory_mb": stretch_peak_mb()}
+                "processes": self.world, "peak_memory_mb": stretch_peak_mb(), **self.learner.facts()}
 
 
 def _parts(batch: int, samples: int, world: int) -> int:
@@ -215,7 +215,7 @@ def _parts(batch: int, samples: int, world: int) -> int:
     return batch // (samples * world)
 
 
-def _accelerator(spec: Learn, title: str) -> Accelerator:
+def _accelerator(spec: Training, title: str) -> Accelerator:
     available = [str(tracker) for tracker in get_available_trackers()]
     if spec.track and spec.track not in available:
         raise MissingExtra(spec.track, "track", f"The tracker '{spec.track}'")

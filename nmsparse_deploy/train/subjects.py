@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..objective import Objective
-from ..train_settings import Learn
+from ..steps import Training
 from .losses import classification, divergence, next_token, relative_error
 from .masked import Site, showing
 
@@ -52,7 +52,7 @@ class WholeModel:
     """A model with batches of keyword arguments. `labels` among them are classes, not an argument of the model."""
 
     def __init__(self, module: nn.Module, sites: Mapping[str, Site], batches: Sequence[Mapping[str, Any]],
-                 objective: Objective, spec: Learn, compute: torch.dtype = torch.float32) -> None:
+                 objective: Objective, spec: Training, compute: torch.dtype = torch.float32) -> None:
         self.module, self.sites, self.objective, self.spec, self.compute = module, sites, objective, spec, compute
         self.labels = [batch.get("labels") for batch in batches]
         self.batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from nmsparse_deploy.calib.walk import BlockWalk
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.learn import sentence, summary
-from nmsparse_deploy.learn_model import _recomputed, one_shot
+from nmsparse_deploy.learn_model import one_shot, recomputed
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.models.discover import discover
 from nmsparse_deploy.pattern import TWO_FOUR, check
@@ -140,7 +140,7 @@ def test_one_shot_priors_are_those_of_the_method(texts):
     assert torch.equal(found[row.target.name], wanted)
 
 
-def test_recomputed_blocks_give_the_same_gradient():
+def testrecomputed_blocks_give_the_same_gradient():
     module = pico.llama()
     ids = torch.randint(pico.VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
     module.model.layers[0].mlp.up_proj.weight.requires_grad_()
@@ -151,7 +151,7 @@ def test_recomputed_blocks_give_the_same_gradient():
         return module.model.layers[0].mlp.up_proj.weight.grad.clone()
 
     plain = gradient()
-    with _recomputed(module, ["model.layers.0", "model.layers.1"]):
+    with recomputed(module, ["model.layers.0", "model.layers.1"]):
         assert torch.equal(gradient(), plain)
     assert "forward" not in vars(module.model.layers[0])
 

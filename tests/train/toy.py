@@ -1,0 +1,61 @@
+"""A subject small enough to learn in a second: two layers whose outputs come from a planted mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nmsparse_deploy.models.base import from_rows
+from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, project
+from nmsparse_deploy.train.losses import relative_error
+from nmsparse_deploy.train.masked import Site
+
+
+class Toy:
+    """A small network whose targets were computed with hidden masks; the weights are dense."""
+
+    samples = 16
+
+    def __init__(self, pattern: NMPattern = TWO_FOUR, width: int = 16, batches: int = 12, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        self.module = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)).eval()
+        self.sites = {f"{i}.weight": Site(f"toy.{i}.weight", f"{i}.weight", 1, pattern) for i in (0, 2)}
+        self.planted = {site.name: project(torch.rand(width, width, generator=generator), pattern)
+                        for site in self.sites.values()}
+        self.inputs = [torch.randn(self.samples, width, generator=generator) for _ in range(batches)]
+        with torch.no_grad():
+            masked = {path: self.module.get_parameter(path) * from_rows(self.planted[site.name], (width, width), 1)
+                      for path, site in self.sites.items()}
+            self.targets = [torch.func.functional_call(self.module, masked, (x,)) for x in self.inputs]
+        self.training, self.held_out = range(batches - 2), range(batches - 2, batches)
+        self.poisoned = False
+
+    def loss_terms(self, number: int) -> dict[str, torch.Tensor]:
+        return {"error": self.score(number) * (float("nan") if self.poisoned else 1)}
+
+    def score(self, number: int) -> torch.Tensor:
+        return relative_error(self.module(self.inputs[number]), self.targets[number])
+
+    def magnitude(self) -> dict[str, torch.Tensor]:
+        return {site.name: project(self.module.get_parameter(path).detach().abs(), site.pattern)
+                for path, site in self.sites.items()}
+
+    def corrupted(self, share: float = 0.3, seed: int = 5) -> dict[str, torch.Tensor]:
+        """The planted masks with a share of the groups replaced by random ones."""
+        generator, found = torch.Generator().manual_seed(seed), {}
+        for site in self.sites.values():
+            planted = self.planted[site.name].unflatten(1, (-1, site.pattern.group))
+            other = project(torch.rand(planted.shape, generator=generator), site.pattern)
+            swap = torch.rand(planted.shape[:2], generator=generator) < share
+            found[site.name] = torch.where(swap.unsqueeze(-1), other, planted).flatten(1)
+        return found
+
+    def agreement(self, masks: dict[str, torch.Tensor]) -> float:
+        """Share of groups that have the planted mask."""
+        same = [(masks[site.name] == self.planted[site.name]).unflatten(1, (-1, site.pattern.group)).all(-1)
+                for site in self.sites.values()]
+        return float(torch.cat([one.flatten() for one in same]).double().mean())
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: value.detach().clone() for name, value in self.module.state_dict().items()}
