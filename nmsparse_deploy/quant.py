@@ -7,8 +7,8 @@ where most = 127 (INT8) or 448 (FP8, E4M3).
 Everything is symmetric, so zero stays zero and the pattern lives on in the stored codes. Weights are quantised after
 pruning and refitting, never before. `export/qdq.py` writes the graph.
 
-ONNX Runtime's own quantiser was read first and not taken: its FP8 scales come from standard deviations, so that large
-weights saturate, and it turns biases into 32-bit integers or fp32, which a strongly typed compiler will not fuse.
+ONNX Runtime's own quantiser was read, not run, and not taken: its FP8 scales come from standard deviations instead of
+the largest value, and by default it also stores the biases as 32-bit integers (fp32 beside FP8).
 """
 
 from __future__ import annotations
