@@ -176,6 +176,13 @@ def test_a_sparse_kernel_for_a_dense_weight_is_a_problem():
     assert by["down"].rung is None and by["down"].proofs == {} and "'down'" in found.problems[0]
 
 
+@pytest.mark.parametrize("on,off,counted", [(12, 0, True), (12, 3, False), (0, 0, False), (0, 5, False)])
+def test_only_sparse_and_no_dense_instructions_count(on, off, counted):
+    read = {SPARSE + "_execute_kernel": {"hgmma_sparsity_on": on, "hgmma_sparsity_off": off}}
+    _, by = evidence(replace(FULL, counters=read))
+    assert ("counted" in by["q"].proofs) == counted and by["down"].reason == "not checked"
+
+
 def test_unknown_flops_weigh_every_gemm_by_its_size():
     found, by = evidence(FULL, (replace(Q, flops=None), *GEMMS[1:]))
     assert found.flop_basis == "equal rows" and {layer.flops for layer in by.values()} == {2 * 64 * 32}

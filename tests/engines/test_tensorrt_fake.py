@@ -136,6 +136,7 @@ def test_ctrl_c_in_a_callback_stops_the_build_and_not_the_process(install, tmp_p
     with pytest.raises(NmsparseError, match="Interrupted"):
         build_engine(graph(tmp_path / "onnx"), tmp_path / "e", "on", settings(), interrupted)
     assert names(tmp_path / "e") == {"on.failed.log"}
+    assert "Trying tactics" not in (tmp_path / "e/on.failed.log").read_text(), "the build went on"
 
 
 def test_a_full_disk_in_the_log_ends_the_build(install, tmp_path, monkeypatch):
