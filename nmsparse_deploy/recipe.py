@@ -245,7 +245,7 @@ class Export(Frozen):
 
     precisions: tuple[Literal["fp32", "fp16", "bf16", "int8", "fp8"], ...] = ("fp32", "fp16")
     opset: Literal[20, 23] = 20
-    cache: bool = Field(True, description="language models: also a prefill and a decode graph with a key/value cache")
+    cache: bool = Field(False, description="language models: also a prefill and a decode graph with a key/value cache")
     scales: Literal["channel", "tensor"] = Field("channel", description="int8 and fp8: weight scales per output, or "
                                                  "one for all weights that read the same input")
     requantise: bool = Field(True, description="int8 and fp8: 8-bit outputs of the GEMMs that are sparse")

@@ -43,7 +43,7 @@ def test_the_whole_job(pruned, texts, capfd):
                        64, "--continuation", 4)
     results = json.loads(out)["results"]
     assert code == 0 and results["dense"]["protocol"]["windows"] == results["pruned"]["protocol"]["windows"]
-    code, out, _ = run(capfd, "export", pruned, "--precision", "fp32", "--no-cache")
+    code, out, _ = run(capfd, "export", pruned, "--precision", "fp32")
     assert code == 0 and "14 weights linked and verified" in out and "pruning saves nothing here" in out
     code, out, _ = run(capfd, "--json", "bench", pruned, "--rounds", 3, "--length", 16)
     bench = json.loads(out)

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from ..export import LinkMap
 from ..verify import OnnxGraph, WeightUse
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, ValueInfoProto
+
+    from ..export import LinkMap
 
 QUANTIZE = "QuantizeLinear"
 SEE_THROUGH = (QUANTIZE, "DequantizeLinear", "Cast", "Identity")

@@ -1,0 +1,120 @@
+"""Verbs for whole jobs and their reports, and about this tool and machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import CheckFailed
+from .app import DEMO, Force, Out, Run, app, output
+
+
+@app.command()
+def report(run: Run = None) -> None:
+    """Write the report (HTML, Markdown, JSON) of everything a run holds."""
+    from ..pipeline import report as api
+    from ..rundir import RunDir
+
+    page = api(RunDir.open(run))
+    output.result({"html": str(page), "markdown": str(page.with_name("report.md")),
+                   "json": str(page.with_name("report.json"))}, [str(page)])
+
+
+@app.command()
+def compare(recipes: Annotated[list[str], typer.Argument(
+                help="recipe files, or METHOD or METHOD+REFINEMENT; the first is the reference")],
+            model: Annotated[str, typer.Option(help="hub name, folder or .gguf file")] = DEMO,
+            data: Annotated[str, typer.Option(help="held-out text or images; auto suits the model")] = "auto",
+            tokens: Annotated[int, typer.Option(help="tokens to score (language models)")] = 16384,
+            context: Annotated[int, typer.Option(help="tokens per window (language models)")] = 1024,
+            out: Annotated[Path | None, typer.Option(help="where the runs go [default: runs/compare]")] = None) -> None:
+    """Prune one model by several recipes and put accuracy beside cost; finished runs are kept."""
+    from ..compare import compare as api
+    from ..compare import load
+    from ..recipe import Evaluate, validate
+
+    spec = validate(Evaluate, {"data": data, "tokens": tokens, "context": context, "continuation": 0})
+    result = api(load(recipes), model, spec, out, output.progress)
+    dense = result["dense"]
+    rows = [("dense", f"{dense['value']:.4g} ± {dense['standard_error']:.2g}", "", "", "")]
+    rows += [(row["recipe"], f"{row['value']:.4g} ± {row['standard_error']:.2g}",
+              f"{row['gap_closed']:.0%}" if number else "reference", f"{row['seconds']:.0f} s",
+              f"{row['peak_memory_mb']:,} MB") for number, row in enumerate(result["rows"])]
+    output.table(result, ("recipe", dense["metric"], "gap to dense closed", "prune time", "peak memory"), rows,
+                 [result["page"]])
+
+
+@app.command()
+def run(recipe: Annotated[Path, typer.Argument(help="YAML file, see recipes/")], out: Out = None,
+        force: Force = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="validate the recipe and stop")] = False) -> None:
+    """Run every stage of a recipe."""
+    from ..recipe import Recipe
+
+    loaded = Recipe.load(recipe)
+    if dry_run:
+        output.result(loaded.model_dump(mode="json"), [f"{recipe} is valid."])
+        return
+    from ..pipeline import run_recipe
+
+    _finish_run(run_recipe(loaded, out, force, output.progress))
+
+
+@app.command()
+def demo(model: Annotated[str, typer.Option(help="demo (a language model) or vit (a vision transformer)")] = DEMO,
+         out: Annotated[Path | None, typer.Option(help="run folder [default: runs/demo or runs/demo-MODEL]")] = None,
+         force: Force = False) -> None:
+    """Prune a packaged model to 2:4, prove it, export it, compare it with its dense twin, and report."""
+    from ..pipeline import run_recipe
+    from ..recipe import CLOSED_FORM, Recipe
+
+    folder = out or Path("runs") / (DEMO if model == DEMO else f"{DEMO}-{model}")
+    _finish_run(run_recipe(Recipe(model=model, prune=CLOSED_FORM), folder, force, output.progress))
+    output.message("Small models suffer most from 2:4; larger ones lose far less. "
+                   "docs/methods.md says what else there is.")
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine can do, what is missing, what clashes, and what to type next."""
+    from ..doctor import examine, next_command
+
+    findings = examine()
+    marks = {"ok": "ok", "missing": "-", "problem": "PROBLEM"}
+    output.table({"findings": [f.to_json() for f in findings], "next": next_command(findings)},
+                 ("", "", "found", "to change it"), [(marks[f.state], f.subject, f.found, f.hint) for f in findings],
+                 [f"next: {next_command(findings)}"])
+    if any(f.state == "problem" for f in findings):
+        raise CheckFailed("Something needs attention first.", next_command(findings))
+
+
+@app.command(name="list")
+def list_() -> None:
+    """The methods that can find a mask, the refinements that can follow, and where they come from."""
+    from ..registry import LEARNERS, METHODS, REFINEMENTS
+
+    methods = {name: METHODS.load(name) for name in METHODS.names()}
+    learned = {name: LEARNERS.load(name) for name in LEARNERS.names()}
+    refinements = {name: REFINEMENTS.load(name) for name in REFINEMENTS.names()}
+    data = {"methods": [{"name": n, "needs": m.needs, "updates_weights": m.updates_weights, "unstructured": m.scope,
+                         "summary": m.summary, "source": m.source} for n, m in methods.items()],
+            "learned": [{"name": n, "updates_weights": m.updates_weights, "summary": m.summary, "source": m.source}
+                        for n, m in learned.items()],
+            "refinements": [{"name": n, "needs": r.needs, "changes": r.changes, "summary": r.summary,
+                             "source": r.source} for n, r in refinements.items()]}
+    rows = [(f"--method {n}", m.summary, "updated" if m.updates_weights else "kept", m.needs, m.source)
+            for n, m in methods.items()]
+    rows += [(f"--method {n}", m.summary, "updated" if m.updates_weights else "kept", "learned", m.source)
+             for n, m in learned.items()]
+    rows += [(f"--refine {n}", r.summary, "kept" if r.changes == "mask" else "updated", r.needs, r.source)
+             for n, r in refinements.items()]
+    output.table(data, ("option", "what it does", "weights", "data", "source"), rows)
+
+
+def _finish_run(run: Any) -> None:
+    from ..report.build import summary
+
+    facts = summary(run)
+    output.result({"run": str(run.path), **facts}, [*facts["lines"], f"report: {run / 'report/index.html'}"])
