@@ -64,7 +64,7 @@ def estimate(loaded: LoadedModel, plan: Plan, spec: Prune, rates: Rates) -> Cost
         trained += settled.steps * batch / max(1, spec.calibration.samples)
     forward = once * (1 + (1 + dense) * (1 + spec.sequential) + 3 * trained)
     grams = sum(2 * tokens * k**2 for k in widths.values()) * (1 + dense) if gram else 0
-    factors = sum(t.k**3 for t in targets) if swept else 0
+    factors = sum(t.experts * t.k**3 for t in targets) if swept else 0
     sweeps = sum(2 * t.n * t.k**2 for t in targets)
     solved = sweeps * sum(step.steps for step in spec.refine if isinstance(step, Refit))
     sweeps = sweeps if swept else 0
@@ -83,7 +83,8 @@ def _memory(loaded: LoadedModel, plan: Plan, tokens: int, gram: bool, compute: t
     widths = {row.target.fusion: row.target.k for row in plan.rows if row.target.block == 0}
     hidden = min(widths.values(), default=0)
     widest = max(widths.values(), default=0)
-    statistics = 4 * sum(k**2 for k in widths.values()) if gram else 0
+    grams = {row.target.fusion: row.target.experts * row.target.k**2 for row in plan.rows if row.target.block == 0}
+    statistics = 4 * sum(grams.values()) if gram else 0
     factor = 3 * widest**2 * (8 if widest <= FP64_WIDTH else 4) if gram else 0  # three copies while factorising
     return loaded_now + compute.itemsize * (max(blocks) + 2 * tokens * hidden) + statistics + factor
 

@@ -139,7 +139,8 @@ def entrances(module, blocks, batch):
 def test_both_streams_are_what_whole_models_compute(name):
     """Before every block the pruned stream is what the model pruned so far feeds it, the dense one what the dense does."""
     module, batches, count, _ = case(name)
-    blocks = discover(module, batches[0]).blocks
+    found = discover(module, batches[0])
+    blocks = found.blocks
     assert len(blocks) == count
     dense = [entrances(module, blocks, batch) for batch in batches]
     walk = BlockWalk(module, blocks, batches, both=True)
@@ -147,7 +148,10 @@ def test_both_streams_are_what_whole_models_compute(name):
         for number, batch in enumerate(batches):
             assert torch.equal(walk.hidden[number], entrances(module, blocks, batch)[index])
             assert torch.equal(walk.dense[number], dense[number][index])
-        walk.pass_dense(index)
+        if index % 2:
+            walk.pass_dense(index)
+        else:
+            walk.statistics(index, found.of_block(index), "gram")
         for parameter in module.get_submodule(path).parameters():
             if parameter.ndim > 1:
                 parameter.mul_(0.7)
