@@ -184,7 +184,7 @@ def test_accumulation_is_the_mean_and_does_not_advance_the_schedule():
     def loss_terms(subject, number, moment):
         seen.append((moment, number))
         terms = plain(subject, number, moment)
-        losses.append(float(terms["error"]))
+        losses.append(float(terms["error"].detach()))
         return terms
 
     learner.loss_terms = loss_terms
