@@ -22,6 +22,7 @@ class Output:
         self._bar: Any = None
         self._task: Any = None
         self._said = ""
+        self.answered = False
 
     def progress(self, text: str, done: int = 0, total: int = 0) -> None:
         """A message (0 of 0) or a bar with the time left; nothing under --quiet."""
@@ -64,6 +65,7 @@ class Output:
     def result(self, data: Any, lines: Sequence[str] = ()) -> None:
         """The result of a command: `data` under --json, `lines` for people."""
         self.close()
+        self.answered = True
         if self.as_json:
             print(json.dumps(data, indent=1, ensure_ascii=False))
         elif not self.quiet:
@@ -87,9 +89,9 @@ class Output:
         return None
 
     def error(self, error: NmsparseError) -> None:
-        """One sentence, and the next command to type. Under --json also on stdout."""
+        """One sentence, and the next command to type. Under --json also on stdout, unless a result is there already."""
         self.close()
-        if self.as_json:
+        if self.as_json and not self.answered:
             print(json.dumps({"error": error.message, "hint": error.hint, "exit_code": error.exit_code}))
         print(f"Error: {error.message}", file=sys.stderr)
         if error.hint:

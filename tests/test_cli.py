@@ -64,6 +64,8 @@ def test_damage_is_exit_code_1(pruned, tmp_path, capfd):
     state = load_file(broken / "model" / "model.safetensors")
     state["model.layers.1.mlp.down_proj.weight"][3, 8:12] = 1.0
     save_file(state, broken / "model" / "model.safetensors", {"format": "pt"})
+    code, out, _ = run(capfd, "--json", "verify", broken)
+    assert code == 1 and json.loads(out)["ok"] is False  # one document, not the error after it
     code, out, err = run(capfd, "verify", broken)
     assert code == 1 and "down_proj" in err and "1 of" in out + err
 

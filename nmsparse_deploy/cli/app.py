@@ -34,7 +34,7 @@ def version(show: bool) -> None:
 def options(as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")] = False,
             quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print errors only")] = False,
             show_version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True)] = False) -> None:
-    output.as_json, output.quiet = as_json, quiet
+    output.as_json, output.quiet, output.answered = as_json, quiet, False
 
 
 def say_default(model: str) -> None:
