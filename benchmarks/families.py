@@ -1,6 +1,6 @@
 """Two-block models of every family through the whole chain; writes results/families.json.
 
-`python -m benchmarks.families [NAME ...]` (about five minutes on one core); names run a part and print it only.
+`python -m benchmarks.families [NAME ...]` (about six minutes on one free core); names run a part and print it only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def main(names: list[str]) -> None:
     if not names:
         settings = "random weights, two blocks, 8 calibration samples, export fp16 opset 20"
         result = {"command": "python -m benchmarks.families", "date": now(), "settings": settings,
-                  "columns": list(COLUMNS), "families": rows, **environment()}
+                  "columns": list(COLUMNS), **environment(),
+                  "families": {name: {column: row[column] for column in COLUMNS} for name, row in rows.items()}}
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 
