@@ -52,7 +52,7 @@ def needs(spec: Prune, method: Method) -> Need:
     if spec.learn is None:
         asked.add(method.needs)
     elif spec.learn.objective != "global":
-        asked |= {"norms", *(METHODS.load(name).needs for name in spec.learn.priors)}
+        asked |= {"norms", *(METHODS.load(name).needs for name in spec.learn.prior_methods)}
     if spec.permute:
         asked.add("norms")
     return max(asked, key=NEEDS.index)

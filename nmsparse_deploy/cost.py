@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .block import needs
-from .learn import resolved
+from .learn import one_shot_method, resolved
 from .memory import peak_memory_mb
 from .methods.base import Method
 from .methods.hessian import FP64_WIDTH
@@ -48,7 +48,7 @@ def estimate(loaded: LoadedModel, plan: Plan, spec: Prune, rates: Rates) -> Cost
     sequential), three per epoch of reconstruction; `2Tn²` per Gram and per cross Gram, `n³` per factor, `2Rn²` per
     sweep and per conjugate-gradient step. Layers that read the same input share the Gram but are factorised one by one.
     """
-    method: Method = METHODS.load(spec.learn.priors[0] if spec.learn else spec.method)
+    method: Method = METHODS.load(one_shot_method(spec))
     need = needs(spec, method)
     tokens = spec.calibration.samples * spec.calibration.length if need != "none" or spec.learn else 0
     targets = [row.target for row in plan.pruned()]

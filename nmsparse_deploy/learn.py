@@ -7,15 +7,21 @@ one the whole model is learned first (`learn_model.py`) and the walk only writes
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
-from .errors import NmsparseError
+from .errors import NmsparseError, UsageError
+from .masks import MaskSet
 from .methods.base import LayerResult
+from .models.base import to_rows
 from .pattern import NMPattern
+from .plan import Plan
 from .progress import Progress
+from .recipe import Prune
 from .refine.base import Block, BlockResult
 from .registry import LEARNERS, METHODS
 from .rundir import RunDir
@@ -52,6 +58,8 @@ class Session:
     compute: torch.dtype
     device: torch.device
     progress: Progress
+    stored: Mapping[str, Masks] = field(default_factory=dict)
+    """Priors from files, checked."""
 
     @property
     def method(self) -> Learned:
@@ -76,7 +84,9 @@ class Session:
         sites = {name: Site(f"{path}.{name}", name, layer.axis, layer.groups) for name, layer in block.layers.items()}
         subject = BlockSubject(block.dense, sites, block.inputs, block.dense_inputs, block.run, spec.holdout)
         priors = {method: {sites[name].name: mask_of(method, layer.dense, layer.stats, layer.groups)
-                           for name, layer in block.layers.items()} for method in spec.priors}
+                           for name, layer in block.layers.items()} for method in spec.prior_methods}
+        priors |= {file: {site.name: masks[site.name] for site in sites.values()}
+                   for file, masks in self.stored.items()}
         tokens = max(x.numel() // x.shape[-1] for x in block.inputs)
         room = self.room([(layer.dense, layer.groups) for layer in block.layers.values()], tokens)
         learnt, facts = self.learn(subject, priors, room, f"block-{number:03d}", f"block {number}")
@@ -88,6 +98,34 @@ class Session:
         rows = [Weights(rows.numel(), rows.shape[1], rows.shape[0], pattern) for rows, pattern in weights]
         return budget(rows, lambda pattern: self.method.bytes_per_weight(self.spec, pattern), tokens, self.compute,
                       outputs, self.spec.gradient_checkpointing)
+
+
+def one_shot_method(spec: Prune) -> str:
+    """The method that scores layers: the recipe's own, or the first prior of a learned one."""
+    if spec.learn is None:
+        return spec.method
+    return next(iter(spec.learn.prior_methods), "magnitude")
+
+
+def stored_priors(spec: Learn, module: nn.Module, plan: Plan) -> dict[str, Masks]:
+    """The mask files among the priors as bool rows.
+
+    Raises `UsageError` for a file that is not there, damaged, incomplete or of another pattern, `CheckFailed` for masks
+    of another model.
+    """
+    found: dict[str, Masks] = {}
+    for file in spec.prior_files:
+        masks = MaskSet.load(Path(file))
+        wanted = {row.target.name: row for row in plan.pruned()}
+        MaskSet({name: mask for name, mask in masks.masks.items() if name in wanted}).check_base(
+            dict(module.named_parameters()))
+        for name, row in wanted.items():
+            if name not in masks.masks:
+                raise UsageError(f"The prior '{file}' has no mask for '{name}'.", "leave it dense with --exclude")
+            if (stored := masks.masks[name].pattern) != row.pattern or masks.masks[name].axis != row.target.axis:
+                raise UsageError(f"The prior '{file}' is {stored} on '{name}', which is to be {row.pattern}.")
+        found[file] = {name: to_rows(masks.masks[name].unpack(), row.target.axis) for name, row in wanted.items()}
+    return found
 
 
 def mask_of(method: str, weight: torch.Tensor, stats: Any, pattern: NMPattern) -> torch.Tensor:

@@ -51,7 +51,8 @@ def learn_model(session: Session, loaded: LoadedModel, plan: Plan, spec: Prune,
     room = session.room(weights, states * subject.samples, signal.shape[-1])
     some = models.batches(loaded, {key: value[: session.spec.prior_samples] for key, value in inputs.items()},
                           spec.calibration.batch)
-    priors = {method: _prior(session, loaded.module, plan, spec, method, some) for method in session.spec.priors}
+    priors = {method: _prior(session, loaded.module, plan, spec, method, some)
+              for method in session.spec.prior_methods} | dict(session.stored)
     with recomputed(loaded.module, plan.blocks if session.spec.gradient_checkpointing else ()):
         learnt, facts = session.learn(subject, priors, room, "whole", f"{spec.method} {spec.pattern}")
     return ({name: LayerResult(one.mask, one.weight) for name, one in learnt.items()},

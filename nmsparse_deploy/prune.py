@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from .block import PrunedBlock, needs, prune_block
 from .calib.sample import Sample, draw
 from .calib.walk import BlockWalk
 from .errors import CheckFailed, NmsparseError, UsageError
-from .learn import FOLDER, Session, resolved, summary
+from .learn import FOLDER, Session, one_shot_method, resolved, stored_priors, summary
 from .masks import Mask, MaskSet, tensor_hash
 from .memory import peak_memory_mb
 from .methods.base import LayerResult, Method, relative_error
@@ -36,6 +37,7 @@ from .recipe import DEFAULT_MODEL, Prune, fingerprint
 from .registry import METHODS, REFINEMENTS
 from .rundir import RUNS, RunDir
 from .train.checkpoint import Checkpoints
+from .train.judge import Masks
 from .verify import VerifyReport, verify_checkpoint
 
 
@@ -62,11 +64,12 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
     if spec.learn is not None:
         settled = spec.learn.settled(resolved(spec.learn.objective, spec.permute))
         spec = spec.model_copy(update={"learn": settled})
-    method: Method = METHODS.load(spec.learn.priors[0] if spec.learn else spec.method)
+    method: Method = METHODS.load(one_shot_method(spec))
     inputs = models.sample_inputs(loaded)
     plan = make_plan(discover(loaded.module, inputs), parse_pattern(spec.pattern), spec.include, spec.exclude,
                      spec.patterns)
     _check_finite(loaded, plan)
+    stored = stored_priors(spec.learn, loaded.module, plan) if spec.learn else {}
     _check_scales_fit(plan, spec)
     idle = needs(spec, method) == "none" and not spec.learn and not spec.finetune
     sample = None if idle else draw(loaded, spec.calibration, progress)
@@ -74,7 +77,8 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
     with run.lock():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         loaded.module.to(device)
-        _Stage(run, loaded, plan, spec, method, sample, compute_dtype(spec.compute, device), progress).work()
+        _Stage(run, loaded, plan, spec, method, sample, compute_dtype(spec.compute, device), progress,
+               stored).work()
     return run
 
 
@@ -141,6 +145,8 @@ class _Stage:
     sample: Sample | None
     compute: torch.dtype
     progress: Progress
+    priors: Mapping[str, Masks] = field(default_factory=dict)
+    """Masks from files that learning may start from."""
     refinements: list[dict[str, Any]] = field(default_factory=list)
     """What block refinements had to tell, block by block."""
     orders: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
@@ -216,7 +222,7 @@ class _Stage:
 
     def _session(self) -> Session:
         return Session(self.run, self.spec.learn, self.spec.calibration.seed, self.compute,
-                       next(self.loaded.module.parameters()).device, self.progress)
+                       next(self.loaded.module.parameters()).device, self.progress, self.priors)
 
     def _learn_whole(self) -> None:
         """Learn all masks at once, where the recipe asks for it; the walk then writes them down."""

@@ -149,6 +149,8 @@ class Prune(Frozen):
                              f"{self.calibration.batch}, the samples that pass at a time.")
         if self.permute and self.learn.objective == "global":
             raise UsageError("Permuted channels are learned a block at a time.", "--objective block")
+        if self.permute and self.learn.prior_files:
+            raise UsageError("A mask file does not fit channels in another order.", "leave out --permute")
         return self
 
     @model_validator(mode="after")

@@ -16,6 +16,11 @@ FORWARDS = 10
 """How many times as many steps a method takes that learns from forward passes alone."""
 
 
+def is_file(prior: str) -> bool:
+    """Is a prior a mask file, and not a method?"""
+    return prior.endswith(".safetensors")
+
+
 class Learn(Training):
     """What every learned method has: how long, on what, judged how often. `name` is that of the method."""
 
@@ -24,7 +29,8 @@ class Learn(Training):
     steps: int = Field(0, ge=0, description="optimiser steps, of every block with the block objective; 0: 60 for a "
                        "block, 1000 for a whole model")
     priors: tuple[str, ...] = Field(("magnitude", "wanda", "sparsegpt-mask"), min_length=1,
-                                    description="one-shot methods; learning starts from the best mask among them")
+                                    description="one-shot methods, or masks.safetensors files of the same model "
+                                    "and pattern; learning starts from the best mask among them")
     prior_samples: int = Field(64, ge=1, description="calibration samples for the priors (global objective)")
     task: float = Field(1.0, ge=0, description="weight of the model's own loss (global, language models)")
     distill: float = Field(1.0, ge=0, description="weight of the divergence from the dense model's outputs (global)")
@@ -37,8 +43,17 @@ class Learn(Training):
     @classmethod
     def _known_priors(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
-            METHODS.check(name)
+            if not is_file(name):
+                METHODS.check(name)
         return names
+
+    @property
+    def prior_methods(self) -> tuple[str, ...]:
+        return tuple(name for name in self.priors if not is_file(name))
+
+    @property
+    def prior_files(self) -> tuple[str, ...]:
+        return tuple(name for name in self.priors if is_file(name))
 
 
 class MaskLLM(Learn):

@@ -52,6 +52,25 @@ def test_a_ruinous_rate_returns_the_prior(form):
     assert max(row["hard"] for row in outcome.facts["history"]) > 1.5 * outcome.facts["prior"]
 
 
+def test_the_best_survives_a_kill(tmp_path):
+    """It was judged before the checkpoint, and what was trained since is worse."""
+    subject, spec = Planted(), settings(steps=30, step_size=500.0, evaluate_every=3, checkpoint_every=10)
+    subject.prior = {NAME: subject.truth}
+    subject.outputs = subject.outputs + 0.1 * torch.randn(subject.outputs.shape)
+    learner = LEARNED.make(spec)
+
+    def after_step(moment: Moment) -> None:
+        if moment.step == 20:
+            raise Killed
+
+    learner.after_step = after_step
+    store = Checkpoints(RunDir(tmp_path), "c.safetensors")
+    with pytest.raises(Killed):
+        fit(subject, learner, subject.prior, spec, checkpoints=store)
+    outcome = learn(subject, spec, store)
+    assert outcome.facts["best_step"] == 0 and torch.equal(outcome.learnt[NAME].mask, subject.truth)
+
+
 def test_the_first_judgement_is_of_the_prior_to_the_last_bit():
     subject = Planted()
     weight = subject.module.weight.detach().clone()
@@ -157,13 +176,20 @@ def test_trackers_that_are_not_installed_are_named():
 
 
 def test_accumulation_is_the_mean_and_does_not_advance_the_schedule():
-    """Without noise, two micro-batches of a step are one batch of twice the size."""
-    seen = []
+    seen, losses = [], []
     subject, spec = Planted(), settings(steps=5, batch=192, noise=False)
     learner = LEARNED.make(spec)
     plain = learner.loss_terms
-    learner.loss_terms = lambda subject, number, moment: seen.append((moment, number)) or plain(subject, number, moment)
-    fit(subject, learner, subject.prior, spec)
+
+    def loss_terms(subject, number, moment):
+        seen.append((moment, number))
+        terms = plain(subject, number, moment)
+        losses.append(float(terms["error"].detach()))
+        return terms
+
+    learner.loss_terms = loss_terms
+    outcome = fit(subject, learner, subject.prior, spec)
+    assert outcome.facts["history"][-1]["loss"] == pytest.approx(sum(losses[-3:]) / 3)
     assert [(m.step, m.part, m.parts) for m, _ in seen] == [(step, part, 3) for step in range(5) for part in range(3)]
     assert seen[0][0].progress == 0 and seen[-1][0].progress == 1
     assert [number for _, number in seen] == order(0, 20, 0, 15)

@@ -140,7 +140,7 @@ def test_one_shot_priors_are_those_of_the_method(texts):
     assert torch.equal(found[row.target.name], wanted)
 
 
-def testrecomputed_blocks_give_the_same_gradient():
+def test_recomputed_blocks_give_the_same_gradient():
     module = pico.llama()
     ids = torch.randint(pico.VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
     module.model.layers[0].mlp.up_proj.weight.requires_grad_()
@@ -205,6 +205,31 @@ def test_the_section_belongs_to_the_method():
         with pytest.raises(UsageError) as caught:
             validate(Prune, settings)
         assert sentence_ in caught.value.message
+
+
+@pytest.mark.parametrize("objective", ["block", "global"])
+def test_a_mask_file_is_a_prior(objective, llama_dir, texts, tmp_path):
+    """A run goes on from another one's masks: with a rate of nothing it hands them back."""
+    first = prune(str(llama_dir), spec(texts, "block"), tmp_path / "first")
+    file = str(first / "masks.safetensors")
+    again = prune(str(llama_dir), spec(texts, objective, {"priors": [file], "step_size": 1e-9}), tmp_path / "again")
+    one, two = (MaskSet.load(run / "masks.safetensors").masks for run in (first, again))
+    assert all((one[name].bits == two[name].bits).all() for name in two)
+
+
+def test_a_prior_that_does_not_fit_is_refused(llama_dir, texts, tmp_path):
+    run = prune(str(llama_dir), spec(texts, include=["*layers.0.mlp*"]), tmp_path / "run")
+    learn = {"priors": [str(run / "masks.safetensors")]}
+    other = pico.save(pico.llama(seed=1), tmp_path / "other")
+    for model, changes, sentence_ in (
+            (other, {"include": ["*layers.0.mlp*"]}, "belong to another model"),
+            (llama_dir, {"include": ["*layers.0.mlp*"], "pattern": "1:4"}, "is 2:4 on"),
+            (llama_dir, {}, "has no mask for")):
+        with pytest.raises(NmsparseError, match=sentence_):
+            prune(str(model), spec(texts, learn=learn, **changes), tmp_path / "no")
+        assert not (tmp_path / "no").exists()
+    with pytest.raises(UsageError, match="no mask file"):
+        prune(str(llama_dir), spec(texts, learn={"priors": ["none.safetensors"]}), tmp_path / "no")
 
 
 def test_recipes_without_learning_keep_their_fingerprint():
