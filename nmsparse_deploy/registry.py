@@ -39,6 +39,7 @@ METHODS = Registry("method", {
     "isc-released": ".methods.isc_released:METHOD",
     "magnitude": ".methods.magnitude:METHOD",
     "magnitude-2d": ".methods.magnitude_2d:METHOD",
+    "proxsparse-local": ".methods.proxsparse_local:METHOD",
     "ria": ".methods.ria:METHOD",
     "sparsegpt": ".methods.sparsegpt:METHOD",
     "sparsegpt-mask": ".methods.sparsegpt_mask:METHOD",

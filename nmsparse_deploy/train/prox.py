@@ -35,11 +35,11 @@ CHUNK = 1 << 16
 NEWTON = 30
 
 
-def prox(weight: torch.Tensor, strength: float, pattern: NMPattern) -> torch.Tensor:
+def prox(weight: torch.Tensor, strength: float, pattern: NMPattern, sweeps: int = SWEEPS) -> torch.Tensor:
     """The operator on every group of `weight` `[..., n]`, groups along the last axis; `strength` is λ.
 
-    Works in fp32 at least. Among equal entries the lowest index is the largest afterwards. Raises `ValueError` for a
-    negative strength.
+    Works in fp32 at least. With fewer `sweeps` the answer near the critical strength is not quite at rest. Among equal
+    entries the lowest index is the largest afterwards. Raises `ValueError` for a negative strength.
     """
     if strength < 0:
         raise ValueError(f"the strength {strength} is negative")
@@ -47,16 +47,17 @@ def prox(weight: torch.Tensor, strength: float, pattern: NMPattern) -> torch.Ten
         return weight.clone()
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     blocks = wide.reshape(-1, pattern.group)
-    return torch.cat([_blocks(part, strength, pattern.keep) for part in blocks.split(CHUNK)]).view_as(weight).to(weight)
+    parts = [_blocks(part, strength, pattern.keep, sweeps) for part in blocks.split(CHUNK)]
+    return torch.cat(parts).view_as(weight).to(weight)
 
 
-def _blocks(blocks: torch.Tensor, strength: float, keep: int) -> torch.Tensor:
+def _blocks(blocks: torch.Tensor, strength: float, keep: int, sweeps: int) -> torch.Tensor:
     """The operator on `[blocks, group]`: sort, scale, solve what is not settled, and restore order and signs."""
     z, order = blocks.abs().sort(dim=-1, descending=True, stable=True)
     z = z.T.contiguous()  # one entry of all blocks is one vector
     largest = torch.where(z[0] > 0, z[0], 1.0)
     scaled, strengths = z / largest, strength * largest ** (keep - 1)
-    solved = _quadratic(scaled, strength) if keep == 1 else _cases(scaled, strengths, keep)
+    solved = _quadratic(scaled, strength) if keep == 1 else _cases(scaled, strengths, keep, sweeps)
     w = torch.where(solved == scaled, z, torch.minimum(solved * largest, z))  # what did not move keeps its bits
     return torch.zeros_like(blocks).scatter_(-1, order, w.T).copysign(blocks)
 
@@ -76,14 +77,14 @@ def _quadratic(z: torch.Tensor, strength: float) -> torch.Tensor:
     return ((z - strength * sums.gather(0, last)) / (1 - strength)).clamp_(min=0)
 
 
-def _cases(z: torch.Tensor, strength: torch.Tensor, keep: int) -> torch.Tensor:
+def _cases(z: torch.Tensor, strength: torch.Tensor, keep: int, sweeps: int) -> torch.Tensor:
     """N > 1: each block by the least work that is certain to find its minimum."""
     solved = z.clone()
     solved[keep:] = 0.0
     settled, convex = _settled(z, strength, keep), _convex(z, strength, keep)
     for some, solve in ((convex & ~settled, _only), (~convex & ~settled, _cheapest)):
         if len(found := some.nonzero().squeeze(1)):
-            solved[:, found] = solve(z[:, found], strength[found], keep)
+            solved[:, found] = solve(z[:, found], strength[found], keep, sweeps)
     return solved
 
 
@@ -106,12 +107,12 @@ def _convex(z: torch.Tensor, strength: torch.Tensor, keep: int) -> torch.Tensor:
     return strength * ((len(z) - 1) * comb(len(z) - 2, keep - 1)) < 1
 
 
-def _only(z: torch.Tensor, strength: torch.Tensor, keep: int) -> torch.Tensor:
+def _only(z: torch.Tensor, strength: torch.Tensor, keep: int, sweeps: int) -> torch.Tensor:
     """The minimum of a convex block."""
-    return _descend(z, strength, keep, z.clone()).sort(dim=0, descending=True).values
+    return _descend(z, strength, keep, z.clone(), sweeps).sort(dim=0, descending=True).values
 
 
-def _cheapest(z: torch.Tensor, strength: torch.Tensor, keep: int) -> torch.Tensor:
+def _cheapest(z: torch.Tensor, strength: torch.Tensor, keep: int, sweeps: int) -> torch.Tensor:
     """The best of all cases, for sorted blocks `z` `[group, blocks]` with largest entry one."""
     best = z.clone()
     best[keep:] = 0.0
@@ -120,7 +121,7 @@ def _cheapest(z: torch.Tensor, strength: torch.Tensor, keep: int) -> torch.Tenso
     for size in range(keep + 1, len(z) + 1):
         for start in _starts(z[:size], strength, keep):
             w = torch.zeros_like(z)
-            w[:size] = _descend(z[:size], strength, keep, start)
+            w[:size] = _descend(z[:size], strength, keep, start, sweeps)
             cost = _cost(w, z, strength, keep)
             better = cost < least * margin
             least = torch.where(better, cost, least)
@@ -140,11 +141,11 @@ def _starts(z: torch.Tensor, strength: torch.Tensor, keep: int) -> Iterator[torc
     yield z * (root / mean)
 
 
-def _descend(z: torch.Tensor, strength: torch.Tensor, keep: int, w: torch.Tensor) -> torch.Tensor:
+def _descend(z: torch.Tensor, strength: torch.Tensor, keep: int, w: torch.Tensor, sweeps: int) -> torch.Tensor:
     """Coordinate sweeps from `w`, which is used up, until no entry moves; blocks that came to rest drop out."""
     done, left = torch.empty_like(w), torch.arange(w.shape[1], device=w.device)
     tolerance = torch.finfo(z.dtype).eps
-    for _ in range(SWEEPS):
+    for _ in range(sweeps):
         moving = _sweep(z, strength, keep, w) > tolerance
         if int(moving.sum()) < 0.8 * len(moving):  # to copy them costs as much as a sweep
             done[:, left] = w

@@ -140,7 +140,7 @@ def test_one_shot_priors_are_those_of_the_method(texts):
     assert torch.equal(found[row.target.name], wanted)
 
 
-def testrecomputed_blocks_give_the_same_gradient():
+def test_recomputed_blocks_give_the_same_gradient():
     module = pico.llama()
     ids = torch.randint(pico.VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
     module.model.layers[0].mlp.up_proj.weight.requires_grad_()
