@@ -31,7 +31,7 @@ def exported(llama_dir, texts, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builtins, "__import__", without)
-        (row,) = pipeline.export(run, Export(precisions=("int8",)))
+        (row,) = pipeline.export(run, Export(precisions=("int8",), cache=True))
     return run, row
 
 

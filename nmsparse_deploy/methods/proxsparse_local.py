@@ -56,7 +56,7 @@ def descend(weight: torch.Tensor, hessian: torch.Tensor, pattern: NMPattern, gro
     now = before = weight
     strength, momentum = FIRST, 1.0
     for _ in range(MOST):
-        follows = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+        follows = 0.5 + (0.25 + momentum**2) ** 0.5
         ahead = now + (momentum - 1) / follows * (now - before)
         before, now = now, prox(ahead - length * (ahead - weight) @ hessian, length * strength, pattern, SWEEPS)
         momentum, strength = follows, strength * growth

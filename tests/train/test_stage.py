@@ -121,7 +121,8 @@ def test_one_shot_priors_are_those_of_the_method(texts):
     """Without touching the model: the walk feeds every block what the pruned ones before it make of the data."""
     module = pico.llama()
     before = {name: value.clone() for name, value in module.named_parameters()}
-    inputs = {"input_ids": torch.randint(pico.VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))}
+    inputs = {"input_ids": torch.randint(pico.VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0)),
+              "use_cache": False}
     plan = make_plan(discover(module, inputs), TWO_FOUR)
     recipe = validate(Prune, {"method": "wanda"})
     found = one_shot(module, plan, recipe, "wanda", [inputs], torch.float32, lambda *_: None)
@@ -195,7 +196,7 @@ def test_the_section_belongs_to_the_method():
     for settings, sentence_ in (
             ({"method": "wanda", "learn": {"steps": 5}}, "belongs to a learned method"),
             ({"learn": {"steps": 5}}, "'sparsegpt' is none"),
-            ({"method": "maskllm", "learn": {"step": 5}}, "learn.step"),
+            ({"method": "maskllm", "learn": {"step": 5}}, "learn.maskllm.step"),
             ({"method": "maskllm", "learn": {"priors": ["wandda"]}}, "Did you mean 'wanda'"),
             ({"method": "masklm"}, "Did you mean 'maskllm'"),
             ({"method": "maskllm", "learn": {"batch": 6}}, "not a multiple"),
