@@ -195,7 +195,7 @@ def test_the_section_belongs_to_the_method():
     for settings, sentence_ in (
             ({"method": "wanda", "learn": {"steps": 5}}, "belongs to a learned method"),
             ({"learn": {"steps": 5}}, "'sparsegpt' is none"),
-            ({"method": "maskllm", "learn": {"step": 5}}, "learn.step"),
+            ({"method": "maskllm", "learn": {"step": 5}}, "learn.maskllm.step"),
             ({"method": "maskllm", "learn": {"priors": ["wandda"]}}, "Did you mean 'wanda'"),
             ({"method": "masklm"}, "Did you mean 'maskllm'"),
             ({"method": "maskllm", "learn": {"batch": 6}}, "not a multiple"),
