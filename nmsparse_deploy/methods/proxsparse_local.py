@@ -30,7 +30,7 @@ STEPS = 20
 """Conjugate-gradient steps on the support."""
 SWEEPS = 10
 """Of the proximal operator: the next step corrects what is not quite at rest."""
-POWER, MARGIN = 30, 1.05
+POWER, MARGIN = 100, 1.1
 """Power iterations for the largest eigenvalue, and a margin for what they miss."""
 
 

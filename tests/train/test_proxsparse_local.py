@@ -82,4 +82,4 @@ def test_the_pull_grows_until_the_pattern_holds():
 def test_largest_eigenvalue(seed):
     _, stats = layer(seed)
     exact = float(torch.linalg.eigvalsh(stats.gram.double()).max())
-    assert 0.9 * exact < largest_eigenvalue(stats.gram) <= 1.0001 * exact
+    assert 0.92 * exact < largest_eigenvalue(stats.gram) <= 1.0001 * exact
