@@ -323,12 +323,19 @@ def validate(model: type[Any], data: dict[str, Any]) -> Any:
         raise UsageError(f"{field}: {first['msg']} (got {first['input']!r}).") from error
 
 
+LATER = (("through", 0),)
+"""Settings of refinements that came later than runs, with the values that ask for nothing new."""
+
+
 def fingerprint(model: str, prune: Prune) -> str:
     """Identity of a prune stage: 16 hex digits over everything that can change its result.
 
     Fields that ask for nothing are left out, so that a new option does not make every older run another one.
     """
     asked = {name: value for name, value in prune.model_dump(mode="json").items() if value not in ([], None, False)}
+    if prune.refine:
+        asked["refine"] = [{name: value for name, value in step.items() if (name, value) not in LATER}
+                           for step in asked["refine"]]
     canonical = json.dumps({"model": model, **asked}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

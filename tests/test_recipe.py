@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from pydantic import ValidationError
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.recipe import CLOSED_FORM, Calibration, Prune, Recipe, differences, fingerprint, validate
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -75,3 +77,21 @@ def test_differences_are_named_with_both_values():
     old = {"model": "m", "prune": {"seed": 0, "method": "a"}}
     new = {"model": "m", "prune": {"seed": 1, "method": "a"}, "extra": 2}
     assert differences(old, new) == ["extra (None there, 2 now)", "prune.seed (0 there, 1 now)"]
+
+
+def test_measured_rows_are_of_the_recipes_that_are_here():
+    """A recipe that changes after it was measured would stand beside figures that are not its own."""
+    rows = json.loads((ROOT / "results/oneshot-smollm2-135m.json").read_text())["rows"]
+    named = {row["method"]: row for row in rows if (ROOT / f"recipes/{row['method']}.yaml").is_file()}
+    assert {"closed-form", "best"} <= named.keys()
+    for name, row in named.items():
+        section = Recipe.load(ROOT / f"recipes/{name}.yaml").prune.model_dump(mode="json")
+        section["calibration"]["seed"] = row["seed"]
+        assert fingerprint("demo", validate(Prune, section)) == row["fingerprint"], name
+
+
+def test_settings_that_came_later_leave_older_runs_what_they_are():
+    step = {"name": "reconstruct"}
+    ids = [fingerprint("demo", validate(Prune, {"refine": [{**step, **more}]}))
+           for more in ({}, {"through": 0}, {"through": 1})]
+    assert ids[0] == ids[1] != ids[2]
