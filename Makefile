@@ -27,8 +27,9 @@ $(VENV)/.done: pyproject.toml constraints/cpu.txt
 demo: setup  ## prune a real model to 2:4, prove it, export it, compare it, report; MODEL=vit for a vision model
 	$(NMS) demo --model $(MODEL)
 
+# Two processes with a thread each: two with two get in each other's way.
 test: setup lint  ## the fast tests (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -n 2 -m 'not matrix and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not matrix and not gpu'
 
 lint: setup  ## ruff, mypy, generated files are current
 	$(BIN)/ruff check .
