@@ -75,4 +75,4 @@ def test_export_and_verify_the_real_model(folder):
     (row,) = call("export", str(folder / "sparsegpt"), "--precision", "fp32")["files"]
     assert row["links"] == 210 and row["agreement"]["argmax_share"] == 1.0 and row["agreement"]["max_abs"] < 1e-2
     reports = call("verify", str(folder / "sparsegpt"))["reports"]
-    assert [(r["place"], r["checked"], r["failed"]) for r in reports] == [("file", 210, 0), *3 * [("onnx", 210, 0)]]
+    assert [(r["place"], r["checked"], r["failed"]) for r in reports] == [("file", 210, 0), ("onnx", 210, 0)]
