@@ -71,7 +71,7 @@ class Model:
             handles += [layer.register_forward_hook(partial(_leaves, left, index))
                         for index, layer in enumerate(layers)]
         try:
-            with _answering(layers[:answered], answer or (lambda _index: None)):
+            with answering(layers[:answered], answer or (lambda _index: None)):
                 self._run(batch)
         except Captured:
             pass
@@ -82,7 +82,7 @@ class Model:
     def finish(self, batch: Batch, index: int, output: Output) -> Any:
         """What the model makes of a batch when block `index` returns `output`, with its gradient."""
         layers = [self.module.get_submodule(path) for path in self.blocks[: index + 1]]
-        with _answering(layers, lambda _index: output):
+        with answering(layers, lambda _index: output):
             return self._run(batch)
 
     def _run(self, batch: Batch) -> Any:
@@ -127,7 +127,7 @@ class Model:
 
 
 @contextmanager
-def _answering(layers: Sequence[nn.Module], answer: Callable[[int], Output]) -> Iterator[None]:
+def answering(layers: Sequence[nn.Module], answer: Callable[[int], Output]) -> Iterator[None]:
     """Layers that return what they are told instead of computing."""
     stubs = [(layer, vars(layer).get("forward")) for layer in layers]
     for index, layer in enumerate(layers):

@@ -8,8 +8,8 @@ then every pass is a whole one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,17 +17,12 @@ from torch import nn
 
 from ..models.base import Target
 from ..models.products import Product, Watch
+from .passage import Batch, Captured, Output, answering
 from .routed import Routed
 from .stats import LayerStats, Need, StatsAccumulator
 
-Batch = Mapping[str, Any]
-Output = Any
 Seen = Callable[[int, Output], torch.Tensor]
 """Turns the output of batch `number` into what is wanted of it, so that outputs need not be kept."""
-
-
-class _Left(Exception):
-    """Raised to leave a pass after the block that was wanted."""
 
 
 class Tail:
@@ -127,36 +122,24 @@ class Tail:
 
         def leave(_module: nn.Module, _inputs: Any, output: Output) -> None:
             kept.append(output)
-            raise _Left
+            raise Captured
 
         handle = self.layers[block].register_forward_hook(leave)
         try:
             with self._stubs(number):
                 self.module(**self.batches[number])
-        except _Left:
+        except Captured:
             pass
         finally:
             handle.remove()
         return kept[0]
 
-    @contextmanager
-    def _stubs(self, number: int) -> Iterator[None]:
-        stubbed = [vars(layer) for layer in self.layers[: self.start]] if self._boundary else []
-        before = [attributes.get("forward") for attributes in stubbed]
-        try:
-            for index, attributes in enumerate(stubbed):
-                output = self._boundary[number] if index == self.start - 1 else self._hollow[number][index]
-                attributes["forward"] = _returns(output)
-            yield
-        finally:
-            for attributes, old in zip(stubbed, before):
-                attributes.pop("forward", None)  # the class's own shows again
-                if old is not None:
-                    attributes["forward"] = old
+    def _stubs(self, number: int) -> AbstractContextManager[None]:
+        """The blocks before `start` answer what they are known to answer for a batch."""
+        def answer(index: int) -> Output:
+            return self._boundary[number] if index == self.start - 1 else self._hollow[number][index]
 
-
-def _returns(output: Output) -> Callable[..., Output]:
-    return lambda *args, **kwargs: output
+        return answering(self.layers[: self.start] if self._boundary else [], answer)
 
 
 def _hollow(value: Any) -> Any:

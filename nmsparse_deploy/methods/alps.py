@@ -25,7 +25,7 @@ from ..calib.stats import LayerStats
 from ..errors import NmsparseError
 from ..pattern import NMPattern, project
 from .base import LayerResult, Method
-from .hessian import dampen
+from .hessian import normalised
 from .least_squares import conjugate_gradients
 
 DAMPING = 0.01
@@ -47,9 +47,7 @@ def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: NMPattern, mas
                 damping: float = DAMPING, iterations: int = ITERATIONS) -> LayerResult:
     """Prune `weight` `[R, n]` to `pattern`; the search starts from `mask` where one is given. Needs `stats.gram`."""
     assert stats.gram is not None
-    hessian = dampen(stats.gram, damping)
-    scale = hessian.diagonal().sqrt()
-    hessian, scale = (hessian / scale.outer(scale)).float(), scale.float()
+    hessian, scale = normalised(stats.gram, damping)
     scaled = weight * scale
     kept, sparse = deque(admm(scaled, hessian, pattern, mask, iterations), maxlen=1)[0]
     fitted = conjugate_gradients(hessian, scaled @ hessian, sparse, kept, STEPS)

@@ -27,6 +27,13 @@ def dampen(gram: torch.Tensor, damping: float) -> torch.Tensor:
     return hessian
 
 
+def normalised(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The damped Hessian at unit diagonal and the scale `s` of its columns, fp32: `H = Ĥ ∘ s sᵀ`."""
+    hessian = dampen(gram, damping)
+    scale = hessian.diagonal().sqrt()
+    return (hessian / scale.outer(scale)).float(), scale.float()
+
+
 def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
     """Upper triangular `U` with `H⁻¹ = UᵀU` for the damped Hessian `H`; fp32, `[n, n]`.
 

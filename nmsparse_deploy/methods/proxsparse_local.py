@@ -18,7 +18,7 @@ from ..calib.stats import LayerStats
 from ..pattern import NMPattern, project
 from ..train.prox import prox
 from .base import LayerResult, Method
-from .hessian import dampen
+from .hessian import normalised
 from .least_squares import conjugate_gradients
 
 DAMPING = 0.01
@@ -38,9 +38,7 @@ def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: NMPattern, mas
                 damping: float = DAMPING, growth: float = GROWTH) -> LayerResult:
     """Prune `weight` `[R, n]` to `pattern`. Needs `stats.gram`."""
     assert stats.gram is not None
-    hessian = dampen(stats.gram, damping)
-    scale = hessian.diagonal().sqrt()
-    hessian, scale = (hessian / scale.outer(scale)).float(), scale.float()
+    hessian, scale = normalised(stats.gram, damping)
     scaled = weight * scale
     size = scaled.square().mean(1, keepdim=True).sqrt()
     scaled = scaled / torch.where(size > 0, size, 1.0)

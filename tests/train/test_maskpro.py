@@ -11,14 +11,12 @@ from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.methods import maskpro
 from nmsparse_deploy.methods.maskpro import PolicyGradient, magnitude_for, stays
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
-from nmsparse_deploy.rundir import RunDir
-from nmsparse_deploy.train.checkpoint import Checkpoints
 from nmsparse_deploy.train.loop import fit
 from nmsparse_deploy.train.masked import detach, showing
 from nmsparse_deploy.train.moment import Moment
 from nmsparse_deploy.train.plackett_luce import as_mask, score
 from nmsparse_deploy.train_settings import MaskPro
-from tests.train.toy import Toy
+from tests.train.toy import Toy, interrupted
 
 SHORT = MaskPro(steps=12, evaluate_every=4, checkpoint_every=4, flips=20)
 
@@ -125,22 +123,9 @@ def test_a_magnitude_that_is_too_large_says_that_nothing_moved():
     assert outcome.facts["moved"] == 0 and outcome.facts["best"] == outcome.facts["prior"]
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
     whole = learn()
-
-    class Killed(Exception):
-        pass
-
-    def stop(self, moment, original=PolicyGradient.after_step):
-        if moment.step == 6:
-            raise Killed
-        original(self, moment)
-
-    run = RunDir.create(tmp_path / "run", {}, "f", False)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(PolicyGradient, "after_step", stop)
-        learn(checkpoints=Checkpoints(run, "toy.safetensors"))
-    again = learn(checkpoints=Checkpoints(run, "toy.safetensors"))
+    again = interrupted(learn, PolicyGradient, 6, tmp_path)
     assert again.facts["history"] == whole.facts["history"]
     assert all(torch.equal(again.learnt[name].mask, one.mask) for name, one in whole.learnt.items())
 

@@ -9,14 +9,12 @@ from torch import nn
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.methods.proxsparse import Prox, Support, frozen
 from nmsparse_deploy.pattern import NMPattern, mask_follows, project
-from nmsparse_deploy.rundir import RunDir
-from nmsparse_deploy.train.checkpoint import Checkpoints
 from nmsparse_deploy.train.loop import fit
 from nmsparse_deploy.train.masked import Site, detach
 from nmsparse_deploy.train.moment import Moment
 from nmsparse_deploy.train.prox import prox
 from nmsparse_deploy.train_settings import ProxSparse
-from tests.train.toy import Toy
+from tests.train.toy import Toy, interrupted
 
 SHORT = ProxSparse(steps=12, evaluate_every=4, checkpoint_every=4, batch=16)
 
@@ -54,22 +52,9 @@ def test_it_starts_at_the_prior_whatever_that_is():
     detach(toy.module)
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
     whole = learn()
-
-    class Killed(Exception):
-        pass
-
-    def stop(self, moment, original=Prox.after_step):
-        if moment.step == 6:
-            raise Killed
-        original(self, moment)
-
-    run = RunDir.create(tmp_path / "run", {}, "f", False)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Prox, "after_step", stop)
-        learn(checkpoints=Checkpoints(run, "toy.safetensors"))
-    again = learn(checkpoints=Checkpoints(run, "toy.safetensors"))
+    again = interrupted(learn, Prox, 6, tmp_path)
     assert [row["hard"] for row in again.facts["history"]] == [row["hard"] for row in whole.facts["history"]]
     assert all(torch.equal(again.learnt[name].mask, one.mask) for name, one in whole.learnt.items())
 

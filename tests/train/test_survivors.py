@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -13,13 +14,11 @@ from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, check, mask_follows, project
 from nmsparse_deploy.refine.base import Whole
 from nmsparse_deploy.refine.finetune import Tuner, refine
-from nmsparse_deploy.rundir import RunDir
 from nmsparse_deploy.steps import Finetune
-from nmsparse_deploy.train.checkpoint import Checkpoints
 from nmsparse_deploy.train.masked import detach, original, showing
 from nmsparse_deploy.train.moment import Moment
 from nmsparse_deploy.train.survivors import Adapters, Fixed, SrSte, SSte, shrunk
-from tests.train.toy import Toy
+from tests.train.toy import Toy, interrupted
 
 WAYS = ["fixed", "sr-ste", "s-ste", "adapters"]
 SHORT = {"steps": 20, "evaluate_every": 5, "checkpoint_every": 5, "warmup": 0, "refresh": 2, "rate": 1e-2}
@@ -211,22 +210,9 @@ def test_adapters_merge_to_the_last_bit_and_inside_the_mask(seed):
 
 
 @pytest.mark.parametrize("how", WAYS)
-def test_an_interrupted_run_ends_with_the_same_bits(how, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_with_the_same_bits(how, tmp_path):
     whole = tune(how)
-
-    class Killed(Exception):
-        pass
-
-    def stop(self, moment, original=Tuner.after_step):
-        if moment.step == 12:
-            raise Killed
-        original(self, moment)
-
-    run = RunDir.create(tmp_path / "run", {}, "f", False)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Tuner, "after_step", stop)
-        tune(how, checkpoints=Checkpoints(run, "toy.safetensors"))
-    again = tune(how, checkpoints=Checkpoints(run, "toy.safetensors"))
+    again = interrupted(partial(tune, how), Tuner, 12, tmp_path)
     assert again.facts["history"] == whole.facts["history"]
     for name, one in whole.learnt.items():
         assert torch.equal(again.learnt[name].mask, one.mask) and torch.equal(again.learnt[name].weight, one.weight)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 import torch
 from torch import nn
 
 from nmsparse_deploy.models.base import from_rows
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, project
+from nmsparse_deploy.rundir import RunDir
+from nmsparse_deploy.train.checkpoint import Checkpoints
+from nmsparse_deploy.train.learner import Learner
+from nmsparse_deploy.train.loop import Outcome
 from nmsparse_deploy.train.losses import relative_error
 from nmsparse_deploy.train.masked import Site
 
@@ -59,3 +67,23 @@ class Toy:
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: value.detach().clone() for name, value in self.module.state_dict().items()}
+
+
+class Killed(Exception):
+    pass
+
+
+def interrupted(learn: Callable[..., Outcome], learner: type[Learner], step: int, folder: Path) -> Outcome:
+    """What `learn(checkpoints=...)` comes to when it is killed after `step` and started again."""
+    run = RunDir.create(folder / "run", {}, "f", False)
+    original = learner.after_step
+
+    def stop(self, moment):
+        if moment.step == step:
+            raise Killed
+        original(self, moment)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(learner, "after_step", stop)
+        learn(checkpoints=Checkpoints(run, "toy.safetensors"))
+    return learn(checkpoints=Checkpoints(run, "toy.safetensors"))
