@@ -18,13 +18,14 @@ from .memory import start_stretch, stretch_peak_mb
 from .methods.base import LayerResult, Method, prune_matrices
 from .methods.grid import Grid
 from .models.base import to_rows
-from .objective import distance
+from .objective import unlabelled
 from .plan import Plan, PlanRow, by_fusion
 from .recipe import Prune
 from .refine.base import Block, BlockResult, Layer, RefineBlock, refine_matrices
 from .refine.permute import Orders, permute
 from .registry import METHODS, REFINEMENTS
 from .steps import Step
+from .train.losses import divergence
 
 LearnBlock = Callable[[Block, Any, int, str], BlockResult]
 """A block refinement that learns masks; also told the block's number and path."""
@@ -157,5 +158,13 @@ def _refine_block(module: nn.Module, plan: Plan, pruned: PrunedBlock, walk: Bloc
 
 
 def _distance(module: nn.Module, number: int, walk: BlockWalk) -> Callable[..., torch.Tensor]:
-    """How far the model's output moves; the blocks behind this one are still dense."""
-    return lambda batch, x, dense: distance(module, lambda state: walk.finish(number, batch, state), x, dense)
+    """How far the model's output moves with this block's; the blocks behind this one are still dense."""
+    def distance(batch: int, x: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            reference = walk.finish(number, batch, dense)
+        output = walk.finish(number, batch, x)
+        measure = unlabelled(module, output)
+        found, wanted = measure.signal(output), measure.signal(reference)
+        return divergence(found, wanted) if measure.kind == "kl" else measure.loss(output, {}, wanted).mean()
+
+    return distance

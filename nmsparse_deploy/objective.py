@@ -9,7 +9,7 @@ The last two are zero at the dense model; their Hessians there are the Fisher ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,13 +72,3 @@ def unlabelled(module: nn.Module, output: Any) -> Objective:
     if isinstance(output, torch.Tensor):  # timm
         return Objective("kl" if getattr(module, "num_classes", 0) else "hidden")
     return Objective("kl" if getattr(output, "logits", None) is not None else "hidden")
-
-
-def distance(module: nn.Module, finish: Callable[[torch.Tensor], Any], x: torch.Tensor,
-             dense: torch.Tensor) -> torch.Tensor:
-    """How far the output of `module` moves when `finish` goes on from hidden states `x` instead of `dense`."""
-    with torch.no_grad():
-        reference = finish(dense)
-    output = finish(x)
-    measure = unlabelled(module, output)
-    return measure.loss(output, {}, measure.signal(reference)).mean()

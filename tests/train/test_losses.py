@@ -27,6 +27,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 def test_losses_are_what_they_say(monkeypatch):
     """Worked through in pieces, like in one."""
     monkeypatch.setattr(losses, "PIECE", 7)
+    monkeypatch.setattr(losses, "STRIP", 4)
     generator = torch.Generator().manual_seed(0)
     logits, teacher = (torch.randn(3, 9, 11, generator=generator) for _ in range(2))
     ids = torch.randint(11, (3, 9), generator=generator)
@@ -39,6 +40,7 @@ def test_losses_are_what_they_say(monkeypatch):
     assert torch.allclose(found, kl) and float(losses.divergence(teacher, teacher)) == pytest.approx(0, abs=1e-6)
     one, two = (torch.autograd.grad(loss, logits)[0] for loss in (found, kl))
     assert torch.allclose(one, two, atol=1e-6)
+    assert losses.divergence(logits.where(logits < 1, torch.nan), teacher).isnan(), "a loss that is none is not hidden"
 
 
 def test_batches_that_judge_are_never_trained_on():
