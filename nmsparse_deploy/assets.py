@@ -115,9 +115,14 @@ def _unpack_deb(asset: Asset, archive: Path, folder: Path) -> None:
         (whole / name).rename(folder / name)
 
 
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _check(asset: Asset, wheel: Path) -> None:
-    with open(wheel, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = digest(wheel)
     if found != asset.sha256:
         raise NmsparseError(f"The downloaded {asset.wheel} has SHA-256 {found[:16]}..., expected "
                             f"{asset.sha256[:16]}...; it was not used.")

@@ -7,7 +7,6 @@ graph may be said of the engine, and records settings, versions and the GPU. The
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..assets import digest
 from ..errors import CheckFailed, UsageError
 
 FORMAT = "nmsparse-engine-1"
@@ -82,11 +82,6 @@ class Sidecar:
             if path.stat().st_size != file.bytes or digest(path) != file.sha256:
                 raise CheckFailed(f"'{path}' has changed since '{engine.name}' was built from it, so what it holds "
                                   "says nothing about the engine.", "nmsparse-deploy build makes a new one")
-
-
-def digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def identify(path: Path, seen_from: Path) -> FileId:

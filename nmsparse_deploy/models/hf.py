@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..assets import cache_dir
+from ..assets import cache_dir, digest
 from ..errors import NmsparseError, UsageError
 from .base import LoadedModel
 from .preprocess import from_config
@@ -134,9 +133,7 @@ def _dequantised(path: Path) -> Path:
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
             raise UsageError(f"'{path}' is not a GGUF file.")
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    folder = cache_dir() / "dequantised" / digest
+    folder = cache_dir() / "dequantised" / digest(path)[:32]
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=folder.parent))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 from itertools import pairwise
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..assets import assets, cache_dir, fetch
+from ..assets import assets, cache_dir, digest, fetch
 from ..errors import MissingExtra, NmsparseError
 from .preprocess import Preprocess
 
@@ -49,9 +48,7 @@ class SaliencyHead(nn.Module):
 def model_folder() -> Path:
     """A folder that `Dinov2Model.from_pretrained` loads, with the head beside it. Converted on first use and cached."""
     path = graph_path()
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    folder = cache_dir() / "converted" / digest
+    folder = cache_dir() / "converted" / digest(path)[:32]
     if not (folder / HEAD).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=folder.parent))
