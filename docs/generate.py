@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from curves import Panel, svg
+
 ROOT = Path(__file__).parent.parent
 os.environ["COLUMNS"] = os.environ["TERMINAL_WIDTH"] = "100"
 
@@ -138,6 +140,71 @@ def deploy_table() -> str:
                      "q/k/v, gate/up merged", "8-bit GEMMs"), rows)
 
 
+SMALL = ROOT / "results/learned-small.json"
+
+
+def small_table() -> str:
+    """Every row of the small language model, worst first."""
+    if not SMALL.is_file():
+        return "Not measured yet: `python benchmarks/learned_small.py`."
+    found = json.loads(SMALL.read_text())
+    rows = [("dense", f"{found['dense']['loss']:.4f}", "", "", "", "", "")]
+    for line in sorted(found["table"], key=lambda line: -line["loss"]):
+        around = f" ± {line['seed_spread']:.4f}" if line["seed_spread"] is not None else ""
+        closed = "" if line["method"] == found["protocol"]["prior"] else f"{line['gap_closed']:.0%}"
+        changed = "" if line["changed"] is None else f"{line['changed']:.1%}"
+        rows.append((line["method"], f"{line['loss']:.4f}{around}", closed, changed, f"{line['tokens']:,}",
+                     f"{line['seconds']:.0f} s", str(line["seeds"])))
+    head = ("2:4 method", "loss on the test articles, nats", "of Wanda's gap closed", "groups that changed",
+            "tokens learned from", "time", "seeds")
+    picture = "![Held-out loss of the hard mask over tokens and over minutes](learned-small.svg)"
+    return "\n".join([markdown(head, rows), *(["", picture] if small_plot() else [])])
+
+
+def small_plot() -> str | None:
+    """Held-out loss over tokens and over minutes, of the first seed; None before it was measured."""
+    if not SMALL.is_file():
+        return None
+    curves = {row["method"]: row["curve"] for row in json.loads(SMALL.read_text())["rows"]
+              if row["seed"] == 0 and "curve" in row}
+    if not curves:
+        return None
+    lines = {axis: {name: [(point[axis] * scale, point["loss"]) for point in points] for name, points in curves.items()}
+             for axis, scale in (("tokens", 1e-3), ("minutes", 1.0))}
+    return svg([Panel("thousand tokens", lines["tokens"], {}), Panel("minutes of learning", lines["minutes"], {})])
+
+
+def demo_table() -> str:
+    """What a quarter of an hour of learning does to the demo model."""
+    file = ROOT / "results/learned-smollm2-135m.json"
+    if not file.is_file():
+        return "Not measured yet: `python benchmarks/learned_demo.py`."
+    found = json.loads(file.read_text())
+    texts = found["protocol"]["texts"]
+    steps = {row["method"]: row["steps"] for row in found["rows"]}
+    rows = [(line["method"], *(f"{line[text]['ppl']:.1f} ({line[text]['gap_closed']:.2f})" for text in texts),
+             str(steps[line["method"]] or ""), f"{line['seconds'] / 60:.0f} min") for line in found["table"]]
+    return markdown(("2:4 method", *(f"{TITLES[text]}, perplexity" for text in texts), "steps", "prune time"), rows)
+
+
+def cost_table() -> str:
+    """A step of every form of MaskLLM against the dense step."""
+    rows = []
+    for device in ("cpu", "cuda"):
+        file = ROOT / f"results/learned-cost-{device}.json"
+        if not file.is_file():
+            continue
+        found = json.loads(file.read_text())
+        where = f"{device}, {found['shape']['samples']} x {found['shape']['length']} tokens"
+        rows += [(where, row["compute"], row["form"], f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
+                  f"{row['extra_ns_per_weight']:.0f}", f"{row['bytes_per_weight']:.1f}",
+                  f"{row['grown_bytes_per_weight']:.1f}") for row in found["rows"]]
+    if not rows:
+        return "Not measured yet: `python benchmarks/learned_cost.py`."
+    return markdown(("where", "forward passes", "form", "dense steps it takes", "more than dense, ns per weight",
+                     "bytes per weight held", "bytes per weight the process grew"), rows)
+
+
 def steps_table() -> str:
     """Prefill and decode of every language model."""
     rows = []
@@ -158,7 +225,8 @@ def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 TABLES: dict[str, Any] = {"deploy": deploy_table, "steps": steps_table, "measured": readme_table, "oneshot": measured,
                           "methods": methods_table, "learned": learned_table, "refinements": refinements_table,
-                          "families": families_table}
+                          "families": families_table, "learned_small": small_table, "learned_demo": demo_table,
+                          "learned_cost": cost_table}
 
 
 def fill(text: str) -> str:
@@ -171,6 +239,8 @@ def fill(text: str) -> str:
 
 def main() -> int:
     wanted = {ROOT / "docs/cli.md": cli_reference(), ROOT / "docs/recipe.schema.json": recipe_schema()}
+    if plot := small_plot():
+        wanted[ROOT / "docs/learned-small.svg"] = plot
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         if path not in wanted:
             wanted[path] = fill(path.read_text())

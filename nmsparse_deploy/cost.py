@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from .block import needs
 from .learn import one_shot_method, resolved
@@ -14,10 +15,14 @@ from .memory import peak_memory_mb
 from .methods.base import Method
 from .methods.hessian import FP64_WIDTH
 from .models.base import LoadedModel
+from .pattern import NMPattern
 from .plan import Plan
 from .recipe import Prune
-from .registry import METHODS
+from .registry import LEARNERS, METHODS
 from .steps import Reconstruct, Refit
+from .train.budget import Weights, budget
+from .train.learner import ADAM, BEST, Learned
+from .train_settings import Learn, MaskPro
 
 MASK_BITS = 1 / 8
 
@@ -32,6 +37,8 @@ class Cost:
     factor_gflop: float
     sweep_gflop: float
     refine_gflop: float
+    train_gflop: float
+    """Of learned masks and of fine-tuning: passes with gradients, teachers and judgements."""
     memory_mb: float
     disk_mb: float
     seconds: float
@@ -45,8 +52,9 @@ def estimate(loaded: LoadedModel, plan: Plan, spec: Prune, rates: Rates) -> Cost
     """What the prune section `spec` would take on `loaded` under `plan`.
 
     Formulas: block forwards over T tokens (2·T·P each): one to advance, one for statistics in each stream (two when
-    sequential), three per epoch of reconstruction; `2Tn²` per Gram and per cross Gram, `n³` per factor, `2Rn²` per
-    sweep and per conjugate-gradient step. Layers that read the same input share the Gram but are factorised one by one.
+    sequential), three per epoch of reconstruction; passes of learned masks and of fine-tuning as `_training` counts
+    them; `2Tn²` per Gram and per cross Gram, `n³` per factor, `2Rn²` per sweep and per conjugate-gradient step. Layers
+    that read the same input share the Gram but are factorised one by one.
     """
     method: Method = METHODS.load(one_shot_method(spec))
     need = needs(spec, method)
@@ -58,21 +66,75 @@ def estimate(loaded: LoadedModel, plan: Plan, spec: Prune, rates: Rates) -> Cost
     widths = {t.fusion: t.k for t in targets}
     once = 2 * tokens * inside
     trained: float = sum(step.epochs for step in spec.refine if isinstance(step, Reconstruct))
-    if spec.learn is not None:
-        settled = spec.learn.settled(resolved(spec.learn.objective, spec.permute))
-        batch = settled.batch or spec.calibration.batch
-        trained += settled.steps * batch / max(1, spec.calibration.samples)
+    training = _training(loaded.module, spec, inside)
     forward = once * (1 + (1 + dense) * (1 + spec.sequential) + 3 * trained)
     grams = sum(2 * tokens * k**2 for k in widths.values()) * (1 + dense) if gram else 0
     factors = sum(t.experts * t.k**3 for t in targets) if swept else 0
     sweeps = sum(2 * t.n * t.k**2 for t in targets)
     solved = sweeps * sum(step.steps for step in spec.refine if isinstance(step, Refit))
     sweeps = sweeps if swept else 0
-    seconds = (forward / rates.compute + (grams + sweeps + solved) / rates.single + factors / rates.double)
+    seconds = ((forward + training) / rates.compute + (grams + sweeps + solved) / rates.single + factors / rates.double)
     weights = sum(p.numel() * p.itemsize for p in loaded.module.parameters())
-    return Cost(tokens, forward / 1e9, grams / 1e9, factors / 1e9, sweeps / 1e9, solved / 1e9,
-                _memory(loaded, plan, tokens * (1 + dense + bool(trained)), gram, rates.dtype) / 1e6,
-                (2 * weights + MASK_BITS * sum(t.k * t.n for t in targets)) / 1e6, seconds)
+    memory = (_memory(loaded, plan, tokens * (1 + dense + bool(trained or spec.learn)), gram, rates.dtype)
+              + _state(loaded.module, plan, spec, rates.dtype))
+    disk = 2 * weights + MASK_BITS * sum(t.k * t.n for t in targets)
+    return Cost(tokens, forward / 1e9, grams / 1e9, factors / 1e9, sweeps / 1e9, solved / 1e9, training / 1e9,
+                memory / 1e6, disk / 1e6, seconds)
+
+
+def _training(module: nn.Module, spec: Prune, inside: float) -> float:
+    """Operations of learning and of fine-tuning, `2·T·P` a forward pass, with `inside` the weights of all blocks.
+
+    A step takes three passes over its tokens, one more for a teacher; what learns from forward passes alone takes one
+    for its draw and one for the prior, each with a teacher of its own. Judgements take one pass over the held-out
+    batches each. All blocks together are one pass of the blocks; a whole model has its head as well.
+    """
+    found = 0.0
+    sample = spec.calibration.samples * spec.calibration.length
+    for run in (spec.learn, spec.finetune):
+        if run is None:
+            continue
+        learn = run if isinstance(run, Learn) else None
+        scope = resolved(learn.objective, spec.permute) if learn else "global"
+        settled = learn.settled(scope) if learn else run
+        tokens = settled.steps * (settled.batch or spec.calibration.batch) * spec.calibration.length
+        forwards = isinstance(run, MaskPro)  # alone: the draw, and the prior
+        taught = scope == "global" and bool(settled.distill)
+        passes = 2 + 2 * taught if forwards else 3 + taught
+        judged = (1 + -(-settled.steps // settled.evaluate_every)) * settled.holdout * sample
+        width = inside if scope == "block" else _multiplied(module)
+        found += 2 * width * (passes * tokens + judged)
+    return found
+
+
+def _multiplied(module: nn.Module) -> int:
+    """Weights that a token is multiplied with in a pass through the whole model; embeddings are only looked up."""
+    used = {id(value): value.numel() for part in module.modules() if not isinstance(part, nn.Embedding)
+            for value in part.parameters(recurse=False) if value.ndim > 1}
+    return sum(used.values())
+
+
+def _state(module: nn.Module, plan: Plan, spec: Prune, compute: torch.dtype) -> float:
+    """Bytes that training holds beside the model; of learning and fine-tuning the larger."""
+    sizes: dict[int, list[Weights]] = {}
+    for row in plan.pruned():
+        if isinstance(row.pattern, NMPattern):
+            target = row.target
+            sizes.setdefault(target.block, []).append(Weights(target.k * target.n, target.k, target.n, row.pattern))
+    every = [one for block in sizes.values() for one in block]
+    tokens, found = spec.calibration.batch * spec.calibration.length, [0.0]
+    if spec.learn is not None:
+        learn = spec.learn
+        scope = resolved(learn.objective, spec.permute)
+        parts = [every] if scope == "global" else list(sizes.values())
+        method: Learned = LEARNERS.load(learn.name)
+        found += [budget(part, lambda pattern: method.bytes_per_weight(learn.settled(scope), pattern), tokens, compute,
+                         recomputed=learn.gradient_checkpointing).total for part in parts]
+    if spec.finetune is not None:
+        teacher = sum(value.numel() for value in module.parameters()) * compute.itemsize
+        found.append(teacher + budget(every, lambda pattern: ADAM + BEST + 2 * torch.float32.itemsize, tokens, compute,
+                                      recomputed=spec.finetune.gradient_checkpointing).total)
+    return max(found)
 
 
 def _memory(loaded: LoadedModel, plan: Plan, tokens: int, gram: bool, compute: torch.dtype) -> float:

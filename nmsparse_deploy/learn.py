@@ -7,7 +7,7 @@ one the whole model is learned first (`learn_model.py`) and the walk only writes
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from .recipe import Prune
 from .refine.base import Block, BlockResult
 from .registry import LEARNERS, METHODS
 from .rundir import RunDir
+from .train import processes
 from .train.budget import Budget, Weights, budget
 from .train.checkpoint import Checkpoints
 from .train.judge import Masks, best_prior
@@ -37,7 +38,7 @@ from .train_settings import Learn
 FOLDER = "learning"
 """In the run folder while masks are learned: priors and checkpoints."""
 
-ADVICE = "learn.form: compact or scores, a smaller calibration.batch, gradient_checkpointing, or objective: block"
+ADVICE = "a smaller calibration.batch, gradient_checkpointing, objective: block, or more processes with shard: true"
 
 
 def resolved(wanted: str, permute: bool) -> Literal["block", "global"]:
@@ -69,7 +70,8 @@ class Session:
     def learn(self, subject: Subject, priors: Mapping[str, Masks], room: Budget, name: str,
               title: str) -> tuple[dict[str, Learnt], dict[str, Any]]:
         """From the best of the priors to the best mask found, and the facts. Resumes from the checkpoint `name`."""
-        room.check(self.device, ADVICE)
+        room.check(self.device, self._advice(subject, room))
+        self.progress(f"{title}: {room.sentence(self.device)}", 0, 0)
         chosen, losses = best_prior(subject, priors)
         outcome: Outcome = fit(subject, self.method.make(self.spec), priors[chosen], self.spec, self.seed,
                                Checkpoints(self.run, f"{FOLDER}/{name}.safetensors"), self.progress, title)
@@ -77,6 +79,24 @@ class Session:
         facts = {"prior_method": chosen, "priors": losses, **outcome.facts, "memory": room.to_json(),
                  "changed": changed(outcome.learnt, priors[chosen], patterns)}
         return outcome.learnt, facts
+
+    @property
+    def shares(self) -> int:
+        """Over how many processes the state is split."""
+        return processes.count() if self.spec.shard else 1
+
+    def _advice(self, subject: Subject, room: Budget) -> str:
+        """What to do when `room` is more than there is, with figures where the method has lighter settings."""
+        sizes = [(site.pattern, subject.module.get_parameter(site.path).numel()) for site in subject.sites.values()]
+        told = []
+        for change in self.method.lighter:
+            spec = self.spec.model_copy(update=change)
+            state = sum(count * self.method.bytes_per_weight(spec, pattern) for pattern, count in sizes)
+            needed = replace(room, state=state / self.shares).total
+            if needed < room.total:
+                told.append(f"{', '.join(f'{key}: {value}' for key, value in change.items())} takes "
+                            f"{needed / 1e9:.1f} GB")
+        return "; ".join([*told, ADVICE])
 
     def learn_block(self, block: Block, spec: Learn, number: int, path: str) -> BlockResult:
         """A block refinement that throws the given weights away and learns masks for the dense ones."""
@@ -97,7 +117,7 @@ class Session:
         """Predicted memory for matrices `[n, k]` with their patterns."""
         rows = [Weights(rows.numel(), rows.shape[1], rows.shape[0], pattern) for rows, pattern in weights]
         return budget(rows, lambda pattern: self.method.bytes_per_weight(self.spec, pattern), tokens, self.compute,
-                      outputs, self.spec.gradient_checkpointing)
+                      outputs, self.spec.gradient_checkpointing, self.shares)
 
 
 def one_shot_method(spec: Prune) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,25 +15,32 @@ from torch.utils.checkpoint import checkpoint
 
 from . import models
 from .block import prune_block
+from .calib.images import ImageSample
+from .calib.sample import Sample
 from .calib.walk import BlockWalk
+from .errors import UsageError
 from .learn import FOLDER, Session
 from .methods.base import LayerResult, Method
 from .models.base import LoadedModel, to_rows
-from .objective import objective
+from .objective import Objective, objective
 from .pattern import NMPattern
 from .plan import Plan
 from .progress import Progress
 from .recipe import Prune
 from .registry import METHODS
+from .train import processes
 from .train.judge import Masks
 from .train.masked import Site
-from .train.subjects import WholeModel
+from .train.pictures import Pictures, class_numbers
+from .train.subjects import Model, WholeModel
 
 
 def learn_model(session: Session, loaded: LoadedModel, plan: Plan, spec: Prune,
-                inputs: dict[str, torch.Tensor]) -> tuple[dict[str, LayerResult], dict[str, Any]]:
+                sample: Sample) -> tuple[dict[str, LayerResult], dict[str, Any]]:
     """Masks for everything in the plan by parameter name, and the facts. The model is dense before and after."""
-    batches = models.batches(loaded, inputs, spec.calibration.batch)
+    if session.spec.labels or session.spec.augment:
+        sample = _in_any_order(sample, session.seed)
+    some = models.batches(loaded, _first(sample, session.spec.prior_samples), spec.calibration.batch)
     sites, weights = {}, []
     for row in plan.pruned():
         assert isinstance(row.pattern, NMPattern)
@@ -43,30 +50,62 @@ def learn_model(session: Session, loaded: LoadedModel, plan: Plan, spec: Prune,
     with torch.no_grad(), torch.autocast(session.device.type, session.compute,
                                          enabled=session.compute != torch.float32):
         output = loaded.module(**{name: value[:1] if isinstance(value, torch.Tensor) else value
-                                  for name, value in batches[0].items()})
+                                  for name, value in some[0].items()})
     suits = objective(loaded, output)
-    subject = WholeModel(loaded.module, sites, batches, suits, session.spec, session.compute)
     signal = suits.signal(output)
+    subject, told = _subject(session, loaded, sites, suits, sample, spec.calibration.batch, signal.shape[-1])
     states = signal.numel() // signal.shape[-1]
     room = session.room(weights, states * subject.samples, signal.shape[-1])
-    some = models.batches(loaded, {key: value[: session.spec.prior_samples] for key, value in inputs.items()},
-                          spec.calibration.batch)
     priors = {method: _prior(session, loaded.module, plan, spec, method, some)
               for method in session.spec.prior_methods} | dict(session.stored)
     with recomputed(loaded.module, plan.blocks if session.spec.gradient_checkpointing else ()):
         learnt, facts = session.learn(subject, priors, room, "whole", f"{spec.method} {spec.pattern}")
     return ({name: LayerResult(one.mask, one.weight) for name, one in learnt.items()},
-            {"name": spec.method, "objective": "global", **facts})
+            {"name": spec.method, "objective": "global", **facts, **told})
+
+
+def _subject(session: Session, loaded: LoadedModel, sites: Mapping[str, Site], suits: Objective, sample: Sample,
+             batch: int, classes: int) -> tuple[Model, dict[str, Any]]:
+    """What is learned on, and what there is to tell about it."""
+    spec = session.spec
+    if not isinstance(sample, ImageSample) or not (spec.labels or spec.augment):
+        batches = models.batches(loaded, sample.inputs, batch)
+        return WholeModel(loaded.module, sites, batches, suits, spec, session.compute), {}
+    if spec.labels and suits.kind != "kl":
+        raise UsageError(f"'{loaded.source}' has no classes to learn from.", "learn.labels: false")
+    from .train.augment import Augmentation
+
+    labels = class_numbers(sample, loaded.module, classes) if spec.labels else None
+    augmentation = Augmentation(spec.augment, loaded.processor, classes) if spec.augment else None
+    subject = Pictures(loaded.module, sites, sample, batch, suits, spec, session.compute, labels, augmentation)
+    return subject, {"dense_accuracy": subject.accuracy()} if spec.labels else {}
+
+
+def _in_any_order(sample: Sample, seed: int) -> ImageSample:
+    """Pictures shuffled: those of one class lie side by side in their folder. Raises `UsageError` for other data."""
+    if not isinstance(sample, ImageSample):
+        raise UsageError("learn.labels and learn.augment are for pictures.", "leave them out")
+    order = torch.randperm(len(sample), generator=torch.Generator().manual_seed(seed)).tolist()
+    return replace(sample, chosen=tuple(sample.chosen[n] for n in order),
+                   hashes=tuple(sample.hashes[n] for n in order))
+
+
+def _first(sample: Sample, count: int) -> dict[str, torch.Tensor]:
+    """Inputs of the first samples; of pictures no more are decoded."""
+    if isinstance(sample, ImageSample):
+        return replace(sample, chosen=sample.chosen[:count], hashes=sample.hashes[:count]).inputs
+    return {key: value[:count] for key, value in sample.inputs.items()}
 
 
 def _prior(session: Session, module: nn.Module, plan: Plan, spec: Prune, method: str,
            batches: Sequence[dict[str, Any]]) -> Masks:
     """The masks of a one-shot method for the original weights, from an earlier process if it got that far."""
     name = f"{FOLDER}/prior-{method}.safetensors"
-    if not (session.run / name).is_file():
-        found = one_shot(module, plan, spec, method, batches, session.compute, session.progress)
-        with session.run.replacing(name) as temporary:
-            save_file({key: mask.contiguous() for key, mask in found.items()}, temporary)
+    with processes.state().main_process_first():
+        if not (session.run / name).is_file():
+            found = one_shot(module, plan, spec, method, batches, session.compute, session.progress)
+            with session.run.replacing(name) as temporary:
+                save_file({key: mask.contiguous() for key, mask in found.items()}, temporary)
     return load_file(session.run / name)
 
 

@@ -271,6 +271,8 @@ def report(run: RunDir) -> Path:
 def run_recipe(recipe: Recipe, out: Path | None = None, force: bool = False, progress: Progress = silent) -> RunDir:
     """Every stage of a recipe in order; finished stages of the same run are kept."""
     run = prune(recipe.model, recipe.prune, out, force, progress)
+    if not run.finished("prune"):  # this process has only helped another one to learn
+        return run
     stages: dict[str, tuple[Any, Any]] = {"export": (export, recipe.export), "evaluate": (evaluate, recipe.evaluate),
                                           "build": (build, recipe.build), "bench": (bench, recipe.bench)}
     done = run.manifest()["stages"]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -36,6 +37,7 @@ from .progress import Progress, silent
 from .recipe import DEFAULT_MODEL, Prune, fingerprint
 from .registry import METHODS, REFINEMENTS
 from .rundir import RUNS, RunDir
+from .train import processes
 from .train.checkpoint import Checkpoints
 from .train.judge import Masks
 from .verify import VerifyReport, verify_checkpoint
@@ -47,7 +49,8 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
 
     The same recipe resumes an unfinished run and returns a finished one as it is. Raises `UsageError` for a folder that
     holds another recipe's run, `NmsparseError` for weights or data that cannot be used, `CheckFailed` when the saved
-    model does not hold the pattern.
+    model does not hold the pattern. Of several processes (`torchrun`) all but the main one come back without a finished
+    run when they have helped to learn.
     """
     model = str(Path(model).resolve()) if Path(model).exists() else model
     recipe = {"model": model, **spec.model_dump(mode="json")}
@@ -58,6 +61,10 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
         if run.finished("prune"):
             progress(f"'{path}' is finished; --force starts over", 0, 0)
             return run
+    together = _together(spec)
+    main = together is None or together.is_main_process
+    if not main:
+        progress = silent
     progress(f"loading {model}", 0, 0)
     loaded = models.load(model)
     progress(models.described(model, loaded), 0, 0)
@@ -73,13 +80,30 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
     _check_scales_fit(plan, spec)
     idle = needs(spec, method) == "none" and not spec.learn and not spec.finetune
     sample = None if idle else draw(loaded, spec.calibration, progress)
-    run = RunDir.create(path, recipe, identity, force)
+    if main:
+        RunDir.create(path, recipe, identity, force)
+    if together:
+        together.wait_for_everyone()
+    run, device = RunDir(path), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded.module.to(device)
+    stage = _Stage(run, loaded, plan, spec, method, sample, compute_dtype(spec.compute, device), progress, stored)
+    if not main:
+        stage.learn_whole()
+        return run
     with run.lock():
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        loaded.module.to(device)
-        _Stage(run, loaded, plan, spec, method, sample, compute_dtype(spec.compute, device), progress,
-               stored).work()
+        stage.work()
     return run
+
+
+def _together(spec: Prune) -> PartialState | None:
+    """The other processes of this run; None when there are none. Raises `UsageError` when they cannot help."""
+    if processes.count() == 1:
+        return None
+    if spec.learn is None or resolved(spec.learn.objective, spec.permute) != "global" or spec.finetune:
+        raise UsageError(f"{processes.count()} processes can only share masks that are learned through the whole "
+                         "model.",
+                         "run it in one process, or use a learned method with --objective global and no finetune")
+    return processes.state()
 
 
 def _default_path(model: str, spec: Prune, identity: str) -> Path:
@@ -169,7 +193,7 @@ class _Stage:
         start = time.perf_counter()
         self.run.write_json("plan.json", self.plan.to_json())
         blocks = sorted({row.target.block for row in self.plan.pruned()})
-        self._learn_whole()
+        self.learn_whole()
         walk, probe = self._walk(), self._probe()
         rows: list[dict[str, Any]] = []
         for number in range(blocks[-1] + 1):
@@ -234,14 +258,14 @@ class _Stage:
         return Session(self.run, self.spec.learn, self.spec.calibration.seed, self.compute,
                        next(self.loaded.module.parameters()).device, self.progress, self.priors)
 
-    def _learn_whole(self) -> None:
+    def learn_whole(self) -> None:
         """Learn all masks at once, where the recipe asks for it; the walk then writes them down."""
         if self.spec.learn is None or self._blockwise():
             return
         from .learn_model import learn_model
 
         assert self.sample is not None
-        self.given, facts = learn_model(self._session(), self.loaded, self.plan, self.spec, self.sample.inputs)
+        self.given, facts = learn_model(self._session(), self.loaded, self.plan, self.spec, self.sample)
         self.refinements.append({"block": None, **facts})
 
     def _finetune(self, rows: list[dict[str, Any]]) -> None:

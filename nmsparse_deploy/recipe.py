@@ -323,8 +323,8 @@ def validate(model: type[Any], data: dict[str, Any]) -> Any:
         raise UsageError(f"{field}: {first['msg']} (got {first['input']!r}).") from error
 
 
-LATER = (("through", 0),)
-"""Settings of refinements that came later than runs, with the values that ask for nothing new."""
+LATER = (("through", 0), ("shard", False), ("moments", 32), ("labels", False), ("augment", None))
+"""Settings of steps and of learning that came later than runs, with the values that ask for nothing new."""
 
 
 def fingerprint(model: str, prune: Prune) -> str:
@@ -336,6 +336,8 @@ def fingerprint(model: str, prune: Prune) -> str:
     if prune.refine:
         asked["refine"] = [{name: value for name, value in step.items() if (name, value) not in LATER}
                            for step in asked["refine"]]
+    if prune.learn:
+        asked["learn"] = {name: value for name, value in asked["learn"].items() if (name, value) not in LATER}
     canonical = json.dumps({"model": model, **asked}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -26,7 +26,7 @@ from .train.budget import Weights, budget
 from .train.checkpoint import Checkpoints
 from .train.learner import ADAM, BEST
 from .train.masked import Site
-from .train.subjects import WholeModel
+from .train.subjects import Batch, WholeModel
 
 WEIGHT = 2 * torch.float32.itemsize
 """Bytes of a weight in fp32, and of the best one so far."""
@@ -38,10 +38,10 @@ class Taught(WholeModel):
 
     teacher: nn.Module | None = None
 
-    def _dense(self, number: int) -> torch.Tensor:
+    def _dense(self, batch: Batch) -> torch.Tensor:
         assert self.teacher is not None
         with torch.no_grad(), self._autocast():
-            return self.objective.signal(self.teacher(**self.batches[number]))
+            return self.objective.signal(self.teacher(**batch))
 
 
 def refine_model(checkpoints: Checkpoints, loaded: LoadedModel, plan: Plan, spec: Prune, masks: Mapping[str, Mask],

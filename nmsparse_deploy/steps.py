@@ -43,6 +43,8 @@ class Training(Frozen):
     evaluate_every: int = Field(25, ge=1, description="steps between judgements of the hard mask")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
     gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass (whole models)")
+    shard: bool = Field(False, description="split weights, trained values and optimiser over the processes of the run "
+                                           "(FSDP2); false: every process holds all of them")
     track: str | None = Field(None, description="one of accelerate's trackers: tensorboard, wandb, trackio...")
 
 

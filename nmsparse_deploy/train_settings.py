@@ -6,8 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator
 
+from .errors import UsageError
 from .registry import METHODS
-from .steps import Training
+from .steps import Frozen, Training
 
 Objective = Literal["auto", "block", "global"]
 STEPS = {"block": 60, "global": 1000}
@@ -21,6 +22,16 @@ def is_file(prior: str) -> bool:
     return prior.endswith(".safetensors")
 
 
+class Augment(Frozen):
+    """Augmentation of training pictures by timm's own factories; the defaults are those of MaskLLM-4V."""
+
+    policy: str = Field("rand-m8-inc1", description="timm's name of a policy; empty: none")
+    erasing: float = Field(0.15, ge=0, le=1, description="probability that a part is erased")
+    mixup: float = Field(0.8, ge=0)
+    cutmix: float = Field(1.0, ge=0)
+    smoothing: float = Field(0.1, ge=0, lt=1, description="of the labels")
+
+
 class Learn(Training):
     """What every learned method has: how long, on what, judged how often. `name` is that of the method."""
 
@@ -32,11 +43,17 @@ class Learn(Training):
                                     description="one-shot methods, or masks.safetensors files of the same model "
                                     "and pattern; learning starts from the best mask among them")
     prior_samples: int = Field(64, ge=1, description="calibration samples for the priors (global objective)")
-    task: float = Field(1.0, ge=0, description="weight of the model's own loss (global, language models)")
+    task: float = Field(1.0, ge=0, description="weight of the model's own loss (global; language models, and "
+                        "pictures with labels)")
     distill: float = Field(1.0, ge=0, description="weight of the divergence from the dense model's outputs (global)")
+    labels: bool = Field(False, description="learn from the classes that the pictures' folders name (global, vision)")
+    augment: Augment | None = Field(None, description="augment the pictures that are learned from (global, vision)")
 
     def settled(self, objective: Literal["block", "global"]) -> Self:
         """The same settings with nothing left to be decided."""
+        if objective == "block" and (self.labels or self.augment):
+            raise UsageError("Labels and augmentation are for masks that are learned through the whole model.",
+                             "--objective global")
         return self.model_copy(update={"objective": objective, "steps": self.steps or STEPS[objective]})
 
     @field_validator("priors")
@@ -71,6 +88,7 @@ class MaskLLM(Learn):
     noise: bool = Field(True, description="sample candidates; false: anneal without noise")
     regulariser: float = Field(1e-5, ge=0, description="reward for large kept weights")
     decay: float = Field(0.0, ge=0, description="weight decay on the logits")
+    moments: Literal[8, 32] = Field(32, description="bits of each of AdamW's two moments")
 
     def settled(self, objective: Literal["block", "global"]) -> Self:
         done = super().settled(objective)

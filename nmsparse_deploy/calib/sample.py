@@ -41,7 +41,7 @@ def draw(loaded: LoadedModel, spec: Calibration, progress: Progress = silent) ->
     source = DEFAULTS[loaded.family] if spec.data == AUTO else spec.data
     if source.endswith(ENDING):
         progress(f"reading {source}", 0, 0)
-        return prepared(source, spec.samples)
+        return _in_vocabulary(prepared(source, spec.samples), loaded)
     if loaded.family == "vision":
         progress(f"sampling {spec.samples} images of {source}", 0, 0)
         return calibration_images(source, loaded.processor, input_name(loaded), spec.samples, spec.seed, progress)
@@ -51,4 +51,17 @@ def draw(loaded: LoadedModel, spec: Calibration, progress: Progress = silent) ->
     progress(f"sampling {spec.samples} x {spec.length} tokens of {source}", 0, 0)
     sample = calibration_sequences if loaded.family in ("encoder", "seq2seq") else calibration_sample
     drawn = sample(load_text(source), loaded.processor, spec.samples, spec.length, spec.seed)
-    return paired(drawn, loaded.module.config) if loaded.family == "seq2seq" else drawn
+    return _in_vocabulary(paired(drawn, loaded.module.config) if loaded.family == "seq2seq" else drawn, loaded)
+
+
+def _in_vocabulary(sample: Sample, loaded: LoadedModel) -> Sample:
+    """Raise `UsageError` for tokens that the model has no embedding for."""
+    ids, table = sample.inputs.get("input_ids"), getattr(loaded.module, "get_input_embeddings", lambda: None)()
+    count = getattr(table, "num_embeddings", None)
+    if ids is not None and count is not None and not ids.is_floating_point() and ids.numel():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= count:
+            raise UsageError(f"The data holds the token {low if low < 0 else high}, and the vocabulary of "
+                             f"'{loaded.source}' has {count}: another model's tokenizer made it.",
+                             "take the tokenizer that belongs to the model, or text instead of token ids")
+    return sample

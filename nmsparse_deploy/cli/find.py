@@ -14,8 +14,10 @@ from .app import DEMO, Exclude, Force, Include, Model, Out, app, output, say_def
 @app.command()
 def inspect(model: Model = DEMO, pattern: str = "2:4", include: Include = [], exclude: Exclude = [],  # noqa: B006
             cost: Annotated[bool, typer.Option("--cost", help="predict time, memory and disk of a prune")] = False,
-            method: Annotated[str, typer.Option(help="with --cost")] = "sparsegpt",
+            method: Annotated[str, typer.Option(help="with --cost; one-shot or learned")] = "sparsegpt",
             refine: Annotated[list[str], typer.Option(help="with --cost; may be repeated")] = [],  # noqa: B006
+            steps: Annotated[int | None, typer.Option(help="with --cost, of a learned method")] = None,
+            objective: Annotated[str | None, typer.Option(help="with --cost, of a learned method")] = None,
             samples: Annotated[int, typer.Option(help="with --cost")] = 64,
             length: Annotated[int, typer.Option(help="with --cost")] = 512) -> None:
     """Show what would be pruned, in which fusion groups, and why the rest stays dense; or what it would cost."""
@@ -24,7 +26,7 @@ def inspect(model: Model = DEMO, pattern: str = "2:4", include: Include = [], ex
     say_default(model)
     if cost:
         _show_cost(model, {"pattern": pattern, "include": include, "exclude": exclude, "method": method,
-                           "refine": [{"name": name} for name in refine],
+                           "refine": [{"name": name} for name in refine], **_learning(steps, objective),
                            "calibration": {"samples": samples, "length": length}})
         return
     plan = api(model, pattern, include, exclude, output.progress)
@@ -132,6 +134,8 @@ def prune(model: Model = DEMO,
     else:
         spec = validate(Prune, {"method": method, **settings})
     run = api(model, spec, out, force, output.progress)
+    if not run.finished("prune"):  # this process has only helped another one to learn
+        return
     facts = run.manifest()["stages"]["prune"]
     how = "as planned" if plan else f"to {spec.pattern}"
     few = facts.get("experts_by_magnitude", {"matrices": 0})

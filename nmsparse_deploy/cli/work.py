@@ -114,6 +114,8 @@ def list_() -> None:
 
 
 def _finish_run(run: Any) -> None:
+    if not run.finished("prune"):  # this process has only helped another one to learn
+        return
     from ..report.build import summary
 
     facts = summary(run)

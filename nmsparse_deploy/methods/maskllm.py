@@ -20,7 +20,10 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from ..pattern import NMPattern
+from ..train.adam8 import STATE_BYTES
 from ..train.learner import ADAM, BEST, Learned, MaskLearner
 from ..train.masked import Law, Site
 from ..train.maskparam import Annealing, Choice, Scores, form_for
@@ -38,15 +41,20 @@ def make(spec: MaskLLM) -> MaskLearner:
             return Scores(site.pattern, annealing)
         return Choice(site.pattern, annealing, compact=form == "compact")
 
-    return MaskLearner(law, spec.step_size / spec.kappa[1], spec.decay)
+    learner = MaskLearner(law, spec.step_size / spec.kappa[1], spec.decay, moments=spec.moments)
+    learner.shards = spec.moments == 32  # codes of blocks have no rows to split
+    return learner
 
 
 def bytes_per_weight(spec: MaskLLM, pattern: NMPattern) -> float:
-    """24 bytes for the six logits of a 2:4 group, 16 for the other forms; and the best mask."""
+    """24 bytes for the six logits of a 2:4 group, 16 for the other forms; with moments of a byte 15 and 10; and the
+    best mask."""
     candidates = spec.form == "candidates" or (spec.form == "auto" and form_for(pattern) == "candidates")
     values = math.comb(pattern.group, pattern.keep) / pattern.group if candidates else 1
-    return ADAM * values + BEST
+    number = ADAM if spec.moments == 32 else 2 * torch.float32.itemsize + STATE_BYTES
+    return number * values + BEST
 
 
 LEARNED = Learned(make, "a distribution over the masks of every group, learned by gradient",
-                  "Fang et al. 2024, arXiv:2409.17481", bytes_per_weight=bytes_per_weight)
+                  "Fang et al. 2024, arXiv:2409.17481", bytes_per_weight=bytes_per_weight,
+                  lighter=({"form": "compact"}, {"form": "compact", "moments": 8}))

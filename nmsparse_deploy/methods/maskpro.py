@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 
 from ..pattern import NMPattern, project
 from ..train.learner import BEST, Learned, MaskLearner, Subject
@@ -73,6 +74,8 @@ class Drawn(Law):
 class PolicyGradient(MaskLearner):
     """Plain gradient descent on logits along the score of the drawn masks."""
 
+    shards = False  # the score is taken outside the forward pass
+
     def __init__(self, spec: MaskPro) -> None:
         super().__init__(Drawn, spec.rate or 1.0)
         self.spec = spec
@@ -98,11 +101,11 @@ class PolicyGradient(MaskLearner):
         """The loss of a draw, with the policy gradient as its gradient."""
         move_to(subject.module, moment)
         with torch.no_grad(), showing(subject.module, "soft"):
-            if number not in self.before:
+            if subject.varies or number not in self.before:
                 self._show_starting(True)
-                self.before[number] = _total(subject.loss_terms(number))
+                self.before[number] = _total(subject.loss_terms(number, moment))
                 self._show_starting(False)
-            loss = _total(subject.loss_terms(number))
+            loss = _total(subject.loss_terms(number, moment))
         residual = loss - self.before[number]
         self.residuals.append(residual)
         factor = self._advantage(float(residual))
@@ -129,7 +132,7 @@ class PolicyGradient(MaskLearner):
         return away / math.sqrt(square / young) if square else 0.0
 
     def after_step(self, moment: Moment) -> None:
-        residual = float(torch.stack(self.residuals).mean())
+        residual = float(reduce(torch.stack(self.residuals).mean(), "mean"))  # every process tracks the same
         self.residuals = []
         smoothed, square, count = self.tracked.tolist()
         away = residual - (smoothed / (1 - SMOOTHING**count) if count else 0.0)

@@ -32,6 +32,7 @@ from ..train.learner import Learned, MaskLearner, Subject
 from ..train.masked import Law, Site, original
 from ..train.moment import Moment
 from ..train.prox import prox
+from ..train.sharded import put, whole
 from ..train_settings import ProxSparse
 
 FUSED = 3
@@ -72,6 +73,7 @@ class Prox(MaskLearner):
     def __init__(self, spec: ProxSparse) -> None:
         super().__init__(Support, spec.rate or 1.0)
         self.spec = spec
+        self.shards = not spec.lambda2  # that term is taken outside the forward pass
         self.sizes: dict[str, list[float]] = {}
         """Root mean square of every slice of the original weights, by `Site.path`."""
 
@@ -95,10 +97,11 @@ class Prox(MaskLearner):
 
     def after_step(self, moment: Moment) -> None:
         for path, mask in self.masks.items():
-            law, values = _law(mask.law), mask.values.data
-            law.prior = None
+            law, held = _law(mask.law), mask.values.data
+            law.prior, values = None, whole(held)
             for part, size in zip(law.slices(values), self.sizes[path]):
                 values[part] = prox(values[part], self._strength(size, law.site.pattern.keep), law.site.pattern)
+            put(held, values)
 
     def _strength(self, size: float, keep: int) -> float:
         if self.spec.lambda1 is not None:

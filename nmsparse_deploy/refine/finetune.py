@@ -31,6 +31,7 @@ class Tuner(MaskLearner):
     """AdamW on the weights under their masks, and on norms and biases."""
 
     trains_weights = True
+    shards = False  # masks, penalties and norms are looked at outside the forward pass
 
     def __init__(self, law: LawOf, rate: float) -> None:
         super().__init__(law, rate)

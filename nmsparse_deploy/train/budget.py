@@ -42,6 +42,12 @@ class Budget:
                  "activations": self.activations, "total": self.total}
         return {**{f"{name}_mb": round(size / 1e6) for name, size in parts.items()}, "status": "predicted"}
 
+    def sentence(self, device: torch.device) -> str:
+        """What it comes to, and what there is."""
+        free = free_memory(device)
+        room = "" if free is None else f"; {free / 1e6:,.0f} MB are free"
+        return f"will hold about {self.total / 1e6:,.0f} MB more (predicted){room}"
+
     def check(self, device: torch.device, advice: str) -> None:
         """Raise `NmsparseError` when it does not fit into what is free on the device."""
         free = free_memory(device)
@@ -52,11 +58,12 @@ class Budget:
 
 
 def budget(weights: Sequence[Weights], bytes_per_weight: Callable[[NMPattern], float], tokens: int,
-           compute: torch.dtype, outputs: int = 0, recomputed: bool = False) -> Budget:
+           compute: torch.dtype, outputs: int = 0, recomputed: bool = False, processes: int = 1) -> Budget:
     """For `tokens` in a micro-batch and `outputs` logits per token.
 
     `bytes_per_weight` covers trained values, gradients, optimiser state and the best masks. A masked copy of every
     weight lives until the backward pass, and so does what a layer reads and writes, unless blocks are recomputed.
+    `processes` share the state.
     """
     single = torch.float32.itemsize
     state = sum(one.count * bytes_per_weight(one.pattern) for one in weights)
@@ -66,7 +73,7 @@ def budget(weights: Sequence[Weights], bytes_per_weight: Callable[[NMPattern], f
     if recomputed:
         touched = max((one.k for one in weights), default=0)
         masked = max((one.count for one in weights), default=0) * single
-    return Budget(state, masked, tokens * (touched * compute.itemsize + outputs * SOFTMAX_BYTES))
+    return Budget(state / processes, masked, tokens * (touched * compute.itemsize + outputs * SOFTMAX_BYTES))
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from ..errors import UsageError
 from ..rundir import RunDir
 from .learner import Learnt
+from .sharded import like, whole
 
 RECORD = "record"
 """The one metadata key."""
@@ -31,6 +32,8 @@ class Progressed:
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
     """One entry per judgement of the hard mask."""
+    judged_at: list[float] = field(default_factory=list)
+    """Seconds of training before each of them."""
 
 
 class Checkpoints:
@@ -60,15 +63,19 @@ class Checkpoints:
 
 def flat_optimiser(optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """An optimiser's state as named tensors."""
-    return {f"{index}/{key}": value for index, state in optimiser.state_dict()["state"].items()
+    return {f"{index}/{key}": whole(value) for index, state in optimiser.state_dict()["state"].items()
             for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def restore_optimiser(optimiser: torch.optim.Optimizer, flat: Mapping[str, torch.Tensor]) -> None:
+def restore_optimiser(optimiser: torch.optim.Optimizer, trained: Sequence[torch.Tensor],
+                      flat: Mapping[str, torch.Tensor]) -> None:
+    """Put `flat` back; `trained` are the optimiser's parameters in order."""
     state: dict[int, dict[str, Any]] = {}
     for name, value in flat.items():
         index, _, key = name.partition("/")
-        state.setdefault(int(index), {})[key] = value
+        parameter = trained[int(index)]
+        mine = like(parameter, value) if value.shape == parameter.shape else value
+        state.setdefault(int(index), {})[key] = mine
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
 
 

@@ -32,8 +32,10 @@ from torch import nn
 
 from ..models.base import to_rows
 from ..pattern import NMPattern
+from .adam8 import AdamW8
 from .masked import LawOf, LearnableMask, Site, attach, move_to, original
 from .moment import Moment
+from .sharded import whole
 
 
 class Subject(Protocol):
@@ -49,9 +51,12 @@ class Subject(Protocol):
     samples: int
     """Samples in a micro-batch."""
 
-    def loss_terms(self, number: int) -> dict[str, torch.Tensor]:
+    varies: bool
+    """Does a micro-batch look different at another moment (augmentation, noise)?"""
+
+    def loss_terms(self, number: int, moment: Moment) -> dict[str, torch.Tensor]:
         """Named scalars to be minimised, of `module` as its masks show themselves now. Teachers are taken from the
-        dense face of the same module, without gradient."""
+        dense face of the same module, without gradient. Chance comes from `moment` alone."""
         ...
 
     def score(self, number: int) -> torch.Tensor:
@@ -70,6 +75,9 @@ class Learnt:
 
 class Learner:
     """A learned method while it runs; see the module's docstring."""
+
+    shards = False
+    """Can its values be split over processes (`sharded.py`)?"""
 
     def prepare(self, subject: Subject, priors: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
         """`priors` are bool rows `[R, K]` by `Site.name`."""
@@ -107,6 +115,8 @@ class Learned:
     bytes_per_weight: Callable[[Any, NMPattern], float] = lambda spec, pattern: ADAM + BEST
     """What the method holds for every weight that learns, from settings and pattern: trained values, gradients,
     optimiser state, best masks."""
+    lighter: tuple[dict[str, Any], ...] = ()
+    """Settings that hold less, each less than the one before."""
 
 
 ADAM = 16.0
@@ -120,29 +130,34 @@ class MaskLearner(Learner):
     """A `Law` trained by AdamW through the model's own losses."""
 
     trains_weights = False
+    shards = True
 
-    def __init__(self, law: LawOf, rate: float, decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.95)) -> None:
-        self.law, self.rate, self.decay, self.betas = law, rate, decay, betas
+    def __init__(self, law: LawOf, rate: float, decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.95),
+                 moments: int = 32) -> None:
+        self.law, self.rate, self.decay, self.betas, self.moments = law, rate, decay, betas, moments
         self.masks: dict[str, LearnableMask] = {}
         self.module: nn.Module = nn.Module()
 
     def prepare(self, subject: Subject, priors: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
         self.module = subject.module
         self.masks = attach(subject.module, subject.sites, self.law, priors)
-        return torch.optim.AdamW([mask.values for mask in self.masks.values()], self.rate, self.betas,
-                                 weight_decay=self.decay)
+        values = [mask.values for mask in self.masks.values()]
+        if self.moments < 32:
+            return AdamW8(values, self.rate, self.betas, self.decay)
+        return torch.optim.AdamW(values, self.rate, self.betas, weight_decay=self.decay)
 
     def loss_terms(self, subject: Subject, number: int, moment: Moment) -> dict[str, torch.Tensor]:
         move_to(subject.module, moment)
-        return subject.loss_terms(number)
+        return subject.loss_terms(number, moment)
 
     @torch.no_grad()
     def finish(self) -> dict[str, Learnt]:
         found = {}
         for mask in self.masks.values():
-            rows = to_rows(original(self.module, mask.site), mask.site.axis)
-            weight = mask.law.kept(mask.values, rows) if self.trains_weights else None
-            found[mask.site.name] = Learnt(_copied(mask.law.hard(mask.values, rows), torch.bool),
+            rows = to_rows(whole(original(self.module, mask.site)), mask.site.axis)
+            values = whole(mask.values)
+            weight = mask.law.kept(values, rows) if self.trains_weights else None
+            found[mask.site.name] = Learnt(_copied(mask.law.hard(values, rows), torch.bool),
                                            None if weight is None else _copied(weight, torch.float32))
         return found
 

@@ -22,6 +22,7 @@ from accelerate.tracking import get_available_trackers
 
 from ..errors import MissingExtra, NmsparseError, UsageError
 from ..memory import start_stretch, stretch_peak_mb
+from ..models.discover import find_blocks
 from ..progress import Progress, silent
 from ..steps import Training
 from .checkpoint import (
@@ -37,6 +38,7 @@ from .checkpoint import (
 from .learner import Learner, Learnt, Subject
 from .masked import detach, showing
 from .moment import Moment, order, rate_factor
+from .sharded import put, shard, shell, whole
 
 QUIET = 10.0
 """Seconds between two progress messages at least, evaluations aside."""
@@ -54,12 +56,14 @@ def fit(subject: Subject, learner: Learner, priors: Mapping[str, torch.Tensor], 
         checkpoints: Checkpoints | None = None, progress: Progress = silent, title: str = "learning") -> Outcome:
     """Train until `spec.steps`, from the checkpoint if there is one, and return the best masks.
 
-    The subject's module has no mask on it any more afterwards, also after an error. Raises `NmsparseError` when the
-    loss is not finite or memory runs out; checkpoints stay.
+    The subject's module has no mask on it any more afterwards, also after an error. With `spec.shard` several processes
+    work on a shell of it, split over them. Raises `NmsparseError` when the loss is not finite or memory runs out;
+    checkpoints stay.
     """
     if not subject.training or not subject.held_out:
         raise UsageError(f"{title}: there is too little data to learn from some batches and judge by others.",
                          "more calibration samples, or a smaller calibration batch")
+    module = subject.module
     try:
         return _Fit(subject, learner, priors, spec, seed, checkpoints, progress, title).work()
     except RuntimeError as error:
@@ -69,7 +73,8 @@ def fit(subject: Subject, learner: Learner, priors: Mapping[str, torch.Tensor], 
                             "free memory and run the same command again, or start another run with "
                             "gradient_checkpointing or a smaller calibration batch") from error
     finally:
-        detach(subject.module)
+        subject.module = module
+        detach(module)
 
 
 class _Fit:
@@ -82,7 +87,14 @@ class _Fit:
         self.accelerator = _accelerator(spec, title)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.parts = _parts(spec.batch or subject.samples, subject.samples, self.world)
+        self.sharded = spec.shard and self.world > 1
+        if self.sharded:
+            if not learner.shards:
+                raise UsageError(f"{title}: this method's values are needed whole in every process.", "shard: false")
+            blocks, subject.module = find_blocks(subject.module), shell(subject.module)
         self.optimiser = learner.prepare(subject, priors)
+        if self.sharded:
+            shard(subject.module, blocks, self.optimiser, self.world)
         self.peaks = [group["lr"] for group in self.optimiser.param_groups]
         self.trained = [value for group in self.optimiser.param_groups for value in group["params"]]
         self.so_far = Progressed()
@@ -118,12 +130,13 @@ class _Fit:
             loss = torch.stack([term.float() for term in terms.values()]).sum() / self.parts
             loss.backward()
             total += loss.detach()
-        if self.world > 1:
+        if self.world > 1 and not self.sharded:  # FSDP has averaged its own gradients
             for value in self.trained:
                 gradient = torch.zeros_like(value) if value.grad is None else value.grad
                 value.grad = self.accelerator.reduce(gradient, "mean")
+        if self.world > 1:
             total = self.accelerator.reduce(total, "mean")
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.spec.clip or math.inf)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.trained, self.spec.clip or math.inf))
         if not math.isfinite(loss_now := float(total)) or not torch.isfinite(norm):
             self._fail(step)
         self.optimiser.step()
@@ -139,8 +152,11 @@ class _Fit:
 
     def _judge(self, loss: float | None = None) -> float:
         """The held-out loss of the hard mask; kept if it is the best."""
+        mine = self.subject.held_out[self.rank :: self.world]
         with torch.no_grad(), showing(self.subject.module, "hard"):
-            scores = [self.subject.score(number).double() for number in self.subject.held_out[self.rank :: self.world]]
+            scores = [self.subject.score(number).double() for number in mine]
+            if self.sharded and len(mine) * self.world < len(self.subject.held_out):
+                self.subject.score(self.subject.held_out[0])  # blocks are gathered by all processes together
         score = sum(scores, torch.zeros((), dtype=torch.float64, device=self.trained[0].device))
         if self.world > 1:
             score = self.accelerator.reduce(score, "sum")
@@ -150,6 +166,7 @@ class _Fit:
             self.so_far.best, self.so_far.best_step = hard, self.so_far.step
         told = {"step": self.so_far.step, "hard": hard} | ({} if loss is None else {"loss": loss})
         self.so_far.history.append(told)
+        self.so_far.judged_at.append(round(self._seconds(), 3))
         if self.spec.track:
             self.accelerator.log(told, step=self.so_far.step)
         return hard
@@ -163,14 +180,14 @@ class _Fit:
             "start another run with a smaller step_size, or with compute fp32")
 
     def _save(self) -> None:
-        if self.checkpoints is None or not self.accelerator.is_main_process:
+        if self.checkpoints is None or not (self.accelerator.is_main_process or self.sharded):
             return
-        self.so_far.seconds += time.perf_counter() - self.start
-        self.start = time.perf_counter()
-        values = {str(index): value for index, value in enumerate(self.trained)}
-        self.checkpoints.save(self.so_far, {
-            **prefixed("value", values), **prefixed("optimiser", flat_optimiser(self.optimiser)),
-            **prefixed("best", flat_learnt(self.best)), **prefixed("learner", self.learner.state())})
+        self.so_far.seconds, self.start = self._seconds(), time.perf_counter()
+        values = {str(index): whole(value) for index, value in enumerate(self.trained)}
+        tensors = {**prefixed("value", values), **prefixed("optimiser", flat_optimiser(self.optimiser)),
+                   **prefixed("best", flat_learnt(self.best)), **prefixed("learner", self.learner.state())}
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(self.so_far, tensors)
 
     def _resume(self) -> bool:
         found = self.checkpoints.load() if self.checkpoints else None
@@ -182,12 +199,16 @@ class _Fit:
             raise UsageError(f"{self.title}: the checkpoint was written for other weights.", "start over with --force")
         with torch.no_grad():
             for index, value in enumerate(self.trained):
-                value.copy_(values[str(index)])
-        restore_optimiser(self.optimiser, under("optimiser", tensors))
+                put(value, values[str(index)])
+        restore_optimiser(self.optimiser, self.trained, under("optimiser", tensors))
         self.learner.restore(under("learner", tensors))
         self.best = unflat_learnt(under("best", tensors))
         self.progress(f"{self.title}: going on from step {self.so_far.step}", 0, 0)
         return True
+
+    def _seconds(self) -> float:
+        """Of training so far, in all processes that worked on it one after the other."""
+        return self.so_far.seconds + time.perf_counter() - self.start
 
     def _speak(self, loss: float, judged: bool) -> None:
         now = time.perf_counter()
@@ -195,16 +216,22 @@ class _Fit:
             return
         self.spoken = now
         done, steps = self.so_far.step, self.spec.steps
-        left = (self.so_far.seconds + now - self.start) / done * (steps - done)
+        left = self._seconds() / done * (steps - done)
         told = self.so_far
         self.progress(f"{self.title}: loss {loss:.4g}, hard mask {told.best:.4g} (prior {told.prior:.4g}), "
                       f"{left:.0f} s left, {stretch_peak_mb():,} MB", done, steps)
 
     def _facts(self) -> dict[str, Any]:
         told = asdict(self.so_far)
-        told["seconds"] = round(self.so_far.seconds + time.perf_counter() - self.start, 3)
+        told["seconds"] = round(self._seconds(), 3)
         return {**told, "steps": told.pop("step"), "samples_per_step": self.parts * self.subject.samples * self.world,
-                "processes": self.world, "peak_memory_mb": stretch_peak_mb(), **self.learner.facts()}
+                "processes": self.world, **self._shared(), "peak_memory_mb": stretch_peak_mb(), **self.learner.facts()}
+
+    def _shared(self) -> dict[str, Any]:
+        """How several processes worked together."""
+        if self.world == 1:
+            return {}
+        return {"each_process": "its own noise, its own batches", "sharded": self.sharded}
 
 
 def _parts(batch: int, samples: int, world: int) -> int:

@@ -43,8 +43,8 @@ FEW = 10
 MANY = 1000
 """Candidates that a distribution is kept over at most; beyond, only scores fit."""
 
-CHUNK = 1 << 22
-"""Numbers of a temporary at a time."""
+CHUNK, LARGE = 1 << 18, 1 << 24
+"""Numbers of a temporary at a time: on a CPU what its cache holds, elsewhere what is worth a kernel."""
 
 LOW, HIGH = 1e-9, 1 - 1e-7
 """Uniform draws are clamped to this in fp32, where the Gumbel transform is finite."""
@@ -176,15 +176,16 @@ def relaxed(values: torch.Tensor, groups: torch.Tensor, table: torch.Tensor, poi
 def _choices(values: torch.Tensor, table: torch.Tensor, point: Point) -> Iterator[tuple[slice, torch.Tensor]]:
     """`y` for stretches of the groups; the same numbers whenever it is called."""
     generator = point.noise() if point.noise else None
-    length = max(1, CHUNK // len(table))
+    length = max(1, (CHUNK if values.device.type == "cpu" else LARGE) // len(table))
     for start in range(0, len(values), length):
         part = slice(start, min(start + length, len(values)))
         logits = values[part] @ table.T if point.compact else values[part]
-        arguments = point.kappa * logits
-        if generator is not None:
-            drawn = torch.rand(arguments.shape, generator=generator, device=values.device).clamp_(LOW, HIGH)
-            arguments = arguments - drawn.log_().neg_().log_()
-        yield part, (arguments / point.tau).softmax(-1)
+        if generator is None:
+            arguments = logits * (point.kappa / point.tau)
+        else:
+            drawn = torch.rand(logits.shape, generator=generator, device=values.device).clamp_(LOW, HIGH)
+            arguments = drawn.log_().neg_().log_().to(logits.dtype).sub_(logits, alpha=point.kappa).div_(-point.tau)
+        yield part, arguments.softmax(-1)
 
 
 class _Relaxed(torch.autograd.Function):
@@ -205,13 +206,16 @@ class _Relaxed(torch.autograd.Function):
         table, point = ctx.table, ctx.point
         gradient = torch.empty_like(values)
         for part, y in _choices(values, table, point):
-            w = groups[part].to(values.dtype)
+            w, mask = groups[part].to(values.dtype), y @ table
             c = w * upstream[part]
             if point.regulariser:
-                c -= 2 * point.regulariser * w.square() * (y @ table)
-            a = c @ table.T
-            logits = (point.kappa / point.tau) * y * (a - (y * a).sum(-1, keepdim=True))
-            gradient[part] = logits @ table if point.compact else logits
+                c.addcmul_(w.square(), mask, value=-2 * point.regulariser)
+            c.mul_(point.kappa / point.tau)
+            a = (c @ table.T).sub_((mask * c).sum(-1, keepdim=True))  # <y, S c> = <m~, c>
+            if point.compact:
+                gradient[part] = a.mul_(y) @ table
+            else:
+                torch.mul(a, y, out=gradient[part])
         return gradient, None, None, None
 
 

@@ -17,6 +17,10 @@ from ..objective import Objective
 from ..steps import Training
 from .losses import classification, divergence, next_token, relative_error
 from .masked import Site, showing
+from .moment import Moment
+
+Batch = Mapping[str, Any]
+"""Keyword arguments of a forward pass."""
 
 
 def split(count: int, share: float) -> tuple[Sequence[int], Sequence[int]]:
@@ -32,6 +36,8 @@ class BlockSubject:
     entrance.
     """
 
+    varies = False
+
     def __init__(self, module: nn.Module, sites: Mapping[str, Site], inputs: Sequence[torch.Tensor],
                  dense_inputs: Sequence[torch.Tensor], run: Callable[[nn.Module, int, torch.Tensor], torch.Tensor],
                  holdout: float) -> None:
@@ -41,29 +47,33 @@ class BlockSubject:
         with torch.no_grad():
             self.targets = [run(module, number, x) for number, x in enumerate(dense_inputs)]
 
-    def loss_terms(self, number: int) -> dict[str, torch.Tensor]:
+    def loss_terms(self, number: int, moment: Moment) -> dict[str, torch.Tensor]:
         return {"error": self.score(number)}
 
     def score(self, number: int) -> torch.Tensor:
         return relative_error(self.run(self.module, number, self.inputs[number]), self.targets[number])
 
 
-class WholeModel:
-    """A model with batches of keyword arguments. `labels` among them are classes, not an argument of the model."""
+class Model:
+    """A whole model on batches that a subclass supplies: its own loss, and the distance to its dense self."""
 
-    def __init__(self, module: nn.Module, sites: Mapping[str, Site], batches: Sequence[Mapping[str, Any]],
-                 objective: Objective, spec: Training, compute: torch.dtype = torch.float32) -> None:
+    varies = False
+
+    def __init__(self, module: nn.Module, sites: Mapping[str, Site], count: int, samples: int, objective: Objective,
+                 spec: Training, compute: torch.dtype = torch.float32) -> None:
         self.module, self.sites, self.objective, self.spec, self.compute = module, sites, objective, spec, compute
-        self.labels = [batch.get("labels") for batch in batches]
-        self.batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
-        self.training, self.held_out = split(len(batches), spec.holdout)
-        self.samples = len(next(value for value in batches[0].values() if isinstance(value, torch.Tensor)))
+        self.training, self.held_out = split(count, spec.holdout)
+        self.samples = samples
 
-    def loss_terms(self, number: int) -> dict[str, torch.Tensor]:
+    def batch(self, number: int, moment: Moment | None = None) -> tuple[Batch, torch.Tensor | None]:
+        """Micro-batch `number` and its classes, if they are known; as training sees it at `moment`, or for judging."""
+        raise NotImplementedError
+
+    def loss_terms(self, number: int, moment: Moment) -> dict[str, torch.Tensor]:
         """The task's loss where the batch tells the truth, and the distance to the dense model."""
-        spec, labels, batch = self.spec, self.labels[number], self.batches[number]
-        teacher = self._dense(number) if spec.distill else None
-        output = self._signal(number)
+        spec, (batch, labels) = self.spec, self.batch(number, moment)
+        teacher = self._dense(batch) if spec.distill else None
+        output = self._signal(batch)
         terms = {}
         if spec.task and self.objective.kind == "cross-entropy":
             terms["task"] = spec.task * next_token(output, batch["input_ids"])
@@ -79,20 +89,35 @@ class WholeModel:
 
     def score(self, number: int) -> torch.Tensor:
         """What suits the model's family: cross-entropy, or the distance to the dense model."""
-        kind, output = self.objective.kind, self._signal(number)
+        batch, _ = self.batch(number)
+        kind, output = self.objective.kind, self._signal(batch)
         if kind == "cross-entropy":
-            return next_token(output, self.batches[number]["input_ids"])
-        dense = self._dense(number)
+            return next_token(output, batch["input_ids"])
+        dense = self._dense(batch)
         return relative_error(output, dense) if kind == "hidden" else divergence(output, dense)
 
-    def _signal(self, number: int) -> torch.Tensor:
+    def _signal(self, batch: Batch) -> torch.Tensor:
         with self._autocast():
-            return self.objective.signal(self.module(**self.batches[number]))
+            return self.objective.signal(self.module(**batch))
 
-    def _dense(self, number: int) -> torch.Tensor:
+    def _dense(self, batch: Batch) -> torch.Tensor:
         with torch.no_grad(), showing(self.module, "dense"):
-            return self._signal(number)
+            return self._signal(batch)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         device = next(self.module.parameters()).device.type
         return torch.autocast(device, self.compute, enabled=self.compute != torch.float32)
+
+
+class WholeModel(Model):
+    """Batches of keyword arguments in memory. `labels` among them are classes, not an argument of the model."""
+
+    def __init__(self, module: nn.Module, sites: Mapping[str, Site], batches: Sequence[Batch], objective: Objective,
+                 spec: Training, compute: torch.dtype = torch.float32) -> None:
+        samples = len(next(value for value in batches[0].values() if isinstance(value, torch.Tensor)))
+        super().__init__(module, sites, len(batches), samples, objective, spec, compute)
+        self.labels = [batch.get("labels") for batch in batches]
+        self.batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+
+    def batch(self, number: int, moment: Moment | None = None) -> tuple[Batch, torch.Tensor | None]:
+        return self.batches[number], self.labels[number]

@@ -18,11 +18,7 @@ from nmsparse_deploy.train.loop import fit
 from nmsparse_deploy.train.masked import attach, detach, masks, showing
 from nmsparse_deploy.train.maskparam import Annealing, Choice
 from nmsparse_deploy.train.moment import Linear, Moment, order, rate_factor
-from tests.train.toys import NAME, Planted, settings
-
-
-class Killed(Exception):
-    pass
+from tests.train.toy import NAME, Killed, Planted, settings
 
 
 def learn(subject, spec, store=None, **more):
@@ -139,10 +135,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(poison, tmp_path):
     subject, spec = Planted(), settings(steps=20, evaluate_every=2, step_size=10.0)
     plain, calls = subject.loss_terms, 0
 
-    def loss_terms(number):
+    def loss_terms(number, moment):
         nonlocal calls
         calls += 1
-        terms = plain(number)
+        terms = plain(number, moment)
         return {"error": terms["error"] * poison} if calls == 8 else terms
 
     subject.loss_terms = loss_terms
@@ -157,7 +153,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(poison, tmp_path):
 
 def test_memory_that_runs_out_is_one_sentence(tmp_path):
     subject = Planted()
-    subject.loss_terms = lambda number: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    subject.loss_terms = lambda number, moment: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(NmsparseError, match="out of memory; what was learned") as caught:
         learn(subject, settings(steps=5), Checkpoints(RunDir(tmp_path), "c.safetensors"))
     assert "gradient_checkpointing" in caught.value.hint and not masks(subject.module)

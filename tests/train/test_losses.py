@@ -16,9 +16,10 @@ from nmsparse_deploy.plan import make_plan
 from nmsparse_deploy.train import losses
 from nmsparse_deploy.train.loop import fit
 from nmsparse_deploy.train.masked import Site, masks
+from nmsparse_deploy.train.moment import Moment
 from nmsparse_deploy.train.subjects import WholeModel, split
 from tests import pico
-from tests.train.toys import settings
+from tests.train.toy import settings
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 16,
          "patch_size": 8, "num_labels": 5}
@@ -88,9 +89,9 @@ def test_every_family_learns(name):
     module = make()
     found = subject(module, data(), kind, steps=6, step_size=20.0, evaluate_every=2, **changes)
     before = {key: value.clone() for key, value in module.named_parameters()}
-    assert found.loss_terms(0).keys() == terms
+    assert found.loss_terms(0, Moment()).keys() == terms
     if "distill" in terms:
-        assert float(found.loss_terms(0)["distill"].detach()) == pytest.approx(0, abs=1e-5)  # dense is its own teacher
+        assert float(found.loss_terms(0, Moment())["distill"].detach()) == pytest.approx(0, abs=1e-5)  # dense is its own teacher
     priors = {site.name: project(module.get_parameter(path).detach().abs(), TWO_FOUR)
               for path, site in found.sites.items()}
     outcome = fit(found, LEARNED.make(found.spec), priors, found.spec)
@@ -101,4 +102,4 @@ def test_every_family_learns(name):
 
 def test_pictures_without_labels_need_a_teacher():
     with pytest.raises(UsageError, match="nothing to learn from"):
-        subject(classifier(), pictures(), "kl", distill=0.0).loss_terms(0)
+        subject(classifier(), pictures(), "kl", distill=0.0).loss_terms(0, Moment())

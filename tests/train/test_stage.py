@@ -171,14 +171,14 @@ def test_what_cannot_fit_is_refused_before_the_first_step(llama_dir, texts, tmp_
     monkeypatch.setattr(budget, "free_memory", lambda device: 1000)
     with pytest.raises(NmsparseError, match=r"Learning needs about .* GB more") as caught:
         prune(str(llama_dir), spec(texts, "global"), tmp_path / "run")
-    assert "learn.form" in caught.value.hint
+    assert "form: compact takes" in caught.value.hint and "moments: 8 takes" in caught.value.hint
     Budget(1.0, 1.0, 1.0).check(torch.device("cpu"), "")
 
 
 def test_six_logits_with_adam_take_24_bytes_per_weight():
     from nmsparse_deploy.methods.maskllm import bytes_per_weight
     from nmsparse_deploy.pattern import NMPattern
-    from tests.train.toys import settings
+    from tests.train.toy import settings
 
     assert bytes_per_weight(settings(), TWO_FOUR) == 24 + 1
     assert bytes_per_weight(settings(form="scores"), TWO_FOUR) == bytes_per_weight(settings(), NMPattern(4, 8)) == 16 + 1
