@@ -45,8 +45,17 @@ bench: setup  ## speed of verify, of the sweep, of pruning the demo model, of --
 matrix: setup  ## real small models and slow combinations (under 40 minutes)
 	$(BIN)/python -m pytest -n 1 -m matrix
 
-gpu-bundle gpu-proof gpu-learn:
-	@echo "make $@: there is nothing behind this target yet; no GPU result of this project exists." >&2; exit 1
+# A GPU machine may have no network: its own Python is used, and gpu-bundle/ brings what that lacks.
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/.done),$(BIN)/python,$(PYTHON))
+
+gpu-bundle: setup  ## what a GPU machine without network lacks (wheels, models, texts), into gpu-bundle/
+	$(BIN)/python -m benchmarks.gpu_bundle
+
+gpu-proof:  ## needs a CUDA device: everything it can show, unattended, under 9 minutes; writes results/gpu
+	$(GPU_PYTHON) -m benchmarks.gpu_proof
+
+gpu-learn:  ## needs a CUDA device: a slice of the longer learning runs, 8 minutes; call it until it is done
+	$(GPU_PYTHON) -m benchmarks.gpu_learn
 
 clean:  ## remove what the targets made, but not the runs
 	rm -rf $(VENV) build dist *.egg-info

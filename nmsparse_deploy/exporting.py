@@ -37,7 +37,7 @@ def export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str,
     eight = precision in FORMATS
     targets = [target for target in found.targets if eight or target.name in masks.masks]
     if eight and not ranges:
-        ranges |= _ranges(run, loaded, targets, progress)
+        ranges |= activation_ranges(run, loaded, targets, progress)
     cached: tuple[CacheGraph, ...] = ()
     with run.replacing(f"onnx/{precision}") as folder:
         folder.mkdir()
@@ -65,7 +65,7 @@ def export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str,
     return row
 
 
-def _ranges(run: RunDir, loaded: LoadedModel, targets: list[Target], progress: Progress) -> dict[str, Range]:
+def activation_ranges(run: RunDir, loaded: LoadedModel, targets: list[Target], progress: Progress) -> dict[str, Range]:
     """What the layers read and write on the run's calibration sample."""
     spec = Calibration(**run.manifest()["recipe"]["calibration"])
     sample = draw(loaded, spec.model_copy(update={"samples": min(max(spec.samples, 1), WINDOWS)}), progress)

@@ -29,12 +29,13 @@ from .evaluate import (
 )
 from .export import LinkMap
 from .exporting import NAME, export_one
+from .loading import load_dense, load_pruned
 from .masks import MaskSet
 from .memory import peak_memory_mb
 from .models.base import LoadedModel
 from .models.discover import discover, trace_inputs
+from .packing import packed_models, verify_packed
 from .pattern import TWO_FOUR, Unstructured, parse_pattern
-from .permutations import Permutations
 from .plan import Plan, make_plan
 from .predict import count_flops, predict
 from .progress import Progress, silent
@@ -66,12 +67,14 @@ def predict_cost(model: str = DEFAULT_MODEL, spec: Prune = Prune(),  # noqa: B00
 
 
 def verify(run: RunDir, progress: Progress = silent) -> list[VerifyReport]:
-    """Check the run's weights and every exported graph against its masks. Writes `verify.json`; does not raise."""
+    """Check the run's weights, every exported graph and every packed model against its masks. Writes `verify.json`;
+    does not raise."""
     masks = MaskSet.load(run / "masks.safetensors")
     reports = [verify_checkpoint(run / "model", masks, progress=progress)]
     for path in exported(run):
         link = LinkMap.load(path.with_suffix(".link.json")).by_parameter()
         reports.append(verify_onnx(path, masks, link, progress=progress))
+    reports += [verify_packed(folder, masks) for folder in packed_models(run)]
     run.write_json("verify.json", {"reports": [report.to_json() for report in reports],
                                    "not_checked": not_checked(run)})
     return reports
@@ -110,30 +113,6 @@ def whole(run: RunDir) -> list[Path]:
     return [path for path in exported(run) if path.stem == NAME]
 
 
-def _load_pruned(run: RunDir, dtype: torch.dtype | None = None) -> LoadedModel:
-    if not run.finished("prune"):
-        raise UsageError(f"The run '{run.path}' is not pruned yet.", "nmsparse-deploy prune with the same options "
-                         "resumes it")
-    return models.load(str(run / "model"), dtype)
-
-
-def _load_dense(run: RunDir) -> LoadedModel:
-    """The dense twin, its channels in the run's order.
-
-    Raises `CheckFailed` when it is not the very model that the masks were found for.
-    """
-    recipe = run.manifest()["recipe"]
-    if "imported" in recipe and not any(recipe["imported"].values()):
-        raise NmsparseError(f"'{run.path}' was imported from a checkpoint that was sparse already; its dense twin is "
-                            "not known, so there is nothing to compare it with.",
-                            f"nmsparse-deploy import DENSE_MODEL --sparse '{recipe['model']}'")
-    loaded = models.load(recipe["model"])
-    if (run / "permutations.safetensors").is_file():
-        Permutations.load(run / "permutations.safetensors").apply(loaded.module)
-    MaskSet.load(run / "masks.safetensors").check_base(dict(loaded.module.named_parameters()))
-    return loaded
-
-
 def export(run: RunDir, spec: Export = Export(), progress: Progress = silent) -> list[dict[str, Any]]:  # noqa: B008
     """Export the run's model to ONNX in every asked precision, verify each graph, and compare it with the model.
 
@@ -141,7 +120,7 @@ def export(run: RunDir, spec: Export = Export(), progress: Progress = silent) ->
     """
     start = time.perf_counter()
     masks = MaskSet.load(run / "masks.safetensors")
-    loaded = _load_pruned(run)
+    loaded = load_pruned(run)
     with run.lock():
         ranges: dict[str, Range] = {}
         rows = [export_one(run, loaded, masks, precision, spec, ranges, progress) for precision in spec.precisions]
@@ -163,7 +142,7 @@ def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = sile
     """
     start = time.perf_counter()
     recipe = run.manifest()["recipe"]
-    pruned = _load_pruned(run)
+    pruned = load_pruned(run)
     if pruned.family == "seq2seq":
         raise NmsparseError("Encoder-decoder models cannot be evaluated yet; their export is compared with the model.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -185,7 +164,7 @@ def _evaluate_text(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate,
     compared = check_disjoint(record["ids"], sample.ids) if record else None
     results, texts = {}, {}
     for label, loaded in (("pruned", pruned), ("dense", None)):
-        loaded = loaded or _load_dense(run)
+        loaded = loaded or load_dense(run)
         loaded.module.to(device, compute)
         results[label] = perplexity(loaded.module, sample, device.type, label, progress)
         if spec.continuation:
@@ -200,7 +179,7 @@ def _evaluate_text(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate,
 def _evaluate_features(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate, device: torch.device,
                        compute: torch.dtype, progress: Progress) -> dict[str, Any]:
     """Vision models and encoders: dense, pruned and, when asked, the exported graphs on the same samples."""
-    dense = _load_dense(run)
+    dense = load_dense(run)
     for loaded in (dense, pruned):
         loaded.module.to(device, compute)
     graphs, missing = onnx_arms(pruned, whole(run)) if spec.onnx else ([], [])
@@ -222,7 +201,7 @@ def _calibration_record(run: RunDir) -> dict[str, torch.Tensor]:
 def bench(run: RunDir, spec: Bench = Bench(), progress: Progress = silent) -> BenchResult:  # noqa: B008
     """Time dense and pruned side by side on this machine's CPU: PyTorch, and ONNX Runtime where exported."""
     start = time.perf_counter()
-    pruned, dense = _load_pruned(run), _load_dense(run)
+    pruned, dense = load_pruned(run), load_dense(run)
     inputs = models.sample_inputs(pruned, spec.batch, spec.length)
     calls = {"dense": _forward(dense.module, inputs), "pruned": _forward(pruned.module, inputs)}
     kernels = {"dense": "PyTorch CPU", "pruned": "PyTorch CPU"}

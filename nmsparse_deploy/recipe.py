@@ -264,6 +264,14 @@ class Build(Frozen):
     allow_fp32: bool = Field(False, description="build although no weight is in low precision")
 
 
+class Pack(Frozen):
+    """The PyTorch models without stored zeros that are written from a run, and at which sizes their GEMMs are timed."""
+
+    precisions: tuple[Literal["fp16", "bf16", "int8", "fp8"], ...] = Field(("fp16",), min_length=1)
+    rows: tuple[int, ...] = Field((128, 4096), min_length=1, description="batch times tokens of a GEMM")
+    rounds: int = Field(21, ge=5, description="timings of every GEMM")
+
+
 class Evaluate(Frozen):
     """Which held-out data the dense and the pruned model are compared on.
 

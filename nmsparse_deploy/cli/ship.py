@@ -9,6 +9,7 @@ import typer
 
 from ..errors import CheckFailed
 from .app import Run, app, output
+from .gpu import bench_gpu, export_torch, use_gpu
 
 
 @app.command()
@@ -43,8 +44,16 @@ def export(run: Run = None,
            scales: Annotated[str, typer.Option(
                help="int8 and fp8: channel, or tensor (one for all weights that read the same input)")] = "channel",
            requantise: Annotated[bool, typer.Option(help="int8 and fp8: 8-bit outputs of sparse GEMMs")] = True,
-           trt: Annotated[bool, typer.Option("--trt", help="then build TensorRT engines, see build")] = False) -> None:
+           trt: Annotated[bool, typer.Option("--trt", help="then build TensorRT engines, see build")] = False,
+           torch_model: Annotated[bool, typer.Option(
+               "--torch", help="instead: a PyTorch model without stored zeros; on a GPU each GEMM is timed")] = False,
+           rows: Annotated[list[int], typer.Option(
+               help="with --torch: batch times tokens that GEMMs are timed at; may be repeated")] = [128, 4096]  # noqa: B006
+           ) -> None:
     """Export a run to ONNX, verify each graph, compare it with the model, and compile it with TensorRT-RTX if here."""
+    if torch_model:
+        export_torch(run, precision, rows)
+        return
     from ..exporting import told
     from ..pipeline import export as api
     from ..recipe import Export, validate
@@ -53,10 +62,10 @@ def export(run: Run = None,
     opened = RunDir.open(run)
     spec = validate(Export, {"precisions": precision, "opset": opset, "cache": cache, "scales": scales,
                              "requantise": requantise})
-    rows = api(opened, spec, output.progress)
-    lines = [*(line for row in rows for line in told(row, str(opened / row["path"]))), rows[0]["size_note"]]
+    files = api(opened, spec, output.progress)
+    lines = [*(line for row in files for line in told(row, str(opened / row["path"]))), files[0]["size_note"]]
     if not trt:
-        output.result({"run": str(opened.path), "files": rows}, lines)
+        output.result({"run": str(opened.path), "files": files}, lines)
         return
     from ..deploy import build as build_api
     from ..recipe import Build
@@ -64,7 +73,7 @@ def export(run: Run = None,
     for line in lines:
         output.message(line)
     low = next((name for name in precision if name != "fp32"), "fp32")
-    _show_engines(build_api(opened, validate(Build, {"precision": low}), output.progress), {"files": rows})
+    _show_engines(build_api(opened, validate(Build, {"precision": low}), output.progress), {"files": files})
 
 
 @app.command()
@@ -120,11 +129,17 @@ def evaluate(run: Run = None,
 
 @app.command()
 def bench(run: Run = None, batch: int = 1, length: Annotated[int, typer.Option(help="tokens per sample")] = 128,
-          rounds: Annotated[int, typer.Option(help="timed calls per arm")] = 10) -> None:
-    """Time the dense and the pruned model side by side on this machine."""
+          rounds: Annotated[int, typer.Option(help="timed calls per arm")] = 10,
+          device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one")] = "auto",
+          precision: Annotated[str, typer.Option(help="on a GPU: fp16, bf16, int8 or fp8")] = "fp16") -> None:
+    """Time the dense and the pruned model side by side on this machine; on a GPU in all arms, with kernel names."""
     from ..pipeline import bench as api
     from ..recipe import Bench, validate
     from ..rundir import RunDir
+
+    if use_gpu(device):
+        bench_gpu(run, batch, length, rounds, precision)
+        return
 
     result = api(RunDir.open(run), validate(Bench, {"batch": batch, "length": length, "rounds": rounds}),
                  output.progress)

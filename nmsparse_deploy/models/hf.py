@@ -53,10 +53,7 @@ def _from_pretrained(where: str, source: str, name: str, dtype: torch.dtype | No
     hub_logging.set_verbosity_error()  # a hub that does not answer is reported once, below
     try:
         config = transformers.AutoConfig.from_pretrained(where)
-        architecture = (config.architectures or [""])[0]
-        auto = next((name for end, name in HEADS.items() if architecture.endswith(end)), "AutoModel")
-        if architecture.endswith(GENERATES) and hasattr(transformers, architecture):
-            auto = architecture
+        auto = _auto(config)
         module = getattr(transformers, auto).from_pretrained(where, dtype=dtype or "auto", config=config)
         family = _family(module, auto)
         processor = _processor(where, family, config)
@@ -66,6 +63,33 @@ def _from_pretrained(where: str, source: str, name: str, dtype: torch.dtype | No
     facts = {**provenance, **({"revision": commit} if commit else {}), "class": type(module).__name__,
              "dtype": str(module.dtype).removeprefix("torch.")}
     return LoadedModel(module.eval(), source, name, family, processor=processor, provenance=facts)
+
+
+def _auto(config: Any) -> str:
+    """Which class of the library loads an architecture."""
+    import transformers
+
+    architecture = (config.architectures or [""])[0]
+    if architecture.endswith(GENERATES) and hasattr(transformers, architecture):
+        return str(architecture)
+    return next((name for end, name in HEADS.items() if architecture.endswith(end)), "AutoModel")
+
+
+def empty(folder: Path) -> LoadedModel:
+    """The model of a folder as its configuration describes it, without its weights. Raises `UsageError`."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        auto = _auto(config)
+        made = getattr(transformers, auto)
+        module = made.from_config(config) if hasattr(made, "from_config") else made(config)
+        family = _family(module, auto)
+        processor = _processor(str(folder), family, config)
+    except Exception as error:
+        raise _explain(error, str(folder)) from error
+    return LoadedModel(module.eval(), str(folder), folder.name, family, processor=processor,
+                       provenance={"class": type(module).__name__})
 
 
 def _family(module: Any, auto: str) -> str:

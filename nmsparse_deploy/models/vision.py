@@ -84,6 +84,17 @@ def load(source: str, dtype: torch.dtype | None = None) -> LoadedModel:
     return LoadedModel(module, source, name.rpartition("/")[2], "vision", "timm", _preprocess(timm, module), facts)
 
 
+def empty(folder: Path) -> LoadedModel:
+    """The model of a folder as its configuration describes it, without its weights. Raises `UsageError`."""
+    timm = _timm()
+    try:
+        module = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=False).eval()
+    except Exception as error:
+        raise _explain(error, str(folder), folder.name, timm) from error
+    return LoadedModel(module, str(folder), folder.name, "vision", "timm", _preprocess(timm, module),
+                       {"class": type(module).__name__})
+
+
 def _from_checkpoint(timm: Any, name: str, path: Path) -> nn.Module:
     state = read_state(path)
     head = timm.create_model(name, pretrained=False).pretrained_cfg.get("classifier") or "head"

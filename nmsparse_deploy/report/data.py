@@ -9,6 +9,7 @@ from ..pattern import TWO_FOUR, parse_pattern
 from . import artefacts, compliance, provenance, quality
 from .engines import engines
 from .layers import layers
+from .packed import gpu_arms, packed
 from .stages import Stages
 from .text import clean
 from .verdict import headline
@@ -28,7 +29,7 @@ def collect(stages: Stages) -> dict[str, Any]:
         "continuations": quality.continuations(stages), "images": quality.images(stages),
         "compliance": compliance.compliance(stages),
         "not_checked": compliance.not_checked(stages), "sizes": sizes, "graphs": exported,
-        "engines": engines(stages), "layers": found,
+        "engines": engines(stages), "packed": packed(stages), "gpu_arms": gpu_arms(stages), "layers": found,
         "latency": timed, "overview": artefacts.overview(measured, exported, timed, sizes["model_bytes"]),
         "provenance": provenance.provenance(stages), "skipped": provenance.skipped(stages)}
     with stages.of("verify.json"):

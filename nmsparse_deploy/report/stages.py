@@ -26,6 +26,8 @@ class Stages:
     export: dict[str, Any] | None
     bench: dict[str, Any] | None
     engines: dict[str, Any] | None
+    torch: dict[str, Any] | None
+    bench_gpu: dict[str, Any] | None
 
     @classmethod
     def read(cls, run: RunDir) -> Stages:
@@ -36,7 +38,8 @@ class Stages:
                              "nmsparse-deploy prune with the same options resumes it")
         return cls(run.path, manifest, _read(run, "plan.json", dict), _read(run, "layers.json", list) or [],
                    _read(run, "verify.json", dict), _read(run, "evaluate.json", dict), _read(run, "export.json", dict),
-                   _read(run, "bench.json", dict), _read(run, "engines.json", dict))
+                   _read(run, "bench.json", dict), _read(run, "engines.json", dict),
+                   _read(run, "torch.json", dict), _read(run, "bench-gpu.json", dict))
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
@@ -59,7 +62,8 @@ def _read(run: RunDir, name: str, kind: type) -> Any:
 
 def _remedy(name: str) -> str:
     stage = Path(name).stem
-    known = {name: name for name in ("verify", "evaluate", "export", "bench")} | {"engines": "build"}
+    known = {name: name for name in ("verify", "evaluate", "export", "bench")} | {
+        "engines": "build", "torch": "export --torch", "bench-gpu": "bench --device cuda"}
     if stage in known:
         return f"nmsparse-deploy {known[stage]} writes it again"
     return "nmsparse-deploy prune --force starts over"

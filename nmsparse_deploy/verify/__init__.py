@@ -1,10 +1,11 @@
 """Prove that a sparsity pattern holds: in a live model, in a checkpoint, in an ONNX file."""
 
 from .checkpoint import verify_checkpoint
-from .live import verify_module
+from .live import verify_module, verify_tensors
 from .onnx_check import Link, verify_onnx
 from .onnx_graph import OnnxGraph, Untraced, WeightUse, read_weight, weight_uses
 from .types import Place, TensorCheck, VerifyReport, shape_verdict
 
 __all__ = ["Link", "OnnxGraph", "Place", "TensorCheck", "Untraced", "VerifyReport", "WeightUse",
-           "read_weight", "shape_verdict", "verify_checkpoint", "verify_module", "verify_onnx", "weight_uses"]
+           "read_weight", "shape_verdict", "verify_checkpoint", "verify_module", "verify_onnx",
+           "verify_tensors", "weight_uses"]

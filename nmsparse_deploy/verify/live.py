@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -12,28 +13,33 @@ from ..masks import Mask, MaskSet
 from ..pattern import ELEMENT_TYPES, TORCH_ELEMENTS
 from .rows import masked_check, unmatched
 from .scan import MemoryBytes, Scanner
-from .types import TensorCheck, VerifyReport
+from .types import Place, TensorCheck, VerifyReport
 
 
 def verify_module(module: nn.Module, masks: MaskSet) -> VerifyReport:
     """Every masked parameter is there, in its pattern, zero outside its mask, finite and free of minus zeros."""
+    return verify_tensors(dict(module.named_parameters(remove_duplicate=False)), masks, type(module).__name__)
+
+
+def verify_tensors(parameters: Mapping[str, torch.Tensor], masks: MaskSet, artefact: str,
+                   place: Place = "torch") -> VerifyReport:
+    """The same for parameters by name, in the layout of their masks."""
     start, scanner = time.perf_counter(), Scanner()
-    parameters = dict(module.named_parameters(remove_duplicate=False))
     checks, problems = [], []
     for name, mask in masks.masks.items():
         if name in parameters:
-            checks.append(_check(name, parameters[name], mask, scanner))
+            checks.append(_check(name, parameters[name], mask, scanner, place))
         else:
-            problems.append(f"The model has no parameter '{name}', which has a mask.")
+            problems.append(f"There is no parameter '{name}', which has a mask.")
     if not masks.masks:
         problems.append("There are no masks, so nothing was verified.")
-    return VerifyReport("torch", type(module).__name__, tuple(checks), tuple(problems), scanner.bytes_read,
+    return VerifyReport(place, artefact, tuple(checks), tuple(problems), scanner.bytes_read,
                         time.perf_counter() - start)
 
 
-def _check(name: str, parameter: torch.Tensor, mask: Mask, scanner: Scanner) -> TensorCheck:
+def _check(name: str, parameter: torch.Tensor, mask: Mask, scanner: Scanner, place: Place) -> TensorCheck:
     dtype, shape = TORCH_ELEMENTS.get(parameter.dtype), tuple(parameter.shape)
-    row = TensorCheck("torch", name, dtype or str(parameter.dtype), shape, str(mask.pattern), mask.axis, name)
+    row = TensorCheck(place, name, dtype or str(parameter.dtype), shape, str(mask.pattern), mask.axis, name)
     if parameter.is_meta:
         return unmatched(row, "the parameter has no values (it is on the meta device)")
     if dtype is None:

@@ -1,16 +1,30 @@
-"""Latency in arms that are timed in the same process, interleaved in random order, and compared as ratios."""
+"""Latency in arms that are timed in the same process, interleaved in random order, and compared as ratios.
+
+    speed-up = median(base) / median(other),   95 % interval by bootstrap over the rounds, which stay paired
+"""
 
 from __future__ import annotations
 
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 CPU_SENTENCE = ("No CPU kernel here uses 2:4 sparsity: the pruned model runs the same dense kernels over zeros, so no "
                 "speed-up is expected and any difference is noise.")
+
+Call = Callable[[], Any]
+Clock = Callable[[Call], float]
+"""Runs a call and returns how long it took, in milliseconds."""
+
+
+def wall(call: Call) -> float:
+    """The clock of a processor: nothing goes on when the call returns."""
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
 
 
 @dataclass(frozen=True)
@@ -24,6 +38,12 @@ class Arm:
     p90_ms: float
     calls: int
     times_ms: tuple[float, ...]
+    mean_ms: float = 0.0
+    min_ms: float = 0.0
+    p95_ms: float = 0.0
+    p99_ms: float = 0.0
+    variation: float = 0.0
+    """Standard deviation over mean."""
 
 
 @dataclass(frozen=True)
@@ -43,30 +63,31 @@ class BenchResult:
         return asdict(self)
 
 
-def interleave(calls: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2, seed: int = 0,
-               ) -> dict[str, list[float]]:
+def interleave(calls: Mapping[str, Call], rounds: int, warmup: int = 2, seed: int = 0,
+               clock: Clock = wall) -> dict[str, list[float]]:
     """Time every call once a round, in an order that changes from round to round; milliseconds per call."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = random.Random(seed)
     for round_number in range(-warmup, rounds):
         for name in order.sample(sorted(calls), len(calls)):
-            start = time.perf_counter()
-            calls[name]()
+            taken = clock(calls[name])
             if round_number >= 0:
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append(taken)
     return times
 
 
-def summarise(name: str, kernel: str, times: list[float]) -> Arm:
+def summarise(name: str, kernel: str, times: Sequence[float]) -> Arm:
     ordered = sorted(times)
+    mean = statistics.fmean(times)
 
     def at(share: float) -> float:
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
-    return Arm(name, kernel, statistics.median(times), at(0.1), at(0.9), len(times), tuple(round(t, 4) for t in times))
+    return Arm(name, kernel, statistics.median(times), at(0.1), at(0.9), len(times), tuple(round(t, 4) for t in times),
+               mean, ordered[0], at(0.95), at(0.99), statistics.pstdev(times) / mean if mean else 0.0)
 
 
-def ratio(base: list[float], other: list[float], seed: int = 0, draws: int = 1000) -> dict[str, float]:
+def ratio(base: Sequence[float], other: Sequence[float], seed: int = 0, draws: int = 1000) -> dict[str, float]:
     """Speed-up of `other` over `base` (ratio of medians) with a 95 % bootstrap interval over paired rounds."""
     generator = random.Random(seed)
     count = len(base)

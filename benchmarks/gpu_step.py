@@ -1,0 +1,118 @@
+"""What a step of learning a mask costs beside a step of ordinary training: the same model, the same 32 x 1024 tokens.
+
+Both run in bf16 autocast on fp32 masters with AdamW, one micro-batch at a time. The masked step trains six logits a
+group on frozen weights, with the dense model as its teacher where that is asked for; the plain one trains the weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+SMOL = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152}
+"""SmolLM2-135M."""
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 64}
+
+
+def compare_steps(setting: Any) -> None:
+    """Time and peak memory of a plain, a masked and a masked step with distillation."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    samples, length, part = (4, 16, 2) if setting.dry else (32, 1024, 4)
+    shape = TINY if setting.dry else SMOL
+    done: dict[str, Any] = {"model": "two tiny blocks" if setting.dry else "SmolLM2-135M (random weights)",
+                            "tokens_per_step": samples * length, "micro_batch": part, "steps": {}}
+    for name, distill in (("plain", None), ("masked", 0.0), ("masked, distilled", 1.0)):
+        torch.manual_seed(0)
+        with setting.machine.device:
+            module = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=2048, tie_word_embeddings=True))
+        ids = torch.randint(0, shape["vocab_size"], (samples, length)).to(setting.machine.device)
+        batches = list(ids.split(part))
+        step = plain_step(module, batches) if distill is None else masked_step(module, batches, distill)
+        done["steps"][name] = _measure(step, setting)
+        plain = done["steps"]["plain"]
+        done["steps"][name]["over_plain"] = done["steps"][name]["median_ms"] / plain["median_ms"]
+        setting.save(done)
+        del module, step
+        if setting.machine.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measure(step: Any, setting: Any) -> dict[str, Any]:
+    import torch
+
+    from nmsparse_deploy.bench.timing import interleave, summarise, wall
+
+    def whole() -> None:
+        step()
+        setting.machine.synchronise()
+
+    if setting.machine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = interleave({"step": whole}, 3 if setting.dry else 7, warmup=1 if setting.dry else 2, clock=wall)["step"]
+    arm = summarise("step", "", times)
+    peak = torch.cuda.max_memory_allocated() if setting.machine.device.type == "cuda" else None
+    return {"median_ms": arm.median_ms, "p10_ms": arm.p10_ms, "p90_ms": arm.p90_ms, "steps": arm.calls,
+            "peak_bytes": peak}
+
+
+def plain_step(module: Any, batches: list[Any]) -> Any:
+    """Train every weight with AdamW."""
+    import torch
+
+    from nmsparse_deploy.train.losses import next_token
+
+    optimiser = torch.optim.AdamW(module.parameters(), 1e-4)
+
+    def step() -> None:
+        for ids in batches:
+            with torch.autocast(ids.device.type, torch.bfloat16):
+                logits = module(input_ids=ids, use_cache=False).logits
+            (next_token(logits, ids) / len(batches)).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    return step
+
+
+def masked_step(module: Any, batches: list[Any], distill: float) -> Any:
+    """Train the logits of a MaskLLM mask on every block GEMM, as the loop of the package does."""
+    import torch
+
+    from nmsparse_deploy.models.base import to_rows
+    from nmsparse_deploy.models.discover import discover
+    from nmsparse_deploy.objective import Objective
+    from nmsparse_deploy.pattern import TWO_FOUR, project
+    from nmsparse_deploy.registry import LEARNERS
+    from nmsparse_deploy.train.masked import Site
+    from nmsparse_deploy.train.moment import Moment
+    from nmsparse_deploy.train.subjects import WholeModel
+    from nmsparse_deploy.train_settings import MaskLLM
+
+    spec = MaskLLM(steps=100, distill=distill).settled("global")
+    targets = discover(module, {"input_ids": batches[0][:2, :16]}).targets
+    sites = {one.name: Site(one.name, one.name, one.axis, TWO_FOUR) for one in targets}
+    priors = {one.name: project(to_rows(module.get_parameter(one.name).detach(), one.axis).abs(), TWO_FOUR)
+              for one in targets}
+    subject = WholeModel(module, sites, [{"input_ids": ids, "use_cache": False} for ids in batches] * 2,
+                         Objective("cross-entropy"), spec, torch.bfloat16)
+    learner = LEARNERS.load("maskllm").make(spec)
+    optimiser = learner.prepare(subject, priors)
+    values = [value for group in optimiser.param_groups for value in group["params"]]
+
+    def step() -> None:
+        moment = Moment()
+        for part in range(len(batches)):
+            moment = Moment(0, 10, spec.steps, part, len(batches))
+            terms = learner.loss_terms(subject, part, moment)
+            (torch.stack([term.float() for term in terms.values()]).sum() / len(batches)).backward()
+        torch.nn.utils.clip_grad_norm_(values, spec.clip)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            learner.after_step(moment)
+
+    return step

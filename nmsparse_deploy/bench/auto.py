@@ -1,0 +1,194 @@
+"""Sparse or dense, GEMM by GEMM: time both at the user's numbers of rows and keep the faster.
+
+Sparse kernels stay only where they win beyond noise: with the paired 95 % interval `[low, high]` of the speed-up at
+each number of rows, `low > 1` somewhere and `high < 1` nowhere. So the model is never slower than dense beyond noise.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from ..engines.linear import MOST, Codes, EightBit, Linear, SparseCodes, make
+from ..engines.semi_structured import DTYPES, Setting, kernels, shape_fits
+from ..errors import NmsparseError
+from ..pattern import TWO_FOUR, project
+from ..progress import Progress, silent
+from ..quant import BASE
+from .machine import Machine
+from .timing import Call, interleave, ratio
+
+ROUNDS = 21
+SEARCH_ROUNDS = 5
+USUAL = 4.0
+"""Where the random values that are read are cut off, in standard deviations."""
+Keep = Literal["sparse", "dense"]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Paired timings of one GEMM at one number of rows, in milliseconds, and the setting that the sparse one used."""
+
+    dense: Sequence[float]
+    sparse: Sequence[float]
+    setting: Setting = field(default_factory=Setting)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What they say. Microseconds per call."""
+
+    rows: int
+    dense_us: float
+    sparse_us: float
+    speedup: float
+    low: float
+    high: float
+
+    @property
+    def word(self) -> str:
+        return "wins" if self.low > 1 else "loses" if self.high < 1 else "within noise"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one GEMM runs on, and why. `weights` are the parameters that it stands for: all of its shape."""
+
+    k: int
+    n: int
+    precision: str
+    weights: tuple[str, ...]
+    keep: Keep
+    why: str
+    verdicts: tuple[Verdict, ...] = ()
+    settings: Mapping[int, Setting] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [{**asdict(one), "word": one.word} for one in self.verdicts]
+        return {**asdict(self), "verdicts": rows, "settings": {str(k): s.to_json() for k, s in self.settings.items()}}
+
+
+def judge(rows: int, times: Times) -> Verdict:
+    """The paired speed-up at one number of rows."""
+    found = ratio(times.dense, times.sparse)
+    dense, sparse = (1e3 * statistics.median(one) for one in (times.dense, times.sparse))
+    return Verdict(rows, dense, sparse, found["speedup"], found["low"], found["high"])
+
+
+def settle(verdicts: Sequence[Verdict]) -> tuple[Keep, str]:
+    """What to keep, and why in a few words. A pure function of what was timed."""
+    losing = [one for one in verdicts if one.word == "loses"]
+    winning = [one for one in verdicts if one.word == "wins"]
+    if losing:
+        worst = min(losing, key=lambda one: one.speedup)
+        return "dense", f"sparse is slower at {worst.rows} rows ({worst.speedup:.2f}x)"
+    if not winning:
+        return "dense", "no difference beyond noise"
+    best = max(winning, key=lambda one: one.speedup)
+    return "sparse", f"sparse is faster at {best.rows} rows ({best.speedup:.2f}x)"
+
+
+def decide(shape: tuple[int, int], precision: str, weights: Sequence[str], times: Mapping[int, Times]) -> Decision:
+    """The decision for one shape `(k, n)` from its timings by rows."""
+    verdicts = tuple(judge(rows, one) for rows, one in sorted(times.items()))
+    keep, why = settle(verdicts)
+    return Decision(*shape, precision, tuple(weights), keep, why, verdicts,
+                    {rows: one.setting for rows, one in times.items()})
+
+
+def decide_all(shapes: Mapping[tuple[int, int, bool], Sequence[str]], precision: str, rows: Sequence[int],
+               machine: Machine, rounds: int = ROUNDS, progress: Progress = silent) -> list[Decision]:
+    """Time every shape `(k, n, has a bias)` once at all `rows`; same shapes take the same time, whatever they hold.
+
+    Raises `NmsparseError` where the kernels do not take a shape or precision.
+    """
+    found = []
+    for number, ((k, n, biased), weights) in enumerate(shapes.items()):
+        progress(f"timing {k} x {n} in {precision}", number, len(shapes))
+        pair = twins(k, n, precision, machine.device, biased)
+        times = {count: time_pair(pair, count, machine, rounds) for count in rows}
+        found.append(decide((k, n), precision, weights, times))
+    return found
+
+
+@dataclass(frozen=True)
+class Twins:
+    """The same random 2:4 weight as dense and as sparse layer."""
+
+    dense: Linear
+    sparse: Linear
+    out: torch.dtype
+
+    def reads(self, rows: int) -> torch.Tensor:
+        """What both multiply at this number of rows: in 8 bits the codes, which are there already for both."""
+        device = self.sparse.get_buffer("weight").device
+        drawn = torch.randn(rows, self.sparse.in_features, generator=torch.Generator(device).manual_seed(rows),
+                            device=device).to(self.out)
+        return self.sparse.encode(drawn) if isinstance(self.sparse, SparseCodes) else drawn
+
+
+def twins(k: int, n: int, precision: str, device: torch.device, biased: bool = False) -> Twins:
+    """Layers of one shape. Raises `NmsparseError` where the kernels do not take it."""
+    why = kernels().why_not(precision)
+    if why is None and not shape_fits(precision, k, n):
+        why = f"the kernels do not take the shape {k} x {n}"
+    if why is not None:
+        raise NmsparseError(f"Sparse kernels cannot run {precision} here: {why}.")
+    dtype = DTYPES[precision]
+    out = dtype if dtype.itemsize > 1 else DTYPES[BASE]
+    weight = torch.randn(n, k, generator=torch.Generator(device).manual_seed(k + n), device=device)
+    weight = torch.where(project(weight.abs(), TWO_FOUR), weight, 0.0)
+    bias = torch.zeros(n, dtype=out, device=device) if biased else None
+    scales = None
+    if dtype in MOST:
+        scale = weight.abs().max() / MOST[dtype]
+        scales = EightBit(scale.reshape(1), torch.full((1,), USUAL / MOST[dtype], device=device))
+        scaled = (weight / scale).clamp(-MOST[dtype], MOST[dtype])
+        weight = torch.where(weight != 0, scaled.round() if dtype == torch.int8 else scaled, 0.0).to(dtype)
+    return Twins(make(weight, bias, False, out, scales), make(weight, bias, True, out, scales), out)
+
+
+@torch.inference_mode()
+def time_pair(pair: Twins, rows: int, machine: Machine, rounds: int = ROUNDS) -> Times:
+    """Dense against sparse at one number of rows; of the settings that the library's search offers, the fastest."""
+    x, layer = pair.reads(rows), pair.sparse
+    eight = isinstance(layer, SparseCodes)
+    settings = kernels().search(x, layer.get_buffer("weight"), layer.out_features, None if eight else layer.bias,
+                                layer.alpha if eight else None, pair.out)
+    calls = {str(number): _sparse(layer, x, one, machine) for number, one in enumerate(settings)}
+    tried = interleave(calls, SEARCH_ROUNDS, clock=machine.clock())
+    setting = settings[int(min(tried, key=lambda name: statistics.median(tried[name])))]
+    calls = {"dense": recorded(lambda: _product(pair.dense, x), machine), "sparse": _sparse(layer, x, setting, machine)}
+    times = interleave(calls, rounds, clock=machine.clock())
+    return Times(times["dense"], times["sparse"], setting)
+
+
+def _sparse(layer: Any, x: torch.Tensor, setting: Setting, machine: Machine) -> Call:
+    def call() -> torch.Tensor:
+        layer.settings[len(x)] = setting
+        return _product(layer, x)
+
+    return recorded(call, machine)
+
+
+def _product(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """The multiplication alone: without encoding what is read."""
+    found: torch.Tensor = layer.multiply(x) if isinstance(layer, Codes) else layer.rows(x)
+    return found
+
+
+def recorded(call: Call, machine: Machine) -> Call:
+    """The call as a CUDA graph where there are any: what is compared is kernels, not the host's work."""
+    return call if machine.graph is None else machine.graph(call)
+
+
+def as_file(decisions: Sequence[Decision], machine: Machine, rows: Sequence[int]) -> dict[str, Any]:
+    """What `decisions.json` holds."""
+    kept = sum(one.keep == "sparse" for one in decisions)
+    return {"gpu": machine.name if not machine.dry else "cpu", "rows": list(rows), "kernels": kernels().name,
+            "dry": machine.dry, "kept_sparse": kept, "shapes": len(decisions),
+            "gemms": [one.to_json() for one in decisions], **machine.environment()}

@@ -1,0 +1,78 @@
+"""The stages of a GPU: `crossover` for the GEMM shapes of a model, and the arms of a run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .. import models
+from ..engines.semi_structured import DTYPES
+from ..errors import NmsparseError, UsageError
+from ..loading import load_dense
+from ..masks import MaskSet
+from ..models.discover import discover
+from ..progress import Progress, silent
+from ..rundir import RunDir
+from .crossover import PRECISIONS, ROWS, Line, Shape, markdown, plot, shapes_of, tables
+from .crossover import crossover as timed
+from .machine import Machine, require_gpu
+from .model import Job, bench_arms
+
+RECORD = "bench-gpu.json"
+
+
+def crossover(model: str | None, shapes: Sequence[Shape] = (), rows: Sequence[int] = ROWS,
+              precisions: Sequence[str] = PRECISIONS, out: Path = Path("crossover"), rounds: int = 21,
+              machine: Machine | None = None, progress: Progress = silent) -> list[Line]:
+    """Time the GEMM shapes of `model`, or `shapes`, dense against sparse, and write tables, a page and a plot to `out`.
+
+    Raises `NmsparseError` without a GPU, `UsageError` for a precision that there is not.
+    """
+    unknown = next((name for name in precisions if name not in DTYPES), None)
+    if unknown is not None:
+        raise UsageError(f"There is no precision '{unknown}'.", f"one of: {', '.join(DTYPES)}")
+    machine = machine or require_gpu("Timing sparse against dense GEMMs")
+    wanted = list(shapes) or list(_shapes(model, progress))
+    lines = timed(wanted, rows, precisions, machine, rounds, progress)
+    write_crossover(lines, out, machine)
+    return lines
+
+
+def write_crossover(lines: Sequence[Line], out: Path, machine: Machine) -> None:
+    """`PRECISION.json` for every precision, `crossover.md` and `crossover.svg`, each by rename."""
+    out.mkdir(parents=True, exist_ok=True)
+    texts = {f"{name}.json": json.dumps(data, indent=1) + "\n" for name, data in tables(lines, machine).items()}
+    texts["crossover.md"] = markdown(lines, machine)
+    picture = plot(lines, machine)
+    for name, text in {**texts, **({"crossover.svg": picture} if picture else {})}.items():
+        temporary = out / f".{name}"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(out / name)
+
+
+def _shapes(model: str | None, progress: Progress) -> Sequence[Shape]:
+    if model is None:
+        raise UsageError("There is nothing to time.", "name a model, or give --shape 4096x14336")
+    progress(f"loading {model}", 0, 0)
+    loaded = models.load(model)
+    found = discover(loaded.module, models.sample_inputs(loaded))
+    if not found.targets:
+        raise NmsparseError(f"'{model}' has no GEMM that could be pruned.")
+    return list(shapes_of(found.targets))
+
+
+def bench_run(run: RunDir, job: Job, machine: Machine | None = None, progress: Progress = silent) -> dict[str, Any]:
+    """Time a run's model in all arms on a GPU; also written to `bench-gpu.json`.
+
+    Raises `NmsparseError` without a GPU, or where sparse kernels cannot run the precision.
+    """
+    machine = machine or require_gpu("Timing sparse kernels")
+    start = time.perf_counter()
+    found = bench_arms(load_dense(run), MaskSet.load(run / "masks.safetensors"), job, machine, progress)
+    run.write_json(RECORD, found)
+    run.finish("bench-gpu", time.perf_counter() - start, spec=asdict(job))
+    return found

@@ -1,0 +1,173 @@
+"""The layers of a deployed PyTorch model: sparse or dense, in 16 bits or 8, all of them `y = x Wᵀ + b`.
+
+In 8 bits `y = s_x s_w (Q(x / s_x) Q(w)ᵀ) + b` with one scale `s_x` for what the layer reads, known in advance, and one
+`s_w` an output (INT8) or for the whole weight (FP8, whose values are floating anyway). The dense twins use what PyTorch
+itself has: `_int_mm` writes 32-bit sums that are scaled afterwards, `_scaled_mm` scales in the kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..quant import FORMATS, quantise_weight
+from .semi_structured import DTYPES, Setting, kernels, product
+
+MOST = {DTYPES[name]: form.most for name, form in FORMATS.items()}
+"""The largest value of a format."""
+INT_MM_ROWS = 32
+"""`_int_mm` takes more than 16 rows, and a multiple of 8."""
+
+
+@dataclass(frozen=True)
+class EightBit:
+    """Scales of one weight: `weight` `[n]` or `[1]`, `read` for the layer's input; fp32."""
+
+    weight: torch.Tensor
+    read: torch.Tensor
+
+    def alpha(self, n: int) -> torch.Tensor:
+        """What a product of codes is multiplied by, for every output."""
+        return (self.weight * self.read).float().expand(n).contiguous()
+
+
+class Linear(nn.Module):
+    """What all of them share: shapes, bias, and flattening the leading axes."""
+
+    def __init__(self, k: int, n: int, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = k, n
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.rows(x.reshape(-1, self.in_features))
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    @property
+    def weight_bytes(self) -> int:
+        raise NotImplementedError
+
+
+class Dense(Linear):
+    """An ordinary layer; a class of its own so that all arms call the same things."""
+
+    def __init__(self, rows: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__(rows.shape[1], rows.shape[0], bias)
+        self.register_buffer("weight", rows)
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    @property
+    def weight_bytes(self) -> int:
+        return int(self.weight.nbytes)
+
+
+class Sparse(Linear):
+    """A 2:4 weight in the kernels' own order. `settings` are by rows; other rows get the library's default."""
+
+    def __init__(self, rows: torch.Tensor, bias: torch.Tensor | None,
+                 settings: dict[int, Setting] | None = None) -> None:
+        super().__init__(rows.shape[1], rows.shape[0], bias)
+        self.register_buffer("weight", kernels().compress(rows))
+        self.settings = settings or {}
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        setting = self.settings.get(len(x), Setting())
+        return product(x.contiguous(), self.weight, self.out_features, self.bias, None, x.dtype, setting)
+
+    @property
+    def weight_bytes(self) -> int:
+        return int(self.weight.nbytes)
+
+
+class Codes(Linear):
+    """8-bit codes of a weight; subclasses multiply them. `out` is the dtype of everything around."""
+
+    def __init__(self, codes: torch.Tensor, scales: EightBit, bias: torch.Tensor | None, out: torch.dtype) -> None:
+        super().__init__(codes.shape[1], codes.shape[0], bias)
+        self.kind, self.out = codes.dtype, out
+        self.register_buffer("read", scales.read.float().reshape(()))
+        self.register_buffer("alpha", scales.alpha(codes.shape[0]))
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.multiply(self.encode(x))
+        return y if self.bias is None else y + self.bias
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """The codes of what is read, saturated."""
+        most = MOST[self.kind]
+        scaled = (x.float() / self.read).clamp(-most, most)
+        return (scaled.round() if self.kind == torch.int8 else scaled).to(self.kind)
+
+    def multiply(self, codes: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    @property
+    def weight_bytes(self) -> int:
+        return int(self.weight.nbytes)
+
+
+class SparseCodes(Codes):
+    """2:4 codes in the kernels' own order."""
+
+    def __init__(self, codes: torch.Tensor, scales: EightBit, bias: torch.Tensor | None, out: torch.dtype,
+                 settings: dict[int, Setting] | None = None) -> None:
+        super().__init__(codes, scales, bias, out)
+        self.register_buffer("weight", kernels().compress(codes))
+        self.settings = settings or {}
+
+    def multiply(self, codes: torch.Tensor) -> torch.Tensor:
+        setting = self.settings.get(len(codes), Setting())
+        return product(codes.contiguous(), self.weight, self.out_features, None, self.alpha, self.out, setting)
+
+
+class DenseCodes(Codes):
+    """The dense twin."""
+
+    def __init__(self, codes: torch.Tensor, scales: EightBit, bias: torch.Tensor | None, out: torch.dtype) -> None:
+        super().__init__(codes, scales, bias, out)
+        self.register_buffer("weight", codes)
+        self.register_buffer("scale", scales.weight.float().max().reshape(()))
+
+    def multiply(self, codes: torch.Tensor) -> torch.Tensor:
+        if self.kind == torch.int8:
+            missing = max(0, INT_MM_ROWS - len(codes)) or -len(codes) % 8
+            padded = F.pad(codes, (0, 0, 0, missing)) if missing else codes
+            return (torch._int_mm(padded, self.weight.t())[: len(codes)] * self.alpha).to(self.out)
+        return torch._scaled_mm(codes, self.weight.t(), self.read, self.scale, out_dtype=self.out)
+
+
+def make(rows: torch.Tensor, bias: torch.Tensor | None, sparse: bool, out: torch.dtype,
+         scales: EightBit | None = None, settings: dict[int, Setting] | None = None) -> Linear:
+    """The layer for a weight `[n, k]`, which is given as codes where `scales` are."""
+    rows = (rows if scales else rows.to(out)).contiguous()
+    if scales is not None:
+        return SparseCodes(rows, scales, bias, out, settings) if sparse else DenseCodes(rows, scales, bias, out)
+    return Sparse(rows, bias, settings) if sparse else Dense(rows, bias)
+
+
+def encoded(rows: torch.Tensor, precision: str,
+            read: torch.Tensor | None = None) -> tuple[torch.Tensor, EightBit | None]:
+    """A weight in a precision, with its scales in 8 bits; `read` is then the scale of what the layer reads."""
+    dtype = DTYPES[precision]
+    if dtype.itemsize > 1:
+        return rows.to(dtype), None
+    values = rows.float().cpu().numpy()
+    most = float(abs(values).max()) if precision == "fp8" else None
+    found = quantise_weight(values, 1, FORMATS[precision], most)
+    codes = torch.from_numpy(found.codes.view("uint8")).view(dtype).to(rows.device)
+    scale = torch.tensor(found.scales.reshape(-1).astype("float32"), device=rows.device)
+    return codes, EightBit(scale, torch.ones(1, device=rows.device) if read is None else read)
+
+
+def replace(module: nn.Module, path: str, layer: nn.Module) -> None:
+    """Put `layer` where the module at `path` was."""
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, layer)

@@ -1,0 +1,50 @@
+"""A packed model on a GPU: decided, loaded, compared, watched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nmsparse_deploy import models
+from nmsparse_deploy.bench.arms import SPARSE
+from nmsparse_deploy.bench.machine import require_gpu
+from nmsparse_deploy.bench.model import Job, bench_arms
+from nmsparse_deploy.cli import app, invoke
+from nmsparse_deploy.engines.semi_structured import kernels
+from nmsparse_deploy.engines.torch_sparse import TorchSparse
+from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.packing import export_torch
+from nmsparse_deploy.recipe import Pack
+from nmsparse_deploy.rundir import RunDir
+from tests import pico
+from tests.bench.test_arms import magnitude
+
+pytestmark = pytest.mark.gpu
+IDS = {"input_ids": torch.arange(64).view(2, 32)}
+
+
+@pytest.fixture(autouse=True)
+def able(device) -> None:
+    why = kernels().why_not("fp16")
+    if why is not None:
+        pytest.skip(why)
+
+
+def test_from_a_run_to_a_packed_model_that_decided_for_itself(llama_dir, tmp_path):
+    out = tmp_path / "run"
+    assert invoke(lambda: app(["--quiet", "prune", str(llama_dir), "--method", "magnitude", "--out", str(out)])) == 0
+    row = export_torch(RunDir(out), Pack(rows=(64,), rounds=7))[0]
+    assert row["decisions"]["gpu"] == torch.cuda.get_device_name() and not row["decisions"]["dry"]
+    found = {mode: TorchSparse.build(out / "torch/fp16", {"mode": mode}).run(IDS)["logits"]
+             for mode in ("dense", "sparse", "auto")}
+    assert abs(found["sparse"] - found["dense"]).max() < 0.02 and abs(found["auto"] - found["dense"]).max() < 0.02
+
+
+def test_the_arms_of_a_model(device):
+    wide = pico.llama(hidden_size=256, intermediate_size=512)
+    loaded = LoadedModel(wide, "wide", "wide", "llm")
+    loaded.module.to(device)
+    found = bench_arms(loaded, magnitude(loaded), Job(4, 64, "fp16", 7), require_gpu("This test"))
+    assert found["status"] == "measured" and found["evidence"]["prefill"][SPARSE]["rungs"]["observed"]["layers"] == 14
+    assert {(one["name"], one["replayed"]) for one in found["phases"]} >= {("prefill", False), ("prefill", True)}
+    assert models.sample_inputs(loaded)["input_ids"].is_cuda
