@@ -218,6 +218,34 @@ def steps_table() -> str:
     return markdown(("model", "largest difference to one pass (fp32)", "prefill", "decode"), rows)
 
 
+def published_table() -> str:
+    """What others measured, what was measured here (results/published/NAME.json, a run's evaluate.json), by recipe."""
+    from nmsparse_deploy.models import short_name
+    from nmsparse_deploy.recipe import Recipe
+
+    rows = []
+    for path in sorted((ROOT / "recipes").rglob("*.yaml"), key=lambda path: path.stem):
+        recipe = Recipe.load(path)
+        for figure in recipe.published:
+            around = f" ± {figure.spread:g}" if figure.spread else ""
+            dense = "" if figure.dense is None else shown(figure.metric, figure.dense)
+            rows.append((f"`{path.relative_to(ROOT)}`", short_name(recipe.model), recipe.prune.pattern, figure.metric,
+                         dense, shown(figure.metric, figure.value) + around, measured_here(path.stem, figure.metric),
+                         figure.source))
+    return markdown(("recipe", "model", "pattern", "metric", "dense", "published", "measured here", "source"), rows)
+
+
+def measured_here(name: str, metric: str) -> str:
+    path = ROOT / f"results/published/{name}.json"
+    rows = json.loads(path.read_text())["results"]["pruned"] if path.is_file() else []
+    return next((shown(metric, row["value"]) for row in rows if row["metric"] == metric), "")
+
+
+def shown(metric: str, value: float) -> str:
+    """Accuracies in percent, perplexities as they are."""
+    return f"{value:g}" if "ppl" in metric or "perplexity" in metric else f"{100 * value:.2f} %"
+
+
 def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
@@ -225,8 +253,8 @@ def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 TABLES: dict[str, Any] = {"deploy": deploy_table, "steps": steps_table, "measured": readme_table, "oneshot": measured,
                           "methods": methods_table, "learned": learned_table, "refinements": refinements_table,
-                          "families": families_table, "learned_small": small_table, "learned_demo": demo_table,
-                          "learned_cost": cost_table}
+                           "families": families_table, "learned_small": small_table, "learned_demo": demo_table,
+                           "learned_cost": cost_table, "published": published_table}
 
 
 def fill(text: str) -> str:

@@ -24,7 +24,7 @@ _PUBLIC = {
     "RunDir": ".rundir",
     "prune": ".prune", "plan": ".planning",
     "inspect": ".pipeline", "verify": ".pipeline", "export": ".pipeline", "evaluate": ".pipeline", "bench": ".pipeline",
-    "report": ".pipeline", "run_recipe": ".pipeline", "compare": ".compare",
+    "report": ".pipeline", "publish": ".pipeline", "run_recipe": ".pipeline", "compare": ".compare",
     "export_torch": ".packing", "crossover": ".bench.stages", "bench_run": ".bench.stages", "Pack": ".recipe",
     "build": ".deploy", "verify_engine": ".deploy", "EngineEvidence": ".engines.evidence",
     "NmsparseError": ".errors", "UsageError": ".errors", "CheckFailed": ".errors",

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from .errors import NmsparseError
 
@@ -38,6 +39,8 @@ class Asset:
     hub: str | None = None
     name: str | None = None
     source: str = "pypi"
+    config: dict[str, Any] | None = None
+    """Of a model: the entries of its config.json that decide shapes."""
 
 
 @cache

@@ -140,7 +140,8 @@ def _state(module: nn.Module, plan: Plan, spec: Prune, compute: torch.dtype) -> 
 def _memory(loaded: LoadedModel, plan: Plan, tokens: int, gram: bool, compute: torch.dtype) -> float:
     """What this process holds with the model loaded, a working copy of the largest block, two activation buffers, and
     the Grams of a block."""
-    loaded_now = peak_memory_mb() * 1e6
+    missing = sum(p.nbytes for p in loaded.module.parameters() if p.is_meta)  # priced from shapes alone
+    loaded_now = peak_memory_mb() * 1e6 + missing
     blocks = [sum(p.numel() for p in loaded.module.get_submodule(path).parameters()) for path in plan.blocks]
     widths = {row.target.fusion: row.target.k for row in plan.rows if row.target.block == 0}
     hidden = min(widths.values(), default=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from .errors import CheckFailed, MissingExtra, NmsparseError, UsageError
 from .evaluate import (
     continuations,
     evaluate_encoder,
+    evaluate_imagenet,
+    evaluate_papers,
     evaluate_vision,
     onnx_arms,
     paired_ratio,
@@ -34,6 +36,7 @@ from .masks import MaskSet
 from .memory import peak_memory_mb
 from .models.base import LoadedModel
 from .models.discover import discover, trace_inputs
+from .models.shapes import shapes
 from .packing import packed_models, verify_packed
 from .pattern import TWO_FOUR, Unstructured, parse_pattern
 from .plan import Plan, make_plan
@@ -58,9 +61,31 @@ def predict_cost(model: str = DEFAULT_MODEL, spec: Prune = Prune(),  # noqa: B00
                  progress: Progress = silent) -> dict[str, Any]:
     """What pruning would take on this machine, predicted from shapes and the speed of one matrix product."""
     progress(f"loading {model}", 0, 0)
-    loaded = models.load(model)
-    found = discover(loaded.module, models.sample_inputs(loaded))
+    return _cost(models.load(model), spec)
+
+
+def price(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
+    """What the prune stage of a recipe would take, from shapes alone: no weight is read, nothing is downloaded.
+
+    Holds `not_priced` with the reason when neither the recipe, this machine nor timm says what the model looks like.
+    Raises `UsageError` when the recipe does not fit the model.
+    """
+    progress(f"shapes of {recipe.model}", 0, 0)
+    try:
+        loaded = shapes(recipe.model, recipe.config)
+    except NmsparseError as error:
+        return {"not_priced": error.message}
+    return _cost(loaded, recipe.prune)
+
+
+def _cost(loaded: LoadedModel, spec: Prune) -> dict[str, Any]:
+    inputs = models.sample_inputs(loaded)
+    found = discover(loaded.module, inputs)
     plan = make_plan(found, parse_pattern(spec.pattern), spec.include, spec.exclude, spec.patterns)
+    if loaded.family == "vision":  # a picture has as many tokens as the model makes of it
+        reads = trace_inputs(loaded.module, found.blocks, inputs)
+        tokens = max(reads[row.target.name].rows for row in plan.rows) // len(next(iter(inputs.values())))
+        spec = spec.model_copy(update={"calibration": spec.calibration.model_copy(update={"length": tokens})})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute = compute_dtype(spec.compute, device)
     return estimate(loaded, plan, spec, Rates.measure(compute)).to_json()
@@ -145,9 +170,12 @@ def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = sile
     pruned = load_pruned(run)
     if pruned.family == "seq2seq":
         raise NmsparseError("Encoder-decoder models cannot be evaluated yet; their export is compared with the model.")
+    _check_protocols(pruned, spec)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute = compute_dtype(recipe["compute"], device)
     stage = _evaluate_text if pruned.family == "llm" else _evaluate_features
+    if pruned.family == "llm" and (spec.protocols or spec.tasks):
+        stage = _evaluate_papers
     data = {**stage(run, pruned, recipe["model"], spec, device, compute, progress), **environment()}
     run.write_json("evaluate.json", data)
     run.finish("evaluate", time.perf_counter() - start, spec=spec.model_dump(mode="json"),
@@ -176,6 +204,33 @@ def _evaluate_text(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate,
             "held_out": {"runs_compared": compared, "overlaps": 0}}
 
 
+def _check_protocols(pruned: LoadedModel, spec: Evaluate) -> None:
+    """Protocols and tasks that this model cannot be judged by are refused before anything runs."""
+    fits = {"llm": {"wikitext2", "ptb", "c4"}, "vision": {"imagenet"}}.get(pruned.family, set())
+    wrong = next((name for name in spec.protocols if name not in fits), None)
+    if wrong is not None:
+        raise UsageError(f"The protocol '{wrong}' does not suit '{pruned.name}', which is of the family "
+                         f"'{pruned.family}'.", f"one of: {', '.join(sorted(fits))}" if fits else "leave it out")
+    if spec.tasks and pruned.family != "llm":
+        raise UsageError(f"Zero-shot tasks are for language models, and '{pruned.name}' is of the family "
+                         f"'{pruned.family}'.")
+    if "imagenet" in spec.protocols and spec.data == AUTO:
+        raise UsageError("The protocol 'imagenet' needs a folder of labelled images.", "--data FOLDER")
+
+
+def _evaluate_papers(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate, device: torch.device,
+                     compute: torch.dtype, progress: Progress) -> dict[str, Any]:
+    """The papers' protocols and zero-shot tasks, one model at a time in memory."""
+    def each() -> Iterator[tuple[str, LoadedModel]]:
+        for label, loaded in (("pruned", pruned), ("dense", None)):
+            loaded = loaded or _load_dense(run)
+            loaded.module.to(device, compute)
+            yield label, loaded
+
+    graphs = whole(run) if spec.onnx else []
+    return evaluate_papers(each(), spec, _calibration_record(run).get("ids"), graphs, progress)
+
+
 def _evaluate_features(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate, device: torch.device,
                        compute: torch.dtype, progress: Progress) -> dict[str, Any]:
     """Vision models and encoders: dense, pruned and, when asked, the exported graphs on the same samples."""
@@ -185,7 +240,9 @@ def _evaluate_features(run: RunDir, pruned: LoadedModel, model: str, spec: Evalu
     graphs, missing = onnx_arms(pruned, whole(run)) if spec.onnx else ([], [])
     arms = [torch_arm("dense", dense), torch_arm("pruned", pruned), *graphs]
     record = _calibration_record(run)
-    if pruned.family == "vision":
+    if "imagenet" in spec.protocols:
+        data = evaluate_imagenet(arms, pruned, spec.data, spec.limit, record.get("image_sha256"), progress)
+    elif pruned.family == "vision":
         data = evaluate_vision(arms, pruned, model, spec, record.get("image_sha256"), progress)
     else:
         data = evaluate_encoder(arms, pruned, spec.data, record.get("ids"), progress)
@@ -241,10 +298,27 @@ def _forward(module: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
 
 
 def report(run: RunDir) -> Path:
-    """Write the report of everything the run holds so far; returns its HTML page."""
+    """Write the report and the model card of everything the run holds so far; returns the HTML page."""
     from .report.build import build_report
+    from .report.card import write_card
 
-    return build_report(run)
+    page = build_report(run)
+    write_card(run)
+    return page
+
+
+def publish(run: RunDir, repo: str, private: bool = False, progress: Progress = silent) -> str:
+    """Verify the run once more, and publish weights, card and masks to a model hub; returns the address.
+
+    Raises `CheckFailed` when a tensor does not hold the pattern, `NmsparseError` when the hub cannot be written to.
+    """
+    from .report.hub import push, require_token
+
+    require_token(repo)
+    bad = [found for found in verify(run, progress) if not found.ok]
+    if bad:
+        raise CheckFailed(f"The run fails verification and is not published: {bad[0].summary()}")
+    return push(run, repo, private, progress)
 
 
 def run_recipe(recipe: Recipe, out: Path | None = None, force: bool = False, progress: Progress = silent) -> RunDir:

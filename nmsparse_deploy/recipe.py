@@ -287,6 +287,13 @@ class Evaluate(Frozen):
     size: int = Field(0, ge=0, description="pixels per side for the labelled images; 0 = the model's own")
     photos: str = Field("photos-20", description="images for agreement and saliency maps; empty = none")
     onnx: bool = Field(False, description="also run the exported graphs")
+    protocols: tuple[Literal["wikitext2", "ptb", "c4", "imagenet"], ...] = Field(
+        (), description="instead: the papers' own test sets and settings; data is then a file or folder of them, auto: "
+        "the hub")
+    tasks: tuple[str, ...] = Field((), description="instead: zero-shot tasks of lm-evaluation-harness, or YAML "
+                                   "files")
+    paper_context: int = Field(2048, ge=8, description="tokens per window of the protocols; some papers use 4096")
+    limit: int | None = Field(None, ge=1, description="only so many windows, images or documents, to try it out")
 
 
 class Bench(Frozen):
@@ -295,6 +302,16 @@ class Bench(Frozen):
     batch: int = Field(1, ge=1)
     length: int = Field(128, ge=1)
     rounds: int = Field(10, ge=3)
+
+
+class Published(Frozen):
+    """A figure of a paper or of a repository, shown beside what the recipe measures (docs/published.md)."""
+
+    metric: str = Field(description="name of a metric of `evaluate`, for example wikitext2_ppl@2048")
+    value: float
+    spread: float | None = Field(None, description="standard deviation over seeds, where the source gives one")
+    dense: float | None = Field(None, description="of the dense model, in the same source")
+    source: str
 
 
 class Recipe(Frozen):
@@ -306,6 +323,9 @@ class Recipe(Frozen):
     build: Build | None = None
     evaluate: Evaluate | None = Evaluate()
     bench: Bench | None = Bench()
+    config: dict[str, Any] | None = Field(None, description="the model's config.json as far as it decides shapes; "
+                                          "--dry-run prices from it, nothing else reads it")
+    published: tuple[Published, ...] = Field((), description="what others measured with this model and method")
 
     @classmethod
     def load(cls, path: Path) -> Recipe:

@@ -7,6 +7,7 @@ documents are fetched as `CHARACTERS` needs, always the first ones, so that the 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,7 @@ def streamed(source: str) -> tuple[str, ...]:
     except NmsparseError:
         raise
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise NmsparseError(f"'{source}' could not be read: {reason.strip()}",
+        raise NmsparseError(f"'{source}' could not be read: {_reason(error)}",
                             "give a text file or a folder instead") from error
     if not any(document.strip() for document in documents):
         raise UsageError(f"The text '{source}' is empty.")
@@ -62,3 +62,30 @@ def _document(row: dict[str, Any], field: str, source: str) -> str:
     if field not in row:
         raise UsageError(f"'{source}' has no field '{field}'; it has {', '.join(row)}.")
     return str(row[field])
+
+
+def hub_rows(name: str, config: str | None, split: str, field: str, revision: str | None, file: str | None,
+             instead: str) -> Iterator[str]:
+    """One field of every row of a hub data set, in order; `file` picks one file of it.
+
+    Raises `MissingExtra` without the library, `NmsparseError` when the set is neither cached nor reachable; `instead`
+    says what else would do.
+    """
+    what = f"{name}{f'/{config}' if config else ''}@{split}"
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtra("datasets", "eval", f"Reading '{what}'") from error
+    files = {"data_files": {split: file}} if file else {}
+    try:
+        found = datasets.load_dataset(name, config, split=split, revision=revision, **files)
+    except Exception as error:
+        raise NmsparseError(f"The data set '{what}' is not on this machine and the hub did not give it: "
+                            f"{_reason(error)}", instead) from error
+    for row in found:
+        yield _document(row, field, what)
+
+
+def _reason(error: Exception) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"{line.rstrip('.')[:200]}."

@@ -15,6 +15,7 @@ import torch
 
 from ..assets import assets, fetch
 from ..errors import NmsparseError, UsageError
+from .rows import TABLES, is_table, read_rows
 
 DEVELOPMENT = {"wikitext2": "wikitext-2/test.txt", "wikitext2-valid": "wikitext-2/valid.txt"}
 """Texts of the development data folder; `wikitext2-valid` is for choosing settings, never for reporting."""
@@ -65,11 +66,14 @@ class TokenSample:
 
 
 def load_text(source: str) -> Text:
-    """A packaged sample (`wikipedia`, `bbc`), `datasets:...`, a text file, or a folder of .txt files.
+    """A packaged sample (`wikipedia`, `bbc`), `datasets:...`, a text file, a file of rows, or a folder of such files.
+
+    Rows come from parquet or JSON lines (also gzipped); `FILE#FIELD` names the field, which is `text` otherwise.
 
     Raises `UsageError` for what is not there or empty.
     """
     path = Path(source)
+    named, _, field = source.rpartition("#")
     if source.startswith("datasets:"):
         from .streamed import streamed
 
@@ -81,15 +85,23 @@ def load_text(source: str) -> Text:
     if source in assets() and assets()[source].kind == "text":
         return Text(source, tuple(_read(file) for file in sorted(fetch(source).rglob("*.txt"))))
     if path.is_dir():
-        documents = tuple(_read(file) for file in sorted(path.rglob("*.txt")))
+        documents = tuple(document for file in sorted(path.rglob("*")) if file.name.lower().endswith((".txt", *TABLES))
+                          for document in _documents(file, "text"))
     elif path.is_file():
-        documents = (_read(path),)
+        documents = _documents(path, "text")
+    elif field and Path(named).is_file():
+        path, documents = Path(named), _documents(Path(named), field)
     else:
-        named = ", ".join(key for key, asset in assets().items() if asset.kind == "text")
-        raise UsageError(f"There is no text '{source}': no file, folder or packaged sample ({named}) has this name.")
+        packaged = ", ".join(key for key, asset in assets().items() if asset.kind == "text")
+        raise UsageError(f"There is no text '{source}': no file, folder or packaged sample ({packaged}) has this name.")
     if not any(document.strip() for document in documents):
         raise UsageError(f"The text '{source}' is empty.")
     return Text(path.name, documents)
+
+
+def _documents(path: Path, field: str) -> tuple[str, ...]:
+    """The rows of a table, or a plain file as one document."""
+    return tuple(read_rows(path, field)) if is_table(path) else (_read(path),)
 
 
 def development_data(source: str) -> Path:

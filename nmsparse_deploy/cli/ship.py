@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,20 +108,30 @@ def evaluate(run: Run = None,
              probe: Annotated[int, typer.Option(help="labelled images that the probes learn from")] = 1500,
              size: Annotated[int, typer.Option(help="pixels per side of the labelled images; 0 = the model's own")] = 0,
              photos: Annotated[str, typer.Option(help="images for agreement and saliency maps")] = "photos-20",
-             onnx: Annotated[bool, typer.Option("--onnx", help="also score the exported graphs")] = False) -> None:
+             onnx: Annotated[bool, typer.Option("--onnx", help="also score the exported graphs")] = False,
+             protocol: Annotated[list[str], typer.Option(
+                 help="instead, as the papers do: wikitext2, ptb, c4, or imagenet; may be repeated. --data is then a "
+                 "file or folder of the test set")] = [],  # noqa: B006
+             task: Annotated[list[str], typer.Option(
+                 help="instead: a zero-shot task of lm-evaluation-harness, or a YAML file; may be repeated")] = [],  # noqa: B006
+             paper_context: Annotated[int, typer.Option(help="tokens per window, with --protocol")] = 2048,
+             limit: Annotated[int | None, typer.Option(
+                 help="only so many windows, images or documents, with --protocol and --task")] = None) -> None:
     """The dense and the pruned model on the same held-out data: perplexity, accuracy or similarity."""
     from ..pipeline import evaluate as api
     from ..recipe import Evaluate, validate
     from ..rundir import RunDir
 
     spec = validate(Evaluate, {"data": data, "tokens": tokens, "context": context, "continuation": continuation,
-                               "images": images, "probe": probe, "size": size, "photos": photos, "onnx": onnx})
+                               "images": images, "probe": probe, "size": size, "photos": photos, "onnx": onnx,
+                               "protocols": protocol, "tasks": task, "paper_context": paper_context, "limit": limit})
     result = api(RunDir.open(run), spec, output.progress)
     rows = [(label, row["metric"], f"{row['value']:.4g} ± {row['standard_error']:.2g}", row["samples"])
             for label, found in result["results"].items() for row in (found if isinstance(found, list) else [found])]
     share = result.get("ratio")
     lines = [f"pruned / dense: {share['ratio']:.2f} (95 % interval {share['low']:.2f} to {share['high']:.2f}) on the "
              "same samples"] if share else []
+    lines += [f"{label}: {json.dumps(row)}" for label, row in result.get("timm", {}).items()]
     gap = result.get("difference")
     lines += [f"{gap['metric']}, pruned - dense: {gap['difference']:+.3f} (95 % interval {gap['low']:+.3f} to "
               f"{gap['high']:+.3f}) on the same samples"] if gap else []

@@ -12,14 +12,24 @@ from .app import DEMO, Force, Out, Run, app, output
 
 
 @app.command()
-def report(run: Run = None) -> None:
-    """Write the report (HTML, Markdown, JSON) of everything a run holds."""
+def report(run: Run = None,
+           push_to_hub: Annotated[str | None, typer.Option(
+               help="OWNER/NAME: then publish weights, model card and masks there")] = None,
+           private: Annotated[bool, typer.Option("--private", help="with --push-to-hub")] = False) -> None:
+    """Write the report (HTML, Markdown, JSON) and the model card of everything a run holds."""
+    from ..pipeline import publish
     from ..pipeline import report as api
     from ..rundir import RunDir
 
-    page = api(RunDir.open(run))
-    output.result({"html": str(page), "markdown": str(page.with_name("report.md")),
-                   "json": str(page.with_name("report.json"))}, [str(page)])
+    opened = RunDir.open(run)
+    page = api(opened)
+    data = {"html": str(page), "markdown": str(page.with_name("report.md")),
+            "json": str(page.with_name("report.json")), "card": str(opened / "model/README.md")}
+    if push_to_hub is None:
+        output.result(data, [str(page)])
+        return
+    address = publish(opened, push_to_hub, private, output.progress)
+    output.result({**data, "published": address}, [str(page), address])
 
 
 @app.command()
@@ -49,13 +59,13 @@ def compare(recipes: Annotated[list[str], typer.Argument(
 @app.command()
 def run(recipe: Annotated[Path, typer.Argument(help="YAML file, see recipes/")], out: Out = None,
         force: Force = False,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="validate the recipe and stop")] = False) -> None:
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="validate and price it, and stop")] = False) -> None:
     """Run every stage of a recipe."""
     from ..recipe import Recipe
 
     loaded = Recipe.load(recipe)
     if dry_run:
-        output.result(loaded.model_dump(mode="json"), [f"{recipe} is valid."])
+        _show_price(loaded, recipe)
         return
     from ..pipeline import run_recipe
 
@@ -111,6 +121,21 @@ def list_() -> None:
     rows += [(f"--refine {n}", r.summary, "kept" if r.changes == "mask" else "updated", r.needs, r.source)
              for n, r in refinements.items()]
     output.table(data, ("option", "what it does", "weights", "data", "source"), rows)
+
+
+def _show_price(recipe: Any, path: Path) -> None:
+    """What pruning would take; a recipe of a model that nothing is known of is still a valid one."""
+    from ..pipeline import price
+
+    cost = price(recipe, output.progress)
+    lines = [f"{path} is valid."]
+    if "not_priced" in cost:
+        lines.append(f"not priced: {cost['not_priced']}")
+    else:
+        hours = f"{cost['seconds'] / 3600:,.1f} h" if cost["seconds"] > 7200 else f"{cost['seconds']:,.0f} s"
+        lines.append(f"predicted for pruning on this machine: {hours}, {cost['memory_mb'] / 1e3:,.1f} GB of memory, "
+                     f"{cost['disk_mb'] / 1e3:,.1f} GB of disk")
+    output.result({**recipe.model_dump(mode="json"), "cost": cost}, lines)
 
 
 def _finish_run(run: Any) -> None:

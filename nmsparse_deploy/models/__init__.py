@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,17 @@ def short_name(source: str) -> str:
         return assets()[source].name or source
     path = Path(source.removeprefix(vision.PREFIX).partition("?")[0])
     return path.stem if path.suffix == ".gguf" else path.name
+
+
+def hub_name(source: str) -> str | None:
+    """OWNER/NAME of a model on the hub; None for what is a file, a folder, or in no hub."""
+    if source in assets():
+        return assets()[source].hub
+    name = source.removeprefix(vision.PREFIX)
+    if source.startswith(vision.PREFIX):
+        name = f"timm/{name}" if "/" not in name else name.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    known = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) and not name.endswith(".gguf")
+    return name if known and not Path(source).exists() else None
 
 
 def load(source: str, dtype: torch.dtype | None = None) -> LoadedModel:

@@ -53,20 +53,20 @@ def _from_pretrained(where: str, source: str, name: str, dtype: torch.dtype | No
     hub_logging.set_verbosity_error()  # a hub that does not answer is reported once, below
     try:
         config = transformers.AutoConfig.from_pretrained(where)
-        auto = _auto(config)
+        auto = auto_class(config)
         module = getattr(transformers, auto).from_pretrained(where, dtype=dtype or "auto", config=config)
-        family = _family(module, auto)
-        processor = _processor(where, family, config)
+        kind = family(module, auto)
+        processor = _processor(where, kind, config)
     except Exception as error:
         raise _explain(error, source) from error
     commit = getattr(module.config, "_commit_hash", None)
     facts = {**provenance, **({"revision": commit} if commit else {}), "class": type(module).__name__,
              "dtype": str(module.dtype).removeprefix("torch.")}
-    return LoadedModel(module.eval(), source, name, family, processor=processor, provenance=facts)
+    return LoadedModel(module.eval(), source, name, kind, processor=processor, provenance=facts)
 
 
-def _auto(config: Any) -> str:
-    """Which class of the library loads an architecture."""
+def auto_class(config: Any) -> str:
+    """The class of Transformers that loads a model of this config with its head."""
     import transformers
 
     architecture = (config.architectures or [""])[0]
@@ -81,18 +81,19 @@ def empty(folder: Path) -> LoadedModel:
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
-        auto = _auto(config)
+        auto = auto_class(config)
         made = getattr(transformers, auto)
         module = made.from_config(config) if hasattr(made, "from_config") else made(config)
-        family = _family(module, auto)
-        processor = _processor(str(folder), family, config)
+        kind = family(module, auto)
+        processor = _processor(str(folder), kind, config)
     except Exception as error:
         raise _explain(error, str(folder)) from error
-    return LoadedModel(module.eval(), str(folder), folder.name, family, processor=processor,
+    return LoadedModel(module.eval(), str(folder), folder.name, kind, processor=processor,
                        provenance={"class": type(module).__name__})
 
 
-def _family(module: Any, auto: str) -> str:
+def family(module: Any, auto: str) -> str:
+    """`llm`, `encoder`, `seq2seq` or `vision`."""
     if getattr(module.config, "is_encoder_decoder", False):
         return "seq2seq"
     if module.main_input_name == "pixel_values":
@@ -200,7 +201,9 @@ def sample_inputs(model: LoadedModel, batch: int = 2, length: int = 16) -> dict[
     ids = (torch.arange(batch * length, device=parameter.device) % vocabulary).view(batch, length)
     if model.family == "seq2seq":
         return {**_source(model, ids), "decoder_input_ids": ids.flip(1)}
-    mask = {"attention_mask": torch.ones_like(ids)} if model.family == "encoder" else {}
+    # Decoders look into positions for want of a mask, encoders into the mask; without memory there is nothing to see.
+    given = model.family == ("llm" if ids.is_meta else "encoder")
+    mask = {"attention_mask": torch.ones_like(ids)} if given else {}
     return {"input_ids": ids, **mask}
 
 

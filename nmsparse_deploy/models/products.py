@@ -30,6 +30,11 @@ _OPERANDS: dict[str, tuple[int, int]] = {"mm": (0, 1), "addmm": (1, 2), "bmm": (
 """Where the two factors stand among an operator's arguments; the last two take the ends of each expert's rows third."""
 
 
+def place(tensor: torch.Tensor) -> tuple[int, int]:
+    """Which memory a tensor lies in, and where there; also told apart where there is none (meta tensors)."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+
+
 class Watch(TorchDispatchMode):
     """Tells `seen` about every product with one of `weights` while it is entered. Nothing is computed differently."""
 
@@ -37,7 +42,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self._weights: dict[int, list[tuple[str, torch.Tensor]]] = {}
         for name, tensor in weights.items():
-            self._weights.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
+            self._weights.setdefault(place(tensor)[0], []).append((name, tensor))
         self._seen = seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
@@ -51,7 +56,7 @@ class Watch(TorchDispatchMode):
         if name == "linear":
             right = right.transpose(-1, -2)
         for weight, other in ((right, left), (left, right)):
-            known = next(((n, t) for n, t in self._weights.get(weight.untyped_storage().data_ptr(), ())
+            known = next(((n, t) for n, t in self._weights.get(place(weight)[0], ())
                           if 0 <= weight.storage_offset() - t.storage_offset() < t.numel()), None)
             if known is None:
                 continue

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .base import block_index, weights
-from .products import Product, Watch
+from .products import Product, Watch, place
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def trace(module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str, torch
     def called(path: str, layer: nn.Module, x: torch.Tensor) -> None:
         # Convolutions of another geometry see other columns of the same picture.
         geometry = tuple(getattr(layer, name, None) for name in ("kernel_size", "stride", "padding", "dilation"))
-        key = (block_index(blocks, path), x.data_ptr(), tuple(x.shape), x.stride(), geometry)
+        key = (block_index(blocks, path), *place(x), tuple(x.shape), x.stride(), geometry)
         alive.append(x)
         width = x.shape[1] if x.ndim == 4 else x.shape[-1]
         axis = group_axis(layer)
@@ -75,7 +75,7 @@ def trace(module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str, torch
         rows, known = product.rows, watched.get(product.weight)
         if known is None and rows.numel():
             alive.append(rows)
-            key = (block_index(blocks, product.weight), rows.data_ptr(), tuple(rows.shape))
+            key = (block_index(blocks, product.weight), *place(rows), tuple(rows.shape))
             watched[product.weight] = Read(products.setdefault(key, product.weight), len(rows), product.axis, True)
         elif known is not None:
             watched[product.weight] = Read(known.group, known.rows + len(rows), known.axis, True)

@@ -95,6 +95,18 @@ def empty(folder: Path) -> LoadedModel:
                        {"class": type(module).__name__})
 
 
+def shapes(source: str) -> LoadedModel:
+    """An architecture of timm with every parameter on the meta device. Raises like `load`."""
+    timm = _timm()
+    name = source.removeprefix(PREFIX).partition("?")[0]
+    try:
+        with torch.device("meta"):
+            module = timm.create_model(name, pretrained=False)
+    except Exception as error:
+        raise _explain(error, source, name, timm) from error
+    return LoadedModel(module.eval(), source, name, "vision", "timm", _preprocess(timm, module))
+
+
 def _from_checkpoint(timm: Any, name: str, path: Path) -> nn.Module:
     state = read_state(path)
     head = timm.create_model(name, pretrained=False).pretrained_cfg.get("classifier") or "head"

@@ -57,13 +57,22 @@ def commands(stages: Stages) -> list[str]:
         if stages.evaluate:
             protocol = next(iter(stages.evaluate["results"].values()))
             protocol = (protocol[0] if isinstance(protocol, list) else protocol).get("protocol") or {}
-            options = [(key, protocol.get(key)) for key in ("data", "tokens", "context")]
+            spec = stages.manifest["stages"].get("evaluate", {}).get("spec") or {}
+            options = _as_papers(spec) or [(key, protocol.get(key)) for key in ("data", "tokens", "context")]
             found.append(_command("evaluate", [run], options))
     with stages.of("bench.json"):
         if stages.bench:
             rounds = [("rounds", arm["calls"]) for arm in stages.bench["arms"][:1]]
             found.append(_command("bench", [run], [*stages.bench["shape"].items(), *rounds]))
     return [*found, _command("report", [run], [])]
+
+
+def _as_papers(spec: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Options of an evaluation by protocols and tasks; none for any other."""
+    named = [("protocol", name) for name in spec.get("protocols") or []]
+    named += [("task", name) for name in spec.get("tasks") or []]
+    more = [("data", spec.get("data")), ("paper-context", spec.get("paper_context")), ("limit", spec.get("limit"))]
+    return [*named, *more, *([("onnx", "")] if spec.get("onnx") else [])] if named else []
 
 
 def _prune(recipe: dict[str, Any], run: str) -> str:
