@@ -246,6 +246,26 @@ def shown(metric: str, value: float) -> str:
     return f"{value:g}" if "ppl" in metric or "perplexity" in metric else f"{100 * value:.2f} %"
 
 
+def dit_table() -> str:
+    """One-shot recipes on the small diffusion transformer."""
+    path = ROOT / "results/dit-small.json"
+    if not path.is_file():
+        return "Not measured yet: `python benchmarks/small_dit.py --out results/dit-small.json`."
+    rows = []
+    for line in json.loads(path.read_text())["table"]:
+        cells = [line["method"]]
+        for metric in ("denoising_error", "prediction_shift"):
+            found = line[metric]
+            spread = f" ± {found['seed_spread']:.2g}" if found and found["seed_spread"] else ""
+            cells.append(f"{found['mean']:.4f}{spread}" if found else "")
+        moved = "" if line["sample_shift"] is None else f"{line['sample_shift']:.3f}"
+        rows.append((*cells, moved, f"{line['frechet']:.2f} ± {line['frechet_standard_error']:.2f}",
+                     f"{line['recognised']:.0%}", str(line["seeds"] or ""),
+                     f"{line['seconds']:.0f} s" if line["seconds"] else ""))
+    return markdown(("2:4 method", "squared error of the prediction", "prediction moved", "samples moved",
+                     "Frechet distance (small classifier)", "class recognised", "seeds", "prune time"), rows)
+
+
 def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
@@ -254,7 +274,7 @@ def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 TABLES: dict[str, Any] = {"deploy": deploy_table, "steps": steps_table, "measured": readme_table, "oneshot": measured,
                           "methods": methods_table, "learned": learned_table, "refinements": refinements_table,
                            "families": families_table, "learned_small": small_table, "learned_demo": demo_table,
-                           "learned_cost": cost_table, "published": published_table}
+                           "learned_cost": cost_table, "published": published_table, "dit": dit_table}
 
 
 def fill(text: str) -> str:

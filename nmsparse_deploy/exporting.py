@@ -99,7 +99,8 @@ def _agreement(path: Path, loaded: LoadedModel, eight: bool) -> dict[str, Any]:
     logits = getattr(reference, "logits", None)
     if logits is not None:
         return asdict(agreement(logits, output, "logits"))
-    features = reference if isinstance(reference, torch.Tensor) else reference.last_hidden_state
+    features = reference if isinstance(reference, torch.Tensor) else getattr(reference, "sample", None)
+    features = reference.last_hidden_state if features is None else features
     return asdict(agreement(features, output, "features"))
 
 

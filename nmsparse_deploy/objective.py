@@ -2,7 +2,7 @@
 
 * language models: token cross-entropy, in nats per token (text is its own label)
 * models with a classifier: `KL(p_dense ‖ p)` of the logits, in nats
-* the others: `‖h - h_dense‖² / ‖h_dense‖²` of the final hidden states
+* the others: `‖h - h_dense‖² / ‖h_dense‖²` of the final hidden states (diffusion: of the prediction)
 
 The last two are zero at the dense model; their Hessians there are the Fisher matrix and `2 JᵀJ / ‖h‖²`.
 """
@@ -37,10 +37,12 @@ class Objective:
         return UNITS[self.kind]
 
     def signal(self, output: Any) -> torch.Tensor:
-        """The part of an output that is looked at: logits, or final hidden states."""
+        """The part of an output that is looked at: logits, final hidden states, or what a diffusion model predicts."""
         if isinstance(output, torch.Tensor):
             return output
-        return output.last_hidden_state if self.kind == "hidden" else output.logits
+        if self.kind != "hidden":
+            return output.logits
+        return output.sample if hasattr(output, "sample") else output.last_hidden_state
 
     def loss(self, output: Any, batch: Mapping[str, Any], reference: torch.Tensor | None = None) -> torch.Tensor:
         """`[samples]`, fp32. `reference` is not needed for cross-entropy."""

@@ -20,6 +20,7 @@ from .engines.onnxruntime import OnnxRuntime
 from .errors import CheckFailed, MissingExtra, NmsparseError, UsageError
 from .evaluate import (
     continuations,
+    evaluate_diffusion,
     evaluate_encoder,
     evaluate_imagenet,
     evaluate_papers,
@@ -161,7 +162,8 @@ def export(run: RunDir, spec: Export = Export(), progress: Progress = silent) ->
 
 def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = silent) -> dict[str, Any]:  # noqa: B008
     """The dense and the pruned model on the same held-out samples: perplexity and continuations of a language model,
-    accuracy and agreement of a vision model, similarity and agreement of an encoder.
+    accuracy and agreement of a vision model, similarity and agreement of an encoder, predictions and samples of a
+    diffusion model.
 
     Raises `NmsparseError` when the samples overlap with the calibration data.
     """
@@ -173,7 +175,8 @@ def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = sile
     _check_protocols(pruned, spec)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute = compute_dtype(recipe["compute"], device)
-    stage = _evaluate_text if pruned.family == "llm" else _evaluate_features
+    stages = {"llm": _evaluate_text, "diffusion": _evaluate_diffusion}
+    stage = stages.get(pruned.family, _evaluate_features)
     if pruned.family == "llm" and (spec.protocols or spec.tasks):
         stage = _evaluate_papers
     data = {**stage(run, pruned, recipe["model"], spec, device, compute, progress), **environment()}
@@ -247,6 +250,14 @@ def _evaluate_features(run: RunDir, pruned: LoadedModel, model: str, spec: Evalu
     else:
         data = evaluate_encoder(arms, pruned, spec.data, record.get("ids"), progress)
     return {**data, "not_checked": [*missing, *data["not_checked"]]}
+
+
+def _evaluate_diffusion(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate, device: torch.device,
+                        compute: torch.dtype, progress: Progress) -> dict[str, Any]:
+    dense = _load_dense(run)
+    for loaded in (dense, pruned):
+        loaded.module.to(device, compute)
+    return evaluate_diffusion(dense, pruned, spec, _calibration_record(run).get("image_sha256"), progress)
 
 
 def _calibration_record(run: RunDir) -> dict[str, torch.Tensor]:

@@ -275,7 +275,8 @@ class Pack(Frozen):
 class Evaluate(Frozen):
     """Which held-out data the dense and the pruned model are compared on.
 
-    Tokens, context and continuation are for language models; images, probe, size and photos for vision models.
+    Tokens, context and continuation are for language models; images, probe, size and photos for vision models; images,
+    drawn, steps, guidance and features for diffusion models.
     """
 
     data: str = AUTO
@@ -286,6 +287,10 @@ class Evaluate(Frozen):
     probe: int = Field(1500, ge=1, description="labelled images that the probes learn from")
     size: int = Field(0, ge=0, description="pixels per side for the labelled images; 0 = the model's own")
     photos: str = Field("photos-20", description="images for agreement and saliency maps; empty = none")
+    drawn: int = Field(20, ge=0, description="samples that are drawn from the same noise; 0 = none")
+    steps: int = Field(50, ge=1, description="denoising steps of a drawn sample")
+    guidance: float = Field(4.0, ge=0, description="classifier-free guidance of drawn samples; 1 = none")
+    features: str = Field("", description="vision model whose features compare drawn with real pictures; empty = none")
     onnx: bool = Field(False, description="also run the exported graphs")
     protocols: tuple[Literal["wikitext2", "ptb", "c4", "imagenet"], ...] = Field(
         (), description="instead: the papers' own test sets and settings; data is then a file or folder of them, auto: "

@@ -38,8 +38,8 @@ from .recipe import differences
 
 FORMAT = 1
 RUNS = Path("runs")
-PACKAGES = ("nmsparse-deploy", "torch", "transformers", "timm", "numpy", "safetensors", "tokenizers", "onnx",
-            "onnxscript", "onnxruntime", "gguf")
+PACKAGES = ("nmsparse-deploy", "torch", "transformers", "timm", "diffusers", "numpy", "safetensors", "tokenizers",
+            "onnx", "onnxscript", "onnxruntime", "gguf")
 
 
 class RunDir:

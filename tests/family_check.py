@@ -99,7 +99,7 @@ def _reloads(folder: Path, run: RunDir) -> None:
     if isinstance(wanted, torch.Tensor):
         assert torch.equal(wanted, got), "other outputs"
         return
-    for field in ("logits", "last_hidden_state"):
+    for field in ("logits", "last_hidden_state", "sample"):
         if getattr(wanted, field, None) is not None:
             assert torch.equal(getattr(wanted, field), getattr(got, field)), f"other {field}"
             return

@@ -67,6 +67,29 @@ def _timm(name: str, **settings) -> Family:
     return Family(build, "pictures")
 
 
+def _denoiser(name: str, scheduler: str = "DDIMScheduler", text: int = 0, pooled: int = 0, **settings) -> Family:
+    """A transformer of diffusers by the name of its class, with its scheduler; latents for those that read text."""
+    def build(folder: Path) -> None:
+        import diffusers
+
+        torch.manual_seed(0)
+        module = getattr(diffusers, name)(**settings).eval()
+        module.save_pretrained(folder)
+        getattr(diffusers, scheduler)().save_pretrained(folder / "scheduler")
+        if not text:
+            return
+        generator = torch.Generator().manual_seed(1)
+        shapes = {"encoder_hidden_states": (12, text), **({"pooled_projections": (pooled,)} if pooled else {})}
+        size = settings["sample_size"]
+        tensors = {"latents": torch.randn(8, settings["in_channels"], size, size, generator=generator)}
+        for argument, shape in shapes.items():
+            tensors[argument] = torch.randn(8, *shape, generator=generator)
+            tensors[f"null.{argument}"] = torch.randn(*shape, generator=generator)
+        save_file(tensors, folder / "inputs.safetensors")
+
+    return Family(build, "prepared" if text else "pictures")
+
+
 def _encoder_tokenizer():
     from tests.vision import small
 
@@ -94,6 +117,7 @@ def _whisper(folder: Path) -> None:
 
 
 SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "patch_size": 2, "img_size": PIXELS}
+DENOISER = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 8, "sample_size": 16, "patch_size": 2}
 VIT = {"depth": 2, "embed_dim": 32, "num_heads": 4, "img_size": PIXELS, "patch_size": 8}
 
 FAMILIES: dict[str, Family] = {
@@ -140,10 +164,18 @@ FAMILIES: dict[str, Family] = {
                    num_heads=[2, 4], image_size=PIXELS, patch_size=2, window_size=4),
     "ConvNeXt": _class("ConvNextForImageClassification", "ConvNextConfig", "pictures", hidden_sizes=[16, 32],
                        depths=[2, 2], num_stages=2),
+    "ResNet": _class("ResNetForImageClassification", "ResNetConfig", "pictures", embedding_size=16, hidden_sizes=[16, 32],
+                     depths=[2, 2], layer_type="basic"),
     "timm ViT": _timm("vit_tiny_patch16_224", **VIT),
     "timm DeiT": _timm("deit_tiny_distilled_patch16_224", **VIT),
     "timm BEiT": _timm("beit_base_patch16_224", **VIT),
     "timm EVA": _timm("eva02_tiny_patch14_224", **VIT),
     "timm Swin": _timm("swin_tiny_patch4_window7_224", **SWIN),
     "timm ConvNeXt": _timm("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 16, 16, 32)),
+    "DiT": _denoiser("DiTTransformer2DModel", **DENOISER, in_channels=3, num_embeds_ada_norm=3),
+    "PixArt": _denoiser("PixArtTransformer2DModel", text=24, **DENOISER, in_channels=4, out_channels=8,
+                        cross_attention_dim=32, caption_channels=24),
+    "SD3 (MMDiT)": _denoiser("SD3Transformer2DModel", "FlowMatchEulerDiscreteScheduler", text=24, pooled=20, **DENOISER,
+                             in_channels=4, out_channels=4, joint_attention_dim=24, pooled_projection_dim=20,
+                             caption_projection_dim=32, pos_embed_max_size=16),
 }

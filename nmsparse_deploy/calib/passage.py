@@ -15,7 +15,7 @@ from ..errors import NmsparseError
 
 Batch = Mapping[str, Any]
 Output = Any
-"""Whatever a block returns; the hidden states are it, or its first item."""
+"""Whatever a block returns; the hidden states are it, or one of its items (the first in most families)."""
 
 
 class Captured(Exception):
@@ -45,9 +45,9 @@ class Call:
         return Call(cast(self.rest, dtype), cast(self.named, dtype), self.keyword)
 
 
-def main(output: Output) -> torch.Tensor:
-    """The hidden states in what a block returns."""
-    return output if isinstance(output, torch.Tensor) else output[0]
+def main(output: Output, place: int = 0) -> torch.Tensor:
+    """The hidden states in what a block returns: all of it, or the item at `place`."""
+    return output if isinstance(output, torch.Tensor) else output[place]
 
 
 class Model:

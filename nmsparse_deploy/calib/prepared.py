@@ -6,6 +6,7 @@ For what no text and no picture can stand for: spectrograms of a speech model, l
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,13 @@ class PreparedSample:
 
 def prepared(source: str, samples: int) -> PreparedSample:
     """Read at most `samples` samples. Raises `UsageError` for what is no such file."""
+    tensors, fingerprint = read_tensors(source)
+    check_counts(source, tensors)
+    return PreparedSample({name: tensor[:samples] for name, tensor in tensors.items()}, Path(source).name, fingerprint)
+
+
+def read_tensors(source: str) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors of a file by name, and a fingerprint of all of them. Raises `UsageError`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -47,11 +55,14 @@ def prepared(source: str, samples: int) -> PreparedSample:
         tensors = load_file(path)
     except (SafetensorError, ValueError) as error:
         raise UsageError(f"'{source}' is damaged or no safetensors file: {error}.") from error
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return tensors, digest.hexdigest()[:16]
+
+
+def check_counts(source: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise `UsageError` unless all tensors hold as many samples, and some."""
     counts = {len(tensor) if tensor.ndim else 0 for tensor in tensors.values()}
     if len(counts) != 1 or 0 in counts:
         raise UsageError(f"The tensors of '{source}' are not as many samples each: {sorted(counts)}.")
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return PreparedSample({name: tensor[:samples] for name, tensor in tensors.items()}, path.name,
-                          digest.hexdigest()[:16])

@@ -1,4 +1,4 @@
-"""Draw the calibration sample that a model's family eats: token windows, whole sequences, or pictures."""
+"""Draw the calibration sample that a model's family eats: token windows, whole sequences, pictures, or noised ones."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from ..models.base import LoadedModel
 from ..progress import Progress, silent
 from ..recipe import AUTO, Calibration
 from .images import calibration_images
+from .latents import calibration_latents, holds_latents
 from .prepared import ENDING, prepared
 from .sequences import calibration_sequences, paired
 from .text import calibration_sample, load_text
 
 DEFAULTS = {"llm": "wikipedia", "encoder": "wikipedia", "seq2seq": "wikipedia",
-            "vision": "fashion-mnist+tiny-photos"}
+            "vision": "fashion-mnist+tiny-photos", "diffusion": "fashion-mnist"}
 """What `auto` means for each family."""
 
 
@@ -41,7 +42,12 @@ def draw(loaded: LoadedModel, spec: Calibration, progress: Progress = silent) ->
     source = DEFAULTS[loaded.family] if spec.data == AUTO else spec.data
     if source.endswith(ENDING):
         progress(f"reading {source}", 0, 0)
+        if loaded.family == "diffusion" and holds_latents(source):
+            return calibration_latents(loaded, source, spec.samples, spec.seed)
         return _in_vocabulary(prepared(source, spec.samples), loaded)
+    if loaded.family == "diffusion":
+        progress(f"sampling {spec.samples} images of {source}", 0, 0)
+        return calibration_latents(loaded, source, spec.samples, spec.seed, progress)
     if loaded.family == "vision":
         progress(f"sampling {spec.samples} images of {source}", 0, 0)
         return calibration_images(source, loaded.processor, input_name(loaded), spec.samples, spec.seed, progress)

@@ -41,7 +41,7 @@ class Stream:
     def move(self, index: int, outputs: list[Output]) -> None:
         """From the entrance of block `index`, which returned `outputs`, to the entrance of the next."""
         if index + 1 not in self.route.starts or index + 1 == len(self.model.blocks):
-            self.hidden = [main(output) for output in outputs]
+            self.hidden = [main(output, self.route.place) for output in outputs]
             return
         self._kept[index] = outputs
         for number, batch in enumerate(self.batches):

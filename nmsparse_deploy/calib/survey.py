@@ -20,10 +20,12 @@ from .passage import Batch, Call, Captured, Model, Output, cast, main
 
 @dataclass(frozen=True)
 class Route:
-    """`starts`: blocks whose entrance the model has to be asked for; `follows`: those called as the block before."""
+    """`starts`: blocks whose entrance the model has to be asked for; `follows`: those called as the block before;
+    `place`: which item of what a block returns enters the next one as hidden states."""
 
     starts: frozenset[int]
     follows: frozenset[int]
+    place: int = 0
 
 
 def survey(model: Model, batch: Batch) -> Route:
@@ -31,25 +33,35 @@ def survey(model: Model, batch: Batch) -> Route:
     last = len(model.blocks) - 1
     templates: list[Output] = []
     calls: list[Call] = []
+    places: list[int] = []
+    handed: Output = None
 
     def entered(index: int, x: torch.Tensor, call: Call) -> None:
         calls.append(call)
+        items = handed if isinstance(handed, (tuple, list)) else ()
+        places.extend(place for place, item in enumerate(items) if item is x)
         if index == last:
             raise Captured
 
-    model.forward(batch, entered, left=lambda index, output: templates.append(_template(output, calls[index])))
+    def left(index: int, output: Output) -> None:
+        nonlocal handed
+        handed = output
+        templates.append(_template(output, calls[index]))
+
+    model.forward(batch, entered, left=left)
+    place = places[0] if places else 0
     follows = frozenset(i for i in range(1, last + 1) if calls[i].same(calls[i - 1]))
-    route = Route(_starts(model, batch, templates, calls, follows), follows)
+    route = Route(_starts(model, batch, templates, calls, follows, place), follows, place)
     if len(route.starts) == 1 or _leads(model, batch, route):
         return route
-    every = Route(frozenset(range(last + 1)), frozenset())
+    every = Route(frozenset(range(last + 1)), frozenset(), place)
     if not _leads(model, batch, every):
         raise NmsparseError("The hidden states cannot be followed through this model block by block.")
     return every
 
 
 def _starts(model: Model, batch: Batch, templates: Sequence[Output], calls: Sequence[Call],
-            follows: frozenset[int]) -> frozenset[int]:
+            follows: frozenset[int], place: int) -> frozenset[int]:
     """Blocks that are not entered by the very tensor which left the one before, or whose arguments depend on it."""
     generator = torch.Generator().manual_seed(0)
     starts = {0}
@@ -64,7 +76,7 @@ def _starts(model: Model, batch: Batch, templates: Sequence[Output], calls: Sequ
     def entered(index: int, x: torch.Tensor, call: Call) -> None:
         nonlocal before
         alike = before is not None and index in follows and call.same(before)
-        if index and (x is not main(answered) or not (alike or call.same(calls[index]))):
+        if index and (x is not main(answered, place) or not (alike or call.same(calls[index]))):
             starts.add(index)
         before = call
         if index == len(model.blocks) - 1:

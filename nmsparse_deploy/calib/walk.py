@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import NmsparseError
 from ..models.base import Target
 from ..models.halves import EXIT, residual_writers
 from ..models.products import Product, Watch
@@ -166,7 +167,7 @@ class BlockWalk:
             with watch, torch.no_grad():
                 trace.output = self._call(block, index, number, stream.hidden[number], stream)
             self._items = len(trace.output) if isinstance(trace.output, (tuple, list)) else None
-            passes(EXIT, main(trace.output))
+            passes(EXIT, main(trace.output, self._stream.route.place))
         except Captured:
             pass
         finally:
@@ -204,14 +205,21 @@ class BlockWalk:
 
         A block held in another dtype than the stream runs under autocast.
         """
-        return main(self._call(block, index, number, x, self._stream))
+        return main(self._call(block, index, number, x, self._stream), self._stream.route.place)
 
     def finish(self, index: int, number: int, x: torch.Tensor) -> Any:
         """The model's output for batch `number` when block `index` puts out `x`, with its gradient.
 
-        The blocks after it run as they are. What a block returns beside its hidden states is left empty.
+        The blocks after it run as they are. What a block returns beside its hidden states is left empty, so a block
+        of two streams has to be the last one.
         """
-        output = x if self._items is None else (x, *[None] * (self._items - 1))
+        output: Output = x
+        if self._items is not None:
+            place = self._stream.route.place
+            if place and index + 1 < len(self.blocks):
+                raise NmsparseError(f"The block '{self.blocks[index]}' hands on two streams; what the model makes "
+                                    "of one alone cannot be told.", "leave out what looks past the block (through)")
+            output = tuple(x if item == place else None for item in range(self._items))
         return self._stream.model.finish(self._stream.batches[number], index, output)
 
     def _call(self, block: nn.Module, index: int, number: int, x: torch.Tensor, stream: Stream) -> Output:

@@ -108,6 +108,11 @@ def evaluate(run: Run = None,
              probe: Annotated[int, typer.Option(help="labelled images that the probes learn from")] = 1500,
              size: Annotated[int, typer.Option(help="pixels per side of the labelled images; 0 = the model's own")] = 0,
              photos: Annotated[str, typer.Option(help="images for agreement and saliency maps")] = "photos-20",
+             drawn: Annotated[int, typer.Option(help="samples drawn from the same noise (diffusion models)")] = 20,
+             steps: Annotated[int, typer.Option(help="denoising steps of a drawn sample")] = 50,
+             guidance: Annotated[float, typer.Option(help="guidance of drawn samples; 1 = none")] = 4.0,
+             features: Annotated[str, typer.Option(
+                 help="vision model whose features compare drawn with real pictures")] = "",
              onnx: Annotated[bool, typer.Option("--onnx", help="also score the exported graphs")] = False,
              protocol: Annotated[list[str], typer.Option(
                  help="instead, as the papers do: wikitext2, ptb, c4, or imagenet; may be repeated. --data is then a "
@@ -117,13 +122,14 @@ def evaluate(run: Run = None,
              paper_context: Annotated[int, typer.Option(help="tokens per window, with --protocol")] = 2048,
              limit: Annotated[int | None, typer.Option(
                  help="only so many windows, images or documents, with --protocol and --task")] = None) -> None:
-    """The dense and the pruned model on the same held-out data: perplexity, accuracy or similarity."""
+    """The dense and the pruned model on the same held-out data: perplexity, accuracy, similarity or denoising."""
     from ..pipeline import evaluate as api
     from ..recipe import Evaluate, validate
     from ..rundir import RunDir
 
     spec = validate(Evaluate, {"data": data, "tokens": tokens, "context": context, "continuation": continuation,
-                               "images": images, "probe": probe, "size": size, "photos": photos, "onnx": onnx,
+                               "images": images, "probe": probe, "size": size, "photos": photos, "drawn": drawn,
+                               "steps": steps, "guidance": guidance, "features": features, "onnx": onnx,
                                "protocols": protocol, "tasks": task, "paper_context": paper_context, "limit": limit})
     result = api(RunDir.open(run), spec, output.progress)
     rows = [(label, row["metric"], f"{row['value']:.4g} ± {row['standard_error']:.2g}", row["samples"])

@@ -22,7 +22,7 @@ from .rtx_layers import LISTED, Layer, layers
 EXTRA = "trt-rtx"
 PACKAGE = "tensorrt-rtx-cu13"
 RUNG = "compiles"
-SIZES = {"batch": 1, "sequence": 128, "past": 128}
+SIZES = {"batch": 1, "sequence": 128, "decoder_sequence": 128, "text": 128, "past": 128}
 """What an axis that may vary is compiled for."""
 WIDE = "Float"
 

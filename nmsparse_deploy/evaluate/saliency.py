@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from .picture import png
 from .result import EvalResult, mean_result
 
 if TYPE_CHECKING:
@@ -20,8 +19,6 @@ THRESHOLD = 0.5
 SIDE = 160
 """Pixels per side of each picture in a strip."""
 GAP = 6
-COLOURS = 128
-"""A palette keeps a strip at a third of its size; the report holds several."""
 
 
 def map_agreement(dense: torch.Tensor, other: torch.Tensor, where: str, suffix: str,
@@ -54,7 +51,7 @@ def strips(pictures: Sequence[Image], names: Sequence[str], dense: torch.Tensor,
     shared = overlap(dense, other).tolist()
     for picture, name, first, second, iou in zip(pictures, names, dense, other, shared):
         title = f"{name}: photograph, saliency dense, saliency pruned (overlap {iou:.2f})"
-        rows.append({"title": title, "png_base64": _png(_strip(picture, first, second))})
+        rows.append({"title": title, "png_base64": png(_strip(picture, first, second))})
     return rows
 
 
@@ -77,9 +74,3 @@ def _heat(saliency: torch.Tensor) -> Image:
     low = np.clip(value.astype(int), 0, len(stops) - 2)
     share = (value - low)[..., None]
     return pil.fromarray((stops[low] * (1 - share) + stops[low + 1] * share).astype(np.uint8))
-
-
-def _png(image: Image) -> str:
-    buffer = io.BytesIO()
-    image.quantize(COLOURS).save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()

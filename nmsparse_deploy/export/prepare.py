@@ -117,20 +117,23 @@ def trace_inputs(inputs: Mapping[str, torch.Tensor], dtype: torch.dtype, dynamic
     ready = {name: (t.to(dtype) if t.is_floating_point() else t).detach().cpu() for name, t in inputs.items()}
     if not dynamic:
         return ready
-    if any(t.ndim == 2 and t.shape[1] < 2 for t in ready.values()):
+    if any(t.ndim == 2 and not t.is_floating_point() and t.shape[1] < 2 for t in ready.values()):
         raise UsageError("A dynamic sequence needs a tracing sample of at least two tokens.")
     return {name: torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t for name, t in ready.items()}
 
 
 def dynamic_shapes(inputs: Mapping[str, torch.Tensor]) -> tuple[dict[int, Any], ...]:
-    """Which axes vary: the first of everything is the batch, the second of a 2-D input the sequence.
+    """Which axes vary: the first of everything is the batch, the second of a 2-D input of tokens the sequence.
 
-    A decoder's sequence is another one than its encoder's.
+    A decoder's sequence is another one than its encoder's, and so is that of the text a diffusion model reads.
     """
-    batch, sequence, decoder = (torch.export.Dim(name) for name in ("batch", "sequence", "decoder_sequence"))
+    batch, sequence, decoder, text = (torch.export.Dim(name) for name in ("batch", "sequence", "decoder_sequence",
+                                                                          "text"))
 
     def axes(name: str, tensor: torch.Tensor) -> dict[int, Any]:
-        if tensor.ndim == 2:
+        if tensor.ndim == 3 and name == "encoder_hidden_states":
+            return {0: batch, 1: text}
+        if tensor.ndim == 2 and not tensor.is_floating_point():  # others hold one vector a sample
             return {0: batch, 1: decoder if name.startswith("decoder_") else sequence}
         return {0: batch} if tensor.ndim else {}
 

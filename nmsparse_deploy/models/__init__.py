@@ -11,7 +11,7 @@ import torch
 
 from ..assets import Asset, assets, fetch
 from ..errors import NmsparseError
-from . import hf, saliency, vision
+from . import diffusion, hf, saliency, vision
 from .base import LoadedModel
 
 
@@ -19,7 +19,7 @@ def short_name(source: str) -> str:
     """A model's name for folders and headings, known without loading it."""
     if source in assets():
         return assets()[source].name or source
-    path = Path(source.removeprefix(vision.PREFIX).partition("?")[0])
+    path = Path(source.removeprefix(vision.PREFIX).removeprefix(diffusion.PREFIX).partition("?")[0])
     return path.stem if path.suffix == ".gguf" else path.name
 
 
@@ -35,7 +35,8 @@ def hub_name(source: str) -> str | None:
 
 
 def load(source: str, dtype: torch.dtype | None = None) -> LoadedModel:
-    """Load MODEL: a packaged model (`demo`, `vit`, `minilm`), a folder, a GGUF file, a hub name, or `timm:NAME`.
+    """Load MODEL: a packaged model (`demo`, `vit`, `minilm`), a folder, a GGUF file, a hub name, `timm:NAME`, or
+    `diffusers:NAME`.
 
     A bare name that is neither here nor on the hub is tried as a timm model; `described` says what it was.
     """
@@ -43,6 +44,8 @@ def load(source: str, dtype: torch.dtype | None = None) -> LoadedModel:
         return _packaged(assets()[source], dtype)
     if vision.is_timm(source):
         return vision.load(source, dtype)
+    if diffusion.is_diffusers(source):
+        return diffusion.load(source, dtype)
     try:
         return hf.load(source, dtype)
     except NmsparseError:
@@ -68,26 +71,31 @@ def _packaged(asset: Asset, dtype: torch.dtype | None) -> LoadedModel:
 def described(typed: str, model: LoadedModel) -> str:
     """What MODEL turned out to be, in words."""
     kind = model.provenance.get("class", type(model.module).__name__)
+    where = Path(typed.removeprefix(diffusion.PREFIX).partition("?")[0])
     if typed in assets():
         return f"'{typed}' is {assets()[typed].title} ({kind})"
-    place = "a local folder" if Path(typed).is_dir() else "a local file" if Path(typed).is_file() else "a hub model"
-    where = f"the timm model {model.name}" if model.library == "timm" and place == "a hub model" else place
-    return f"'{typed}' is {where} ({model.library} {kind}, {model.family})"
+    place = "a local folder" if where.is_dir() else "a local file" if where.is_file() else "a hub model"
+    found = f"the timm model {model.name}" if model.library == "timm" and place == "a hub model" else place
+    return f"'{typed}' is {found} ({model.library} {kind}, {model.family})"
 
 
 def sample_inputs(model: LoadedModel, batch: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
     """Keyword arguments for one forward pass of the right shapes; `length` is in tokens (text only)."""
+    if model.library == diffusion.LIBRARY:
+        return diffusion.sample_inputs(model, batch, length)
     return vision.sample_inputs(model, batch) if model.library == "timm" else hf.sample_inputs(model, batch, length)
 
 
 def input_name(model: LoadedModel) -> str:
-    """Under which name the model's forward takes its pictures or token ids."""
+    """Under which name the model's forward takes its pictures, latents or token ids."""
+    if model.library == diffusion.LIBRARY:
+        return diffusion.INPUT
     return vision.INPUT if model.library == "timm" else str(getattr(model.module, "main_input_name", "input_ids"))
 
 
 def save(model: LoadedModel, folder: Path) -> None:
     """Write a folder that the stock library loads."""
-    (vision if model.library == "timm" else hf).save(model, folder)
+    {"timm": vision, diffusion.LIBRARY: diffusion}.get(model.library, hf).save(model, folder)
 
 
 def batches(model: LoadedModel, inputs: Mapping[str, torch.Tensor], size: int) -> list[dict[str, Any]]:

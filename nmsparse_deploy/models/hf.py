@@ -142,7 +142,9 @@ def _explain(error: Exception, source: str) -> NmsparseError:
         return NmsparseError(f"The model '{source}' is not on this machine and the hub cannot be reached.",
                              "give a local folder, or leave MODEL out to use the demo model")
     if isinstance(error, (OSError, ValueError, KeyError, ImportError, RuntimeError)):
-        return UsageError(f"'{source}' cannot be loaded as a model: {_first_line([error])}.")
+        line = _first_line([error])
+        hint = f"diffusers:{source} if it is a pipeline of diffusers" if "config.json" in line else None
+        return UsageError(f"'{source}' cannot be loaded as a model: {line}.", hint)
     return NmsparseError(f"'{source}' cannot be loaded: {type(error).__name__}: {_first_line([error])}.")
 
 

@@ -20,7 +20,8 @@ from .scan import FileBytes
 LARGEST_HEADER = 100_000_000
 """The limit of the format."""
 MOST_AXES = 64
-INDEX = "model.safetensors.index.json"
+INDEXES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
+"""Of Transformers and of diffusers."""
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
         "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32,
         "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64}
@@ -50,8 +51,8 @@ def find_tensors(path: Path) -> list[StoredTensor]:
 
 
 def _of_folder(folder: Path) -> list[StoredTensor]:
-    index = folder / INDEX
-    promised = _read_index(index) if index.exists() else None
+    index = next((folder / name for name in INDEXES if (folder / name).exists()), None)
+    promised = _read_index(index) if index is not None else None
     if promised is None:
         files = sorted(folder.glob("*.safetensors"))
     else:

@@ -1,0 +1,126 @@
+"""What a diffusion model denoises: a picture, through an autoencoder if there is one, with noise by a scheduler's law.
+
+    x_t = a_t x_0 + b_t e,   e ~ N(0, 1)
+
+with `a_t = sqrt(alpha_bar_t)`, `b_t = sqrt(1 - alpha_bar_t)` where the scheduler diffuses (Ho et al. 2020,
+arXiv:2006.11239), and `a_t = 1 - sigma_t`, `b_t = sigma_t` where it lets noise flow (Lipman et al. 2023,
+arXiv:2210.02747).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .preprocess import Preprocess
+
+SCHEDULER = "scheduler"
+"""The folder that diffusers keeps a scheduler's settings in, beside or below the transformer."""
+FLOW = "flow"
+BATCH = 8
+"""Pictures that pass through an autoencoder at a time."""
+
+
+@dataclass(frozen=True)
+class Noising:
+    """One row a training step of the scheduler: what the model is told, and the two factors `[steps]`, fp32."""
+
+    timesteps: torch.Tensor
+    signal: torch.Tensor
+    noise: torch.Tensor
+    predicts: str
+    """`epsilon`, `v_prediction`, `sample` or `flow`."""
+
+    @classmethod
+    def of(cls, scheduler: Any) -> Noising:
+        """The law a scheduler was trained with; samplers share its settings."""
+        import diffusers
+
+        config = scheduler.config
+        predicts = config.get("prediction_type", "epsilon")
+        flows = diffusers.FlowMatchEulerDiscreteScheduler
+        if isinstance(scheduler, flows) or predicts == "flow_prediction":
+            law = flows.from_config(config) if isinstance(scheduler, flows) else flows(
+                config.get("num_train_timesteps", 1000), config.get("flow_shift") or 1.0)
+            return cls(law.timesteps.float(), 1 - law.sigmas.float(), law.sigmas.float(), FLOW)
+        alphas = diffusers.DDPMScheduler.from_config(config).alphas_cumprod.float()
+        return cls(torch.arange(len(alphas)), alphas.sqrt(), (1 - alphas).sqrt(), predicts)
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def mixed(self, clean: torch.Tensor, noise: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """`x_t` `[samples, ...]` of clean samples at training steps `[samples]`."""
+        return self._at(self.signal, step, clean) * clean + self._at(self.noise, step, clean) * noise
+
+    def target(self, clean: torch.Tensor, noise: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """What a perfect model would answer."""
+        if self.predicts == "epsilon":
+            return noise
+        if self.predicts == "sample":
+            return clean
+        if self.predicts == FLOW:
+            return noise - clean
+        return self._at(self.signal, step, clean) * noise - self._at(self.noise, step, clean) * clean
+
+    @staticmethod
+    def _at(table: torch.Tensor, step: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return table.to(like.device)[step.to(like.device)].view(-1, *[1] * (like.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """How one model's inputs are made. `vae` is the autoencoder's folder; None: the model denoises pixels, or nothing
+    here can encode pictures for it (`preprocess` is None then)."""
+
+    scheduler: Any
+    assumed: bool
+    """No scheduler came with the model, so one was taken."""
+    preprocess: Preprocess | None
+    vae: Path | None = None
+
+    @property
+    def noising(self) -> Noising:
+        return Noising.of(self.scheduler)
+
+    @torch.no_grad()
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Pictures `[samples, channels, height, width]` in -1 to 1 as the model knows them: the mean of each code."""
+        if self.vae is None:
+            return pictures
+        vae = _autoencoder(self.vae)
+        parts = []
+        for part in pictures.split(BATCH):
+            found = vae.encode(part)
+            parts.append(found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latent)
+        return (torch.cat(parts) - _shift(vae)) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The way back, clamped to -1 to 1."""
+        latents = latents.float().cpu()
+        if self.vae is not None:
+            vae = _autoencoder(self.vae)
+            latents = torch.cat([vae.decode(part / vae.config.scaling_factor + _shift(vae)).sample
+                                 for part in latents.split(BATCH)])
+        return latents.clamp(-1, 1)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"scheduler": type(self.scheduler).__name__, "scheduler_assumed": self.assumed,
+                "autoencoder": self.vae.name if self.vae else None}
+
+
+@cache
+def _autoencoder(folder: Path) -> Any:
+    import diffusers
+
+    config = diffusers.ModelMixin.load_config(folder)
+    return getattr(diffusers, config["_class_name"]).from_pretrained(folder, torch_dtype=torch.float32).eval()
+
+
+def _shift(vae: Any) -> float:
+    return float(vae.config.get("shift_factor") or 0.0)
