@@ -23,9 +23,10 @@ ROOT = Path(__file__).parent.parent
 BUNDLE = ROOT / "gpu-bundle"
 PIECE = 50_000_000
 """Bytes of a piece."""
-LACKS = ("pydantic", "pydantic_core", "annotated-types", "typing-inspection", "gguf")
+LACKS = ("pydantic", "pydantic_core", "annotated-types", "typing-inspection",
+         "typing_extensions", "gguf")
 """What an image with torch, transformers, timm, typer, rich, onnx, onnxruntime and accelerate does not have."""
-PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "any")
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 ASSETS = ("demo", "wikipedia", "bbc", "vit", "minilm")
 PYTHON = "3.12"
 

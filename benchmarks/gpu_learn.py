@@ -70,8 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def has_gpu() -> bool:
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        return False
     return torch.cuda.is_available()
 
 

@@ -242,8 +242,8 @@ def tests(setting: Setting) -> None:
 
 
 PARTS: dict[str, tuple[Callable[[Setting], None], int]] = {
-    "ladder": (ladder, 150), "vit": (vit, 75), "llama": (llama, 85), "learning": (learning, 60), "tests": (tests, 50),
-    "compiled": (compiled, 50), "small": (small, 50)}
+    "ladder": (ladder, 150), "vit": (vit, 75), "llama": (llama, 80), "learning": (learning, 55), "tests": (tests, 60),
+    "compiled": (compiled, 45), "small": (small, 35)}
 """What there is, with its limit in seconds; in the order of importance."""
 
 

@@ -11,7 +11,10 @@ of the process (or of the GPU's allocations); the prediction is that of `methods
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import ctypes
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -96,9 +99,12 @@ def masked_arm(module: LlamaForCausalLM, size: dict[str, int], compute: torch.dt
 
 
 def held_now(device: str) -> int:
-    """Bytes that this process holds on the device."""
+    """Bytes that this process holds on the device; what it has freed is handed back first."""
     if device == "cuda":
         return torch.cuda.memory_allocated()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 

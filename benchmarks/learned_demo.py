@@ -3,7 +3,8 @@
 `python benchmarks/learned_demo.py` writes results/learned-smollm2-135m.json, with the protocol, texts and ends of the
 scale of `baseline.py` and `oneshot.py`, and one seed. A row gets `--minutes` of optimiser steps: a rehearsal of a few
 steps says how many that is on this machine, and the count is kept, so that a run that was stopped goes on. What comes
-before the first step (priors, the closed form) is timed as well but not limited.
+before the first step (priors, the closed form) is timed as well but not limited. Fine-tuning reads as many windows as
+its steps ask for, so that row calibrates on more than the 64 of the protocol.
 
 Rows that the output file holds for the same recipe are kept. `--only NAME` measures some rows; `--steps N` leaves the
 rehearsal out.

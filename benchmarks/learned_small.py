@@ -51,8 +51,8 @@ def finetuned(how: str, rate: float) -> list[dict[str, Any]]:
 
 
 ROWS: dict[str, dict[str, Any]] = {
+    "wanda": {"method": PRIOR},
     "magnitude": {"method": "magnitude"},
-    "wanda": {"method": "wanda"},
     "sparsegpt": {"method": "sparsegpt"},
     "proxsparse-local": {"method": "proxsparse-local"},
     "closed-form": recipe("closed-form"),

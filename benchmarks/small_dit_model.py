@@ -21,7 +21,7 @@ from nmsparse_deploy.models.preprocess import Preprocess
 DATA, SIDE, CLASSES = "fashion-mnist", 28, 10
 SHAPE = {"num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 6, "sample_size": SIDE, "patch_size": 4,
          "in_channels": 1, "out_channels": 1, "num_embeds_ada_norm": CLASSES}
-STEPS, BATCH, RATE, WARMUP, AVERAGE = 2400, 64, 1e-3, 100, 0.998
+STEPS, BATCH, RATE, WARMUP, AVERAGE = 1200, 64, 2e-3, 60, 0.995
 AS_TENSOR = Preprocess((SIDE, SIDE), SIDE, (0.5,), (0.5,))
 
 

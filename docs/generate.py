@@ -226,12 +226,14 @@ def published_table() -> str:
     rows = []
     for path in sorted((ROOT / "recipes").rglob("*.yaml"), key=lambda path: path.stem):
         recipe = Recipe.load(path)
+        head = f"`{path.relative_to(ROOT)}`", short_name(recipe.model), recipe.prune.pattern
         for figure in recipe.published:
             around = f" ± {figure.spread:g}" if figure.spread else ""
             dense = "" if figure.dense is None else shown(figure.metric, figure.dense)
-            rows.append((f"`{path.relative_to(ROOT)}`", short_name(recipe.model), recipe.prune.pattern, figure.metric,
-                         dense, shown(figure.metric, figure.value) + around, measured_here(path.stem, figure.metric),
-                         figure.source))
+            rows.append((*head, figure.metric, dense, shown(figure.metric, figure.value) + around,
+                         measured_here(path.stem, figure.metric), figure.source))
+        if path.parent.name == "published" and not recipe.published:
+            rows.append((*head, "", "", "could not be read", "", ""))
     return markdown(("recipe", "model", "pattern", "metric", "dense", "published", "measured here", "source"), rows)
 
 
@@ -266,6 +268,22 @@ def dit_table() -> str:
                      "Frechet distance (small classifier)", "class recognised", "seeds", "prune time"), rows)
 
 
+def size_table() -> str:
+    """Peak memory of every size and method, or that nobody has measured it yet."""
+    path = ROOT / "results/size-cpu.json"
+    if not path.is_file():
+        return "Not measured yet."
+    rows = []
+    for row in json.loads(path.read_text())["rows"]:
+        stored, allowed, predicted, peak = (f"{row[key] / 1e9:.2f} GB" for key in (
+            "bytes", "limit_bytes", "predicted_bytes", "peak_bytes"))
+        rows.append((f"{stored}, {row['blocks']} blocks", row["method"], allowed, predicted, peak,
+                     f"{row['seconds_per_gb']:.0f} s", "yes" if row["verified"] else "FAILS",
+                     "identical" if row["resumed_is_identical"] else "DIFFERS"))
+    return markdown(("checkpoint", "method", "allowed", "predicted peak", "measured peak", "time per GB", "verified",
+                     "killed and resumed"), rows)
+
+
 def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
@@ -274,7 +292,8 @@ def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 TABLES: dict[str, Any] = {"deploy": deploy_table, "steps": steps_table, "measured": readme_table, "oneshot": measured,
                           "methods": methods_table, "learned": learned_table, "refinements": refinements_table,
                            "families": families_table, "learned_small": small_table, "learned_demo": demo_table,
-                           "learned_cost": cost_table, "published": published_table, "dit": dit_table}
+                           "learned_cost": cost_table, "published": published_table, "dit": dit_table,
+                           "size": size_table}
 
 
 def fill(text: str) -> str:

@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 
-from . import models
 from .cost import Rates, estimate
 from .errors import UsageError
-from .models.discover import discover
+from .opening import load_fitting, planned
 from .pattern import NMPattern
-from .plan import make_plan
 from .progress import Progress, silent
 from .prune import compute_dtype
 from .recipe import CLOSED_FORM, Prune, validate
@@ -42,7 +40,8 @@ class Choice:
     why: str
 
 
-def choose(model: str, settings: dict[str, Any], minutes: float = MINUTES, progress: Progress = silent) -> Choice:
+def choose(model: str, settings: dict[str, Any], minutes: float = MINUTES, progress: Progress = silent,
+           max_memory: int | None = None) -> Choice:
     """The first rung of the ladder that is predicted to fit; `settings` are the other fields of the prune section.
 
     Raises `UsageError` when even the fastest rung does not fit, or when the settings ask for refinements themselves.
@@ -50,10 +49,10 @@ def choose(model: str, settings: dict[str, Any], minutes: float = MINUTES, progr
     if settings.get("refine"):
         raise UsageError("--method auto chooses the refinements itself.", "leave --refine out, or name a method")
     progress(f"loading {model} to choose a recipe", 0, 0)
-    loaded = models.load(model)
+    loaded = load_fitting(model, max_memory)
     base = validate(Prune, settings)
-    plan = make_plan(discover(loaded.module, models.sample_inputs(loaded)), NMPattern.parse(base.pattern), base.include,
-                     base.exclude)
+    NMPattern.parse(base.pattern)  # the ladder works in groups
+    plan = planned(loaded, base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rates = Rates.measure(compute_dtype(base.compute, device))
     passed: list[tuple[str, float]] = []

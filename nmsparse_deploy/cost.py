@@ -11,15 +11,16 @@ from torch import nn
 
 from .block import needs
 from .learn import one_shot_method, resolved
-from .memory import peak_memory_mb
+from .memory import used
 from .methods.base import Method
 from .methods.hessian import FP64_WIDTH
-from .models.base import LoadedModel
+from .models.base import LoadedModel, Target
+from .models.streamed import SHARD
 from .pattern import NMPattern
 from .plan import Plan
 from .recipe import Prune
-from .registry import LEARNERS, METHODS
-from .steps import Reconstruct, Refit
+from .registry import LEARNERS, METHODS, REFINEMENTS
+from .steps import Reconstruct, Refit, Training
 from .train.budget import Weights, budget
 from .train.learner import ADAM, BEST, Learned
 from .train_settings import Learn, MaskPro
@@ -29,7 +30,10 @@ MASK_BITS = 1 / 8
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations in GFLOP, memory and disk in MB, seconds at the speed this machine showed just now."""
+    """Operations in GFLOP, memory and disk in MB, seconds at the speed this machine showed just now.
+
+    Memory with the whole model loaded; with weights streamed from their files; with hidden states on disk besides.
+    """
 
     tokens: int
     forward_gflop: float
@@ -40,6 +44,8 @@ class Cost:
     train_gflop: float
     """Of learned masks and of fine-tuning: passes with gradients, teachers and judgements."""
     memory_mb: float
+    streamed_memory_mb: float
+    on_disk_memory_mb: float
     disk_mb: float
     seconds: float
     status: str = "predicted"
@@ -52,9 +58,10 @@ def estimate(loaded: LoadedModel, plan: Plan, spec: Prune, rates: Rates) -> Cost
     """What the prune section `spec` would take on `loaded` under `plan`.
 
     Formulas: block forwards over T tokens (2·T·P each): one to advance, one for statistics in each stream (two when
-    sequential), three per epoch of reconstruction; passes of learned masks and of fine-tuning as `_training` counts
-    them; `2Tn²` per Gram and per cross Gram, `n³` per factor, `2Rn²` per sweep and per conjugate-gradient step. Layers
-    that read the same input share the Gram but are factorised one by one.
+    sequential), three per epoch of reconstruction, and four through the head where a block looks so far; passes of
+    learned masks and of fine-tuning as `_training` counts them; `2Tn²` per Gram and per cross Gram, `n³` per factor,
+    `2Rn²` per sweep and per conjugate-gradient step. Layers that read the same input share the Gram but are factorised
+    one by one.
     """
     method: Method = METHODS.load(one_shot_method(spec))
     need = needs(spec, method)
@@ -65,9 +72,12 @@ def estimate(loaded: LoadedModel, plan: Plan, spec: Prune, rates: Rates) -> Cost
     dense = any(step.dense_stream for step in spec.refine) or spec.learn is not None
     widths = {t.fusion: t.k for t in targets}
     once = 2 * tokens * inside
-    trained: float = sum(step.epochs for step in spec.refine if isinstance(step, Reconstruct))
+    rebuilt = [step for step in spec.refine if isinstance(step, Reconstruct)]
+    trained = sum(step.epochs for step in rebuilt)
+    beyond = 2 * tokens * max(0, _multiplied(loaded.module) - inside) if rebuilt else 0
+    looks_on = sum(step.epochs * step.outlook(place) for step in rebuilt for place in range(1, len(plan.blocks) + 1))
     training = _training(loaded.module, spec, inside)
-    forward = once * (1 + (1 + dense) * (1 + spec.sequential) + 3 * trained)
+    forward = once * (1 + (1 + dense) * (1 + spec.sequential) + 3 * trained) + 4 * beyond * looks_on
     grams = sum(2 * tokens * k**2 for k in widths.values()) * (1 + dense) if gram else 0
     factors = sum(t.experts * t.k**3 for t in targets) if swept else 0
     sweeps = sum(2 * t.n * t.k**2 for t in targets)
@@ -75,11 +85,10 @@ def estimate(loaded: LoadedModel, plan: Plan, spec: Prune, rates: Rates) -> Cost
     sweeps = sweeps if swept else 0
     seconds = ((forward + training) / rates.compute + (grams + sweeps + solved) / rates.single + factors / rates.double)
     weights = sum(p.numel() * p.itemsize for p in loaded.module.parameters())
-    memory = (_memory(loaded, plan, tokens * (1 + dense + bool(trained or spec.learn)), gram, rates.dtype)
-              + _state(loaded.module, plan, spec, rates.dtype))
+    need_memory = footprint(loaded, plan, spec, rates.dtype)
     disk = 2 * weights + MASK_BITS * sum(t.k * t.n for t in targets)
     return Cost(tokens, forward / 1e9, grams / 1e9, factors / 1e9, sweeps / 1e9, solved / 1e9, training / 1e9,
-                memory / 1e6, disk / 1e6, seconds)
+                need_memory.whole / 1e6, need_memory.streamed / 1e6, need_memory.on_disk / 1e6, disk / 1e6, seconds)
 
 
 def _training(module: nn.Module, spec: Prune, inside: float) -> float:
@@ -91,12 +100,13 @@ def _training(module: nn.Module, spec: Prune, inside: float) -> float:
     """
     found = 0.0
     sample = spec.calibration.samples * spec.calibration.length
-    for run in (spec.learn, spec.finetune):
+    runs: list[Training | None] = [spec.learn, spec.finetune]
+    for run in runs:
         if run is None:
             continue
         learn = run if isinstance(run, Learn) else None
         scope = resolved(learn.objective, spec.permute) if learn else "global"
-        settled = learn.settled(scope) if learn else run
+        settled: Training = learn.settled(scope) if learn else run
         tokens = settled.steps * (settled.batch or spec.calibration.batch) * spec.calibration.length
         forwards = isinstance(run, MaskPro)  # alone: the draw, and the prior
         taught = scope == "global" and bool(settled.distill)
@@ -137,19 +147,77 @@ def _state(module: nn.Module, plan: Plan, spec: Prune, compute: torch.dtype) -> 
     return max(found)
 
 
-def _memory(loaded: LoadedModel, plan: Plan, tokens: int, gram: bool, compute: torch.dtype) -> float:
-    """What this process holds with the model loaded, a working copy of the largest block, two activation buffers, and
-    the Grams of a block."""
-    missing = sum(p.nbytes for p in loaded.module.parameters() if p.is_meta)  # priced from shapes alone
-    loaded_now = peak_memory_mb() * 1e6 + missing
-    blocks = [sum(p.numel() for p in loaded.module.get_submodule(path).parameters()) for path in plan.blocks]
-    widths = {row.target.fusion: row.target.k for row in plan.rows if row.target.block == 0}
-    hidden = min(widths.values(), default=0)
-    widest = max(widths.values(), default=0)
-    grams = {row.target.fusion: row.target.experts * row.target.k**2 for row in plan.rows if row.target.block == 0}
-    statistics = 4 * sum(grams.values()) if gram else 0
-    factor = 3 * widest**2 * (8 if widest <= FP64_WIDTH else 4) if gram else 0  # three copies while factorising
-    return loaded_now + compute.itemsize * (max(blocks) + 2 * tokens * hidden) + statistics + factor
+@dataclass(frozen=True)
+class Footprint:
+    """Predicted peak memory in bytes: with the whole model loaded; with weights streamed from their files; with hidden
+    states on disk besides."""
+
+    whole: int
+    streamed: int
+    on_disk: int
+
+
+def footprint(loaded: LoadedModel, plan: Plan, spec: Prune, compute: torch.dtype) -> Footprint:
+    """What this process will hold at most while it prunes `loaded`.
+
+    A block is held in the checkpoint's dtype. Beside it come, one after the other: copies of it in `compute` and the
+    Grams; fp32 rows, masks and new weights of what is pruned, with a factorisation; the same as they are stored.
+    Between blocks the hidden states stay: two buffers, five where a dense stream runs beside. At the end come
+    a shard, read and written, and then all masks, one bit a weight. What training holds (`_state`) comes on top.
+    """
+    method: Method = METHODS.load(one_shot_method(spec))
+    need = needs(spec, method)
+    dense = any(step.dense_stream for step in spec.refine) or spec.learn is not None
+    parameters = dict(loaded.module.named_parameters())
+    weights = {name: p.numel() * p.itemsize for name, p in parameters.items()}
+    widths = [row.target.k for row in plan.rows if row.target.block == 0]
+    hidden = compute.itemsize * min(widths, default=0) * spec.calibration.length
+    batch = hidden * spec.calibration.batch
+    states = hidden * spec.calibration.samples * (5 if dense else 2) if need != "none" or spec.learn else 0
+    blocks = [_of_block(loaded, plan, number, spec, compute) for number in range(len(plan.blocks))]
+    inside = tuple(f"{path}." for path in plan.blocks)
+    outside = max((size for name, size in weights.items() if not name.startswith(inside)), default=0)
+    largest = max((sum(size for name, size in weights.items() if name.startswith(path)) for path in inside), default=0)
+    present = sum(size for name, size in weights.items() if not parameters[name].is_meta)
+    base = used() - min(present, used()) + int(_state(loaded.module, plan, spec, compute))
+    saving = int(sum(row.target.k * row.target.n for row in plan.pruned()) * MASK_BITS)
+    working = max(blocks, default=0)
+
+    def peak(resident: int, kept: int) -> int:
+        return base + max(resident + kept + working, outside + batch, saving, min(2 * SHARD, sum(weights.values())))
+
+    return Footprint(base + sum(weights.values()) + max(states + working, saving), peak(largest, states),
+                     peak(largest, min(states, 2 * batch)))
+
+
+def _of_block(loaded: LoadedModel, plan: Plan, number: int, spec: Prune, compute: torch.dtype) -> int:
+    """Bytes that come and go while a block is pruned, beside its own weights and the hidden states."""
+    method: Method = METHODS.load(one_shot_method(spec))
+    parameters = list(loaded.module.get_submodule(plan.blocks[number]).parameters())
+    values, stored = sum(p.numel() for p in parameters), sum(p.numel() * p.itemsize for p in parameters)
+    targets = [row.target for row in plan.pruned(number)]
+    if not targets:
+        return values * compute.itemsize
+    chosen = sum(t.k * t.n for t in targets)
+    dense = any(step.dense_stream for step in spec.refine)
+    moves = method.updates_weights or bool(spec.refine) or spec.learn is not None
+    widest = max(t.k for t in targets)
+    need = needs(spec, method)
+    grams = _grams(targets) * (1 + dense) if need == "gram" else 0
+    factor = 3 * widest**2 * (8 if widest <= FP64_WIDTH else 4) if need == "gram" else 0
+    tokens = spec.calibration.batch * spec.calibration.length if need != "none" else 0
+    passing = tokens * widest * (4 * compute.itemsize + 4)
+    copies = values * compute.itemsize * (1 + spec.sequential) if need != "none" else 0
+    ranked = 12 * max(t.k * t.n for t in targets)  # values and int64 places while the largest layer is projected
+    rows = chosen * (4 + 1 + 4 * moves) + ranked
+    trained = 16 * values if any(REFINEMENTS.load(step.name).block for step in spec.refine) else 0
+    return max(copies + grams + passing, grams + rows + max(factor, trained + passing, 2 * stored))
+
+
+def _grams(targets: list[Target]) -> int:
+    """Bytes of the Grams of fusion groups, and of one more while it is made symmetric."""
+    sizes = {t.fusion: 4 * t.experts * t.k**2 for t in targets}
+    return sum(sizes.values()) + max(4 * t.k**2 for t in targets)
 
 
 @dataclass(frozen=True)

@@ -55,11 +55,19 @@ def _torch() -> Finding:
     return Finding("torch", "ok", f"{torch.__version__} ({build}), {torch.get_num_threads()} threads")
 
 
+def no_cuda() -> str | None:
+    """Why PyTorch cannot use a GPU here, or None where it can."""
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    return "this torch is a CPU build" if torch.version.cuda is None else "torch sees no CUDA device"
+
+
 def _gpu() -> Finding:
     import torch
 
-    if not torch.cuda.is_available():
-        why = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no CUDA device"
+    if why := no_cuda():
         return Finding("GPU", "missing", f"none: {why}; masks, checks and ONNX work, sparse kernels cannot run here")
     capability = torch.cuda.get_device_capability()
     name = f"{torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}"

@@ -20,12 +20,12 @@ from .methods.base import LayerResult
 from .models.base import to_rows
 from .pattern import NMPattern
 from .plan import Plan
+from .processes import here
 from .progress import Progress
 from .recipe import Prune
 from .refine.base import Block, BlockResult
 from .registry import LEARNERS, METHODS
 from .rundir import RunDir
-from .train import processes
 from .train.budget import Budget, Weights, budget
 from .train.checkpoint import Checkpoints
 from .train.judge import Masks, best_prior
@@ -83,7 +83,7 @@ class Session:
     @property
     def shares(self) -> int:
         """Over how many processes the state is split."""
-        return processes.count() if self.spec.shard else 1
+        return here().world if self.spec.shard else 1
 
     def _advice(self, subject: Subject, room: Budget) -> str:
         """What to do when `room` is more than there is, with figures where the method has lighter settings."""

@@ -25,10 +25,11 @@ from .models.base import LoadedModel, to_rows
 from .objective import Objective, objective
 from .pattern import NMPattern
 from .plan import Plan
+from .processes import here
 from .progress import Progress
 from .recipe import Prune
 from .registry import METHODS
-from .train import processes
+from .train.augment import Augmentation
 from .train.judge import Masks
 from .train.masked import Site
 from .train.pictures import Pictures, class_numbers
@@ -73,8 +74,6 @@ def _subject(session: Session, loaded: LoadedModel, sites: Mapping[str, Site], s
         return WholeModel(loaded.module, sites, batches, suits, spec, session.compute), {}
     if spec.labels and suits.kind != "kl":
         raise UsageError(f"'{loaded.source}' has no classes to learn from.", "learn.labels: false")
-    from .train.augment import Augmentation
-
     labels = class_numbers(sample, loaded.module, classes) if spec.labels else None
     augmentation = Augmentation(spec.augment, loaded.processor, classes) if spec.augment else None
     subject = Pictures(loaded.module, sites, sample, batch, suits, spec, session.compute, labels, augmentation)
@@ -101,11 +100,12 @@ def _prior(session: Session, module: nn.Module, plan: Plan, spec: Prune, method:
            batches: Sequence[dict[str, Any]]) -> Masks:
     """The masks of a one-shot method for the original weights, from an earlier process if it got that far."""
     name = f"{FOLDER}/prior-{method}.safetensors"
-    with processes.state().main_process_first():
-        if not (session.run / name).is_file():
-            found = one_shot(module, plan, spec, method, batches, session.compute, session.progress)
-            with session.run.replacing(name) as temporary:
-                save_file({key: mask.contiguous() for key, mask in found.items()}, temporary)
+    team = here()
+    if team.first and not (session.run / name).is_file():
+        found = one_shot(module, plan, spec, method, batches, session.compute, session.progress)
+        with session.run.replacing(name) as temporary:
+            save_file({key: mask.contiguous() for key, mask in found.items()}, temporary)
+    team.wait()
     return load_file(session.run / name)
 
 

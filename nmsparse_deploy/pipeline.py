@@ -13,6 +13,7 @@ from torch import nn
 
 from . import models
 from .bench import CPU_SENTENCE, BenchResult, interleave, ratio, summarise
+from .calib.latents import LATENT_HASHES
 from .calib.text import check_disjoint, evaluation_sample, load_text
 from .cost import Rates, estimate
 from .deploy import build
@@ -38,6 +39,7 @@ from .memory import peak_memory_mb
 from .models.base import LoadedModel
 from .models.discover import discover, trace_inputs
 from .models.shapes import shapes
+from .opening import load_fitting
 from .packing import packed_models, verify_packed
 from .pattern import TWO_FOUR, Unstructured, parse_pattern
 from .plan import Plan, make_plan
@@ -54,15 +56,16 @@ def inspect(model: str = DEFAULT_MODEL, pattern: str = "2:4", include: Sequence[
             progress: Progress = silent) -> Plan:
     """What would be pruned, and why the rest stays dense."""
     progress(f"loading {model}", 0, 0)
-    loaded = models.load(model)
-    return make_plan(discover(loaded.module, models.sample_inputs(loaded)), parse_pattern(pattern), include, exclude)
+    loaded = load_fitting(model)
+    found = discover(loaded.module, models.sample_inputs(loaded), loaded.weights)
+    return make_plan(found, parse_pattern(pattern), include, exclude)
 
 
 def predict_cost(model: str = DEFAULT_MODEL, spec: Prune = Prune(),  # noqa: B008
                  progress: Progress = silent) -> dict[str, Any]:
     """What pruning would take on this machine, predicted from shapes and the speed of one matrix product."""
     progress(f"loading {model}", 0, 0)
-    return _cost(models.load(model), spec)
+    return _cost(load_fitting(model), spec)
 
 
 def price(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
@@ -81,7 +84,7 @@ def price(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
 
 def _cost(loaded: LoadedModel, spec: Prune) -> dict[str, Any]:
     inputs = models.sample_inputs(loaded)
-    found = discover(loaded.module, inputs)
+    found = discover(loaded.module, inputs, loaded.weights)
     plan = make_plan(found, parse_pattern(spec.pattern), spec.include, spec.exclude, spec.patterns)
     if loaded.family == "vision":  # a picture has as many tokens as the model makes of it
         reads = trace_inputs(loaded.module, found.blocks, inputs)
@@ -226,7 +229,7 @@ def _evaluate_papers(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluat
     """The papers' protocols and zero-shot tasks, one model at a time in memory."""
     def each() -> Iterator[tuple[str, LoadedModel]]:
         for label, loaded in (("pruned", pruned), ("dense", None)):
-            loaded = loaded or _load_dense(run)
+            loaded = loaded or load_dense(run)
             loaded.module.to(device, compute)
             yield label, loaded
 
@@ -254,10 +257,11 @@ def _evaluate_features(run: RunDir, pruned: LoadedModel, model: str, spec: Evalu
 
 def _evaluate_diffusion(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate, device: torch.device,
                         compute: torch.dtype, progress: Progress) -> dict[str, Any]:
-    dense = _load_dense(run)
+    dense = load_dense(run)
     for loaded in (dense, pruned):
         loaded.module.to(device, compute)
-    return evaluate_diffusion(dense, pruned, spec, _calibration_record(run).get("image_sha256"), progress)
+    record = _calibration_record(run)
+    return evaluate_diffusion(dense, pruned, spec, record.get("image_sha256", record.get(LATENT_HASHES)), progress)
 
 
 def _calibration_record(run: RunDir) -> dict[str, torch.Tensor]:

@@ -9,48 +9,51 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from . import models
 from .block import PrunedBlock, needs, prune_block
+from .calib.buffers import Disk
 from .calib.sample import Sample, draw
 from .calib.walk import BlockWalk
 from .errors import CheckFailed, NmsparseError, UsageError
 from .learn import FOLDER, Session, one_shot_method, resolved, stored_priors, summary
 from .masks import Mask, MaskSet, tensor_hash
-from .memory import peak_memory_mb
+from .memory import give_back, peak_memory_mb, run_peak, start_run
 from .methods.base import LayerResult, Method
 from .models.base import LoadedModel, from_rows, to_rows
-from .models.discover import discover
+from .opening import Opened, open_model
 from .pattern import Scope, mask_follows, parse_pattern
 from .permutations import ORDER, Permutations, from_tensors, to_tensors
-from .plan import Plan, make_plan
+from .plan import Plan
+from .processes import ALONE, Processes, here
 from .progress import Progress, silent
 from .recipe import DEFAULT_MODEL, Prune, fingerprint
 from .registry import METHODS, REFINEMENTS
 from .rundir import RUNS, RunDir
-from .train import processes
 from .train.checkpoint import Checkpoints
 from .train.judge import Masks
 from .verify import VerifyReport, verify_checkpoint
 
 
 def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = None, force: bool = False,  # noqa: B008
-          progress: Progress = silent) -> RunDir:
+          progress: Progress = silent, max_memory: int | None = None) -> RunDir:
     """Prune `model` as `spec` says into a run folder (default `runs/MODEL-METHOD-PATTERN`) and verify what was saved.
 
+    Weights are streamed from their files where the model does not fit into memory, or into `max_memory` bytes.
     The same recipe resumes an unfinished run and returns a finished one as it is. Raises `UsageError` for a folder that
     holds another recipe's run, `NmsparseError` for weights or data that cannot be used, `CheckFailed` when the saved
-    model does not hold the pattern. Of several processes (`torchrun`) all but the main one come back without a finished
-    run when they have helped to learn.
+    model does not hold the pattern. Several processes (`torchrun`) share the calibration sequences, or what is learned
+    through the whole model; the first one writes.
     """
     model = str(Path(model).resolve()) if Path(model).exists() else model
     recipe = {"model": model, **spec.model_dump(mode="json")}
@@ -61,49 +64,39 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
         if run.finished("prune"):
             progress(f"'{path}' is finished; --force starts over", 0, 0)
             return run
-    together = _together(spec)
-    main = together is None or together.is_main_process
-    if not main:
-        progress = silent
-    progress(f"loading {model}", 0, 0)
-    loaded = models.load(model)
-    progress(models.described(model, loaded), 0, 0)
+    start_run()
+    team = here()
+    if team.world > 1:
+        progress = progress if team.first else silent
+        _check_shared(spec, team)
     if spec.learn is not None:
         settled = spec.learn.settled(resolved(spec.learn.objective, spec.permute))
         spec = spec.model_copy(update={"learn": settled})
     method: Method = METHODS.load(one_shot_method(spec))
-    inputs = models.sample_inputs(loaded)
-    plan = make_plan(discover(loaded.module, inputs), parse_pattern(spec.pattern), spec.include, spec.exclude,
-                     spec.patterns)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compute = compute_dtype(spec.compute, device)
+    progress(f"loading {model}", 0, 0)
+    opened = open_model(model, spec, compute, max_memory, progress)
+    loaded, plan = opened.loaded, opened.plan
     _check_finite(loaded, plan)
     stored = stored_priors(spec.learn, loaded.module, plan) if spec.learn else {}
     _check_scales_fit(plan, spec)
     idle = needs(spec, method) == "none" and not spec.learn and not spec.finetune
     sample = None if idle else draw(loaded, spec.calibration, progress)
-    if main:
+    if team.first:
         RunDir.create(path, recipe, identity, force)
-    if together:
-        together.wait_for_everyone()
-    run, device = RunDir(path), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded.module.to(device)
-    stage = _Stage(run, loaded, plan, spec, method, sample, compute_dtype(spec.compute, device), progress, stored)
-    if not main:
+    team.wait()
+    run = RunDir(path)
+    loaded.to(device)
+    stage = _Stage(run, opened, loaded, plan, spec, method, sample, compute, progress, stored,
+                   team=ALONE if spec.learn else team)
+    if spec.learn and not team.first:
         stage.learn_whole()
-        return run
-    with run.lock():
-        stage.work()
+    else:
+        with run.lock() if team.first else nullcontext():
+            stage.work()
+    team.wait()
     return run
-
-
-def _together(spec: Prune) -> PartialState | None:
-    """The other processes of this run; None when there are none. Raises `UsageError` when they cannot help."""
-    if processes.count() == 1:
-        return None
-    if spec.learn is None or resolved(spec.learn.objective, spec.permute) != "global" or spec.finetune:
-        raise UsageError(f"{processes.count()} processes can only share masks that are learned through the whole "
-                         "model.",
-                         "run it in one process, or use a learned method with --objective global and no finetune")
-    return processes.state()
 
 
 def _default_path(model: str, spec: Prune, identity: str) -> Path:
@@ -116,10 +109,29 @@ def _default_path(model: str, spec: Prune, identity: str) -> Path:
 
 
 def _check_finite(loaded: LoadedModel, plan: Plan) -> None:
-    for row in plan.pruned():
-        if not torch.isfinite(loaded.module.get_parameter(row.target.name)).all():
-            raise NmsparseError(f"The weight '{row.target.name}' of '{loaded.source}' contains NaN or Inf.",
-                                f"repair the checkpoint, or leave it dense with --exclude '{row.target.name}'")
+    for number, path in enumerate(plan.blocks):
+        with loaded.weights.hold(path):
+            for name in (row.target.name for row in plan.pruned(number)):
+                if not torch.isfinite(loaded.module.get_parameter(name)).all():
+                    raise NmsparseError(f"The weight '{name}' of '{loaded.source}' contains NaN or Inf.",
+                                        f"repair the checkpoint, or leave it dense with --exclude '{name}'")
+
+
+def _check_shared(spec: Prune, team: Processes) -> None:
+    """Several processes can share the sequences where statistics are drawn from them, or masks learned globally."""
+    if spec.learn is not None and resolved(spec.learn.objective, spec.permute) == "global" and not spec.finetune:
+        return
+    alone = next((step.name for step in spec.refine if REFINEMENTS.load(step.name).layer is None), None)
+    if spec.learn is not None or alone:
+        raise UsageError(f"'{alone or spec.method}' sees all sequences at a time, so {team.world} processes cannot "
+                         "share them.", "run it in one process; masks learned with --objective global can be shared")
+    if needs(spec, METHODS.load(spec.method)) == "none":
+        raise UsageError(f"'{spec.method}' uses no data, so there is nothing for {team.world} processes to share.",
+                         "run it in one process")
+    batches = -(-spec.calibration.samples // spec.calibration.batch)
+    if batches < team.world:
+        raise UsageError(f"{spec.calibration.samples} samples in batches of {spec.calibration.batch} cannot be shared "
+                         f"by {team.world} processes.", "more --samples, or a smaller calibration.batch in a recipe")
 
 
 def _check_scales_fit(plan: Plan, spec: Prune) -> None:
@@ -161,8 +173,22 @@ MASK = "|mask"
 SCALES = "|scales"
 """Follow a parameter's name in a block's file."""
 
+ACTIVATIONS = "activations"
+"""In the run folder while hidden states are on disk."""
+
 NOT_CHECKED = ({"place": "engine", "why": "no TensorRT engine was built here"},)
 """Steps of the chain that this machine could not take; they are counted, not hidden."""
+
+
+def _is_weight(key: str) -> bool:
+    """Is this entry of a block's file the new value of a parameter?"""
+    return not key.endswith((MASK, SCALES)) and ORDER not in key
+
+
+def _stored(path: Path, name: str, dtype: torch.dtype) -> torch.Tensor:
+    with safe_open(path, framework="pt") as file:
+        found: torch.Tensor = file.get_tensor(name).to(dtype)  # refinements leave norms and biases in fp32
+        return found
 
 
 @dataclass
@@ -170,6 +196,7 @@ class _Stage:
     """One prune stage while it runs."""
 
     run: RunDir
+    opened: Opened
     loaded: LoadedModel
     plan: Plan
     spec: Prune
@@ -188,32 +215,45 @@ class _Stage:
     """Masks that were learned for the whole model."""
     moved: dict[str, Mask] = field(default_factory=dict)
     """Masks that fine-tuning changed."""
+    team: Processes = ALONE
 
     def work(self) -> None:
         start = time.perf_counter()
-        self.run.write_json("plan.json", self.plan.to_json())
+        if self.team.first:
+            self.run.write_json("plan.json", self.plan.to_json())
         blocks = sorted({row.target.block for row in self.plan.pruned()})
         self.learn_whole()
         walk, probe = self._walk(), self._probe()
         rows: list[dict[str, Any]] = []
         for number in range(blocks[-1] + 1):
             self.progress(f"{self.spec.method} {self.spec.pattern}, block {number}", number, len(self.plan.blocks))
-            if number in blocks:
-                rows += self._block(walk, probe, number)
-            elif walk is not None:
-                walk.pass_dense(number)
-            if walk is not None and number < blocks[-1]:
-                walk.advance(number)
+            with self.loaded.weights.hold(self.plan.blocks[number]):
+                if number in blocks:
+                    rows += self._block(walk, probe, number)
+                elif walk is not None:
+                    walk.pass_dense(number)
+                if walk is not None and number < blocks[-1]:
+                    walk.advance(number)
+            if self.loaded.streamed:
+                give_back()
+            self.opened.check(run_peak(), f"Block {number}")
+        del walk, probe
         self._finetune(rows)
+        if self.team.first:
+            self._finish(rows, time.perf_counter() - start)
+
+    def _finish(self, rows: list[dict[str, Any]], seconds: float) -> None:
         self.progress("saving and verifying", 0, 0)
         report = self._save(rows)
         if not report.ok:
             raise CheckFailed(f"The saved model fails verification: {report.summary()}")
-        self.run.finish("prune", time.perf_counter() - start, layers=len(rows), peak_memory_mb=peak_memory_mb(),
+        self.opened.check(run_peak(), "Saving and verifying")
+        self.run.finish("prune", seconds, layers=len(rows), peak_memory_mb=peak_memory_mb(),
+                        memory={**self.opened.to_json(), "peak_bytes": run_peak()},
                         provenance=self.loaded.provenance, compute=str(self.compute).removeprefix("torch."),
                         calibration=self.sample.to_json() if self.sample else None, **_unreached(rows),
                         **self._learned())
-        for folder in ("blocks", FOLDER):
+        for folder in ("blocks", FOLDER, ACTIVATIONS):
             shutil.rmtree(self.run / folder, ignore_errors=True)
 
     def _walk(self) -> BlockWalk | None:
@@ -221,16 +261,18 @@ class _Stage:
         if self.sample is None or needs(self.spec, self.method) == "none":
             return None
         batches = models.batches(self.loaded, self.sample.inputs, self.spec.calibration.batch)
+        batches = batches[self.team.rank :: self.team.world]
         self.progress("capturing the inputs of the first block", 0, 0)
         both = any(step.dense_stream for step in self.spec.refine) or self._blockwise()
-        return BlockWalk(self.loaded.module, self.plan.blocks, batches, self.compute, both)
+        return BlockWalk(self.loaded.module, self.plan.blocks, batches, self.compute, both, self.loaded.weights,
+                         Disk(self.run / f"{ACTIVATIONS}/{self.team.rank}") if self.opened.on_disk else list, self.team)
 
     def _probe(self) -> BlockWalk | None:
         """A few tokens in fp32, on which the block is asked which of its channels may be permuted."""
         if not self.spec.permute:
             return None
         batches = models.batches(self.loaded, models.sample_inputs(self.loaded), 2)
-        return BlockWalk(self.loaded.module, self.plan.blocks, batches[:1])
+        return BlockWalk(self.loaded.module, self.plan.blocks, batches[:1], weights=self.loaded.weights)
 
     def _block(self, walk: BlockWalk | None, probe: BlockWalk | None, block: int) -> list[dict[str, Any]]:
         """Prune one block, or read it back when an earlier process finished it."""
@@ -240,10 +282,11 @@ class _Stage:
                                           self._session().learn_block if self._blockwise() else None, self.given))
         elif walk is not None:
             walk.pass_dense(block)
+        self.team.wait()
         weights = load_file(self.run / name)
         with torch.no_grad():
             for key, value in weights.items():
-                if not key.endswith((MASK, SCALES)) and ORDER not in key:
+                if _is_weight(key):
                     self.loaded.module.get_parameter(key).copy_(value)
         with safe_open(self.run / name, framework="numpy") as file:
             records = file.metadata()
@@ -256,7 +299,7 @@ class _Stage:
 
     def _session(self) -> Session:
         return Session(self.run, self.spec.learn, self.spec.calibration.seed, self.compute,
-                       next(self.loaded.module.parameters()).device, self.progress, self.priors)
+                       self.loaded.device, self.progress, self.priors)
 
     def learn_whole(self) -> None:
         """Learn all masks at once, where the recipe asks for it; the walk then writes them down."""
@@ -298,6 +341,8 @@ class _Stage:
 
     def _commit(self, name: str, pruned: PrunedBlock) -> None:
         """Write the block's weights and masks; from here on it survives a kill."""
+        if not self.team.first:
+            return
         tensors = {key: value.cpu().contiguous() for key, value in pruned.others.items()} | to_tensors(pruned.orders)
         records, scope = [], self._scope()
         for key, layer in pruned.layers.items():
@@ -324,10 +369,10 @@ class _Stage:
     def _save(self, rows: list[dict[str, Any]]) -> VerifyReport:
         """Write weights, masks and records, and check the weights as they are on disk."""
         info = {"method": self.spec.method, "recipe": self.run.manifest()["fingerprint"], "model": self.loaded.source}
-        masks = MaskSet(self._masks(rows), info)
         with self.run.replacing("model") as folder:
             folder.mkdir()
-            models.save(self.loaded, folder)
+            models.save(self.loaded, folder, self._changed(rows))
+        masks = MaskSet(self._masks(rows), info)  # not in memory beside a shard
         with self.run.replacing("masks.safetensors") as file:
             masks.save(file)
         if self.spec.wbits:
@@ -346,6 +391,17 @@ class _Stage:
         report = verify_checkpoint(self.run / "model", masks)
         self.run.write_json("verify.json", {"reports": [report.to_json()], "not_checked": list(NOT_CHECKED)})
         return report
+
+    def _changed(self, rows: list[dict[str, Any]]) -> dict[str, Callable[[], torch.Tensor]]:
+        """How to read what pruning changed from the blocks' files, by parameter name."""
+        changed: dict[str, Callable[[], torch.Tensor]] = {}
+        for block in sorted({row["block"] for row in rows}):
+            path = self.run / f"blocks/{block:03d}.safetensors"
+            with safe_open(path, framework="pt") as file:
+                names = [key for key in file.keys() if _is_weight(key)]  # noqa: SIM118
+            changed |= {name: partial(_stored, path, name, self.loaded.module.get_parameter(name).dtype)
+                        for name in names}
+        return changed
 
     def _spaces(self) -> list[dict[str, Any]]:
         named = ("consumers", "producers", "segments", "length", "copies")

@@ -9,6 +9,7 @@
       scales.safetensors   with --wbits: what the integers of each weight are multiplied by
       plan.json layers.json verify.json evaluate.json bench.json
       onnx/                exported graphs with their link maps
+      torch/ torch.json    PyTorch models without stored zeros; sizes and decisions (bench-gpu.json: the arms on a GPU)
       engines/ engines.json   TensorRT engines with logs and layer lists; what they prove
       report/              index.html, report.md, report.json
 

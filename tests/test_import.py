@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from nmsparse_deploy import models, pipeline
 from nmsparse_deploy.errors import CheckFailed, NmsparseError, UsageError
 from nmsparse_deploy.import_masks import import_result, mask_of
+from nmsparse_deploy.loading import load_dense
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, mask_follows, project
 from nmsparse_deploy.report.build import build_report
@@ -70,7 +71,7 @@ def test_every_form_of_a_mask_gives_the_same_run(dense, truth, tmp_path, kind):
 def test_an_imported_run_is_what_the_other_verbs_take(dense, truth, tmp_path):
     run = import_result(str(dense), save_masks(tmp_path, truth, "npz"), out=tmp_path / "run").run
     assert all(report.ok for report in pipeline.verify(RunDir.open(run.path)))
-    assert pipeline._load_dense(run).module is not None
+    assert load_dense(run).module is not None
     assert build_report(run).is_file()
 
 
@@ -90,14 +91,14 @@ def test_a_sparse_checkpoint_beside_its_dense_twin_gives_the_mask_and_keeps_its_
     assert all(torch.equal(stored[name].unpack(), mask) for name, mask in truth.items())
     after = dict(models.load(str(done.run / "model")).module.named_parameters())
     assert all(torch.equal(after[n], p) for n, p in models.load(str(sparse)).module.named_parameters())
-    assert pipeline._load_dense(done.run).module is not None
+    assert load_dense(done.run).module is not None
 
 
 def test_a_sparse_checkpoint_alone_has_no_dense_twin(dense, truth, tmp_path):
     run = import_result(str(sparse_copy(dense, truth, tmp_path / "sparse")), out=tmp_path / "run").run
     assert all(report.ok for report in pipeline.verify(run))
     with pytest.raises(NmsparseError, match="dense twin is not known"):
-        pipeline._load_dense(run)
+        load_dense(run)
 
 
 def test_a_layer_that_stayed_dense_is_not_a_mask_and_its_fusion_group_is_told(dense, truth, tmp_path):

@@ -30,6 +30,7 @@ from nmsparse_deploy import pipeline
 from nmsparse_deploy.calib.stats import LayerStats
 from nmsparse_deploy.calib.walk import BlockWalk
 from nmsparse_deploy.errors import CheckFailed, UsageError
+from nmsparse_deploy.loading import load_dense, load_pruned
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.models.base import to_rows
 from nmsparse_deploy.models.discover import discover
@@ -374,7 +375,7 @@ def test_end_to_end(changes, llama_dir, texts, tmp_path):
     wanted = permuted(texts, **changes)
     run = prune(str(llama_dir), wanted, tmp_path / "run")
     masks = MaskSet.load(run / "masks.safetensors")
-    dense = pipeline._load_dense(run).module  # raises unless every mask was found for these weights
+    dense = load_dense(run).module  # raises unless every mask was found for these weights
     pruned = load_file(run / "model/model.safetensors")
     for name, mask in masks.masks.items():
         assert check(pruned[name], mask.pattern, mask.axis).bad == 0 and (pruned[name][~mask.unpack()] == 0).all()
@@ -412,12 +413,12 @@ def test_producers_that_stay_dense_and_biases_move_along(texts, tmp_path):
         prune(str(folder), wanted, tmp_path / "broken", progress=stop_at(1))
     resumed = prune(str(folder), wanted, tmp_path / "broken")
     masks = MaskSet.load(run / "masks.safetensors").masks
-    dense, original = (dict(m.named_parameters()) for m in (pipeline._load_dense(run).module, module))
+    dense, original = (dict(m.named_parameters()) for m in (load_dense(run).module, module))
     moved = {name.partition(".1.")[2] for name in dense if not torch.equal(dense[name], original[name])}
     assert moved - {""} == {"attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "mlp.c_fc.weight",
                             "mlp.c_fc.bias", "mlp.c_proj.weight"}
     for found in (run, resumed):
-        for name, value in pipeline._load_pruned(found).module.named_parameters():
+        for name, value in load_pruned(found).module.named_parameters():
             assert torch.equal(value, masks[name].apply(dense[name]) if name in masks else dense[name])
 
 
@@ -440,7 +441,7 @@ def test_a_timm_model_through_prune_and_back(texts, tmp_path):
     timm.models.save_for_hf(module, str(tmp_path / "tiny"), safe_serialization=True)
     data = {"data": str(small.labelled(tmp_path / "colours", 3, 1)), "samples": 4, "batch": 2}
     run = prune(str(tmp_path / "tiny"), validate(Prune, {"calibration": data, "permute": True}), tmp_path / "run")
-    dense = pipeline._load_dense(run).module
+    dense = load_dense(run).module
     x = pixels("x")["x"]
     with torch.no_grad():
         a, b = module.eval()(x), dense(x)
@@ -453,10 +454,10 @@ def test_permutation_files_that_are_wrong(llama_dir, texts, tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-40])
     with pytest.raises(UsageError, match="damaged"):
-        pipeline._load_dense(run)
+        load_dense(run)
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(UsageError, match="not a permutation file"):
-        pipeline._load_dense(run)
+        load_dense(run)
     path.write_bytes(whole)
     found = Permutations.load(path)
     with pytest.raises(CheckFailed, match="does not fit"):

@@ -194,7 +194,7 @@ def test_a_damaged_result_is_not_called_done(llama_dir, texts, tmp_path, monkeyp
 
     real = models.save
 
-    def spoil(model, folder):
+    def spoil(model, folder, changed):
         real(model, folder)
         state = load_file(folder / "model.safetensors")
         state["model.layers.0.mlp.up_proj.weight"].fill_(1.0)

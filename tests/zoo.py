@@ -118,6 +118,8 @@ def _whisper(folder: Path) -> None:
 
 SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "patch_size": 2, "img_size": PIXELS}
 DENOISER = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 8, "sample_size": 16, "patch_size": 2}
+MMDIT = {**DENOISER, "in_channels": 4, "out_channels": 4, "joint_attention_dim": 24, "pooled_projection_dim": 20,
+         "caption_projection_dim": 32, "pos_embed_max_size": 16}
 VIT = {"depth": 2, "embed_dim": 32, "num_heads": 4, "img_size": PIXELS, "patch_size": 8}
 
 FAMILIES: dict[str, Family] = {
@@ -175,7 +177,7 @@ FAMILIES: dict[str, Family] = {
     "DiT": _denoiser("DiTTransformer2DModel", **DENOISER, in_channels=3, num_embeds_ada_norm=3),
     "PixArt": _denoiser("PixArtTransformer2DModel", text=24, **DENOISER, in_channels=4, out_channels=8,
                         cross_attention_dim=32, caption_channels=24),
-    "SD3 (MMDiT)": _denoiser("SD3Transformer2DModel", "FlowMatchEulerDiscreteScheduler", text=24, pooled=20, **DENOISER,
-                             in_channels=4, out_channels=4, joint_attention_dim=24, pooled_projection_dim=20,
-                             caption_projection_dim=32, pos_embed_max_size=16),
+    "SD3 (MMDiT)": _denoiser("SD3Transformer2DModel", "FlowMatchEulerDiscreteScheduler", text=24, pooled=20, **MMDIT),
+    "SD3.5 (MMDiT-X)": _denoiser("SD3Transformer2DModel", "FlowMatchEulerDiscreteScheduler", text=24, pooled=20, **MMDIT,
+                                 dual_attention_layers=(0,), qk_norm="rms_norm"),
 }

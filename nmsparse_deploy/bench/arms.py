@@ -36,7 +36,7 @@ HALF = Unstructured(0.5)
 
 @dataclass(frozen=True)
 class Site:
-    """An ordinary layer that has a 2:4 mask, and the rows that it reads in every phase."""
+    """An ordinary layer that has a 2:4 mask: where the arms differ."""
 
     parameter: str
     layer: str
@@ -45,8 +45,7 @@ class Site:
     n: int
     biased: bool
     why_not: str | None
-    kept_dense: str | None = None
-    """Filled in for the evidence of an arm."""
+    """Why sparse kernels cannot run it; None where they can."""
 
 
 def sites(module: nn.Module, targets: Sequence[Target], masked: Mapping[str, Any], precision: str) -> list[Site]:

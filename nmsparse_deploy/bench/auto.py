@@ -24,6 +24,8 @@ from .timing import Call, interleave, ratio
 
 ROUNDS = 21
 SEARCH_ROUNDS = 5
+SHORT_MS, MANY = 0.1, 20
+"""A product shorter than this is recorded so many times in a row: a replay of its own would be waiting for the host."""
 USUAL = 4.0
 """Where the random values that are read are cut off, in standard deviations."""
 Keep = Literal["sparse", "dense"]
@@ -125,7 +127,7 @@ class Twins:
 
     def reads(self, rows: int) -> torch.Tensor:
         """What both multiply at this number of rows: in 8 bits the codes, which are there already for both."""
-        device = self.sparse.get_buffer("weight").device
+        device = self.sparse.weight.device
         drawn = torch.randn(rows, self.sparse.in_features, generator=torch.Generator(device).manual_seed(rows),
                             device=device).to(self.out)
         return self.sparse.encode(drawn) if isinstance(self.sparse, SparseCodes) else drawn
@@ -156,23 +158,22 @@ def twins(k: int, n: int, precision: str, device: torch.device, biased: bool = F
 def time_pair(pair: Twins, rows: int, machine: Machine, rounds: int = ROUNDS) -> Times:
     """Dense against sparse at one number of rows; of the settings that the library's search offers, the fastest."""
     x, layer = pair.reads(rows), pair.sparse
-    eight = isinstance(layer, SparseCodes)
-    settings = kernels().search(x, layer.get_buffer("weight"), layer.out_features, None if eight else layer.bias,
-                                layer.alpha if eight else None, pair.out)
-    calls = {str(number): _sparse(layer, x, one, machine) for number, one in enumerate(settings)}
-    tried = interleave(calls, SEARCH_ROUNDS, clock=machine.clock())
+    alpha = layer.alpha if isinstance(layer, SparseCodes) else None
+    settings = kernels().search(x, layer.weight, layer.out_features, layer.bias if alpha is None else None, alpha,
+                                pair.out)
+    calls = {str(number): _sparse(layer, x, one) for number, one in enumerate(settings)}
+    tried = replayed(calls, machine, SEARCH_ROUNDS)
     setting = settings[int(min(tried, key=lambda name: statistics.median(tried[name])))]
-    calls = {"dense": recorded(lambda: _product(pair.dense, x), machine), "sparse": _sparse(layer, x, setting, machine)}
-    times = interleave(calls, rounds, clock=machine.clock())
+    times = replayed({"dense": lambda: _product(pair.dense, x), "sparse": _sparse(layer, x, setting)}, machine, rounds)
     return Times(times["dense"], times["sparse"], setting)
 
 
-def _sparse(layer: Any, x: torch.Tensor, setting: Setting, machine: Machine) -> Call:
+def _sparse(layer: Any, x: torch.Tensor, setting: Setting) -> Call:
     def call() -> torch.Tensor:
         layer.settings[len(x)] = setting
         return _product(layer, x)
 
-    return recorded(call, machine)
+    return call
 
 
 def _product(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -181,9 +182,24 @@ def _product(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def recorded(call: Call, machine: Machine) -> Call:
-    """The call as a CUDA graph where there are any: what is compared is kernels, not the host's work."""
-    return call if machine.graph is None else machine.graph(call)
+def replayed(calls: Mapping[str, Call], machine: Machine, rounds: int) -> dict[str, list[float]]:
+    """Interleaved times of single products as CUDA graphs, where there are any: kernels, not the host's work."""
+    if machine.graph is None:
+        return interleave(calls, rounds, clock=machine.clock())
+    recorded = {name: machine.graph(call) for name, call in calls.items()}
+    first = interleave(recorded, 1, clock=machine.clock())
+    short = {name for name, times in first.items() if times[0] < SHORT_MS}
+    recorded |= {name: machine.graph(_repeated(calls[name])) for name in short}
+    times = interleave(recorded, rounds, clock=machine.clock())
+    return {name: [one / (MANY if name in short else 1) for one in found] for name, found in times.items()}
+
+
+def _repeated(call: Call) -> Call:
+    def calls() -> None:
+        for _ in range(MANY):
+            call()
+
+    return calls
 
 
 def as_file(decisions: Sequence[Decision], machine: Machine, rows: Sequence[int]) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ..doctor import no_cuda
+from ..engines.graphs import record
 from ..errors import NmsparseError
 from ..rundir import environment
 from .timing import Call, Clock, wall
@@ -55,10 +57,9 @@ class Machine:
 
 def require_gpu(what: str) -> Machine:
     """This machine's CUDA device. Raises `NmsparseError` without one."""
-    if not torch.cuda.is_available():
-        why = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no CUDA device"
+    if why := no_cuda():
         raise NmsparseError(f"{what} needs an NVIDIA GPU, and {why}.", "run it on a machine with one (docs/gpu.md)")
-    return Machine(torch.device("cuda"), torch.cuda.get_device_name(), events, as_graph)
+    return Machine(torch.device("cuda"), torch.cuda.get_device_name(), events, record)
 
 
 def dry_machine() -> Machine:
@@ -73,6 +74,7 @@ def events(cold: bool = False) -> Clock:
 
     def clock(call: Call) -> float:
         if id(call) not in counts:
+            call()  # the first one may load a kernel
             once = max(_between_events(call, 1), 1e-3)
             counts[id(call)] = call, 1 if cold else min(MOST_CALLS, math.ceil(LEAST_MS / once))
         if flush is not None:
@@ -90,20 +92,6 @@ def _between_events(call: Call, calls: int) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) / calls
-
-
-def as_graph(call: Call) -> Call:
-    """Record one call; the returned one replays it. What the call allocates stays where it is."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # lazily made handles and workspaces must not be recorded
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def libraries() -> dict[str, Any]:

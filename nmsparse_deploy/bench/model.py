@@ -7,7 +7,8 @@ sequences, and what is faster for one need not be for the other.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,7 @@ from torch import nn
 from .. import models
 from ..engines.evidence import NOT_SPARSE, EngineEvidence
 from ..engines.semi_structured import DTYPES, Setting, kernels
-from ..engines.watch import evidence, watch
+from ..engines.watch import Gemm, evidence, watch
 from ..errors import NmsparseError
 from ..masks import MaskSet
 from ..models.base import LoadedModel
@@ -79,7 +80,9 @@ def bench_arms(dense: LoadedModel, masks: MaskSet, job: Job, machine: Machine,
         raise NmsparseError(f"Sparse kernels cannot run {job.precision} here: {why}.")
     before = machine.environment()
     dense.module.to(machine.device, DTYPES[BASE if job.precision in FORMATS else job.precision])
-    inputs = models.sample_inputs(dense, job.batch, job.length)
+    inputs: dict[str, Any] = dict(models.sample_inputs(dense, job.batch, job.length))
+    if dense.family == "llm" and "logits_to_keep" in signature(dense.module.forward).parameters:
+        inputs["logits_to_keep"] = 1  # a prefill needs the logits of the last token alone
     found = discover(dense.module, models.sample_inputs(dense))
     traced = trace_inputs(dense.module, found.blocks, inputs)
     flops = count_flops(dense.module, inputs)
@@ -177,7 +180,8 @@ def _evidence(arm: str, work: Workload, places: Sequence[Site], precision: str,
     decided = {name: one for one in work.decisions for name in one.weights}
     dense = {name: one.why for name, one in decided.items() if one.keep == "dense"} if arm == AUTO else {}
     layers, every = watch(work.calls[arm], work.modules[arm], [site.layer for site in places])
-    gemms = [replace(site, kept_dense=dense.get(site.parameter)) for site in places]
+    gemms = [Gemm(site.parameter, site.layer, site.k, site.n, site.why_not, dense.get(site.parameter))
+             for site in places]
     rows = {site.layer: work.rows[site.parameter] for site in places}
     return evidence(f"{work.name}, {arm}", "torch", gemms, precision, rows, checks, layers, every)
 
@@ -208,5 +212,5 @@ def verdict(phases: Sequence[Phase], seen: Mapping[str, Mapping[str, EngineEvide
             parts.append(f"{phase.name} ({how}), {arm}: {found['speedup']:.2f}x over dense ({found['low']:.2f} to "
                          f"{found['high']:.2f}), {pruned['speedup']:.2f}x over the same weights on "
                          f"dense kernels{label}")
-    told = "; ".join(parts) + "".join(f". {name}: {both[SPARSE].verdict}" for name, both in seen.items())
+    told = "; ".join(parts) + "." + "".join(f" {name}: {both[SPARSE].verdict}" for name, both in seen.items())
     return f"DRY RUN, nothing was measured on a GPU. {told}" if dry else told

@@ -27,6 +27,8 @@ from .prepared import ENDING, check_counts, read_tensors
 LATENTS = "latents"
 MASK = "encoder_attention_mask"
 """May come with embedded text: which of its tokens are there."""
+LATENT_HASHES = "latent_sha256"
+"""In a record of prepared latents, where pictures would have `image_sha256`."""
 NULL = "null."
 """In a file of prepared latents: `latents`, one tensor an argument that conditions, and `null.ARGUMENT` for one sample
 of the branch without condition."""
@@ -69,10 +71,19 @@ class NoisedSample:
             digest.update(name.encode() + self.inputs[name].reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """SHA-256 of each picture, or of each prepared latent."""
+        if self.images is not None:
+            return self.images.hashes
+        return tuple(hashlib.sha256(row.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+                     for row in self.clean)
+
     def record(self) -> dict[str, torch.Tensor]:
-        """The pictures by content, to check later that an evaluation is held out, and where each was looked at."""
-        found = {"timestep": self.inputs["timestep"].contiguous(), "unconditional": self.unconditional}
-        return {**(self.images.record() if self.images else {}), **found}
+        """The samples by content, to check later that an evaluation is held out, and where each was looked at."""
+        digests = torch.tensor([list(bytes.fromhex(digest)) for digest in self.hashes], dtype=torch.uint8)
+        return {"image_sha256" if self.images else LATENT_HASHES: digests,
+                "timestep": self.inputs["timestep"].contiguous(), "unconditional": self.unconditional}
 
     def to_json(self) -> dict[str, Any]:
         about = self.images.to_json() if self.images else {"source": Path(self.source).name, "prepared": self.origin}
@@ -156,12 +167,12 @@ def prepared_latents(loaded: LoadedModel, source: str, samples: int, seed: int) 
     tensors, origin = read_tensors(source)
     null = {name.removeprefix(NULL): tensors.pop(name) for name in list(tensors) if name.startswith(NULL)}
     check_counts(source, tensors)
-    clean = tensors.pop(LATENTS)[:samples]
     wanted = {**conditions(loaded.module), **{name: 0 for name in tensors if name == MASK}}
-    other = sorted(set(wanted) ^ set(tensors))
-    if other:
-        raise UsageError(f"'{source}' holds {', '.join([LATENTS, *tensors])}; the model takes {LATENTS} with "
+    if set(tensors) != {LATENTS, *wanted}:
+        raise UsageError(f"'{source}' holds {', '.join(tensors)}; the model takes {LATENTS} with "
                          f"{', '.join(wanted) or 'nothing else'}.")
+    _check_widths(loaded, tensors, source)
+    clean = tensors.pop(LATENTS)[:samples]
     if LABELS in wanted and not null and _has_null(loaded, wanted[LABELS]):
         null = {LABELS: torch.tensor(wanted[LABELS])}
     if null and set(null) != set(wanted):
@@ -172,6 +183,18 @@ def prepared_latents(loaded: LoadedModel, source: str, samples: int, seed: int) 
         if null[name].shape not in (given[name].shape[1:], (1, *given[name].shape[1:])):
             raise UsageError(f"'{NULL}{name}' of '{source}' is not shaped as one sample of '{name}'.")
     return noised(loaded, clean, given, null, seed, source, origin=origin)
+
+
+def _check_widths(loaded: LoadedModel, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Raise `UsageError` for latents of other channels or text of another width than the model takes."""
+    module: Any = loaded.module
+    channels, latents = module.config.in_channels, tensors[LATENTS]
+    if latents.ndim < 3 or latents.shape[1] != channels:
+        raise UsageError(f"The latents of '{source}' have the shape {tuple(latents.shape)}; the model takes samples of "
+                         f"{channels} channels.")
+    for name, width in conditions(module).items():
+        if name != LABELS and tensors[name].shape[-1] != width:
+            raise UsageError(f"'{name}' of '{source}' is {tensors[name].shape[-1]} wide; the model takes {width}.")
 
 
 def holds_latents(source: str) -> bool:

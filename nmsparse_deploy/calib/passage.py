@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from ..errors import NmsparseError
+from ..models.forwards import replaced
+from ..models.weights import WHOLE, Weights
 
 Batch = Mapping[str, Any]
 Output = Any
@@ -53,8 +55,9 @@ def main(output: Output, place: int = 0) -> torch.Tensor:
 class Model:
     """A model and the paths of its blocks, in the order in which they run; `compute` is the stream's dtype."""
 
-    def __init__(self, module: nn.Module, blocks: Sequence[str], compute: torch.dtype) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, blocks: Sequence[str], compute: torch.dtype,
+                 weights: Weights = WHOLE) -> None:
+        self.module, self.weights = module, weights
         self.blocks = list(blocks)
         self.compute = compute
 
@@ -71,7 +74,7 @@ class Model:
             handles += [layer.register_forward_hook(partial(_leaves, left, index))
                         for index, layer in enumerate(layers)]
         try:
-            with answering(layers[:answered], answer or (lambda _index: None)):
+            with self.weights.flowing(), answering(layers[:answered], answer or (lambda _index: None)):
                 self._run(batch)
         except Captured:
             pass
@@ -86,7 +89,8 @@ class Model:
             return self._run(batch)
 
     def _run(self, batch: Batch) -> Any:
-        with torch.autocast(self._device(), self.compute, enabled=self.compute != torch.float32):
+        device = next(value.device.type for value in batch.values() if isinstance(value, torch.Tensor))
+        with torch.autocast(device, self.compute, enabled=self.compute != torch.float32):
             return self.module(**batch)
 
     def entrance(self, batch: Batch, index: int, answer: Callable[[int], Output]) -> tuple[torch.Tensor, Call]:
@@ -122,23 +126,10 @@ class Model:
         self.forward(batch, entered)
         return hidden[0], calls, shapes
 
-    def _device(self) -> str:
-        return next(self.module.parameters()).device.type
 
-
-@contextmanager
-def answering(layers: Sequence[nn.Module], answer: Callable[[int], Output]) -> Iterator[None]:
+def answering(layers: Sequence[nn.Module], answer: Callable[[int], Output]) -> AbstractContextManager[None]:
     """Layers that return what they are told instead of computing."""
-    stubs = [(layer, vars(layer).get("forward")) for layer in layers]
-    for index, layer in enumerate(layers):
-        vars(layer)["forward"] = partial(_instead, answer, index)
-    try:
-        yield
-    finally:
-        for layer, own in stubs:
-            vars(layer).pop("forward", None)  # the class's own shows again
-            if own is not None:
-                vars(layer)["forward"] = own
+    return replaced(layers, lambda index, _forward: partial(_instead, answer, index))
 
 
 def _instead(answer: Callable[[int], Output], index: int, /, *_args: Any, **_named: Any) -> Output:

@@ -30,6 +30,10 @@ class Routed:
         if x.numel():
             self._sums[expert].update(layer, x)
 
+    def parts(self) -> list[StatsAccumulator]:
+        """Of each expert."""
+        return self._sums
+
     def finish(self) -> LayerStats:
         """Of one matrix, or of a stack with those of its matrices in `experts`. Raises `NmsparseError` as others do."""
         found = [self._finished(total) for total in self._sums]

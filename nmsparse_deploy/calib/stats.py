@@ -100,6 +100,9 @@ class StatsAccumulator:
                 squares = rows.square().sum(0)
                 self.square_sum = squares if self.square_sum is None else self.square_sum.add_(squares)
 
+    def parts(self) -> list[StatsAccumulator]:
+        return [self]
+
     def finish(self) -> LayerStats:
         """Everything summed so far. Raises `NmsparseError` when the model's activations have overflowed."""
         for found in (self.gram, self.cross, self.drift, self.square_sum):

@@ -8,11 +8,10 @@ have answered.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
-import torch
-
+from .buffers import Buffer, MakeBuffer
 from .passage import Batch, Call, Model, Output, main
 from .survey import Route, ends_of
 
@@ -20,17 +19,18 @@ from .survey import Route, ends_of
 class Stream:
     """Hidden states at the entrance of a block for every batch, and the calls that go with them."""
 
-    def __init__(self, model: Model, route: Route, batches: Sequence[Batch], hidden: list[torch.Tensor],
-                 calls: Sequence[Sequence[Call]]) -> None:
+    def __init__(self, model: Model, route: Route, batches: Sequence[Batch], hidden: Buffer,
+                 calls: Sequence[Sequence[Call]], buffer: MakeBuffer = list) -> None:
         self.model, self.route, self.batches = model, route, batches
         self.hidden = hidden
         self.calls = [list(row) for row in calls]
+        self._buffer = buffer
         self._ends = ends_of(route, len(model.blocks))
         self._kept: dict[int, list[Output]] = {}
 
     def twin(self) -> Stream:
         """Another stream that starts at the same place."""
-        return Stream(self.model, self.route, self.batches, list(self.hidden), self.calls)
+        return Stream(self.model, self.route, self.batches, self.hidden, self.calls, self._buffer)
 
     def call(self, index: int, number: int) -> Call:
         """How block `index` is called for batch `number`."""
@@ -38,15 +38,19 @@ class Stream:
             index -= 1
         return self.calls[number][index]
 
-    def move(self, index: int, outputs: list[Output]) -> None:
-        """From the entrance of block `index`, which returned `outputs`, to the entrance of the next."""
+    def move(self, index: int, outputs: Iterable[Output]) -> None:
+        """From the entrance of block `index`, which returns `outputs`, to the entrance of the next."""
+        after = self._buffer()
         if index + 1 not in self.route.starts or index + 1 == len(self.model.blocks):
-            self.hidden = [main(output, self.route.place) for output in outputs]
+            for output in outputs:
+                after.append(main(output, self.route.place))
+            self.hidden = after
             return
-        self._kept[index] = outputs
+        self._kept[index] = list(outputs)
         for number, batch in enumerate(self.batches):
-            self.hidden[number], self.calls[number][index + 1] = self.model.entrance(
-                batch, index + 1, partial(self._answer, number))
+            x, self.calls[number][index + 1] = self.model.entrance(batch, index + 1, partial(self._answer, number))
+            after.append(x)
+        self.hidden = after
 
     def _answer(self, number: int, block: int) -> Output:
         """What a stretch that the stream has passed is known to have come to."""

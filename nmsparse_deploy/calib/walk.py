@@ -7,7 +7,7 @@ was, whatever its name, so nothing here depends on a model family or a library v
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +19,12 @@ from ..errors import NmsparseError
 from ..models.base import Target
 from ..models.halves import EXIT, residual_writers
 from ..models.products import Product, Watch
+from ..models.weights import WHOLE, Weights
+from ..processes import ALONE, Processes
+from .buffers import Buffer, MakeBuffer
 from .passage import Batch, Captured, Model, Output, main
 from .routed import Routed
+from .shared import share
 from .stats import LayerStats, Need, StatsAccumulator
 from .stream import Stream
 from .survey import survey
@@ -42,33 +46,42 @@ class BlockWalk:
     """The calibration stream at the entrance of one block, with the way to move it past the block.
 
     `hidden` is what the pruned model computes there; with `both`, `dense` is what the dense model computes. Collecting
-    statistics moves `dense` to the exit of the block and leaves what it was at the entrance in `entered`.
+    statistics moves `dense` to the exit of the block and leaves what it was at the entrance in `entered`. With a `team`
+    the batches are this process's share, and statistics are those of all processes.
     """
 
     def __init__(self, module: nn.Module, blocks: Sequence[str], batches: Sequence[Batch],
-                 compute: torch.dtype = torch.float32, both: bool = False) -> None:
+                 compute: torch.dtype = torch.float32, both: bool = False, weights: Weights = WHOLE,
+                 buffer: MakeBuffer = list, team: Processes = ALONE) -> None:
         self.module = module.eval()
+        self._team = team
         self.blocks = list(blocks)
         self.compute = compute
-        model = Model(self.module, blocks, compute)
+        model = Model(self.module, blocks, compute, weights)
         route = survey(model, batches[0])
         last = len(self.blocks) - 1
         uniform = len(route.starts) == 1 and len(route.follows) == last
-        seen = [model.calls(batch, 0 if uniform else last) for batch in batches]
-        self._stream = Stream(model, route, batches, [hidden for hidden, *_ in seen], [calls for _, calls, _ in seen])
-        self._shapes = seen[0][2]
+        self._shapes: list[torch.Size] = []
+        """Of the first batch's hidden states, block by block as far as they were seen."""
+        hidden, calls = buffer(), []
+        for batch in batches:
+            x, made, shapes = model.calls(batch, 0 if uniform else last)
+            hidden.append(x)
+            calls.append(made)
+            self._shapes = self._shapes or shapes
+        self._stream = Stream(model, route, batches, hidden, calls, buffer)
         self._dense = self._stream.twin() if both else None
-        self.entered: list[torch.Tensor] | None = None
+        self.entered: Buffer | None = None
         self._items: int | None = None
         """How many items the last whole run of a block returned; None: just the hidden states."""
         self._layouts: dict[tuple[str, ...], dict[str, str]] = {}
 
     @property
-    def hidden(self) -> list[torch.Tensor]:
+    def hidden(self) -> Buffer:
         return self._stream.hidden
 
     @property
-    def dense(self) -> list[torch.Tensor] | None:
+    def dense(self) -> Buffer | None:
         return None if self._dense is None else self._dense.hidden
 
     def example(self, index: int) -> torch.Tensor:
@@ -89,30 +102,42 @@ class BlockWalk:
         readers = {t.fusion: t for t in reversed(targets)}
         twin = self._dense is not None and need == "gram"
         writers = self._writers(dense, index) if twin else {}
-        device = next(self.module.parameters()).device
+        device = self.hidden[0].device
         sums: dict[str, StatsAccumulator | Routed] = {
             fusion: Routed(need, t, device, twin) if t.routed else StatsAccumulator(need)
             for fusion, t in readers.items()}
-        left: list[Output] = []
-        for number in range(len(self.hidden)):
-            beside = None
-            if self._dense is not None and (twin or last):
-                beside = self._trace(dense, index, number, self._dense, readers, writers, whole=last)
-                left += [beside.output] if last else []
-            here = self._trace(pruned, index, number, self._stream, readers, writers, whole=False)
-            for fusion, target in readers.items():
-                layer, total = self._inside(index, target.module), sums[fusion]
-                for expert, rows in here.products.get(fusion, ()):
-                    total.update(pruned.get_submodule(layer), rows, expert=expert)
-                if fusion not in here.reads:
-                    continue
-                fed = beside.reads[fusion] if beside and twin and not target.routed else None
-                drift = beside.rests[layer] - here.rests[layer] if beside and layer in here.rests else None
-                total.update(pruned.get_submodule(layer), here.reads[fusion], fed, drift)
+
+        def passes() -> Iterator[Output]:
+            """The sums grow batch by batch; what leaves the block in the dense stream is handed on, where it moves."""
+            for number in range(len(self.hidden)):
+                beside = None
+                if self._dense is not None and (twin or last):
+                    beside = self._trace(dense, index, number, self._dense, readers, writers, whole=last)
+                here = self._trace(pruned, index, number, self._stream, readers, writers, whole=False)
+                self._add(sums, readers, index, pruned, here, beside, twin)
+                yield beside.output if beside else None
+
         if self._dense is not None and last:
-            self.entered = list(self._dense.hidden)
-            self._dense.move(index, left)
+            self.entered = self._dense.hidden
+            self._dense.move(index, passes())
+        else:
+            for _ in passes():
+                pass
+        share([part for total in sums.values() for part in total.parts()], device, self._team)
         return {fusion: total.finish() for fusion, total in sums.items()}
+
+    def _add(self, sums: Mapping[str, StatsAccumulator | Routed], readers: Mapping[str, Target], index: int,
+             pruned: nn.Module, here: _Trace, beside: _Trace | None, twin: bool) -> None:
+        """Add one batch to the sums: what was read in the pruned stream, and beside it in the dense one."""
+        for fusion, target in readers.items():
+            layer, total = self._inside(index, target.module), sums[fusion]
+            for expert, rows in here.products.get(fusion, ()):
+                total.update(pruned.get_submodule(layer), rows, expert=expert)
+            if fusion not in here.reads:
+                continue
+            fed = beside.reads[fusion] if beside and twin and not target.routed else None
+            drift = beside.rests[layer] - here.rests[layer] if beside and layer in here.rests else None
+            total.update(pruned.get_submodule(layer), here.reads[fusion], fed, drift)
 
     def _inside(self, index: int, name: str) -> str:
         return name.removeprefix(self.blocks[index] + ".")
@@ -187,7 +212,7 @@ class BlockWalk:
     @torch.no_grad()
     def _pass(self, stream: Stream, index: int, weights: Mapping[str, torch.Tensor] | None = None) -> None:
         block = self._working_copy(index, weights)
-        stream.move(index, [self._call(block, index, number, x, stream) for number, x in enumerate(stream.hidden)])
+        stream.move(index, (self._call(block, index, number, x, stream) for number, x in enumerate(stream.hidden)))
 
     def _working_copy(self, index: int, weights: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
         block = copy.deepcopy(self.module.get_submodule(self.blocks[index]))

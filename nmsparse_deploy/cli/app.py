@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,8 @@ def version(show: bool) -> None:
 def options(as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")] = False,
             quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print errors only")] = False,
             show_version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True)] = False) -> None:
-    output.as_json, output.quiet, output.answered = as_json, quiet, False
+    others = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
+    output.as_json, output.quiet, output.answered = as_json and not others, quiet or others, False
 
 
 def say_default(model: str) -> None:

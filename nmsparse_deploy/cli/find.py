@@ -113,11 +113,15 @@ def prune(model: Model = DEMO,
           seed: int = 0,
           include: Include = [], exclude: Exclude = [],  # noqa: B006
           time_budget: Annotated[float | None, typer.Option(help="minutes, for --method auto [default: 10]")] = None,
+          max_memory: Annotated[str | None, typer.Option(
+              help="for example 3GB: to stay below, stream weights from their files, hidden states to disk")] = None,
           out: Out = None, force: Force = False) -> None:
     """Find a mask, apply it, verify it, and save the pruned model with its masks."""
+    from ..memory import parse_size
     from ..prune import prune as api
     from ..recipe import Prune, validate
 
+    limit = parse_size(max_memory) if max_memory else None
     say_default(model)
     calibration = {"data": data, "samples": samples, "length": length, "seed": seed}
     settings = {"refine": [{"name": name} for name in refine], "sequential": sequential, "permute": permute,
@@ -126,16 +130,14 @@ def prune(model: Model = DEMO,
     if method == "auto":
         from ..auto import choose
 
-        choice = choose(model, settings, time_budget or 10.0, output.progress)
+        choice = choose(model, settings, time_budget or 10.0, output.progress, limit)
         output.message(choice.why)
         spec = choice.spec
     elif time_budget is not None:
         raise UsageError("--time-budget belongs to --method auto.")
     else:
         spec = validate(Prune, {"method": method, **settings})
-    run = api(model, spec, out, force, output.progress)
-    if not run.finished("prune"):  # this process has only helped another one to learn
-        return
+    run = api(model, spec, out, force, output.progress, limit)
     facts = run.manifest()["stages"]["prune"]
     how = "as planned" if plan else f"to {spec.pattern}"
     few = facts.get("experts_by_magnitude", {"matrices": 0})
@@ -143,7 +145,7 @@ def prune(model: Model = DEMO,
              "pruned by magnitude (layers.json names them); more --samples reach more."] if few["matrices"] else []
     output.result({"run": str(run.path), **facts},
                   [f"{run.path}: {facts['layers']} layers pruned {how} and verified "
-                   f"in {facts['seconds']:.0f} s.", *lines, *_learned(facts),
+                   f"in {facts['seconds']:.0f} s.", *_memory(facts), *lines, *_learned(facts),
                    f"next: nmsparse-deploy evaluate {run.path}"])
 
 
@@ -188,6 +190,15 @@ def _learning(steps: int | None, objective: str | None) -> dict[str, Any]:
     """The section of a learned method, as far as options set it."""
     asked = {name: value for name, value in (("steps", steps), ("objective", objective)) if value is not None}
     return {"learn": asked} if asked else {}
+
+
+def _memory(facts: dict[str, Any]) -> list[str]:
+    """How the model was held, if it was not simply in memory."""
+    held = facts.get("memory", {})
+    if held.get("weights") != "streamed" and not held.get("limit_bytes"):
+        return []
+    return [f"weights {held['weights']}, hidden states {held['hidden_states']}; peak memory "
+            f"{held['peak_bytes'] / 1e9:.2f} GB, predicted {held['predicted_bytes'] / 1e9:.2f} GB."]
 
 
 def _learned(facts: dict[str, Any]) -> list[str]:

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..quant import FORMATS, quantise_weight
+from ..quant import FORMATS, MINUS_ZERO
 from .semi_structured import DTYPES, Setting, kernels, product
 
 MOST = {DTYPES[name]: form.most for name, form in FORMATS.items()}
 """The largest value of a format."""
+LEAST_SCALE = 2.0**-24
+"""The smallest number of fp16 that is not zero."""
 INT_MM_ROWS = 32
 """`_int_mm` takes more than 16 rows, and a multiple of 8."""
 
@@ -37,6 +39,9 @@ class EightBit:
 class Linear(nn.Module):
     """What all of them share: shapes, bias, and flattening the leading axes."""
 
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(self, k: int, n: int, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.in_features, self.out_features = k, n
@@ -51,7 +56,7 @@ class Linear(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        raise NotImplementedError
+        return int(self.weight.nbytes)
 
 
 class Dense(Linear):
@@ -63,10 +68,6 @@ class Dense(Linear):
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
-
-    @property
-    def weight_bytes(self) -> int:
-        return int(self.weight.nbytes)
 
 
 class Sparse(Linear):
@@ -82,13 +83,12 @@ class Sparse(Linear):
         setting = self.settings.get(len(x), Setting())
         return product(x.contiguous(), self.weight, self.out_features, self.bias, None, x.dtype, setting)
 
-    @property
-    def weight_bytes(self) -> int:
-        return int(self.weight.nbytes)
-
 
 class Codes(Linear):
     """8-bit codes of a weight; subclasses multiply them. `out` is the dtype of everything around."""
+
+    read: torch.Tensor
+    alpha: torch.Tensor
 
     def __init__(self, codes: torch.Tensor, scales: EightBit, bias: torch.Tensor | None, out: torch.dtype) -> None:
         super().__init__(codes.shape[1], codes.shape[0], bias)
@@ -109,10 +109,6 @@ class Codes(Linear):
     def multiply(self, codes: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    @property
-    def weight_bytes(self) -> int:
-        return int(self.weight.nbytes)
-
 
 class SparseCodes(Codes):
     """2:4 codes in the kernels' own order."""
@@ -130,6 +126,8 @@ class SparseCodes(Codes):
 
 class DenseCodes(Codes):
     """The dense twin."""
+
+    scale: torch.Tensor
 
     def __init__(self, codes: torch.Tensor, scales: EightBit, bias: torch.Tensor | None, out: torch.dtype) -> None:
         super().__init__(codes, scales, bias, out)
@@ -155,16 +153,28 @@ def make(rows: torch.Tensor, bias: torch.Tensor | None, sparse: bool, out: torch
 
 def encoded(rows: torch.Tensor, precision: str,
             read: torch.Tensor | None = None) -> tuple[torch.Tensor, EightBit | None]:
-    """A weight in a precision, with its scales in 8 bits; `read` is then the scale of what the layer reads."""
+    """A weight in a precision, with its scales in 8 bits; `read` is then the scale of what the layer reads.
+
+    Codes and scales are those of `quant.quantise_weight`, computed where the weight is: a billion weights take NumPy
+    too long.
+    """
     dtype = DTYPES[precision]
     if dtype.itemsize > 1:
         return rows.to(dtype), None
-    values = rows.float().cpu().numpy()
-    most = float(abs(values).max()) if precision == "fp8" else None
-    found = quantise_weight(values, 1, FORMATS[precision], most)
-    codes = torch.from_numpy(found.codes.view("uint8")).view(dtype).to(rows.device)
-    scale = torch.tensor(found.scales.reshape(-1).astype("float32"), device=rows.device)
+    values, most = rows.float(), MOST[dtype]
+    largest = values.abs().amax(1 if dtype == torch.int8 else (0, 1)).reshape(-1)
+    largest = largest if dtype == torch.int8 else largest.double()
+    scale = torch.where(largest > 0, largest / most, 1.0).clamp(LEAST_SCALE, torch.finfo(torch.float16).max)
+    scale = scale.half().float()
+    scaled = (values / scale[:, None]).clamp(-most, most)
+    codes = scaled.round().to(dtype) if dtype == torch.int8 else _no_minus_zero(scaled.to(dtype))
     return codes, EightBit(scale, torch.ones(1, device=rows.device) if read is None else read)
+
+
+def _no_minus_zero(codes: torch.Tensor) -> torch.Tensor:
+    """A tiny negative value rounds to minus zero."""
+    bits = codes.view(torch.uint8)
+    return torch.where(bits == MINUS_ZERO, torch.zeros_like(bits), bits).view(codes.dtype)
 
 
 def replace(module: nn.Module, path: str, layer: nn.Module) -> None:

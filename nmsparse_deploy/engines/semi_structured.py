@@ -20,6 +20,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ..doctor import SPARSE_CAPABILITY, no_cuda
+from ..pattern import TWO_FOUR, project
 from .packed import Packed, pack, unpack
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -29,8 +31,7 @@ LEAST_WEIGHT = {2: (16, 16), 1: (32, 32)}
 LEAST_ROWS = {2: 8, 1: 16}
 """Bytes of a value -> what the rows of x are padded to a multiple of."""
 CAPABILITY = {"fp8": (8, 9)}
-SPARSE_CAPABILITY = (8, 0)
-"""Sparse tensor cores came with Ampere, those for FP8 with Ada."""
+"""Where `SPARSE_CAPABILITY` is not enough: FP8 came with Ada."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ def _searched(arguments: tuple[Any, ...]) -> Setting | None:
 
 @cache
 def _why_not(precision: str) -> str | None:
-    if not torch.cuda.is_available():
-        return "this torch is a CPU build" if torch.version.cuda is None else "torch sees no CUDA device"
+    if why := no_cuda():
+        return why
     needed, capability = CAPABILITY.get(precision, SPARSE_CAPABILITY), torch.cuda.get_device_capability()
     if capability < needed:
         name = f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}"
@@ -155,8 +156,8 @@ def _tried(precision: str) -> str | None:
     kernels, dtype, size = CuSparseLt(), DTYPES[precision], 64
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(-3, 4, (2, size, size), generator=generator)
-    weight = drawn[0].view(size, -1, 4) * torch.tensor([1, 0, 0, 1])
-    rows, x = weight.view(size, size).float().cuda().to(dtype), drawn[1].float().cuda().to(dtype)
+    weight = torch.where(project(drawn[0].float().abs(), TWO_FOUR), drawn[0], 0)
+    rows, x = weight.float().cuda().to(dtype), drawn[1].float().cuda().to(dtype)
     out = torch.float16 if dtype.itemsize == 1 else dtype
     alpha = torch.ones(size, device="cuda") if dtype.itemsize == 1 else None
     try:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..doctor import no_cuda
 from ..errors import MissingExtra, NmsparseError
 from ..progress import Progress
 
@@ -20,10 +21,7 @@ SEVERITIES = {"VERBOSE": "V", "INFO": "I", "WARNING": "W", "ERROR": "E", "INTERN
 
 def require_cuda(what: str) -> None:
     """Raises `NmsparseError` without a CUDA device. Ask before anything else: without one, TensorRT may crash."""
-    import torch
-
-    if not torch.cuda.is_available():
-        why = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no CUDA device"
+    if why := no_cuda():
         raise NmsparseError(f"{what} needs an NVIDIA GPU: {why}.",
                             f"run it on a machine with one, after pip install 'nmsparse-deploy[{extra()}]'")
 

@@ -27,10 +27,11 @@ from ..errors import CheckFailed, NmsparseError, UsageError
 from ..masks import MaskSet
 from ..models.base import LoadedModel, Target, from_rows, to_rows
 from ..models.reads import group_axis
-from ..models.skeleton import settle, skeleton
+from ..models.skeleton import fits, settle, skeleton
 from ..pattern import TWO_FOUR
 from ..quant import BASE, FORMATS, Range, scale_of
 from .base import Tensor
+from .graphs import record
 from .linear import EightBit, encoded, make, replace
 from .packed import Packed, pack, packable, unpack
 from .semi_structured import DTYPES, Setting, kernels, shape_fits
@@ -61,7 +62,8 @@ class Entry:
 
     @property
     def k(self) -> int:
-        return self.shape[self.axis]
+        """As `to_rows` has it: a convolution reduces over its kernel as well."""
+        return int(np.prod(self.shape[1:])) if len(self.shape) > 3 else self.shape[self.axis]
 
     @property
     def n(self) -> int:
@@ -142,7 +144,7 @@ def _layer(module: nn.Module, target: Target | None) -> str | None:
     if target is None or target.watched or target.experts > 1:
         return None
     layer = module.get_submodule(target.module)
-    ordinary = group_axis(layer) is not None and layer.weight.ndim == 2  # type: ignore[union-attr]
+    ordinary = group_axis(layer) is not None and layer.weight.ndim == 2
     return target.module if ordinary and layer.weight is module.get_parameter(target.name) else None
 
 
@@ -186,7 +188,10 @@ class Artefact:
         """One weight as `[n, k]` with its zeros, and its scales in 8 bits."""
         with self._file() as file:
             held = {part: file.get_tensor(f"{name}.{part}") for part in ("values", "places")}
-            rows = unpack(Packed(held["values"].to(device), held["places"].to(device)))
+            packed, entry = Packed(held["values"].to(device), held["places"].to(device)), self.entries[name]
+            if packed.shape != (entry.n, entry.k):
+                raise ValueError(f"'{name}' has the shape {packed.shape}, not {(entry.n, entry.k)}")
+            rows = unpack(packed)
             if rows.element_size() > 1:
                 return rows, None
             return rows, EightBit(*(file.get_tensor(f"{name}.{part}").to(device) for part in ("scale", "read")))
@@ -214,7 +219,7 @@ class Artefact:
         if made["gpu"] != here:
             raise UsageError(f"The decisions of '{self.folder}' were made on {made['gpu']}, and this is {here}.",
                              "nmsparse-deploy export --torch times them again")
-        found = {}
+        found: dict[str, Choice] = {}
         for row in made["gemms"]:
             settings = {int(rows): Setting(**one) for rows, one in (row.get("settings") or {}).items()}
             found |= {name: Choice(row["keep"] == "sparse", settings) for name in row["weights"] if name in able}
@@ -234,7 +239,7 @@ class Artefact:
         if any(choice.sparse for choice in choices.values()) and (why := kernels().why_not(self.precision)):
             raise NmsparseError(f"Sparse kernels cannot run {self.precision} here: {why}.",
                                 "mode 'dense' runs the same weights without them")
-        loaded = skeleton(self.folder)
+        loaded = skeleton(self.folder, self.base)
         with self._file() as file:
             held = {name: file.get_tensor(name).to(device) for name in self.plain}
         layers = {entry.layer: name for name, entry in self.entries.items() if entry.layer}
@@ -243,14 +248,17 @@ class Artefact:
         held |= {alias: held[name] for alias, name in self.tied.items() if name in held}
         try:
             settle(loaded.module, held)
-        except AttributeError as error:
+            for name in layers.values():
+                fits(loaded.module, name, self.entries[name].shape)
+        except (AttributeError, ValueError) as error:
             raise UsageError(f"'{self.folder / FILE}' does not fit its config.json: {error}.") from error
         for path, name in layers.items():
             rows, scales = self.rows(name, device)
             choice = choices.get(name, Choice(False, {}))
             bias = held.get(f"{path}.bias")
             replace(loaded.module, path, make(rows, bias, choice.sparse, self.base, scales, dict(choice.settings)))
-        missing = [name for name, value in loaded.module.named_parameters() if value.is_meta]
+        held_here = (*loaded.module.named_parameters(), *loaded.module.named_buffers())
+        missing = [name for name, value in held_here if value.is_meta]
         if missing:
             raise UsageError(f"'{self.folder / FILE}' is damaged: it lacks '{missing[0]}'.")
         loaded.module.to(device)
@@ -272,18 +280,23 @@ class _Reading:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         self._file.__exit__(kind, error, trace)
-        if isinstance(error, (SafetensorError, KeyError, TypeError, ValueError)):
+        if isinstance(error, (SafetensorError, KeyError, TypeError, ValueError, AttributeError, IndexError)):
             raise UsageError(f"'{self.path}' is damaged or no packed model of this tool: {error}.") from error
 
 
 class TorchSparse:
-    """A packed model that runs. With `compile` it goes through torch.compile, with `cuda_graph` it is replayed."""
+    """A packed model that runs.
 
-    SETTINGS: Mapping[str, Any] = {"mode": "auto", "device": None, "compile": False}
+    With `compile` it goes through torch.compile; with `cuda_graph` a batch of every new shape is recorded, and replayed
+    for the next ones.
+    """
+
+    SETTINGS: Mapping[str, Any] = {"mode": "auto", "device": None, "compile": False, "cuda_graph": False}
 
     def __init__(self, artefact: Artefact, loaded: LoadedModel, settings: Mapping[str, Any]) -> None:
         self.artefact, self.loaded, self.settings = artefact, loaded, dict(settings)
-        self._call = torch.compile(loaded.module) if settings["compile"] else loaded.module
+        self._call: Any = torch.compile(loaded.module) if settings["compile"] else loaded.module
+        self._recorded: dict[Any, tuple[dict[str, torch.Tensor], Any]] = {}
 
     @classmethod
     def build(cls, artefact: Path, settings: Mapping[str, Any] | None = None) -> Self:
@@ -293,6 +306,8 @@ class TorchSparse:
             raise UsageError(f"torch-sparse has no setting '{min(unknown)}'; it has {', '.join(cls.SETTINGS)}.")
         chosen = {**cls.SETTINGS, **(settings or {})}
         device = torch.device(chosen["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if chosen["cuda_graph"] and device.type != "cuda":
+            raise UsageError("A CUDA graph needs a CUDA device.", "leave out cuda_graph")
         opened = Artefact(artefact)
         return cls(opened, opened.load(chosen["mode"], device), chosen)
 
@@ -311,7 +326,18 @@ class TorchSparse:
         inputs = {name: torch.as_tensor(value).to(device) for name, value in batch.items()}
         floating = {name: value.to(self.artefact.base) if value.is_floating_point() else value
                     for name, value in inputs.items()}
-        output = self._call(**floating)
+        output = self._replayed(floating) if self.settings["cuda_graph"] else self._call(**floating)
         named = {"output": output} if isinstance(output, torch.Tensor) else dict(output.items())
         return {name: value.float().cpu().numpy() if value.is_floating_point() else value.cpu().numpy()
                 for name, value in named.items() if isinstance(value, torch.Tensor)}
+
+    def _replayed(self, inputs: dict[str, torch.Tensor]) -> Any:
+        """The recording for these shapes, with these values in its inputs."""
+        key = tuple((name, tuple(value.shape), value.dtype) for name, value in sorted(inputs.items()))
+        if key not in self._recorded:
+            held = {name: value.clone() for name, value in inputs.items()}
+            self._recorded[key] = held, record(lambda: self._call(**held))
+        held, replay = self._recorded[key]
+        for name, value in inputs.items():
+            held[name].copy_(value)
+        return replay()

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,16 +26,17 @@ KernelsOf = Mapping[str, Mapping[str, int]]
 """layer path -> kernel -> how often it ran."""
 
 
-class Gemm(Protocol):
-    """What is known about a layer before it runs."""
+@dataclass(frozen=True)
+class Gemm:
+    """What is known about a multiplication before it runs."""
 
     parameter: str
-    layer: str | None
+    layer: str
     k: int
     n: int
-    why_not: str | None
+    why_not: str | None = None
     """Why sparse kernels cannot run it at all."""
-    kept_dense: str | None
+    kept_dense: str | None = None
     """Why the dense kernel was chosen; None where the sparse one was."""
 
 
@@ -120,8 +122,8 @@ def _layer(gemm: Gemm, precision: str, rows: Mapping[str, int], check: TensorChe
            kernels: KernelsOf | None) -> LayerEvidence:
     proofs: dict[Rung, str] = {}
     reason, text = _climb(gemm, check, kernels, proofs)
-    flops = 2 * gemm.k * gemm.n * rows.get(gemm.layer or "", 1)
-    return LayerEvidence(gemm.layer or gemm.parameter, gemm.parameter, gemm.k, gemm.n, precision, flops, proofs, reason,
+    flops = 2 * gemm.k * gemm.n * rows.get(gemm.layer, 1)
+    return LayerEvidence(gemm.layer, gemm.parameter, gemm.k, gemm.n, precision, flops, proofs, reason,
                          text)
 
 
@@ -140,7 +142,7 @@ def _climb(gemm: Gemm, check: TensorCheck | None, kernels: KernelsOf | None,
     proofs["chosen"] = "runs on compressed weights"
     if kernels is None:
         return "not checked", "nobody watched the model run"
-    found = kernels.get(gemm.layer or "", {})
+    found = kernels.get(gemm.layer, {})
     sparse = {name: count for name, count in found.items() if is_sparse_kernel(name)}
     if not sparse:
         return "unknown", f"its kernels were {', '.join(found) or 'not seen'}"

@@ -42,14 +42,14 @@ def evaluate_diffusion(dense: LoadedModel, pruned: LoadedModel, spec: Evaluate, 
                        progress: Progress = silent) -> dict[str, Any]:
     """Every metric, dense first; the content of an `evaluate.json`.
 
-    `calibration` are the content hashes of the run's calibration pictures. Raises `NmsparseError` when one of the
+    `calibration` are the content hashes of the run's calibration samples. Raises `NmsparseError` when one of the
     evaluation is among them.
     """
     models = {DENSE: dense, PRUNED: pruned}
     sample = held_out(dense, DATA if spec.data == AUTO else spec.data, spec.images, progress)
     compared = None
-    if calibration is not None and sample.images is not None:
-        compared = check_images_disjoint(calibration, sample.images.hashes)
+    if calibration is not None:
+        compared = check_images_disjoint(calibration, sample.hashes)
     results: Results = {label: [] for label in models}
     rows = _predictions(models, sample, results, progress)
     drawn = {label: _samples(model, dense, sample, spec, progress) for label, model in models.items()}

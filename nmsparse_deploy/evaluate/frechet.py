@@ -18,7 +18,7 @@ def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     if min(len(a), len(b)) < 2:
         raise UsageError("A Frechet distance needs at least two samples on each side.")
     a, b = a.double(), b.double()
-    first, second = torch.cov(a.T).atleast_2d(), torch.cov(b.T).atleast_2d()
+    first, second = (torch.atleast_2d(torch.cov(features.T)) for features in (a, b))
     root = _root(first)
     middle = root @ second @ root
     cross = torch.linalg.eigvalsh((middle + middle.T) / 2).clamp(min=0).sqrt().sum()

@@ -63,8 +63,10 @@ def zero_shot(lm: Any, tasks: Sequence[str], limit: int | None, where: str, dtyp
     for file in files:
         if not file.is_file():
             raise UsageError(f"There is no task file '{file}'.")
-    manager = TaskManager(include_path=[str(folder) for folder in {file.parent for file in files}] or None)
     names = [_name(Path(task)) if Path(task) in files else task for task in tasks]
+    # Reading the harness's own thousands of descriptions takes seconds, so it is done only for a name.
+    manager = TaskManager(include_path=sorted({str(file.parent) for file in files}) or None,
+                          include_defaults=len(files) < len(tasks))
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise UsageError(f"lm-evaluation-harness has no task '{unknown[0]}'.", "lm-eval ls tasks")
@@ -80,9 +82,9 @@ def zero_shot(lm: Any, tasks: Sequence[str], limit: int | None, where: str, dtyp
 
 def _require() -> None:
     try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise MissingExtra("lm-eval", "eval", "A zero-shot task") from error
+        from lm_eval import simple_evaluate  # noqa: F401
+    except ImportError as error:  # the harness, or something that it needs
+        raise MissingExtra((error.name or "lm_eval").replace("_", "-"), "eval", "A zero-shot task") from error
 
 
 def _name(file: Path) -> str:

@@ -141,8 +141,8 @@ def _loader(dataset: Any, settings: dict[str, Any], seen: Callable[[str], None] 
 
     loader = create_loader(dataset, input_size=settings["input_size"], batch_size=BATCH, is_training=False,
                            use_prefetcher=False, interpolation=settings["interpolation"], mean=settings["mean"],
-                           std=settings["std"], num_workers=0, crop_pct=settings["crop_pct"],
-                           crop_mode=settings["crop_mode"], pin_memory=False)
+                           std=settings["std"], num_workers=0, persistent_workers=False,
+                           crop_pct=settings["crop_pct"], crop_mode=settings["crop_mode"], pin_memory=False)
     transform = dataset.transform
 
     def watched(picture: Any) -> Any:

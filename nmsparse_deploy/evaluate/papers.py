@@ -31,6 +31,9 @@ def evaluate_papers(models: Iterable[tuple[str, LoadedModel]], spec: Evaluate, c
     samples: dict[str, TokenSample] = {}
     compared = None if calibration is None else 0
     missing: list[dict[str, str]] = []
+    if spec.tasks and calibration is not None:
+        missing.append({"place": "zero-shot tasks", "why": "their documents were not compared with what was calibrated "
+                                                           "on"})
     for label, model in models:
         if not samples:
             samples = _samples(model, spec, progress)
@@ -44,8 +47,8 @@ def evaluate_papers(models: Iterable[tuple[str, LoadedModel]], spec: Evaluate, c
             progress(f"zero-shot tasks, {label}", 0, 0)
             results[label] += zero_shot(torch_lm(model), spec.tasks, spec.limit, where, dtype)
         if spec.tasks and spec.onnx and label == PRUNED:
-            found, missing = _engines(model, graphs, spec, progress)
-            results |= found
+            found, absent = _engines(model, graphs, spec, progress)
+            results, missing = results | found, missing + absent
     order = [DENSE, PRUNED, *(label for label in results if label not in (DENSE, PRUNED))]
     ratio = paired_ratio(results[DENSE][0], results[PRUNED][0]) if samples else None
     return {"results": {label: [result.to_json() for result in results[label]] for label in order},
@@ -57,7 +60,7 @@ def _samples(model: LoadedModel, spec: Evaluate, progress: Progress) -> dict[str
     if spec.protocols and spec.paper_context > most:
         raise UsageError(f"The protocols' windows of {spec.paper_context} tokens are longer than the {most} that "
                          f"'{model.name}' takes.", f"--paper-context {most}")
-    found = {}
+    found: dict[str, TokenSample] = {}
     for name in spec.protocols:
         progress(f"reading the test set of {name}", 0, 0)
         found[name] = protocol_sample(PROTOCOLS[name], spec.data, model.processor, spec.paper_context, spec.limit)
@@ -67,7 +70,8 @@ def _samples(model: LoadedModel, spec: Evaluate, progress: Progress) -> dict[str
 def _engines(model: LoadedModel, graphs: Sequence[Path], spec: Evaluate,
              progress: Progress) -> tuple[dict[str, list[EvalResult]], list[dict[str, str]]]:
     """The tasks on every exported graph that runs here, and why the others do not."""
-    results, missing = {}, []
+    results: dict[str, list[EvalResult]] = {}
+    missing: list[dict[str, str]] = []
     for path in graphs:
         label = f"{PRUNED}, ONNX {path.parent.name}"
         try:

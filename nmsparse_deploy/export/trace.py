@@ -23,6 +23,7 @@ from .experts import unroll_experts
 from .link import LinkMap, link
 from .prepare import PRECISIONS, cast_copy, dynamic_shapes, take_one_output, trace_inputs
 from .tidy import TensorSpec, dynamic_dims, fixed_axes, tensor_specs, tidy
+from .translate import translations
 
 if TYPE_CHECKING:
     import onnx
@@ -137,7 +138,7 @@ def _trace(module: nn.Module, sample: Mapping[str, torch.Tensor], opset: int, sh
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(module, tuple(sample.values()), dynamo=True, opset_version=opset, verbose=False,
                                         input_names=list(sample), dynamic_shapes=(shapes,) if shapes else None,
-                                        optimize=not _has_batch_norm(module))
+                                        optimize=not _has_batch_norm(module), custom_translation_table=translations())
     except NmsparseError:
         raise
     except Exception as error:

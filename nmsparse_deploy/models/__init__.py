@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,38 +34,49 @@ def hub_name(source: str) -> str | None:
     return name if known and not Path(source).exists() else None
 
 
-def load(source: str, dtype: torch.dtype | None = None) -> LoadedModel:
+def load(source: str, dtype: torch.dtype | None = None, stream: bool = False) -> LoadedModel:
     """Load MODEL: a packaged model (`demo`, `vit`, `minilm`), a folder, a GGUF file, a hub name, `timm:NAME`, or
     `diffusers:NAME`.
 
-    A bare name that is neither here nor on the hub is tried as a timm model; `described` says what it was.
+    A bare name that is neither here nor on the hub is tried as a timm model; `described` says what it was. With
+    `stream` the weights stay in their files until they are needed; only for what `checkpoint` finds.
     """
     if source in assets() and assets()[source].kind == "model":
-        return _packaged(assets()[source], dtype)
+        return _packaged(assets()[source], dtype, stream)
     if vision.is_timm(source):
         return vision.load(source, dtype)
     if diffusion.is_diffusers(source):
         return diffusion.load(source, dtype)
     try:
-        return hf.load(source, dtype)
+        return hf.load(source, dtype, stream=stream)
     except NmsparseError:
         if "/" in source or Path(source).exists() or not vision.is_name(source):
             raise
         return vision.load(f"{vision.PREFIX}{source}", dtype)
 
 
-def _packaged(asset: Asset, dtype: torch.dtype | None) -> LoadedModel:
+def checkpoint(source: str) -> Path | None:
+    """The folder of safetensors files that MODEL stands for, if it can be streamed and is on this machine."""
+    if source in assets() and assets()[source].kind == "model":
+        return hf.checkpoint(_where(assets()[source]))
+    return None if vision.is_timm(source) else hf.checkpoint(source)
+
+
+def _packaged(asset: Asset, dtype: torch.dtype | None, stream: bool) -> LoadedModel:
+    return hf.load(_where(asset), dtype, asset.key, asset.name, stream)
+
+
+def _where(asset: Asset) -> str:
+    """The folder or file of a packaged model, or its name on the hub."""
     try:
         folder = fetch(asset.key)
     except NmsparseError:
         if asset.hub is None:
             raise
-        return hf.load(asset.hub, dtype, asset.key, asset.name)
+        return asset.hub
     if asset.key == saliency.KEY:
-        where = saliency.model_folder()
-    else:
-        where = next((file.parent for file in folder.rglob("config.json")), folder / asset.files[0])
-    return hf.load(str(where), dtype, asset.key, asset.name)
+        return str(saliency.model_folder())
+    return str(next((file.parent for file in folder.rglob("config.json")), folder / asset.files[0]))
 
 
 def described(typed: str, model: LoadedModel) -> str:
@@ -93,14 +104,19 @@ def input_name(model: LoadedModel) -> str:
     return vision.INPUT if model.library == "timm" else str(getattr(model.module, "main_input_name", "input_ids"))
 
 
-def save(model: LoadedModel, folder: Path) -> None:
-    """Write a folder that the stock library loads."""
-    {"timm": vision, diffusion.LIBRARY: diffusion}.get(model.library, hf).save(model, folder)
+def save(model: LoadedModel, folder: Path, changed: Mapping[str, Callable[[], torch.Tensor]] | None = None) -> None:
+    """Write a folder that the stock library loads; of a streamed model `changed` gives what is not the checkpoint's."""
+    if model.library == "timm":
+        vision.save(model, folder)
+    elif model.library == diffusion.LIBRARY:
+        diffusion.save(model, folder)
+    else:
+        hf.save(model, folder, changed)
 
 
 def batches(model: LoadedModel, inputs: Mapping[str, torch.Tensor], size: int) -> list[dict[str, Any]]:
     """Inputs `[samples, ...]` as keyword arguments of forward passes on the model's device, `size` samples each."""
-    device = next(model.module.parameters()).device
+    device = model.device
     # A cache would only cost memory.
     extra: dict[str, Any] = {"use_cache": False} if model.family in ("llm", "seq2seq") else {}
     parts = {name: value.to(device).split(size) for name, value in inputs.items()}

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from .weights import WHOLE, Weights
+
 
 @dataclass(frozen=True)
 class Target:
@@ -78,6 +80,24 @@ class LoadedModel:
     """Tokenizer (text) or preprocessing settings (images)."""
     provenance: dict[str, str] = field(default_factory=dict)
     """Revision, file hashes, dtype, library versions."""
+    weights: Weights = WHOLE
+
+    @property
+    def streamed(self) -> bool:
+        """Do the weights stay in their files?"""
+        return self.weights.device is not None
+
+    def to(self, device: torch.device) -> None:
+        """Compute on `device` from now on."""
+        if self.streamed:
+            self.weights.to(device)
+        else:
+            self.module.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.weights.device or next(self.module.parameters()).device
 
 
 class ModelAdapter(Protocol):

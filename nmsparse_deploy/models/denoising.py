@@ -9,6 +9,7 @@ arXiv:2210.02747).
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UsageError
 from .preprocess import Preprocess
 
 SCHEDULER = "scheduler"
@@ -44,7 +46,7 @@ class Noising:
         predicts = config.get("prediction_type", "epsilon")
         flows = diffusers.FlowMatchEulerDiscreteScheduler
         if isinstance(scheduler, flows) or predicts == "flow_prediction":
-            law = flows.from_config(config) if isinstance(scheduler, flows) else flows(
+            law: Any = flows.from_config(config) if isinstance(scheduler, flows) else flows(
                 config.get("num_train_timesteps", 1000), config.get("flow_shift") or 1.0)
             return cls(law.timesteps.float(), 1 - law.sigmas.float(), law.sigmas.float(), FLOW)
         alphas = diffusers.DDPMScheduler.from_config(config).alphas_cumprod.float()
@@ -118,8 +120,10 @@ class Denoising:
 def _autoencoder(folder: Path) -> Any:
     import diffusers
 
-    config = diffusers.ModelMixin.load_config(folder)
-    return getattr(diffusers, config["_class_name"]).from_pretrained(folder, torch_dtype=torch.float32).eval()
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    if not hasattr(diffusers, str(kind)):
+        raise UsageError(f"diffusers {diffusers.__version__} knows no autoencoder '{kind}'.")
+    return getattr(diffusers, kind).from_pretrained(folder, torch_dtype=torch.float32).eval()
 
 
 def _shift(vae: Any) -> float:

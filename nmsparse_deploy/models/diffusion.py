@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import MissingExtra, NmsparseError, UsageError
 from .base import LoadedModel
@@ -99,7 +98,20 @@ def _download(name: str) -> Path:
                             "give a local folder") from error
 
 
-def _module(place: Path, settings: dict[str, Any], source: str, dtype: torch.dtype | None) -> nn.Module:
+def empty(folder: Path, dtype: torch.dtype) -> LoadedModel:
+    """The model of a folder as its configuration describes it, without its weights. Raises `UsageError`."""
+    from accelerate import init_empty_weights
+
+    settings = _settings(folder)
+    kind = _class(folder, settings, str(folder))
+    with init_empty_weights(include_buffers=False):
+        module = kind.from_config(settings).to(dtype)
+    processor = Denoising(*_scheduler([folder]), *_pictures(module, folder / "vae"))
+    return LoadedModel(module.eval(), str(folder), folder.name, "diffusion", LIBRARY, processor,
+                       {"class": type(module).__name__})
+
+
+def _class(place: Path, settings: dict[str, Any], source: str) -> Any:
     import diffusers
     from diffusers.utils import logging
 
@@ -107,9 +119,14 @@ def _module(place: Path, settings: dict[str, Any], source: str, dtype: torch.dty
     logging.disable_progress_bar()
     if not settings:
         raise UsageError(f"'{source}' holds no diffusion transformer: '{place}' has no config.json.")
-    kind = getattr(diffusers, str(settings.get("_class_name")), None)
+    kind: Any = getattr(diffusers, str(settings.get("_class_name")), None)
     if not (inspect.isclass(kind) and issubclass(kind, diffusers.ModelMixin)):
         raise UsageError(f"diffusers {diffusers.__version__} knows no model '{settings.get('_class_name')}'.")
+    return kind
+
+
+def _module(place: Path, settings: dict[str, Any], source: str, dtype: torch.dtype | None) -> Any:
+    kind = _class(place, settings, source)
     try:
         return kind.from_pretrained(place, torch_dtype=dtype or _stored_dtype(place))
     except Exception as error:
@@ -147,7 +164,7 @@ def _scheduler(places: list[Path]) -> tuple[Any, bool]:
     return diffusers.DDPMScheduler(), True
 
 
-def _pictures(module: nn.Module, vae: Path) -> tuple[Preprocess | None, Path | None]:
+def _pictures(module: Any, vae: Path) -> tuple[Preprocess | None, Path | None]:
     """Which pictures the model is trained on, and the autoencoder between."""
     channels, (height, width) = module.config.in_channels, size(module)
     settings = _settings(vae)
@@ -166,7 +183,8 @@ def size(module: Any) -> tuple[int, int]:
     if found is None:
         raise NmsparseError(f"{type(module).__name__} does not say what size it denoises (sample_size).",
                             "add it to the config.json")
-    return (found, found) if isinstance(found, int) else tuple(found)
+    height, width = (found, found) if isinstance(found, int) else found
+    return height, width
 
 
 def _check_arguments(module: Any) -> None:

@@ -16,11 +16,12 @@ from ..errors import NmsparseError
 from .base import Discovery, Skipped, Target, block_index, weights
 from .experts import expert_lists, is_router, sibling
 from .reads import Read, Trace, group_axis, trace
+from .weights import WHOLE, Weights
 
 __all__ = ["discover", "find_blocks", "group_axis", "trace_inputs"]
 
 
-def discover(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Discovery:
+def discover(module: nn.Module, inputs: Mapping[str, torch.Tensor], held: Weights = WHOLE) -> Discovery:
     """Discover blocks, targets and what is skipped, by one forward pass on `inputs` (batch of 2 or more).
 
     Blocks come in the order in which they run. Raises `NmsparseError` when the model has no repeated blocks, or runs
@@ -29,7 +30,7 @@ def discover(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Discovery
     found = find_blocks(module)
     if not found:
         raise NmsparseError("Found no repeated blocks in this model, so there is nothing to prune block by block.")
-    traced = trace(module, found, inputs)
+    traced = trace(module, found, inputs, held)
     again = next((path for path in traced.order if traced.order.count(path) > 1), None)
     if again is not None:
         raise NmsparseError(f"The block '{again}' runs several times in one forward pass; shared blocks are not "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..assets import cache_dir, digest
 from ..errors import NmsparseError, UsageError
 from .base import LoadedModel
 from .preprocess import from_config
+from .weights import WHOLE, Weights
 
 HEADS = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM",
          "ForImageClassification": "AutoModelForImageClassification", "ForMaskedLM": "AutoModelForMaskedLM",
@@ -24,10 +26,11 @@ GENERATES = "ForConditionalGeneration"
 
 
 def load(source: str, dtype: torch.dtype | None = None, alias: str | None = None,
-         name: str | None = None) -> LoadedModel:
+         name: str | None = None, stream: bool = False) -> LoadedModel:
     """Load a pretrained model and its tokenizer on the CPU, in the checkpoint's dtype unless `dtype` is given.
 
-    `alias` is what the user typed, when that was a shorthand for `source`.
+    `alias` is what the user typed, when that was a shorthand for `source`. With `stream` the weights stay in their
+    files until a part of the module is held (`weights.py`).
 
     Raises `UsageError` for what is not there or not a model, `NmsparseError` for what cannot be reached. Remote code is
     never run.
@@ -35,16 +38,35 @@ def load(source: str, dtype: torch.dtype | None = None, alias: str | None = None
     path = Path(source)
     if path.suffix == ".gguf":
         folder = _dequantised(path)
-        return _from_pretrained(str(folder), alias or source, name or path.stem, dtype, {"gguf_sha256": folder.name})
+        return _from_pretrained(str(folder), alias or source, name or path.stem, dtype, {"gguf_sha256": folder.name},
+                                stream)
     if path.exists() and not (path / "config.json").is_file():
         raise UsageError(f"'{source}' is not a model: the folder has no config.json.")
     if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise UsageError(f"There is no model '{source}'.")
-    return _from_pretrained(source, alias or source, name or path.name, dtype, {})
+    return _from_pretrained(source, alias or source, name or path.name, dtype, {}, stream)
+
+
+def checkpoint(source: str) -> Path | None:
+    """The folder with the safetensors files of `source`, if it is on this machine. Downloads nothing."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = Path(source)
+    if path.suffix == ".gguf":
+        folder: Path | None = _dequantised(path)
+    elif path.exists():
+        folder = path
+    else:
+        try:
+            found = try_to_load_from_cache(source, "config.json")
+        except ValueError:  # not the name of a model
+            found = None
+        folder = Path(found).parent if isinstance(found, str) else None
+    return folder if folder is not None and any(folder.glob("*.safetensors")) else None
 
 
 def _from_pretrained(where: str, source: str, name: str, dtype: torch.dtype | None,
-                     provenance: dict[str, str]) -> LoadedModel:
+                     provenance: dict[str, str], stream: bool) -> LoadedModel:
     import transformers
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
@@ -54,15 +76,42 @@ def _from_pretrained(where: str, source: str, name: str, dtype: torch.dtype | No
     try:
         config = transformers.AutoConfig.from_pretrained(where)
         auto = auto_class(config)
-        module = getattr(transformers, auto).from_pretrained(where, dtype=dtype or "auto", config=config)
+        weights: Weights = WHOLE
+        if stream:
+            module, weights = _streamed(where, getattr(transformers, auto), config, dtype)
+        else:
+            module = getattr(transformers, auto).from_pretrained(where, dtype=dtype or "auto", config=config)
         kind = family(module, auto)
         processor = _processor(where, kind, config)
+    except NmsparseError:
+        raise
     except Exception as error:
         raise _explain(error, source) from error
     commit = getattr(module.config, "_commit_hash", None)
     facts = {**provenance, **({"revision": commit} if commit else {}), "class": type(module).__name__,
              "dtype": str(module.dtype).removeprefix("torch.")}
-    return LoadedModel(module.eval(), source, name, kind, processor=processor, provenance=facts)
+    return LoadedModel(module.eval(), source, name, kind, processor=processor, provenance=facts,
+                       weights=weights)
+
+
+def _streamed(where: str, auto: Any, config: Any, dtype: torch.dtype | None) -> tuple[Any, Weights]:
+    """The module without values, and its weights in the files of the checkpoint."""
+    from .streamed import Streamed, stored_dtype
+
+    folder = checkpoint(where)
+    if folder is None:
+        raise UsageError(f"'{where}' has no safetensors files on this machine, so its weights cannot be streamed.",
+                         f"hf download {where}")
+    if getattr(config, "quantization_config", None):
+        raise UsageError(f"'{where}' is quantised; only a dense checkpoint can be streamed.")
+    dtype = dtype or config.dtype or stored_dtype(folder)
+    module = unfilled(auto, config, dtype)
+    module.config.name_or_path = where
+    if module.can_generate():
+        module.adjust_generation_fn(None, True, None, where, cache_dir=None, force_download=False, proxies=None,
+                                    local_files_only=True, token=None, revision="main", subfolder="",
+                                    trust_remote_code=False)
+    return module, Streamed(module, folder, dtype)
 
 
 def auto_class(config: Any) -> str:
@@ -75,15 +124,25 @@ def auto_class(config: Any) -> str:
     return next((name for end, name in HEADS.items() if architecture.endswith(end)), "AutoModel")
 
 
-def empty(folder: Path) -> LoadedModel:
+def unfilled(auto: Any, config: Any, dtype: torch.dtype | None) -> Any:
+    """The module that `auto` (a class of Transformers) makes of `config`, its parameters without values."""
+    from accelerate import init_empty_weights
+
+    make = auto.from_config if auto.__name__.startswith("AutoModel") else auto._from_config
+    with init_empty_weights(include_buffers=False):
+        module = make(config, dtype=dtype)
+    module.tie_weights()
+    return module
+
+
+def empty(folder: Path, dtype: torch.dtype) -> LoadedModel:
     """The model of a folder as its configuration describes it, without its weights. Raises `UsageError`."""
     import transformers
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         auto = auto_class(config)
-        made = getattr(transformers, auto)
-        module = made.from_config(config) if hasattr(made, "from_config") else made(config)
+        module = unfilled(getattr(transformers, auto), config, dtype)
         kind = family(module, auto)
         processor = _processor(str(folder), kind, config)
     except Exception as error:
@@ -198,9 +257,9 @@ def sample_inputs(model: LoadedModel, batch: int = 2, length: int = 16) -> dict[
         height, width = model.processor.size
         shape = (batch, len(model.processor.mean), height, width)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        return {"pixel_values": noise.to(parameter.device, parameter.dtype)}
+        return {"pixel_values": noise.to(model.device, parameter.dtype)}
     vocabulary = config.get_text_config().vocab_size
-    ids = (torch.arange(batch * length, device=parameter.device) % vocabulary).view(batch, length)
+    ids = (torch.arange(batch * length, device=model.device) % vocabulary).view(batch, length)
     if model.family == "seq2seq":
         return {**_source(model, ids), "decoder_input_ids": ids.flip(1)}
     # Decoders look into positions for want of a mask, encoders into the mask; without memory there is nothing to see.
@@ -218,13 +277,20 @@ def _source(model: LoadedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     frames = 2 * getattr(module.config, "max_source_positions", 1500)
     shape = (len(ids), getattr(module.config, "num_mel_bins", 80), frames)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return {module.main_input_name: noise.to(parameter.device, parameter.dtype)}
+    return {module.main_input_name: noise.to(model.device, parameter.dtype)}
 
 
-def save(model: LoadedModel, folder: Path) -> None:
-    """Write config, weights and tokenizer so that stock `from_pretrained` loads them."""
+def save(model: LoadedModel, folder: Path, changed: Mapping[str, Callable[[], torch.Tensor]] | None = None) -> None:
+    """Write config, weights and tokenizer so that stock `from_pretrained` loads them.
+
+    Of a streamed model `changed` gives the weights that are not the checkpoint's.
+    """
+    from .streamed import Streamed
+
     module: Any = model.module
-    # The checkpoint's older names, which the library would restore, are not the ones that masks are stored under.
-    module.save_pretrained(folder, save_original_format=False)
+    if isinstance(model.weights, Streamed):
+        model.weights.save(folder, changed or {})
+    else:  # the older names that the library would restore are not the ones that masks are stored under
+        module.save_pretrained(folder, save_original_format=False)
     if model.processor is not None:
         model.processor.save_pretrained(folder)

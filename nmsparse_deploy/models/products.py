@@ -30,7 +30,7 @@ _OPERANDS: dict[str, tuple[int, int]] = {"mm": (0, 1), "addmm": (1, 2), "bmm": (
 """Where the two factors stand among an operator's arguments; the last two take the ends of each expert's rows third."""
 
 
-def place(tensor: torch.Tensor) -> tuple[int, int]:
+def place(tensor: torch.Tensor) -> tuple[Any, Any]:
     """Which memory a tensor lies in, and where there; also told apart where there is none (meta tensors)."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset()
 

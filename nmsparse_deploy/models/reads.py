@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from .base import block_index, weights
+from .forwards import within
 from .products import Product, Watch, place
+from .weights import WHOLE, Weights
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ def gemms(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, child
 
 
-def trace(module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str, torch.Tensor]) -> Trace:
+def trace(module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str, torch.Tensor],
+          held: Weights = WHOLE) -> Trace:
     """Run one forward pass and see which weights read which tensor, and in which order the blocks run."""
     found = Trace()
     seen: dict[tuple, str] = {}
@@ -85,11 +88,16 @@ def trace(module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str, torch
         with_kwargs=True) for path, layer in gemms(module)]
     handles += [module.get_submodule(path).register_forward_pre_hook(
         lambda _m, _args, path=path: found.entered.append(path)) for path in blocks]
-    inside = {name: parameter for path, name, parameter in weights(module)
-              if block_index(blocks, path) is not None and parameter.ndim < 4}
+
+    def watch(index: int) -> Watch:
+        path = blocks[index]
+        return Watch({f"{path}.{name}": parameter for _, name, parameter in weights(module.get_submodule(path))
+                      if parameter.ndim < 4}, multiplied)
+
+    layers = [module.get_submodule(path) for path in blocks]
     training = module.training
     try:
-        with torch.no_grad(), Watch(inside, multiplied):
+        with torch.no_grad(), within(layers, watch), held.flowing():  # a block is watched once it has its weights
             module.eval()(**inputs)
     finally:
         module.train(training)

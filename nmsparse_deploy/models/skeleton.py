@@ -5,22 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from ..errors import UsageError
-from . import hf, vision
+from . import diffusion, hf, vision
 from .base import LoadedModel
 
 
-def skeleton(folder: Path) -> LoadedModel:
-    """The model that the configuration in `folder` describes, its parameters on the meta device; buffers are real.
+def skeleton(folder: Path, dtype: torch.dtype) -> LoadedModel:
+    """The model that the configuration in `folder` describes, its parameters on the meta device; buffers are real, and
+    have the dtypes that they have when the library loads the model in `dtype`.
 
     Raises `UsageError` for a folder that describes no model.
     """
-    from accelerate import init_empty_weights
-
     if not (folder / "config.json").is_file():
         raise UsageError(f"'{folder}' does not describe a model: it has no config.json.")
-    with init_empty_weights(include_buffers=False):
-        return vision.empty(folder) if vision.is_timm(str(folder)) else hf.empty(folder)
+    library = diffusion if diffusion.is_diffusers(str(folder)) else vision if vision.is_timm(str(folder)) else hf
+    return library.empty(folder, dtype)
 
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -32,14 +34,27 @@ def description(folder: Path) -> list[Path]:
 
 
 def settle(module: Any, tensors: dict[str, Any]) -> None:
-    """Put `tensors` by name into a skeleton; the same tensor under two names stays one parameter."""
-    from torch import nn
+    """Put `tensors` by name into a skeleton; the same tensor under two names stays one parameter.
 
+    Raises `AttributeError` for a name that it does not have, `ValueError` for a tensor of another shape.
+    """
     made: dict[int, nn.Parameter] = {}
     for name, value in tensors.items():
         owner_path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_path)
         if leaf in owner._parameters:
+            fits(module, name, tuple(value.shape))
             owner._parameters[leaf] = made.setdefault(id(value), nn.Parameter(value, requires_grad=False))
         else:
             owner._buffers[leaf] = value
+    for child in module.modules():  # timm derives some buffers from where a parameter is
+        if any(value is not None and value.is_meta for value in child._buffers.values()) \
+                and hasattr(child, "init_non_persistent_buffers"):
+            child.init_non_persistent_buffers()
+
+
+def fits(module: Any, name: str, shape: tuple[int, ...]) -> None:
+    """Raises `ValueError` when the parameter `name` has another shape."""
+    wanted = tuple(module.get_parameter(name).shape)
+    if wanted != shape:
+        raise ValueError(f"'{name}' has the shape {shape}, not {wanted}")

@@ -84,11 +84,14 @@ def load(source: str, dtype: torch.dtype | None = None) -> LoadedModel:
     return LoadedModel(module, source, name.rpartition("/")[2], "vision", "timm", _preprocess(timm, module), facts)
 
 
-def empty(folder: Path) -> LoadedModel:
+def empty(folder: Path, dtype: torch.dtype) -> LoadedModel:
     """The model of a folder as its configuration describes it, without its weights. Raises `UsageError`."""
+    from accelerate import init_empty_weights
+
     timm = _timm()
     try:
-        module = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=False).eval()
+        with init_empty_weights(include_buffers=False):
+            module = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=False).eval().to(dtype)
     except Exception as error:
         raise _explain(error, str(folder), folder.name, timm) from error
     return LoadedModel(module, str(folder), folder.name, "vision", "timm", _preprocess(timm, module),

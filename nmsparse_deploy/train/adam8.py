@@ -42,7 +42,7 @@ class AdamW8(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": rate, "betas": betas, "weight_decay": decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One step of every parameter that has a gradient."""
         index = 0
         for group in self.param_groups:

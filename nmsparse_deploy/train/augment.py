@@ -24,7 +24,8 @@ from ..train_settings import Augment
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+_INTERPOLATION = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+"""By PIL's numbers."""
 
 
 class Augmentation:
@@ -41,7 +42,7 @@ class Augmentation:
         self.transform: Any = create_transform(
             (3, *preprocess.size), is_training=True, auto_augment=spec.policy or None, re_prob=spec.erasing,
             re_mode="pixel", mean=preprocess.mean, std=preprocess.std,
-            interpolation=_INTERPOLATION.get(preprocess.resample, "bicubic"))
+            interpolation=_INTERPOLATION[preprocess.resample])
         mixes = bool(spec.mixup or spec.cutmix)
         self.mixup: Any = Mixup(spec.mixup, spec.cutmix, label_smoothing=spec.smoothing,
                                 num_classes=classes) if mixes else None

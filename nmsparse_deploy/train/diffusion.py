@@ -53,7 +53,8 @@ class Diffusion:
         if not self.spec.task and not self.spec.distill:
             raise UsageError("There is nothing to learn from: learn.task and learn.distill are 0.")
         latents, labels, times, noise = self._placed(number, times, noise)
-        noisy, terms = self.scheduler.add_noise(latents, noise, times), {}
+        noisy = self.scheduler.add_noise(latents, noise, times)
+        terms: dict[str, torch.Tensor] = {}
         with self._autocast(latents):
             output = predicted(self.module, noisy, labels, times)
             if self.spec.task:

@@ -23,6 +23,7 @@ from accelerate.tracking import get_available_trackers
 from ..errors import MissingExtra, NmsparseError, UsageError
 from ..memory import start_stretch, stretch_peak_mb
 from ..models.discover import find_blocks
+from ..processes import here
 from ..progress import Progress, silent
 from ..steps import Training
 from .checkpoint import (
@@ -84,8 +85,9 @@ class _Fit:
                  seed: int, checkpoints: Checkpoints | None, progress: Progress, title: str) -> None:
         self.subject, self.learner, self.spec, self.seed = subject, learner, spec, seed
         self.checkpoints, self.progress, self.title = checkpoints, progress, title
+        self.team = here()
         self.accelerator = _accelerator(spec, title)
-        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.rank, self.world = self.team.rank, self.team.world
         self.parts = _parts(spec.batch or subject.samples, subject.samples, self.world)
         self.sharded = spec.shard and self.world > 1
         if self.sharded:
@@ -114,7 +116,8 @@ class _Fit:
             self._speak(loss, judged)
             if done % self.spec.checkpoint_every == 0 or done == self.spec.steps:
                 self._save()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # end_training would also part the processes for good
+            tracker.finish()
         return Outcome(self.best, self._facts())
 
     def _step(self, step: int) -> float:
@@ -133,9 +136,9 @@ class _Fit:
         if self.world > 1 and not self.sharded:  # FSDP has averaged its own gradients
             for value in self.trained:
                 gradient = torch.zeros_like(value) if value.grad is None else value.grad
-                value.grad = self.accelerator.reduce(gradient, "mean")
+                value.grad = self.team.add(gradient) / self.world
         if self.world > 1:
-            total = self.accelerator.reduce(total, "mean")
+            total = self.team.add(total) / self.world
         norm = whole(torch.nn.utils.clip_grad_norm_(self.trained, self.spec.clip or math.inf))
         if not math.isfinite(loss_now := float(total)) or not torch.isfinite(norm):
             self._fail(step)
@@ -158,9 +161,7 @@ class _Fit:
             if self.sharded and len(mine) * self.world < len(self.subject.held_out):
                 self.subject.score(self.subject.held_out[0])  # blocks are gathered by all processes together
         score = sum(scores, torch.zeros((), dtype=torch.float64, device=self.trained[0].device))
-        if self.world > 1:
-            score = self.accelerator.reduce(score, "sum")
-        hard = float(score) / len(self.subject.held_out)
+        hard = float(self.team.add(score)) / len(self.subject.held_out)
         if not self.best or hard < self.so_far.best:
             self.best = self.learner.finish()
             self.so_far.best, self.so_far.best_step = hard, self.so_far.step
@@ -180,13 +181,13 @@ class _Fit:
             "start another run with a smaller step_size, or with compute fp32")
 
     def _save(self) -> None:
-        if self.checkpoints is None or not (self.accelerator.is_main_process or self.sharded):
+        if self.checkpoints is None or not (self.team.first or self.sharded):
             return
         self.so_far.seconds, self.start = self._seconds(), time.perf_counter()
         values = {str(index): whole(value) for index, value in enumerate(self.trained)}
         tensors = {**prefixed("value", values), **prefixed("optimiser", flat_optimiser(self.optimiser)),
                    **prefixed("best", flat_learnt(self.best)), **prefixed("learner", self.learner.state())}
-        if self.accelerator.is_main_process:
+        if self.team.first:
             self.checkpoints.save(self.so_far, tensors)
 
     def _resume(self) -> bool:

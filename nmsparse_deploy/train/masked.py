@@ -73,7 +73,7 @@ class LearnableMask(nn.Module):
         self.site = site
         self.law = law
         rows = to_rows(weight.detach(), site.axis)
-        self.values = nn.Parameter(law.start(rows, prior.to(rows.device)).float())
+        self.values = nn.Parameter(law.start(rows, prior.to(rows.device)).float().contiguous())
         self.mode: Mode = "hard"
         self.moment = Moment()
         self.order: list[str] = []

@@ -51,8 +51,11 @@ class Pictures(Model):
         return {self.sample.input_name: values.to(device)}, None if labels is None else labels.to(device)
 
     def score(self, number: int) -> torch.Tensor:
+        if self.labels is None:
+            return super().score(number)
         batch, labels = self.batch(number)
-        return super().score(number) if labels is None else classification(self._signal(batch), labels)
+        assert labels is not None
+        return classification(self._signal(batch), labels)
 
     @torch.no_grad()
     def accuracy(self) -> float:

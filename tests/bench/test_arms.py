@@ -14,7 +14,7 @@ from nmsparse_deploy.bench.machine import Machine, dry_machine
 from nmsparse_deploy.bench.model import Job, bench_arms
 from nmsparse_deploy.engines.evidence import NOT_SPARSE
 from nmsparse_deploy.engines.linear import Sparse
-from nmsparse_deploy.engines.semi_structured import StandIn, standing_in
+from nmsparse_deploy.engines.semi_structured import CuSparseLt, StandIn, standing_in
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.masks import Mask, MaskSet
 from nmsparse_deploy.models.base import LoadedModel
@@ -156,7 +156,7 @@ def test_a_graph_that_cannot_be_recorded_is_told_and_the_rest_stands():
 def test_without_kernels_or_masks_there_is_one_sentence():
     model = loaded()
     if not torch.cuda.is_available():
-        with pytest.raises(NmsparseError, match="Sparse kernels cannot run fp16 here"):
+        with standing_in(CuSparseLt()), pytest.raises(NmsparseError, match="Sparse kernels cannot run fp16 here"):
             bench_arms(model, magnitude(model), Job(), dry_machine())
     with standing_in(StandIn()), pytest.raises(NmsparseError, match="No ordinary layer"):
         bench_arms(model, MaskSet({}), Job(2, 16), dry_machine())

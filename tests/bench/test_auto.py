@@ -7,7 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nmsparse_deploy.bench.auto import Decision, Times, Verdict, decide, decide_all, judge, settle, time_pair, twins
+from nmsparse_deploy.bench.auto import (
+    MANY,
+    Decision,
+    Times,
+    Verdict,
+    decide,
+    decide_all,
+    judge,
+    replayed,
+    settle,
+    time_pair,
+    twins,
+)
 from nmsparse_deploy.bench.machine import Machine, dry_machine, require_gpu
 from nmsparse_deploy.engines.semi_structured import Setting, StandIn, standing_in
 from nmsparse_deploy.errors import NmsparseError
@@ -125,3 +137,17 @@ def test_decisions_name_every_weight_once():
     with standing_in(StandIn()):
         made = decide_all({(64, 32, False): ["a", "b"], (32, 64, True): ["c"]}, "fp16", [16], dry_machine(), 5)
     assert [one.weights for one in made] == [("a", "b"), ("c",)] and all(isinstance(one, Decision) for one in made)
+
+
+def test_short_products_are_recorded_in_a_row_and_counted_once():
+    machine = Machine(torch.device("cpu"), "graphs", lambda: lambda call: call() or 0.05, lambda call: call, dry=True)
+    counted = {"a": 0, "b": 0}
+
+    def call(name):
+        counted[name] += 1
+
+    found = replayed({name: lambda name=name: call(name) for name in "ab"}, machine, 4)
+    assert counted["a"] == 3 + (2 + 4) * MANY  # a first look at single ones, then warm-up and rounds of many
+    assert found == {"a": [0.05 / MANY] * 4, "b": [0.05 / MANY] * 4}
+    slow = Machine(torch.device("cpu"), "graphs", lambda: lambda call: call() or 5.0, lambda call: call, dry=True)
+    assert replayed({"a": lambda: call("a")}, slow, 3) == {"a": [5.0] * 3}

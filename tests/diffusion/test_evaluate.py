@@ -154,3 +154,17 @@ def test_masks_are_learned_through_denoising(tmp_path, pictures, method, learn):
     quick = {"steps": 3, "evaluate_every": 2, "checkpoint_every": 2, "priors": ["magnitude"], **learn}
     run = prune(source, spec(pictures, method, learn=quick), tmp_path / "run")
     assert all(report.ok for report in pipeline.verify(run))
+
+
+def test_a_model_that_reads_text_is_judged_on_other_latents_than_it_was_calibrated_on(tmp_path):
+    source = str(small.family("PixArt", tmp_path / "pixart"))
+    (seen, fresh) = (small.latents(tmp_path / "seen.safetensors"), small.latents(
+        tmp_path / "fresh.safetensors", latents=torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(9))))
+    run = prune(source, spec(str(seen), "wanda"), tmp_path / "run")
+    assert run.manifest()["stages"]["prune"]["calibration"]["unconditional"] == 3
+    with pytest.raises(NmsparseError, match="calibrated on"):
+        pipeline.evaluate(run, validate(Evaluate, {"data": str(seen), **QUICK}))
+    found = pipeline.evaluate(run, validate(Evaluate, {"data": str(fresh), **QUICK}))
+    assert found["held_out"]["images_compared"] == 6 and len(found["images"]) == 1
+    assert {row["metric"].partition("@")[0] for row in found["results"]["pruned"]} == {
+        "denoising_mse", "prediction_shift", "sample_shift"}

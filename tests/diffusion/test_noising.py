@@ -86,7 +86,8 @@ def test_a_flow_that_hits_the_target_ends_at_the_clean_picture():
 def test_every_stretch_of_the_schedule_is_seen_once_and_half_the_samples_are_unconditional(dit, count, seed):
     x, labels = torch.zeros(count, 3, 4, 4), torch.arange(count) % 3
     found = noised(dit, x, {"class_labels": labels}, {"class_labels": torch.tensor(3)}, seed, "x")
-    assert sorted((found.step * count // 1000).tolist()) == list(range(count))
+    for place, step in enumerate(sorted(found.step.tolist())):
+        assert place * 1000 // count <= step <= (place + 1) * 1000 // count
     assert int(found.unconditional.sum()) == (count + 1) // 2
     wanted = torch.where(found.unconditional, torch.tensor(3), labels)
     assert torch.equal(found.inputs["class_labels"], wanted) and torch.equal(found.inputs["timestep"], found.step)
@@ -149,6 +150,8 @@ def test_prepared_latents_are_noised_with_their_text(folder, tmp_path):
     ({"null.encoder_hidden_states": torch.zeros(5, 24)}, "not shaped as one sample"),
     ({"null.encoder_hidden_states": None, "null.other": torch.zeros(2)}, "branch without condition"),
     ({"encoder_hidden_states": torch.zeros(2, 12, 24)}, "as many samples each"),
+    ({"latents": torch.zeros(6, 3, 16, 16)}, "4 channels"),
+    ({"encoder_hidden_states": torch.zeros(6, 12, 20)}, "20 wide; the model takes 24"),
 ])
 def test_latents_that_do_not_fit_are_one_sentence(folder, tmp_path, changes, said):
     loaded = models.load(str(small.family("PixArt", tmp_path / "pixart")))

@@ -54,9 +54,7 @@ def outputs(folder, mode: str, **more):
 @pytest.mark.parametrize("name", ("llama", "gpt2"))
 def test_the_packed_model_is_the_pruned_one(runs, name):
     run = runs[name]
-    reference = load(str(run / "model")).module
-    for parameter in reference.parameters():  # buffers stay what they are
-        parameter.data = parameter.data.half()
+    reference = load(str(run / "model"), torch.float16).module
     with torch.inference_mode():
         wanted = reference(**IDS).logits.float().numpy()
     assert abs(outputs(run / "torch/fp16", "dense") - wanted).max() < (1e-3 if name == "llama" else 0.01)
@@ -193,3 +191,24 @@ def test_the_command_line(llama, capfd):
             assert "needs an NVIDIA GPU" in capfd.readouterr().err
     assert invoke(lambda: app(["bench", str(llama.path), "--device", "tpu"])) == 2
     assert invoke(lambda: app(["crossover", "--shape", "64by64"])) == 2
+
+
+@pytest.mark.parametrize("change", ("narrower layer", "wider embedding", "unknown name"))
+def test_a_file_of_another_model_is_one_sentence(llama, change):
+    folder = llama / "torch/fp16"
+    config = json.loads((folder / "config.json").read_text())
+    if change == "unknown name":
+        tensors = load_file(folder / FILE)
+        with safe_open(folder / FILE, framework="pt") as file:
+            metadata = file.metadata()
+        save_file({**tensors, "model.extra.weight": torch.ones(2)}, folder / FILE, metadata)
+    else:
+        config |= {"intermediate_size": 64} if change == "narrower layer" else {"vocab_size": 300}
+        (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"does not fit its config\.json"):
+        outputs(folder, "dense")
+
+
+def test_a_graph_needs_a_device(llama):
+    with pytest.raises(UsageError, match="CUDA graph needs a CUDA device"):
+        outputs(llama / "torch/fp16", "dense", cuda_graph=True)

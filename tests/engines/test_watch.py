@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from nmsparse_deploy.engines.evidence import NOT_SPARSE
-from nmsparse_deploy.engines.watch import RANGE, all_kernels, by_layer, evidence, watch
+from nmsparse_deploy.engines.watch import RANGE, Gemm, all_kernels, by_layer, evidence, watch
 from nmsparse_deploy.verify import TensorCheck
 
 SPARSE = "sm90_xmma_sparse_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x64_cusparselt"
@@ -36,14 +35,8 @@ def test_a_kernel_belongs_to_the_layer_whose_range_holds_it():
     assert all_kernels(profile()) == {SPARSE: 2, DENSE: 1}
 
 
-@dataclass
-class Gemm:
-    parameter: str
-    layer: str | None
-    k: int = 64
-    n: int = 64
-    why_not: str | None = None
-    kept_dense: str | None = None
+def gemm(name, layer, **more) -> Gemm:
+    return Gemm(name, layer, 64, 64, **more)
 
 
 def check(name, ok=True) -> TensorCheck:
@@ -51,14 +44,14 @@ def check(name, ok=True) -> TensorCheck:
 
 
 def climb(gemms, kernels, ran=None):
-    found = evidence("arm", "torch", gemms, "fp16", {gemm.layer: 32 for gemm in gemms if gemm.layer},
-                     {gemm.parameter: check(gemm.parameter, gemm.parameter != "broken") for gemm in gemms}, kernels, ran)
+    found = evidence("arm", "torch", gemms, "fp16", {one.layer: 32 for one in gemms},
+                     {one.parameter: check(one.parameter, one.parameter != "broken") for one in gemms}, kernels, ran)
     return found, {layer.parameter: layer for layer in found.layers}
 
 
 def test_each_rung_needs_its_own_proof():
-    gemms = [Gemm("a", "a"), Gemm("b", "b"), Gemm("broken", "c"), Gemm("narrow", "d", why_not="too narrow"),
-             Gemm("slow", "e", kept_dense="sparse is slower")]
+    gemms = [gemm("a", "a"), gemm("b", "b"), gemm("broken", "c"), gemm("narrow", "d", why_not="too narrow"),
+             gemm("slow", "e", kept_dense="sparse is slower")]
     found, rows = climb(gemms, by_layer(profile()))
     assert {name: (row.rung, row.reason) for name, row in rows.items()} == {
         "a": ("observed", "not checked"), "b": ("chosen", "unknown"), "broken": (None, "not in pattern"),
@@ -69,14 +62,14 @@ def test_each_rung_needs_its_own_proof():
 
 
 def test_nothing_is_claimed_without_a_sparse_kernel():
-    unwatched, rows = climb([Gemm("a", "a")], None)
+    unwatched, rows = climb([gemm("a", "a")], None)
     assert rows["a"].rung == "chosen" and rows["a"].reason == "not checked" and NOT_SPARSE in unwatched.verdict
-    dense, _ = climb([Gemm("b", "b")], by_layer(profile()))
+    dense, _ = climb([gemm("b", "b")], by_layer(profile()))
     assert NOT_SPARSE in dense.verdict
 
 
 def test_a_sparse_kernel_outside_every_layer_is_told_and_proves_no_layer():
-    found, rows = climb([Gemm("b", "b")], {"b": {DENSE: 1}}, {SPARSE: 4, DENSE: 1})
+    found, rows = climb([gemm("b", "b")], {"b": {DENSE: 1}}, {SPARSE: 4, DENSE: 1})
     assert found.unplaced == (SPARSE,) and rows["b"].rung == "chosen"
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,25 +11,9 @@ import torch
 from nmsparse_deploy import models, pipeline
 from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.engines.onnxruntime import OnnxRuntime
-from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError
+from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.prune import prune
 from nmsparse_deploy.recipe import Evaluate, Export, Prune, validate
-
-
-def test_without_the_harness_the_extra_is_named(monkeypatch):
-    from nmsparse_deploy.evaluate.harness import torch_lm
-
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(MissingExtra, match="needs the package 'lm-eval'") as caught:
-        torch_lm(None)
-    assert "nmsparse-deploy[eval]" in caught.value.hint
-
-
-def test_evaluating_imports_no_harness():
-    code = "import sys, nmsparse_deploy.pipeline; print('lm_eval' in sys.modules, 'timm' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.split() == ["False", "False"]
-
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nmsparse_deploy.bench.auto import time_pair, twins
-from nmsparse_deploy.bench.machine import as_graph, require_gpu
+from nmsparse_deploy.bench.machine import require_gpu
+from nmsparse_deploy.engines.graphs import record
 from nmsparse_deploy.engines.packed import stored_share
 from nmsparse_deploy.engines.semi_structured import DTYPES, kernels
 from nmsparse_deploy.engines.tensorrt_log import is_sparse_kernel
@@ -62,17 +63,14 @@ def test_a_graph_replays_what_was_recorded(device, precision):
     able(precision)
     pair = twins(256, 128, precision, device)
     x = torch.randn(32, 256, device=device).to(pair.out)
-    kept = {}
 
-    def call() -> None:
+    def call() -> torch.Tensor:
         with torch.inference_mode():
-            kept["y"] = pair.sparse(x)
+            return pair.sparse(x)
 
-    replay = as_graph(call)
+    replay = record(call)
     x.mul_(0.5)
-    replay()
-    torch.cuda.synchronize()
-    found = kept["y"].clone()
+    found = replay().clone()
     with torch.inference_mode():
         assert torch.equal(found, pair.sparse(x))
 

@@ -48,3 +48,13 @@ def test_the_arms_of_a_model(device):
     assert found["status"] == "measured" and found["evidence"]["prefill"][SPARSE]["rungs"]["observed"]["layers"] == 14
     assert {(one["name"], one["replayed"]) for one in found["phases"]} >= {("prefill", False), ("prefill", True)}
     assert models.sample_inputs(loaded)["input_ids"].is_cuda
+
+
+def test_a_replayed_model_follows_its_inputs(llama_dir, tmp_path):
+    out = tmp_path / "run"
+    assert invoke(lambda: app(["--quiet", "prune", str(llama_dir), "--method", "magnitude", "--out", str(out)])) == 0
+    export_torch(RunDir(out), Pack(rows=(64,), rounds=7))
+    plain, graph = (TorchSparse.build(out / "torch/fp16", {"mode": "sparse", "cuda_graph": kind}) for kind in (False, True))
+    for ids in (IDS["input_ids"], IDS["input_ids"].flip(1), IDS["input_ids"][:1]):
+        found, wanted = graph.run({"input_ids": ids})["logits"], plain.run({"input_ids": ids})["logits"]
+        assert abs(found - wanted).max() < 0.01

@@ -89,7 +89,7 @@ def subject(kind="epsilon", size=4, **changes):
     module = model()
     sites = {name: Site(name, name, 1, TWO_FOUR) for name, value in module.named_parameters()
              if name.startswith("blocks") and name.endswith(("up.weight", "down.weight"))}
-    return Diffusion(module, sites, *data(), Scheduler(kind), size, settings(holdout=0.34, **changes))
+    return Diffusion(module, sites, *data(), Scheduler(kind), size, settings(**{"holdout": 0.34, **changes}))
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])

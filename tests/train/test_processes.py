@@ -25,7 +25,7 @@ def launched(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend",
                "c10d", "--rdzv-endpoint", "localhost:0", *arguments]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD", "MASTER", "LOCAL"))}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600,
                           env={**kept, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)})
 
 

@@ -1,0 +1,223 @@
+"""A model of Transformers whose weights stay in their safetensors files until a part of it is about to be used.
+
+The module is built without values (parameters on the meta device, buffers real). A *part* is a block, or what holds
+weights outside of the blocks: embedding, final norm, head. Names and layouts that differ between a checkpoint and the
+library's module (prefixes, fused experts) are settled by the library's own loader, which is given the tensors of one
+part at a time. Files are read, not mapped: mapped pages would count as this process's memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ..errors import UsageError
+from ..verify.tensor_files import StoredTensor, find_tensors
+from .discover import find_blocks
+from .forwards import within
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+STRETCH = 16 << 20
+"""Bytes that are read at a time."""
+SHARD = 256 << 20
+"""Bytes of a shard that is written; one is in memory at a time."""
+PATTERN = "model{suffix}.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class Streamed:
+    """The weights of `module`, whose parameters have no values yet, in the files of `folder`."""
+
+    def __init__(self, module: Any, folder: Path, dtype: torch.dtype) -> None:
+        self.module, self.folder = module, folder
+        self.device: torch.device | None = torch.device("cpu")
+        self._dtype = dtype
+        self._stored = {tensor.name: tensor for tensor in find_tensors(folder)}
+        self._empty: dict[str, nn.Parameter] = dict(module.named_parameters(remove_duplicate=False))
+        self._targets = _targets(module, self._stored)
+        self._sources: dict[str, list[str]] = {}
+        for key, names in self._targets.items():
+            for name in names:
+                self._sources.setdefault(name, []).append(key)
+        self._origin = self._origins()
+        self._full: set[str] = set()
+        blocks = find_blocks(module)
+        self._parts, always = _parts(module, blocks)
+        self._fill([*always, *(name for name, _ in module.named_buffers() if name in self._sources)])
+
+    def _origins(self) -> dict[str, str]:
+        """Parameter -> the one among those tied to it that the checkpoint has."""
+        tied: dict[int, list[str]] = {}
+        for name, parameter in self._empty.items():
+            tied.setdefault(id(parameter), []).append(name)
+        origin: dict[str, str] = {}
+        for names in tied.values():
+            found = next((name for name in names if name in self._sources), None)
+            if found is None:
+                raise UsageError(f"The checkpoint '{self.folder}' has no '{names[0]}', so it cannot be streamed.")
+            origin |= dict.fromkeys(names, found)
+        return origin
+
+    def hold(self, path: str) -> AbstractContextManager[None]:
+        return self._held(self._inside(path))
+
+    def flowing(self) -> AbstractContextManager[None]:
+        return within([self.module.get_submodule(path) for path in self._parts],
+                      lambda index: self.hold(self._parts[index]))
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+        for name, value in list(self.module.named_buffers()):
+            _put(self.module, name, value.to(device))
+        for name in self._full:
+            _put(self.module, name, nn.Parameter(self.module.get_parameter(name).to(device)))
+
+    def dense(self, name: str) -> torch.Tensor:
+        """One parameter or stored buffer, as it is in the checkpoint."""
+        if name not in self._empty:
+            found: torch.Tensor = self.module.get_buffer(name)
+            return found
+        with self._held([name]):
+            value: torch.Tensor = self.module.get_parameter(name).detach()
+            return value
+
+    def save(self, folder: Path, changed: Mapping[str, Callable[[], torch.Tensor]]) -> None:
+        """Write config and weights shard by shard, as the library saves them; `changed` gives other values by name."""
+        from huggingface_hub import split_torch_state_dict_into_shards
+
+        self.module.config.architectures = [type(self.module).__name__]
+        self.module.config.save_pretrained(folder)
+        if self.module.can_generate():
+            self.module.generation_config.save_pretrained(folder)
+        plan = split_torch_state_dict_into_shards(
+            {name: value for name, value in self.module.state_dict(keep_vars=True).items() if self._is_saved(name)},
+            filename_pattern=PATTERN, max_shard_size=SHARD)
+        for file, names in plan.filename_to_tensors.items():
+            save_file({name: (changed[name]() if name in changed else self.dense(name)).cpu().contiguous()
+                       for name in names}, folder / file, {"format": "pt"})
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def _is_saved(self, name: str) -> bool:
+        """Of tied parameters one is saved."""
+        source = self.module.all_tied_weights_keys.get(name)
+        tied = source is not None and self._empty.get(name) is self._empty.get(source)
+        return not tied and name not in (self.module._keys_to_ignore_on_save or ())
+
+    def _inside(self, path: str) -> list[str]:
+        prefix = f"{path}." if path else ""
+        return [prefix + name for name, _ in self.module.get_submodule(path).named_parameters(remove_duplicate=False)]
+
+    @contextmanager
+    def _held(self, names: Collection[str]) -> Iterator[None]:
+        filled = self._fill([name for name in names if name not in self._full])
+        try:
+            yield
+        finally:
+            self._full -= filled
+            for name in filled:
+                _put(self.module, name, self._empty[name])
+
+    def _fill(self, names: Collection[str]) -> set[str]:
+        """Give parameters their values; returns the names of all that had none before."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+        wanted = {self._origin.get(name, name) for name in names}
+        keys = {key for name in wanted for key in self._sources[name]}
+        if keys:
+            info, _ = convert_and_load_state_dict_in_model(
+                self.module, {key: _read(self._stored[key]) for key in keys}, self._config())
+            wrong = [name for name, *_ in info.mismatched_keys] + list(info.conversion_errors)
+            if wrong:
+                raise UsageError(f"'{wrong[0]}' in '{self.folder}' does not fit the model that its config.json says.")
+        for name in names:
+            if self._origin.get(name, name) != name:
+                _put(self.module, name, self.module.get_parameter(self._origin[name]))
+        given = {name for key in keys for name in self._targets[key]} | set(names)
+        new = {name for name in given if name in self._empty} - self._full
+        self._full |= new
+        return new
+
+    def _config(self) -> Any:
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        return LoadStateDictConfig(dtype=self._dtype, dtype_plan=self.module._get_dtype_plan(self._dtype),
+                                   weight_mapping=_conversions(self.module), device_map={"": self.device})
+
+
+def _put(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    path, _, last = name.rpartition(".")
+    setattr(module.get_submodule(path), last, value)
+
+
+def _read(tensor: StoredTensor) -> torch.Tensor:
+    if tensor.dtype not in DTYPES:
+        raise UsageError(f"Values of type {tensor.dtype} ('{tensor.name}') cannot be streamed.")
+    raw, done = torch.empty(tensor.source.nbytes, dtype=torch.uint8), 0
+    for stretch in tensor.source.stretches(STRETCH):
+        raw[done : done + stretch.size] = torch.from_numpy(stretch)
+        done += stretch.size
+    return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+
+def _conversions(module: Any) -> Any:
+    """What the library does to names and layouts of older checkpoints of this kind."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return get_model_conversion_mapping(module)
+
+
+def _targets(module: Any, stored: Collection[str]) -> dict[str, list[str]]:
+    """Tensor of the checkpoint -> the module's parameters and buffers that are made of it, as the library does it."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = _conversions(module)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    made_by = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    own, prefix = module.state_dict(), module.base_model_prefix
+    targets: dict[str, list[str]] = {}
+    for key in stored:
+        name, pattern = rename_source_key(key, renamings, converters, prefix, own)
+        if name not in own and key in own:
+            name, pattern = rename_source_key(key, [], [], prefix, own)
+        names = [name]
+        if pattern is not None:
+            first, *others = made_by[pattern].target_patterns
+            names += [name.replace(first, other) for other in others]
+        targets[key] = [name for name in names if name in own]
+    return {key: names for key, names in targets.items() if names}
+
+
+def _parts(module: nn.Module, blocks: Collection[str]) -> tuple[list[str], list[str]]:
+    """Paths of the blocks and of what lies beside them; names of the parameters that belong to none of these."""
+    parts: list[str] = []
+    always: list[str] = []
+
+    def walk(path: str, child: nn.Module) -> None:
+        if path in blocks or not any(block.startswith(f"{path}." if path else "") for block in blocks):
+            if next(child.parameters(), None) is not None:
+                parts.append(path)
+            return
+        always.extend(f"{path}.{name}" if path else name for name, _ in child.named_parameters(recurse=False))
+        for name, inner in child.named_children():
+            walk(f"{path}.{name}" if path else name, inner)
+
+    walk("", module)
+    return parts, always
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Of the first floating-point tensor of a checkpoint, for configurations that do not say."""
+    found = (DTYPES.get(tensor.dtype) for tensor in find_tensors(folder))
+    return next((dtype for dtype in found if dtype is not None and dtype.is_floating_point), torch.float32)
