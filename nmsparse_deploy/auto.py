@@ -6,14 +6,16 @@ speed of matrix products on this machine, which small models and small batches d
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .cost import Rates, estimate
+from .cost import Rates, estimate, footprint
 from .errors import UsageError
-from .opening import load_fitting, planned
+from .memory import free
+from .opening import load_fitting, planned, whole_model
 from .pattern import NMPattern
 from .progress import Progress, silent
 from .prune import compute_dtype
@@ -24,6 +26,8 @@ MINUTES = 10.0
 SLACK = 2.0
 CLOSED = CLOSED_FORM.model_dump(include={"method", "refine", "sequential"})
 LADDER: dict[str, dict[str, Any]] = {
+    "reconstructed, the last block on predictions": {
+        **CLOSED, "refine": [*CLOSED["refine"], {"name": "reconstruct", "through": 1}]},
     "reconstructed": {**CLOSED, "refine": [*CLOSED["refine"], {"name": "reconstruct"}]},
     "closed form": CLOSED,
     "refitted Wanda": {"method": "wanda", "refine": [{"name": "refit", "blend": 0.0, "residual": 0.0}]},
@@ -55,9 +59,12 @@ def choose(model: str, settings: dict[str, Any], minutes: float = MINUTES, progr
     plan = planned(loaded, base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rates = Rates.measure(compute_dtype(base.compute, device))
+    room = max_memory or free() or math.inf
     passed: list[tuple[str, float]] = []
     for name, rung in LADDER.items():
         spec = validate(Prune, {**settings, **rung})
+        if loaded.streamed and whole_model(spec) and footprint(loaded, plan, spec, rates.dtype).whole > room:
+            continue
         predicted = SLACK * estimate(loaded, plan, spec, rates).seconds / 60
         if predicted <= minutes:
             said = "".join(f"; '{other}' would take {time:.0f} min" for other, time in passed)

@@ -68,8 +68,8 @@ class Reconstruct(Step):
 
     name: Literal["reconstruct"] = "reconstruct"
     unit: Literal["half", "block"] = Field("block", description="all together, or attention before MLP")
-    epochs: int = Field(4, ge=1, description="passes over the calibration batches, per unit")
-    rate: float = Field(1e-3, gt=0, description="learning rate of Adam at the start; falls to zero along a cosine")
+    epochs: int = Field(5, ge=1, description="passes over the calibration batches, per unit")
+    rate: float = Field(1.5e-3, gt=0, description="learning rate of Adam at the start; falls to zero along a cosine")
     holdout: float = Field(0.1, ge=0, lt=1, description="share of the batches that decides when to stop")
     through: int = Field(0, ge=0, description="how many of the last blocks are trained on what the model makes of "
                                               "their output, instead of on the output")

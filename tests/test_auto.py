@@ -50,3 +50,9 @@ def test_other_settings_are_kept(slow, llama_dir):
     assert spec.pattern == "4:8" and spec.exclude == ("*down_proj*",) and spec.calibration.samples == 8
     with pytest.raises(UsageError, match="chooses the refinements"):
         choose(str(llama_dir), {"refine": [{"name": "refit"}]}, 1e9)
+
+
+def test_what_needs_the_whole_model_is_left_out_where_it_does_not_fit(slow, llama_dir):
+    first, second, *_ = LADDER
+    assert f"'{first}'" in choose(str(llama_dir), {}, 1e9, max_memory=1 << 40).why
+    assert f"'{second}'" in choose(str(llama_dir), {}, 1e9, max_memory=1).why
