@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from . import models
 from .block import prune_block
 from .calib.images import ImageSample
+from .calib.latents import NoisedSample
 from .calib.sample import Sample
 from .calib.walk import BlockWalk
 from .errors import UsageError
@@ -30,10 +31,12 @@ from .progress import Progress
 from .recipe import Prune
 from .registry import METHODS
 from .train.augment import Augmentation
+from .train.diffusion import Diffusion
 from .train.judge import Masks
+from .train.learner import Subject
 from .train.masked import Site
 from .train.pictures import Pictures, class_numbers
-from .train.subjects import Model, WholeModel
+from .train.subjects import WholeModel
 
 
 def learn_model(session: Session, loaded: LoadedModel, plan: Plan, spec: Prune,
@@ -66,9 +69,11 @@ def learn_model(session: Session, loaded: LoadedModel, plan: Plan, spec: Prune,
 
 
 def _subject(session: Session, loaded: LoadedModel, sites: Mapping[str, Site], suits: Objective, sample: Sample,
-             batch: int, classes: int) -> tuple[Model, dict[str, Any]]:
+             batch: int, classes: int) -> tuple[Subject, dict[str, Any]]:
     """What is learned on, and what there is to tell about it."""
     spec = session.spec
+    if isinstance(sample, NoisedSample) and not (spec.labels or spec.augment):
+        return Diffusion(loaded.module, sites, sample, batch, spec, session.compute), {}
     if not isinstance(sample, ImageSample) or not (spec.labels or spec.augment):
         batches = models.batches(loaded, sample.inputs, batch)
         return WholeModel(loaded.module, sites, batches, suits, spec, session.compute), {}

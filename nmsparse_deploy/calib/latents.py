@@ -18,7 +18,7 @@ import torch
 
 from ..errors import UsageError
 from ..models.base import LoadedModel
-from ..models.denoising import Denoising
+from ..models.denoising import Denoising, Noising
 from ..models.diffusion import INPUT, LABELS, conditions
 from ..progress import Progress, silent
 from .images import ImageSample, calibration_images
@@ -108,13 +108,22 @@ def noised(loaded: LoadedModel, clean: torch.Tensor, given: Mapping[str, torch.T
     unconditional = torch.zeros(count, dtype=torch.bool)
     if null:
         unconditional[torch.randperm(count, generator=generator)[: (count + 1) // 2]] = True
-    dtype = next(loaded.module.parameters()).dtype
-    inputs = {INPUT: noising.mixed(clean.float(), noise, step).to(dtype), "timestep": noising.timesteps[step]}
+    inputs = mixed_inputs(noising, clean.float(), noise, step, given, null, unconditional,
+                          next(loaded.module.parameters()).dtype)
+    return NoisedSample(inputs, clean, noise, step, dict(given), dict(null), unconditional, source, seed,
+                        loaded.processor, images, origin)
+
+
+def mixed_inputs(noising: Noising, clean: torch.Tensor, noise: torch.Tensor, step: torch.Tensor,
+                 given: Mapping[str, torch.Tensor], null: Mapping[str, torch.Tensor], unconditional: torch.Tensor,
+                 dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What the model is asked for `clean` `[samples, ...]` under `noise` at the rows `step` of the noising table; where
+    there are `null` conditions, the samples marked in `unconditional` have those."""
+    inputs = {INPUT: noising.mixed(clean, noise, step).to(dtype), "timestep": noising.timesteps[step]}
     for name, value in given.items():
         chosen = torch.where(unconditional.view(-1, *[1] * (value.ndim - 1)), null[name], value) if null else value
         inputs[name] = chosen.to(dtype) if chosen.is_floating_point() else chosen
-    return NoisedSample(inputs, clean, noise, step, dict(given), dict(null), unconditional, source, seed,
-                        loaded.processor, images, origin)
+    return inputs
 
 
 def calibration_latents(loaded: LoadedModel, source: str, samples: int, seed: int,

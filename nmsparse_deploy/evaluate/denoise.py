@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..models.base import LoadedModel
-from ..models.diffusion import INPUT, size
+from ..models.diffusion import INPUT, prediction, size
 from ..progress import Progress, silent
 
 BATCH = 16
@@ -24,8 +24,7 @@ def predict(model: LoadedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Ten
         batch = {name: value[start : start + BATCH].to(parameter.device) for name, value in inputs.items()}
         ready = {name: value.to(parameter.dtype) if value.is_floating_point() and name != "timestep" else value
                  for name, value in batch.items()}
-        output = model.module(**ready).sample
-        parts.append(output[:, : ready[INPUT].shape[1]].float().cpu())
+        parts.append(prediction(model.module(**ready), ready[INPUT]).float().cpu())
     return torch.cat(parts)
 
 

@@ -197,6 +197,13 @@ def _check_arguments(module: Any) -> None:
                             f"{', '.join(unknown) or 'no ' + INPUT}, which nothing here can fill in.")
 
 
+def prediction(output: Any, like: torch.Tensor) -> torch.Tensor:
+    """What a forward pass says about the noised samples `like`; learned variances, which follow in further channels,
+    are left out."""
+    found: torch.Tensor = output if isinstance(output, torch.Tensor) else output.sample
+    return found[:, : like.shape[1]]
+
+
 def conditions(module: Any) -> dict[str, int]:
     """What the model is conditioned on beside the timestep: argument -> number of classes, or width."""
     named = inspect.signature(module.forward).parameters

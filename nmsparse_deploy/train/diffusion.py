@@ -1,10 +1,11 @@
-"""A diffusion transformer as a subject: it learns to denoise latents at timesteps drawn uniformly.
+"""A diffusion transformer as a subject: it learns to denoise samples at steps drawn uniformly.
 
-    x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε,   t ~ U{0, …, T-1},   ε ~ N(0, 1)
+    x_t = a_t x_0 + b_t ε,   t uniform over the schedule,   ε ~ N(0, 1)
 
-The task is `losses.denoising`; the teacher is the dense model on the same noisy latents. A mask that is judged at one
-timestep is judged wrongly (errors add up along a trajectory), so held-out latents are scored at timesteps spread evenly
-over all of them, with noise that stays the same from judgement to judgement.
+The task is the squared error of what the model predicts (noise, sample, velocity or flow), the teacher the dense model
+on the same noised samples. Where the model knows a null condition, half of the samples go without their own, as guided
+sampling runs both branches. A mask that is judged at one step is judged wrongly (errors add up along a trajectory), so
+held-out samples are scored at steps spread evenly over all, with noise that stays from judgement to judgement.
 
 Ho et al., Denoising Diffusion Probabilistic Models, NeurIPS 2020, arXiv:2006.11239; Peebles and Xie, Scalable Diffusion
 Models with Transformers (DiT), ICCV 2023, arXiv:2212.09748.
@@ -13,74 +14,73 @@ Models with Transformers (DiT), ICCV 2023, arXiv:2212.09748.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import nn
 
+from ..calib.latents import NoisedSample, mixed_inputs
 from ..errors import UsageError
+from ..models.diffusion import INPUT, prediction
 from ..steps import Training
-from .losses import denoising, denoising_error, predicted
+from .losses import squared_error
 from .masked import Site, showing
 from .moment import Moment, digest
 from .subjects import split
 
 
 class Diffusion:
-    """Latents `[samples, channels, height, width]` with their classes `[samples]`, `size` at a time.
-
-    `module` is called as `module(hidden_states, timestep=, class_labels=)`; `scheduler` knows `add_noise` and has a
-    `config`, as those of diffusers do.
-    """
+    """The clean samples and conditions of `sample`, `size` at a time, under noise that is drawn for every moment."""
 
     varies = True
 
-    def __init__(self, module: nn.Module, sites: Mapping[str, Site], latents: torch.Tensor, labels: torch.Tensor,
-                 scheduler: Any, size: int, spec: Training, compute: torch.dtype = torch.float32) -> None:
-        if len(latents) != len(labels):
-            raise UsageError(f"There are {len(latents)} latents and {len(labels)} classes.")
-        self.module, self.sites, self.scheduler, self.spec, self.compute = module, sites, scheduler, spec, compute
-        self.latents, self.labels = latents.split(size), labels.split(size)
-        self.training, self.held_out = split(len(self.latents), spec.holdout)
-        self.samples = len(self.latents[0])
-        self.timesteps = int(scheduler.config.num_train_timesteps)
+    def __init__(self, module: nn.Module, sites: Mapping[str, Site], sample: NoisedSample, size: int, spec: Training,
+                 compute: torch.dtype = torch.float32) -> None:
+        self.module, self.sites, self.spec, self.compute = module, sites, spec, compute
+        self.noising, self.null = sample.denoising.noising, sample.null
+        self.clean = sample.clean.float().split(size)
+        self.given = {name: value.split(size) for name, value in sample.given.items()}
+        self.training, self.held_out = split(len(self.clean), spec.holdout)
+        self.samples = len(self.clean[0])
 
     def loss_terms(self, number: int, moment: Moment) -> dict[str, torch.Tensor]:
-        generator = moment.generator("diffusion")
-        times = torch.randint(self.timesteps, (len(self.labels[number]),), generator=generator)
-        noise = torch.randn(self.latents[number].shape, generator=generator)
         if not self.spec.task and not self.spec.distill:
             raise UsageError("There is nothing to learn from: learn.task and learn.distill are 0.")
-        latents, labels, times, noise = self._placed(number, times, noise)
-        noisy = self.scheduler.add_noise(latents, noise, times)
+        generator, count = moment.generator("diffusion"), len(self.clean[number])
+        step = torch.randint(len(self.noising), (count,), generator=generator)
+        alone = torch.rand(count, generator=generator) < 1 / 2
+        noise = torch.randn(self.clean[number].shape, generator=generator)
+        inputs, target = self._posed(number, step, noise, alone)
+        output = self._predicted(inputs)
         terms: dict[str, torch.Tensor] = {}
-        with self._autocast(latents):
-            output = predicted(self.module, noisy, labels, times)
-            if self.spec.task:
-                terms["task"] = self.spec.task * denoising_error(output, latents, self.scheduler, times, noise)
-            if self.spec.distill:
-                with torch.no_grad(), showing(self.module, "dense"):
-                    teacher = predicted(self.module, noisy, labels, times)
-                terms["distill"] = self.spec.distill * (output.float() - teacher.float()).square().mean()
+        if self.spec.task:
+            terms["task"] = self.spec.task * squared_error(output, target)
+        if self.spec.distill:
+            with torch.no_grad(), showing(self.module, "dense"):
+                teacher = self._predicted(inputs)
+            terms["distill"] = self.spec.distill * squared_error(output, teacher)
         return terms
 
     def score(self, number: int) -> torch.Tensor:
-        """The denoising loss of a held-out batch at timesteps spread over all held-out samples."""
-        count = len(self.labels[number])
-        first = sum(len(self.labels[other]) for other in self.held_out if other < number)
-        every = sum(len(self.labels[other]) for other in self.held_out)
-        times = (first + torch.arange(count)) * self.timesteps // every
+        """The error of a held-out batch; all of them together are spread over the schedule, in both branches."""
+        count = len(self.clean[number])
+        first = sum(len(self.clean[other]) for other in self.held_out if other < number)
+        every = sum(len(self.clean[other]) for other in self.held_out)
+        places = first + torch.arange(count)
         generator = torch.Generator().manual_seed(digest("held-out noise", number))
-        noise = torch.randn(self.latents[number].shape, generator=generator)
-        latents, labels, times, noise = self._placed(number, times, noise)
-        with self._autocast(latents):
-            return denoising(self.module, latents, labels, self.scheduler, times, noise)
+        noise = torch.randn(self.clean[number].shape, generator=generator)
+        inputs, target = self._posed(number, places * len(self.noising) // every, noise, places % 2 == 1)
+        return squared_error(self._predicted(inputs), target)
 
-    def _autocast(self, latents: torch.Tensor) -> AbstractContextManager[Any]:
-        return torch.autocast(latents.device.type, self.compute, enabled=self.compute != torch.float32)
+    def _posed(self, number: int, step: torch.Tensor, noise: torch.Tensor,
+               alone: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """What the model is asked, and what a perfect one would answer."""
+        parameter, clean = next(self.module.parameters()), self.clean[number]
+        given = {name: parts[number] for name, parts in self.given.items()}
+        inputs = mixed_inputs(self.noising, clean, noise, step, given, self.null, alone, parameter.dtype)
+        target = self.noising.target(clean, noise, step)
+        return {name: value.to(parameter.device) for name, value in inputs.items()}, target.to(parameter.device)
 
-    def _placed(self, number: int, times: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        device = next(self.module.parameters()).device
-        latents = self.latents[number]
-        return tuple(x.to(device) for x in (latents, self.labels[number], times, noise.to(latents.dtype)))
+    def _predicted(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        device = inputs[INPUT].device.type
+        with torch.autocast(device, self.compute, enabled=self.compute != torch.float32):
+            return prediction(self.module(**inputs), inputs[INPUT])

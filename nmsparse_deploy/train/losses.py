@@ -7,15 +7,11 @@ arXiv:2006.11239.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-
-from ..errors import UsageError
 
 PIECE = 512
 """Rows of logits that are turned to fp32 at a time; they are computed again in the backward pass."""
@@ -72,37 +68,9 @@ def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return ((output.float() - target).square().sum(-1) / size).mean()
 
 
-def denoising(module: nn.Module, latents: torch.Tensor, labels: torch.Tensor, scheduler: Any, times: torch.Tensor,
-              noise: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of what a diffusion model predicts for `latents` `[samples, channels, height, width]` of the
-    classes `labels` under `noise` at the timesteps `times` `[samples]`.
-
-    `scheduler.config.prediction_type` says what that is: the noise, the latents, or their velocity. Raises `UsageError`
-    for another one.
-    """
-    return denoising_error(predicted(module, scheduler.add_noise(latents, noise, times), labels, times), latents,
-                           scheduler, times, noise)
-
-
-def denoising_error(output: torch.Tensor, latents: torch.Tensor, scheduler: Any, times: torch.Tensor,
-                    noise: torch.Tensor) -> torch.Tensor:
-    """The same for an output that is there already."""
-    kind = getattr(scheduler.config, "prediction_type", "epsilon")
-    if kind not in ("epsilon", "sample", "v_prediction"):
-        raise UsageError(f"A diffusion model that predicts '{kind}' cannot be learned from; epsilon, sample and "
-                         "v_prediction can.")
-    target = (noise if kind == "epsilon" else latents if kind == "sample" else
-              scheduler.get_velocity(latents, noise, times))
-    return (output[:, : latents.shape[1]].float() - target.float()).square().mean()
-
-
-def predicted(module: nn.Module, noisy: torch.Tensor, labels: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    """What a diffusion transformer puts out; learned variances follow in further channels."""
-    output: Any = module(noisy, timestep=times, class_labels=labels)
-    if isinstance(output, torch.Tensor):
-        return output
-    found: torch.Tensor = output.sample if hasattr(output, "sample") else output[0]
-    return found
+def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean over all entries of `(y - t)²`: the loss of a denoising model."""
+    return (output.float() - target.float()).square().mean()
 
 
 def _in_pieces(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], logits: torch.Tensor,

@@ -8,15 +8,18 @@ import pytest
 import torch
 from torch import nn
 
+from nmsparse_deploy.calib.latents import NoisedSample
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.methods.maskllm import LEARNED
+from nmsparse_deploy.models.denoising import Denoising
 from nmsparse_deploy.pattern import TWO_FOUR, project
 from nmsparse_deploy.train.diffusion import Diffusion
 from nmsparse_deploy.train.loop import fit
-from nmsparse_deploy.train.losses import denoising
 from nmsparse_deploy.train.masked import Site, masks
-from nmsparse_deploy.train.moment import Moment
+from nmsparse_deploy.train.moment import Moment, digest
 from tests.train.toy import settings
+
+diffusers = pytest.importorskip("diffusers")
 
 STEPS, CHANNELS, SIZE, WIDTH, CLASSES = 100, 4, 4, 32, 3
 
@@ -42,7 +45,7 @@ class TinyDiT(nn.Module):
     def __init__(self, channels=2 * CHANNELS):
         super().__init__()
         self.embed, self.out = nn.Linear(CHANNELS, WIDTH), nn.Linear(WIDTH, channels)
-        self.time, self.label = nn.Linear(1, WIDTH), nn.Embedding(CLASSES, WIDTH)
+        self.time, self.label = nn.Linear(1, WIDTH), nn.Embedding(CLASSES + 1, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(2))
 
     def forward(self, hidden_states, timestep=None, class_labels=None):
@@ -54,88 +57,92 @@ class TinyDiT(nn.Module):
         return SimpleNamespace(sample=x)
 
 
-class Scheduler:
-    """A linear schedule, with what diffusers' schedulers offer."""
-
-    def __init__(self, prediction_type="epsilon"):
-        self.config = SimpleNamespace(num_train_timesteps=STEPS, prediction_type=prediction_type)
-        self.alphas = torch.linspace(0.999, 0.01, STEPS)
-
-    def _roots(self, times):
-        kept = self.alphas[times].view(-1, 1, 1, 1)
-        return kept.sqrt(), (1 - kept).sqrt()
-
-    def add_noise(self, latents, noise, times):
-        signal, other = self._roots(times)
-        return signal * latents + other * noise
-
-    def get_velocity(self, latents, noise, times):
-        signal, other = self._roots(times)
-        return signal * noise - other * latents
-
-
 def model():
     torch.manual_seed(0)
     return TinyDiT().eval()
 
 
-def data(samples=24):
+def sample(kind="epsilon", samples=24, null=True):
     generator = torch.Generator().manual_seed(1)
-    return (torch.randn(samples, CHANNELS, SIZE, SIZE, generator=generator),
-            torch.randint(CLASSES, (samples,), generator=generator))
+    latents = torch.randn(samples, CHANNELS, SIZE, SIZE, generator=generator)
+    labels = {"class_labels": torch.randint(CLASSES, (samples,), generator=generator)}
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=STEPS, prediction_type=kind)
+    nothing = {"class_labels": torch.tensor(CLASSES)} if null else {}
+    empty = torch.zeros(0)
+    return NoisedSample({}, latents, empty, empty, labels, nothing, empty, "latents", 0, Denoising(scheduler, False, None))
 
 
-def subject(kind="epsilon", size=4, **changes):
+def subject(kind="epsilon", size=4, null=True, samples=24, **changes):
     module = model()
     sites = {name: Site(name, name, 1, TWO_FOUR) for name, value in module.named_parameters()
              if name.startswith("blocks") and name.endswith(("up.weight", "down.weight"))}
-    return Diffusion(module, sites, *data(), Scheduler(kind), size, settings(**{"holdout": 0.34, **changes}))
+    return Diffusion(module, sites, sample(kind, samples, null), size, settings(**{"holdout": 0.34, **changes}))
+
+
+def asked(module):
+    """What the model is called with, call by call."""
+    seen = []
+    module.register_forward_pre_hook(lambda _m, _a, named: seen.append(named), with_kwargs=True)
+    return seen
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 @torch.no_grad()
-def test_the_loss_is_its_definition(kind):
-    module, (latents, labels), scheduler = model(), data(5), Scheduler(kind)
-    times, noise = torch.tensor([0, 7, 50, 98, 99]), torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))
-    wanted = []
-    for x, y, t, e in zip(latents, labels, times, noise):
-        kept = scheduler.alphas[t]
-        output = module((kept.sqrt() * x + (1 - kept).sqrt() * e)[None], timestep=t[None], class_labels=y[None]).sample[0, :CHANNELS]
-        target = {"epsilon": e, "sample": x, "v_prediction": kept.sqrt() * e - (1 - kept).sqrt() * x}[kind]
-        wanted.append((output - target).square().mean())
-    found = denoising(module, latents, labels, scheduler, times, noise)
-    assert torch.allclose(found, torch.stack(wanted).mean(), rtol=1e-5)
+def test_the_score_is_its_definition(kind):
+    """Sample by sample, with the schedule's formulas written out; every second one without its class."""
+    found = subject(kind, samples=6, size=3, holdout=0.9)
+    kept_of = diffusers.DDPMScheduler(num_train_timesteps=STEPS).alphas_cumprod
+    for number in found.held_out:
+        noise = torch.randn(3, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(digest("held-out noise", number)))
+        wanted = []
+        for place, (x, e) in enumerate(zip(found.clean[number], noise)):
+            place += 3 * found.held_out.index(number)
+            t = torch.tensor(place * STEPS // (3 * len(found.held_out)))
+            label = torch.tensor(CLASSES) if place % 2 else found.given["class_labels"][number][place % 3]
+            kept = kept_of[t]
+            output = found.module((kept.sqrt() * x + (1 - kept).sqrt() * e)[None], timestep=t[None],
+                                  class_labels=label[None]).sample[0, :CHANNELS]
+            target = {"epsilon": e, "sample": x, "v_prediction": kept.sqrt() * e - (1 - kept).sqrt() * x}[kind]
+            wanted.append((output - target).square().mean())
+        assert torch.allclose(found.score(number), torch.stack(wanted).mean(), rtol=1e-4)
 
 
-def test_timesteps_are_uniform_and_new_at_every_moment():
-    """Chi-square over ten bins of ten timesteps: nine degrees of freedom, exceeded by 33.7 once in ten thousand."""
-    found, seen = subject(size=24, holdout=0.5), []
-    add = found.scheduler.add_noise
-    found.scheduler.add_noise = lambda latents, noise, times: (seen.append((times, noise)), add(latents, noise, times))[1]
+def test_steps_are_uniform_and_new_at_every_moment_and_half_go_without_a_class():
+    """Chi-square over ten bins of ten steps: nine degrees of freedom, exceeded by 33.7 once in ten thousand."""
+    found = subject(size=24, holdout=0.5, distill=0.0)
+    seen = asked(found.module)
     with torch.no_grad():
         for step in range(100):
             found.loss_terms(0, Moment(step=step, steps=100))
-    counts = torch.bincount(torch.cat([times for times, _ in seen]) // 10, minlength=10).double()
+    counts = torch.bincount(torch.cat([one["timestep"] for one in seen]) // 10, minlength=10).double()
     expected = counts.sum() / 10
     assert int(counts.sum()) == 2400 and float(((counts - expected) ** 2 / expected).sum()) < 33.7
-    assert not torch.equal(seen[0][1], seen[1][1])
-    first = seen[0]
+    alone = torch.cat([one["class_labels"] for one in seen]) == CLASSES
+    assert 0.45 < alone.float().mean() < 0.55
+    assert not torch.equal(seen[0]["hidden_states"], seen[1]["hidden_states"])
     with torch.no_grad():
         found.loss_terms(0, Moment(step=0, steps=100))
         found.loss_terms(0, Moment(step=0, steps=100, rank=1))
-    assert torch.equal(seen[-2][0], first[0]) and torch.equal(seen[-2][1], first[1])
-    assert not torch.equal(seen[-1][1], first[1])
+    assert all(torch.equal(seen[-2][name], value) for name, value in seen[0].items())
+    assert not torch.equal(seen[-1]["hidden_states"], seen[0]["hidden_states"])
 
 
-def test_held_out_timesteps_are_spread_over_all_and_stay():
-    found, seen = subject(), []
-    add = found.scheduler.add_noise
-    found.scheduler.add_noise = lambda latents, noise, times: (seen.append(times), add(latents, noise, times))[1]
+def test_held_out_steps_are_spread_over_all_and_stay():
+    found = subject()
+    seen = asked(found.module)
     with torch.no_grad():
         scores = [[float(found.score(number)) for number in found.held_out] for _ in range(2)]
     assert scores[0] == scores[1]
-    times = torch.cat(seen[: len(found.held_out)])
+    times = torch.cat([one["timestep"] for one in seen[: len(found.held_out)]])
     assert times.tolist() == [place * STEPS // 8 for place in range(8)]
+
+
+def test_without_a_null_class_every_sample_keeps_its_own():
+    found = subject(null=False, distill=0.0)
+    seen = asked(found.module)
+    with torch.no_grad():
+        found.loss_terms(1, Moment())
+    assert torch.equal(seen[0]["class_labels"], found.given["class_labels"][1])
 
 
 @pytest.mark.parametrize(("task", "distill"), [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)])
@@ -151,9 +158,5 @@ def test_masks_of_two_blocks_are_learned(task, distill):
 
 
 def test_what_cannot_be_learned_from_is_said():
-    for kind, changes, sentence in (("flow", {}, "predicts 'flow'"), ("epsilon", {"task": 0.0, "distill": 0.0}, "nothing to learn")):
-        with pytest.raises(UsageError, match=sentence):
-            subject(kind, **changes).loss_terms(0, Moment())
-    latents, labels = data()
-    with pytest.raises(UsageError, match="24 latents and 23 classes"):
-        Diffusion(model(), {}, latents, labels[1:], Scheduler(), 4, settings())
+    with pytest.raises(UsageError, match="nothing to learn"):
+        subject(task=0.0, distill=0.0).loss_terms(0, Moment())
