@@ -22,7 +22,7 @@ _PUBLIC = {
     "Recipe": ".recipe", "Prune": ".recipe", "Calibration": ".recipe", "Export": ".recipe", "Evaluate": ".recipe",
     "Bench": ".recipe", "Allocate": ".recipe", "Build": ".recipe",
     "RunDir": ".rundir",
-    "prune": ".prune", "plan": ".planning",
+    "prune": ".prune", "plan": ".planning.stage",
     "inspect": ".pipeline", "verify": ".pipeline", "export": ".pipeline", "evaluate": ".pipeline", "bench": ".pipeline",
     "report": ".pipeline", "publish": ".pipeline", "run_recipe": ".pipeline", "compare": ".compare",
     "export_torch": ".packing", "crossover": ".bench.stages", "bench_run": ".bench.stages", "Pack": ".recipe",

@@ -12,19 +12,20 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nmsparse_deploy import latency, plan_file
-from nmsparse_deploy.allocation import choices, solve
 from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.errors import NmsparseError, UsageError
-from nmsparse_deploy.knapsack import STEPS, Option, choose
-from nmsparse_deploy.latency import Latency, Source, saving_for, speedup
-from nmsparse_deploy.mixed_ratios import mixed_ratios
 from nmsparse_deploy.models.base import Discovery, Target
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
 from nmsparse_deploy.plan import PlanRow, make_plan
+from nmsparse_deploy.planning import file as plan_file
+from nmsparse_deploy.planning import latency
+from nmsparse_deploy.planning.allocation import choices, solve
+from nmsparse_deploy.planning.knapsack import STEPS, Option, choose
+from nmsparse_deploy.planning.latency import Latency, Source, saving_for, speedup
+from nmsparse_deploy.planning.mixed_ratios import mixed_ratios
+from nmsparse_deploy.planning.sensitivity import Rise
 from nmsparse_deploy.recipe import Allocate, Prune, fingerprint, validate
 from nmsparse_deploy.rundir import RunDir
-from nmsparse_deploy.sensitivity import Rise
 
 # --- the knapsack ----------------------------------------------------------------------------------------------------
 

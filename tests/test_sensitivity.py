@@ -17,9 +17,9 @@ from nmsparse_deploy.models.discover import discover
 from nmsparse_deploy.objective import Objective, objective
 from nmsparse_deploy.pattern import TWO_FOUR, project
 from nmsparse_deploy.plan import make_plan
-from nmsparse_deploy.planning import fusion_groups
+from nmsparse_deploy.planning.sensitivity import Trace, _quadratic_forms, direct, from_curvature, hutchinson, together
+from nmsparse_deploy.planning.stage import fusion_groups
 from nmsparse_deploy.registry import METHODS
-from nmsparse_deploy.sensitivity import Trace, _quadratic_forms, direct, from_curvature, hutchinson, together
 from tests import pico
 
 WANDA = METHODS.load("wanda")

@@ -63,8 +63,8 @@ def plan(model: Model = DEMO,
          out: Annotated[Path | None, typer.Option(help="write the plan here (.yaml or .json) for prune --plan")] = None,
          ) -> None:
     """Decide which fusion groups get the pattern, under exactly one constraint."""
-    from ..plan_file import check_name, save
-    from ..planning import plan as api
+    from ..planning.file import check_name, save
+    from ..planning.stage import plan as api
     from ..recipe import Allocate, validate
 
     spec = validate(Allocate, {
@@ -178,7 +178,7 @@ def _patterns(pattern: str | None, plan: Path | None) -> dict[str, Any]:
     """The pattern and the decisions about single parameters."""
     if plan is None:
         return {"pattern": pattern or "2:4"}
-    from ..plan_file import load
+    from ..planning.file import load
 
     if pattern is not None:
         raise UsageError("--plan decides the pattern; leave --pattern out.")

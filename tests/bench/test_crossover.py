@@ -24,8 +24,8 @@ from nmsparse_deploy.bench.machine import dry_machine
 from nmsparse_deploy.bench.stages import write_crossover
 from nmsparse_deploy.engines.semi_structured import StandIn, standing_in
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.latency import source
 from nmsparse_deploy.models.base import Target
+from nmsparse_deploy.planning.latency import source
 
 
 def line(rows: int, low: float, precision: str = "fp16", k: int = 64, n: int = 128) -> Line:

@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .errors import NmsparseError, UsageError
+from ..errors import NmsparseError, UsageError
+from ..pattern import TWO_FOUR, NMPattern, Pattern
+from ..plan import PlanRow
+from ..recipe import DENSE, Allocate
 from .knapsack import Option, choose
 from .latency import Latency, saving_for, speedup
-from .pattern import TWO_FOUR, NMPattern, Pattern
-from .plan import PlanRow
-from .recipe import DENSE, Allocate
 from .sensitivity import Rise
 
 

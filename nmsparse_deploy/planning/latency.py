@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
-from .models.base import Target
-from .pattern import Pattern
-from .predict import GPUS, Gpu, gemm_seconds
-from .verify import shape_verdict
+from ..errors import UsageError
+from ..models.base import Target
+from ..pattern import Pattern
+from ..predict import GPUS, Gpu, gemm_seconds
+from ..verify import shape_verdict
 
 ROWS = 2048
 """Rows of a GEMM (batch times tokens) when neither the user nor the table says otherwise."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .errors import UsageError
+from ..errors import UsageError
 
 
 def mixed_ratios(sensitivities: Sequence[float], ratio: float, alpha: float = 0.1) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .errors import UsageError
+from ..errors import UsageError
 
 SUFFIXES = (".yaml", ".yml", ".json")
 

@@ -10,23 +10,23 @@ from typing import Any
 
 import torch
 
-from . import models
+from .. import models
+from ..calib.sample import draw
+from ..errors import UsageError
+from ..methods.base import Method
+from ..models.base import LoadedModel
+from ..models.discover import discover, trace_inputs
+from ..objective import Objective, objective
+from ..pattern import Pattern, Unstructured, parse_pattern
+from ..plan import Plan, PlanRow, by_fusion, make_plan
+from ..predict import count_flops
+from ..progress import Progress, silent
+from ..prune import compute_dtype
+from ..recipe import DEFAULT_MODEL, Allocate
+from ..registry import METHODS
 from .allocation import Allocation, Choice, Group, candidates, choices, decisions, solve, totals
-from .calib.sample import draw
-from .errors import UsageError
 from .latency import Latency, Source, source
-from .methods.base import Method
 from .mixed_ratios import mixed_ratios
-from .models.base import LoadedModel
-from .models.discover import discover, trace_inputs
-from .objective import Objective, objective
-from .pattern import Pattern, Unstructured, parse_pattern
-from .plan import Plan, PlanRow, by_fusion, make_plan
-from .predict import count_flops
-from .progress import Progress, silent
-from .prune import compute_dtype
-from .recipe import DEFAULT_MODEL, Allocate
-from .registry import METHODS
 from .sensitivity import Rise, direct, from_curvature, hutchinson, together
 
 Batches = list[dict[str, Any]]

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calib.stats import LayerStats
-from .calib.tail import Tail
-from .methods.base import Method, prune_matrices
-from .models.base import LoadedModel, to_rows
-from .objective import Objective
-from .plan import PlanRow
-from .progress import Progress, silent
-from .refine.base import Layer
+from ..calib.stats import LayerStats
+from ..calib.tail import Tail
+from ..methods.base import Method, prune_matrices
+from ..models.base import LoadedModel, to_rows
+from ..objective import Objective
+from ..plan import PlanRow
+from ..progress import Progress, silent
+from ..refine.base import Layer
 
 Batch = Mapping[str, Any]
 
