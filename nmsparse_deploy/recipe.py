@@ -203,7 +203,7 @@ class Allocate(Frozen):
     method: str = Field("wanda", description="how a group is pruned for the trial")
     probes: int = Field(8, ge=1, description="random vectors of the Hutchinson estimator")
     calibration: Calibration = Calibration(samples=16, length=256)
-    latency_table: str | None = Field(None, description="JSON file of measured GEMM times, see latency.py")
+    latency_table: str | None = Field(None, description="JSON file of measured GEMM times, as `crossover` writes it")
     gpu: str = Field("A100", description="whose roofline predicts where nothing was measured")
     rows: int | None = Field(None, ge=1, description="batch times tokens of a GEMM; empty = the table's, or 2048")
     include: tuple[str, ...] = ()
