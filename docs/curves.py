@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -39,6 +40,13 @@ def svg(panels: Sequence[Panel]) -> str:
         f'<rect width="{size[0]}" height="{size[1]}" fill="#ffffff"/>', *body, "</svg>", ""])
 
 
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers from `low` to `high`: multiples of 1, 2 or 5 times a power of ten, at most `most` of them."""
+    size = 10.0 ** math.floor(math.log10(high - low))
+    step = next(size * factor for factor in (0.1, 0.2, 0.5, 1, 2, 5) if (high - low) / (size * factor) < most)
+    return [round(number * step, 9) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
 def _key(name: str, number: int, at: tuple[int, int]) -> list[str]:
     x, y = at
     return [f'<path d="M{x} {y}h16" stroke="{COLOURS[number % len(COLOURS)]}" stroke-width="2"/>',
@@ -55,12 +63,12 @@ def _panel(panel: Panel, offset: int, span: tuple[float, float], names: Sequence
     found = [f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="#888888"/>',
              f'<text x="{(left + right) / 2:.0f}" y="{HEIGHT - 12}" text-anchor="middle" fill="#222222">'
              f"{escape(panel.title)}</text>"]
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        x, y = most * share, span[0] + (span[1] - span[0]) * share
+    for x in ticks(0.0, most):
         found.append(f'<text x="{place(x, 0)[0]:.1f}" y="{bottom + 14}" text-anchor="middle" fill="#555555">'
-                     f"{x:.3g}</text>")
-        found.append(f'<text x="{left - 4}" y="{place(0, y)[1] + 4:.1f}" text-anchor="end" fill="#555555">'
-                     f"{y:.2f}</text>")
+                     f"{x:g}</text>")
+    for y in ticks(*span):
+        found.append(f'<text x="{left - 4}" y="{place(0, y)[1] + 4:.1f}" text-anchor="end" fill="#555555">{y:g}</text>')
+        found.append(f'<path d="M{left} {place(0, y)[1]:.1f}H{right}" stroke="#eeeeee"/>')
     for name, level in panel.levels.items():
         y = place(0, level)[1]
         found.append(f'<path d="M{left} {y:.1f}H{right}" stroke="#999999" stroke-dasharray="4 3"/>')
