@@ -96,8 +96,9 @@ def readme_table() -> str:
     return measured(("dense", "magnitude", "wanda", "sparsegpt", "closed-form", "best"))
 
 
-COLUMNS = {"discover": "discovered", "wanda": "Wanda", "sparsegpt": "SparseGPT", "verify": "verified",
-           "export": "ONNX fp16", "agreement": "ONNX Runtime agrees", "reload": "reloads identically"}
+COLUMNS = {"discover": "discovered", "wanda": "Wanda", "sparsegpt": "SparseGPT", "maskllm": "MaskLLM",
+           "verify": "verified", "export": "ONNX fp16", "agreement": "ONNX Runtime agrees",
+           "reload": "reloads identically"}
 
 
 def families_table() -> str:

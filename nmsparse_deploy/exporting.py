@@ -10,7 +10,7 @@ import torch
 
 from . import models
 from .calib.sample import draw
-from .engines.base import agreement
+from .engines.base import agreement, compared
 from .engines.onnxruntime import OnnxRuntime
 from .engines.tensorrt_rtx import TensorRtRtx
 from .errors import CheckFailed, MissingExtra, NmsparseError
@@ -134,24 +134,17 @@ def _compiled(path: Path, progress: Progress) -> dict[str, Any]:
 def told(row: dict[str, Any], path: str) -> list[str]:
     """What `export_one` recorded, as lines."""
     lines = [f"{path}: {sum(row['files'].values()) / 1e6:.0f} MB, {row['links']} weights linked and verified; "
-             f"{_compared(row['agreement'])}"]
+             f"{compared(row['agreement'])}"]
     if "quantisation" in row:
         done = row["quantisation"]
         lines.append(f"  {done['gemms']} GEMMs in {row['precision']} (scales per {done['scales']}), "
                      f"{done['requantised']} with 8-bit outputs; {done['vanished']:,} small weights became 0")
     if "cached" in row:
         lines.append(f"  {' and '.join(row['cached']['graphs'])} on the same weights, prefill and steps: "
-                     f"{_compared(row['cached']['agreement'])}")
+                     f"{compared(row['cached']['agreement'])}")
     compiled = row["tensorrt_rtx"]
     if all("not_checked" in found for found in compiled.values()):
         found = compiled[NAME]
         return [*lines, f"  not checked here: TensorRT-RTX ({found['hint']})"]
     return lines + [f"  {name}: {found.get('summary') or found.get('refused') or found.get('not_checked')}"
                     for name, found in compiled.items()]
-
-
-def _compared(row: dict[str, Any]) -> str:
-    if "not_checked" in row:
-        return f"not run here: {row['not_checked']}"
-    same = f", same top token at {row['argmax_share']:.1%}" if row["argmax_share"] is not None else ""
-    return f"largest difference to PyTorch {row['max_abs']:.2g}{same}"

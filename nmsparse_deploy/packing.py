@@ -19,7 +19,7 @@ import torch
 from . import models
 from .bench.auto import as_file, decide_all
 from .bench.machine import Machine, require_gpu
-from .engines.base import agreement
+from .engines.base import agreement, compared
 from .engines.semi_structured import kernels
 from .engines.torch_sparse import DECISIONS, FILE, Artefact, TorchSparse, write
 from .errors import CheckFailed, NmsparseError
@@ -137,9 +137,7 @@ def told(row: dict[str, Any], path: Path) -> list[str]:
              f"their {row['dense_bytes'] / 1e6:.1f} MB in {row['precision']}; {row['verified']} verified"
              if row["weights"] else f"{path}: no weight could be packed"]
     lines += [f"  stored with its zeros: {name} ({why})" for name, why in row["kept"].items()]
-    same = row["agreement"]
-    lines.append(f"  not compared here: {same['not_checked']}" if "not_checked" in same else
-                 f"  largest difference to PyTorch in fp32: {same['max_abs']:.2g}")
+    lines.append(f"  {compared(row['agreement'])}")
     made = row["decisions"]
     if made is None:
         return [*lines, f"  not timed here, so no GEMM is decided: {row['not_checked']}"]

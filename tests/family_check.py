@@ -18,8 +18,10 @@ from nmsparse_deploy.recipe import Export, Prune, validate
 from nmsparse_deploy.rundir import RunDir
 from tests.zoo import FAMILIES
 
-COLUMNS = ("discover", "wanda", "sparsegpt", "verify", "export", "agreement", "reload")
+COLUMNS = ("discover", "wanda", "sparsegpt", "maskllm", "verify", "export", "agreement", "reload")
 YES = "yes"
+LEARN = {"steps": 2, "evaluate_every": 2, "priors": ["magnitude"], "objective": "block"}
+"""Enough steps to go through the whole machinery in every block."""
 HALF_PRECISION = 0.02
 """Relative difference that fp16 arithmetic may make to a random two-block model."""
 
@@ -39,6 +41,7 @@ def check(name: str, folder: Path, data: dict[str, Path]) -> dict[str, Any]:
     row["discover"] = _try(lambda: _discovered(str(folder / "model")))
     row["wanda"] = _try(lambda: pruned("wanda"))
     row["sparsegpt"] = _try(lambda: pruned("sparsegpt"))
+    row["maskllm"] = _try(lambda: pruned("maskllm"))
     run = runs.get("wanda")
     after: dict[str, Callable[[], Any]] = {
         "verify": lambda: [_holds(report) for report in pipeline.verify(run)],
@@ -54,7 +57,8 @@ def check(name: str, folder: Path, data: dict[str, Path]) -> dict[str, Any]:
 
 def spec(method: str, data: str) -> Prune:
     calibration = {"data": data, "samples": 8, "length": 32, "batch": 4}
-    return validate(Prune, {"method": method, "calibration": calibration, "compute": "fp32"})
+    learn = {"learn": LEARN} if method == "maskllm" else {}
+    return validate(Prune, {"method": method, "calibration": calibration, "compute": "fp32", **learn})
 
 
 def _try(work: Callable[[], Any]) -> str:

@@ -15,7 +15,7 @@ from tests.zoo import FAMILIES
 TABLE = json.loads((Path(__file__).parent.parent / "results/families.json").read_text())["families"]
 REQUIRED = ("OPT", "LLaMA", "BLOOM", "Baichuan-style", "Mistral", "Qwen2", "Qwen3", "GPT-2", "GPT-NeoX", "Mixtral",
             "BERT", "T5", "timm ViT", "DINOv2", "Swin", "timm Swin", "DiT", "PixArt", "SD3 (MMDiT)")
-FAST = ("BLOOM", "Whisper", "SD3 (MMDiT)")
+FAST = ("BLOOM", "Mixtral", "Whisper", "SD3 (MMDiT)")
 NEEDS = {"timm": "timm", "DiT": "diffusers", "PixArt": "diffusers", "SD3": "diffusers", "SD3.5": "diffusers"}
 
 

@@ -91,3 +91,11 @@ def agreement(reference: Tensor, output: Tensor, kind: Literal["logits", "featur
 def _rows(values: Tensor) -> torch.Tensor:
     tensor = torch.as_tensor(values).detach().cpu()
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def compared(row: Mapping[str, Any]) -> str:
+    """An agreement, or why there is none, in words."""
+    if "not_checked" in row:
+        return f"not run here: {row['not_checked']}"
+    same = f", same top token at {row['argmax_share']:.1%}" if row["argmax_share"] is not None else ""
+    return f"largest difference to PyTorch {row['max_abs']:.2g}{same}"

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 PIECE = 512
 """Rows of logits that are turned to fp32 at a time; they are computed again in the backward pass."""
+FAINT = 1e-6
+"""A token with less than this share of the mean squared norm is as good as zero."""
 STRIP = 64
 """Rows of two models' logits that are compared at a time: what a CPU's cache holds."""
 
@@ -62,9 +64,12 @@ class _Divergence(torch.autograd.Function):
 
 
 def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of `‖y - t‖² / ‖t‖²`, with states `[..., hidden]`."""
+    """Mean over tokens of `‖y - t‖² / ‖t‖²`, with states `[..., hidden]`; where `‖t‖` vanishes (behind a ReLU), that
+    of the usual token stands in."""
     target = target.float()
-    size = target.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    size = target.square().sum(-1)
+    usual = size.mean()
+    size = torch.where(size > FAINT * usual, size, usual).clamp(min=torch.finfo(torch.float32).tiny)
     return ((output.float() - target).square().sum(-1) / size).mean()
 
 

@@ -116,11 +116,13 @@ def detach(module: nn.Module) -> None:
     """Take every learnable mask off again; the original tensors, not copies of them, are the weights again."""
     for layer in list(module.modules()):
         listed: Any = getattr(layer, "parametrizations", {})
+        order: list[str] = []
         for name in list(listed):
             if isinstance(mask := listed[name][0], LearnableMask):
+                order = order or mask.order  # the first one's, which saw all of them
                 parametrize.remove_parametrizations(layer, name, leave_parametrized=False)
-                for key in mask.order:
-                    layer._parameters[key] = layer._parameters.pop(key)
+        for key in order:
+            layer._parameters[key] = layer._parameters.pop(key)
 
 
 def masks(module: nn.Module) -> list[LearnableMask]:

@@ -44,6 +44,18 @@ def test_losses_are_what_they_say(monkeypatch):
     assert losses.divergence(logits.where(logits < 1, torch.nan), teacher).isnan(), "a loss that is none is not hidden"
 
 
+def test_a_target_that_vanishes_is_judged_by_the_usual_one():
+    generator = torch.Generator().manual_seed(0)
+    target, output = torch.randn(4, 8, generator=generator), torch.randn(4, 8, generator=generator)
+    size, error = target.square().sum(-1), (output - target).square().sum(-1)
+    assert torch.allclose(losses.relative_error(output, target), (error / size).mean())
+    target[2] = 0.0
+    size, error = target.square().sum(-1), (output - target).square().sum(-1)
+    size[2] = size.mean()
+    assert torch.allclose(losses.relative_error(output, target), (error / size).mean())
+    assert float(losses.relative_error(torch.zeros(2, 3), torch.zeros(2, 3))) == 0.0
+
+
 def test_batches_that_judge_are_never_trained_on():
     for count in range(1, 30):
         training, held_out = split(count, 0.1)
