@@ -129,13 +129,13 @@ def _on(machine: Any, make: Callable[[], Any]) -> Any:
 
 def _caught(call: Callable[[], dict[str, Any]], job: Any) -> dict[str, Any]:
     """What a model gave, or why it gave nothing; the next precision may do better."""
-    from nmsparse_deploy.errors import NmsparseError
+    from nmsparse_deploy.errors import NmsparseError, first_line
 
     try:
         return call()
     except (NmsparseError, RuntimeError, NotImplementedError) as error:
         return {"status": "failed", "precision": job.precision, "batch": job.batch, "length": job.length,
-                "reason": str(error).splitlines()[0][:300]}
+                "reason": first_line(error)}
 
 
 def _release(machine: Any) -> None:
@@ -172,7 +172,7 @@ def small(setting: Setting) -> None:
     """The small real models whose files are here."""
     from nmsparse_deploy import models
     from nmsparse_deploy.bench.model import Job, bench_arms
-    from nmsparse_deploy.errors import NmsparseError
+    from nmsparse_deploy.errors import NmsparseError, first_line
 
     done: dict[str, Any] = {"runs": [], "missing": []}
     jobs = {"demo": (4, 1024), "vit": (64, 1), "minilm": (64, 128)}
@@ -183,7 +183,7 @@ def small(setting: Setting) -> None:
         try:
             loaded = models.load(name)
         except (NmsparseError, ImportError, OSError) as error:
-            done["missing"].append({"model": name, "why": str(error).splitlines()[0][:300]})
+            done["missing"].append({"model": name, "why": first_line(error)})
             setting.save(done)
             continue
         loaded.module.to(setting.machine.device)
@@ -201,6 +201,7 @@ def compiled(setting: Setting) -> None:
 
     from nmsparse_deploy.bench.auto import twins
     from nmsparse_deploy.bench.timing import interleave, ratio, summarise
+    from nmsparse_deploy.errors import first_line
 
     k, n, rows = (64, 128, 16) if setting.dry else (4096, 14336, 4096)
     machine, done = setting.machine, {"k": k, "n": n, "rows": rows, "precisions": {}}
@@ -224,7 +225,7 @@ def compiled(setting: Setting) -> None:
         try:
             done["precisions"][precision] = made()
         except Exception as error:  # compilers fail in many ways; this part is about whether they do
-            done["precisions"][precision] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
+            done["precisions"][precision] = {"failed": f"{type(error).__name__}: {first_line(error)}"}
         setting.save(done)
 
 

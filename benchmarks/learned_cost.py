@@ -11,10 +11,7 @@ of the process (or of the GPU's allocations); the prediction is that of `methods
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import ctypes
-import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nmsparse_deploy.bench import interleave, ratio, summarise
+from nmsparse_deploy.memory import give_back, used
 from nmsparse_deploy.methods.maskllm import LEARNED, bytes_per_weight
 from nmsparse_deploy.models.discover import discover
 from nmsparse_deploy.objective import Objective
@@ -98,14 +96,10 @@ def masked_arm(module: LlamaForCausalLM, size: dict[str, int], compute: torch.dt
     return Arm(own, learner, learner.prepare(own, priors))
 
 
-def held_now(device: str) -> int:
+def held_now() -> int:
     """Bytes that this process holds on the device; what it has freed is handed back first."""
-    if device == "cuda":
-        return torch.cuda.memory_allocated()
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    give_back()
+    return used()
 
 
 def measure(size: dict[str, int], device: str, compute: torch.dtype, rounds: int) -> list[dict[str, Any]]:
@@ -117,9 +111,9 @@ def measure(size: dict[str, int], device: str, compute: torch.dtype, rounds: int
     rows = []
     for form in FORMS:
         masked = masked_arm(module, size, compute, form)  # the model is there already; what it adds is the learner's
-        before = held_now(device) - sum(value.numel() * value.itemsize for value in masked.trained)
+        before = held_now() - sum(value.numel() * value.itemsize for value in masked.trained)
         masked()
-        grown = held_now(device) - before
+        grown = held_now() - before
         times = interleave({"dense": dense, "masked": masked}, rounds)
         steps = {name: summarise(name, str(compute).removeprefix("torch."), found) for name, found in times.items()}
         cost = ratio(times["masked"], times["dense"])  # how many dense steps a masked one takes

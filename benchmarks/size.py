@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from nmsparse_deploy import assets
 from nmsparse_deploy.memory import parse_size
 from nmsparse_deploy.rundir import environment, now
 from tests import pico
@@ -127,8 +128,7 @@ def digest(run: Path) -> str:
     total = hashlib.sha256()
     for file in sorted([*(run / "model").iterdir(), run / "masks.safetensors"]):
         total.update(file.name.encode())
-        with open(file, "rb") as handle:
-            total.update(hashlib.file_digest(handle, "sha256").digest())
+        total.update(bytes.fromhex(assets.digest(file)))
     return total.hexdigest()
 
 

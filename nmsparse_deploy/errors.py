@@ -38,6 +38,12 @@ class MissingExtra(NmsparseError):
                          f"pip install 'nmsparse-deploy[{extra}]'")
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in 200 characters and without a full stop: its first line."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text.rstrip(".")[:200]
+
+
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 

@@ -22,7 +22,7 @@ from .bench.machine import Machine, require_gpu
 from .engines.base import agreement, compared
 from .engines.semi_structured import kernels
 from .engines.torch_sparse import DECISIONS, FILE, Artefact, TorchSparse, write
-from .errors import CheckFailed, NmsparseError
+from .errors import CheckFailed, NmsparseError, first_line
 from .exporting import activation_ranges
 from .loading import load_pruned
 from .masks import MaskSet
@@ -123,7 +123,7 @@ def _agreement(folder: Path, loaded: LoadedModel) -> dict[str, Any]:
     try:
         outputs = TorchSparse.build(folder, {"mode": "dense", "device": "cpu"}).run(inputs)
     except (RuntimeError, NotImplementedError) as error:  # a processor without this precision
-        return {"not_checked": str(error).splitlines()[0][:200]}
+        return {"not_checked": first_line(error)}
     logits = getattr(reference, "logits", None)
     if logits is not None:
         return asdict(agreement(logits, outputs["logits"], "logits"))

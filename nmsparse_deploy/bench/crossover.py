@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..engines.semi_structured import DTYPES, kernels
-from ..errors import NmsparseError, UsageError
+from ..errors import NmsparseError, UsageError, first_line
 from ..models.base import Target
 from ..progress import Progress, silent
 from .auto import ROUNDS, judge, time_pair, twins
@@ -107,7 +107,7 @@ def _shape(shape: Shape, rows: Sequence[int], precision: str, machine: Machine, 
 
 
 def _first(error: Exception) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return first_line(error)
 
 
 def first_win(lines: Iterable[Line]) -> int | None:

@@ -17,7 +17,7 @@ from .. import models
 from ..engines.evidence import NOT_SPARSE, EngineEvidence
 from ..engines.semi_structured import DTYPES, Setting, kernels
 from ..engines.watch import Gemm, evidence, watch
-from ..errors import NmsparseError
+from ..errors import NmsparseError, first_line
 from ..masks import MaskSet
 from ..models.base import LoadedModel
 from ..models.discover import discover, trace_inputs
@@ -159,7 +159,7 @@ def _phases(work: Sequence[Workload], shape: dict[str, int], machine: Machine, r
             try:
                 phases.append(time_phase(one.name, one.calls, shape, machine, rounds, replayed))
             except RuntimeError as error:
-                failed[how] = str(error).splitlines()[0][:300]
+                failed[how] = first_line(error)
     if not phases:
         raise NmsparseError(f"No arm could be timed: {next(iter(failed.values()), 'there was nothing to run')}.")
     return phases, failed

@@ -150,3 +150,8 @@ def check_images_disjoint(calibration: torch.Tensor, evaluation: Sequence[str]) 
         raise NmsparseError(f"{same} of {len(evaluation)} evaluation images were calibrated on; a score on them means "
                             "nothing.", "choose another --data for the evaluation, or folders named train and test")
     return len(evaluation)
+
+
+def by_value(label: str) -> tuple[bool, int, str]:
+    """Orders classes: numbers by value, before words."""
+    return not label.isdigit(), int(label) if label.isdigit() else 0, label

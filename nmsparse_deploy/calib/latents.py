@@ -21,7 +21,7 @@ from ..models.base import LoadedModel
 from ..models.denoising import Denoising, Noising
 from ..models.diffusion import INPUT, LABELS, conditions
 from ..progress import Progress, silent
-from .images import ImageSample, calibration_images
+from .images import ImageSample, by_value, calibration_images
 from .prepared import ENDING, check_counts, read_tensors
 
 LATENTS = "latents"
@@ -164,8 +164,7 @@ def class_numbers(pictures: ImageSample, classes: int) -> torch.Tensor:
     if None in names:
         raise UsageError(f"The pictures of '{pictures.source}' have no classes, and this model is conditioned on one.",
                          "give a folder with one folder per class")
-    found = sorted((str(name) for name in names), key=lambda name: (not name.isdigit(), int(name) if name.isdigit()
-                                                                    else 0, name))
+    found = sorted((str(name) for name in names), key=by_value)
     if len(found) > classes:
         raise UsageError(f"'{pictures.source}' has {len(found)} classes, and this model knows {classes}.")
     return torch.tensor([found.index(str(label)) for label in pictures.labels])

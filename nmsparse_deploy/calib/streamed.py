@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtra, NmsparseError, UsageError
+from ..errors import MissingExtra, NmsparseError, UsageError, first_line
 
 CHARACTERS = 8_000_000
 """About two million tokens: plenty for calibration, and read in a minute."""
@@ -43,7 +43,7 @@ def streamed(source: str) -> tuple[str, ...]:
     except NmsparseError:
         raise
     except Exception as error:
-        raise NmsparseError(f"'{source}' could not be read: {_reason(error)}",
+        raise NmsparseError(f"'{source}' could not be read: {first_line(error)}.",
                             "give a text file or a folder instead") from error
     if not any(document.strip() for document in documents):
         raise UsageError(f"The text '{source}' is empty.")
@@ -81,11 +81,6 @@ def hub_rows(name: str, config: str | None, split: str, field: str, revision: st
         found = datasets.load_dataset(name, config, split=split, revision=revision, **files)
     except Exception as error:
         raise NmsparseError(f"The data set '{what}' is not on this machine and the hub did not give it: "
-                            f"{_reason(error)}", instead) from error
+                            f"{first_line(error)}.", instead) from error
     for row in found:
         yield _document(row, field, what)
-
-
-def _reason(error: Exception) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return f"{line.rstrip('.')[:200]}."

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from ..doctor import SPARSE_CAPABILITY, no_cuda
+from ..errors import first_line
 from ..pattern import TWO_FOUR, project
 from .packed import Packed, pack, unpack
 
@@ -164,7 +165,7 @@ def _tried(precision: str) -> str | None:
         found = kernels.multiply(x, kernels.compress(rows), size, None, alpha, out, Setting())
         wrong = not torch.equal(found.float(), x.float() @ rows.float().t())
     except (RuntimeError, NotImplementedError, TypeError) as error:
-        return f"cuSPARSELt does not run it: {str(error).splitlines()[0][:160]}"
+        return f"cuSPARSELt does not run it: {first_line(error)}"
     return "cuSPARSELt's result is wrong here" if wrong else None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..doctor import no_cuda
-from ..errors import MissingExtra, NmsparseError
+from ..errors import MissingExtra, NmsparseError, first_line
 from ..progress import Progress
 
 SEVERITIES = {"VERBOSE": "V", "INFO": "I", "WARNING": "W", "ERROR": "E", "INTERNAL_ERROR": "F"}
@@ -33,7 +33,7 @@ def load_tensorrt(what: str) -> Any:
     except ModuleNotFoundError as error:
         raise MissingExtra("tensorrt", extra(), what) from error
     except (ImportError, OSError) as error:
-        raise NmsparseError(f"TensorRT is installed, but cannot be loaded: {str(error).splitlines()[0]}.",
+        raise NmsparseError(f"TensorRT is installed, but cannot be loaded: {first_line(error)}.",
                             f"pip install --force-reinstall 'nmsparse-deploy[{extra()}]'") from error
     return tensorrt
 

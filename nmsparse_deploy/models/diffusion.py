@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import MissingExtra, NmsparseError, UsageError
+from ..errors import MissingExtra, NmsparseError, UsageError, first_line
 from .base import LoadedModel
 from .denoising import SCHEDULER, Denoising
 from .preprocess import Preprocess
@@ -130,8 +130,7 @@ def _module(place: Path, settings: dict[str, Any], source: str, dtype: torch.dty
     try:
         return kind.from_pretrained(place, torch_dtype=dtype or _stored_dtype(place))
     except Exception as error:
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UsageError(f"'{source}' cannot be loaded: {line.rstrip('.')[:200]}.") from error
+        raise UsageError(f"'{source}' cannot be loaded: {first_line(error)}.") from error
 
 
 def _stored_dtype(place: Path) -> torch.dtype:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..assets import assets
-from ..errors import NmsparseError, UsageError
+from ..errors import NmsparseError, UsageError, first_line
 from . import hf, vision
 from .base import LoadedModel
 from .preprocess import from_config
@@ -54,8 +54,7 @@ def _transformers(source: str, told: str | dict[str, Any]) -> LoadedModel:
     except NmsparseError:
         raise
     except Exception as error:
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UsageError(f"The config of '{source}' makes no model: {line.rstrip('.')[:200]}.") from error
+        raise UsageError(f"The config of '{source}' makes no model: {first_line(error)}.") from error
     family = hf.family(module, auto)
     processor = from_config(config) if family == "vision" else None
     return LoadedModel(module.eval(), source, source.rpartition("/")[2], family, processor=processor)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import MissingExtra, NmsparseError, UsageError
+from ..errors import MissingExtra, NmsparseError, UsageError, first_line
 from .base import LoadedModel
 from .preprocess import BICUBIC, Preprocess
 
@@ -47,7 +47,7 @@ def _timm() -> Any:
     except ImportError as error:
         raise MissingExtra("timm", "vision", "A timm model") from error
     except RuntimeError as error:
-        raise NmsparseError(f"timm cannot be imported: {_first_line(error)}.",
+        raise NmsparseError(f"timm cannot be imported: {first_line(error)}.",
                             "install the torchvision build that belongs to this build of torch") from error
     return timm
 
@@ -136,7 +136,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         raise UsageError(f"'{path}' holds more than tensors, and code from a file is never run.",
                          "save its state_dict as safetensors") from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UsageError(f"The checkpoint '{path}' is damaged or truncated: {_first_line(error)}.") from error
+        raise UsageError(f"The checkpoint '{path}' is damaged or truncated: {first_line(error)}.") from error
     state = next((state[key] for key in _NESTED if isinstance(state, dict) and isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UsageError(f"'{path}' is not a checkpoint: it holds no table of tensors.")
@@ -153,12 +153,7 @@ def _explain(error: Exception, source: str, name: str, timm: Any) -> NmsparseErr
                                                                   "resolve host", "urlopen")):
         return NmsparseError(f"The weights of '{source}' are not on this machine and the hub cannot be reached.",
                              f"{PREFIX}{name}?checkpoint=FILE")
-    return UsageError(f"'{source}' cannot be loaded: {_first_line(error)}.")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
+    return UsageError(f"'{source}' cannot be loaded: {first_line(error)}.")
 
 
 def _preprocess(timm: Any, module: nn.Module) -> Preprocess:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import NmsparseError, UsageError
+from ..errors import NmsparseError, UsageError, first_line
 from ..progress import Progress, silent
 from ..rundir import RunDir
 from .card import write_card
@@ -65,5 +65,4 @@ def _explain(error: Exception, repo: str) -> NmsparseError:
     if isinstance(error, ConnectionError) or "Connect" in type(error).__name__ or "Timeout" in type(error).__name__:
         return NmsparseError(f"The hub cannot be reached, so '{repo}' was not published.",
                              "the same command publishes it later")
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return NmsparseError(f"'{repo}' was not published: {line.rstrip('.')[:200]}.")
+    return NmsparseError(f"'{repo}' was not published: {first_line(error)}.")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calib.images import ImageSample
+from ..calib.images import ImageSample, by_value
 from ..errors import UsageError
 from ..objective import Objective
 from ..steps import Training
@@ -81,7 +81,7 @@ def class_numbers(sample: ImageSample, module: nn.Module, classes: int) -> torch
     By name where the model's config knows all names, else in the order of the names, as torchvision and timm number
     folders. Raises `UsageError` when there are no classes, or not as many.
     """
-    named = sorted({label for images, _ in sample.chosen for label in images.labels if label}, key=_natural)
+    named = sorted({label for images, _ in sample.chosen for label in images.labels if label}, key=by_value)
     if not named or None in sample.labels:
         raise UsageError(f"The pictures of '{sample.source}' are in no folders that name their classes.",
                          "learn.labels: false")
@@ -95,7 +95,3 @@ def class_numbers(sample: ImageSample, module: nn.Module, classes: int) -> torch
     place = {name: number for number, name in enumerate(named)}
     return torch.tensor([place[str(label)] for label in sample.labels])
 
-
-def _natural(name: str) -> tuple[int, str]:
-    """Numbers by value, before words."""
-    return (int(name), "") if name.isdigit() else (1 << 62, name)
