@@ -6,6 +6,7 @@ What comes in, and from whom:
   name with `.mask` (MaskLLM, Fang et al., 2024, as released).
 * `.pt` or `.safetensors`: a table of masks by name; or a folder with one file per weight, named after it (ProxSparse
   and MaskPro as released). Pickles are read with `weights_only=True`; code in a file is never run.
+* a checkpoint of NVIDIA ModelOpt that was saved before its export: dense weights, each with its `_weight_mask`.
 * a sparse checkpoint. Zeros say less than a mask: where a group has fewer non-zeros than the pattern keeps, the places
   that were kept are guessed (first where the dense weight is zero too, then the lowest index) and counted.
 """
@@ -39,6 +40,9 @@ from .rundir import RUNS, RunDir
 from .verify import verify_checkpoint
 
 FILES = (".npz", ".pt", ".pth", ".bin", ".safetensors")
+MODELOPT = "._weight_mask"
+"""Ends the name of a mask beside the weights of a checkpoint of NVIDIA ModelOpt."""
+
 LARGEST = 1 << 34
 """Bytes of masks that a file may unpack to; a small archive can claim any size."""
 
@@ -168,6 +172,7 @@ def read_masks(path: Path, targets: Mapping[str, Target], weights: Mapping[str, 
     if path.suffix not in FILES:
         raise UsageError(f"'{path}' is no kind of mask file that is known here.", f"one of: {', '.join(FILES)}")
     table: Mapping[str, Any] = _npz(path) if path.suffix == ".npz" else read_state(path)
+    table = {key: value for key, value in table.items() if key.endswith(MODELOPT)} or table
     if not table:
         raise UsageError(f"'{path}' holds no masks.")
     named = {key: _parameter(key, path, targets) for key in table}
@@ -220,8 +225,8 @@ def _single(path: Path) -> Any:
 
 
 def _parameter(key: str, path: Path, targets: Mapping[str, Target]) -> str:
-    """The parameter that a foreign key means: `X.weight`, `X.weight.mask`, `X.mask` or `X`."""
-    bare = ".".join(part for part in key.split(".") if part != "mask")
+    """The parameter that a foreign key means: `X.weight`, `X.weight.mask`, `X._weight_mask`, `X.mask` or `X`."""
+    bare = ".".join(part for part in key.split(".") if part not in ("mask", MODELOPT.strip(".")))
     for name in (bare, f"{bare}.weight"):
         if name in targets:
             return name

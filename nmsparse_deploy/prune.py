@@ -73,6 +73,7 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
         settled = spec.learn.settled(resolved(spec.learn.objective, spec.permute))
         spec = spec.model_copy(update={"learn": settled})
     method: Method = METHODS.load(one_shot_method(spec))
+    method.require(spec.method)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute = compute_dtype(spec.compute, device)
     progress(f"loading {model}", 0, 0)

@@ -105,8 +105,12 @@ class Prune(Frozen):
 
     @model_validator(mode="after")
     def _finds_the_pattern(self) -> Prune:
-        """Methods and refinements that need groups refuse an unstructured pattern before anything is loaded."""
+        """What needs groups, or knows one pattern only, refuses others before anything is loaded."""
         named = [decided(text)[0] for text in (self.patterns or {}).values()]
+        only = METHODS.load(self.method).only if self.method in METHODS.entries else None
+        other = next((p for p in (parse_pattern(self.pattern), *named) if only and p and str(p) != only), None)
+        if other is not None:
+            raise UsageError(f"The method '{self.method}' finds {only} masks only, not {other}.")
         loose = next((p for p in (parse_pattern(self.pattern), *named) if isinstance(p, Unstructured)), None)
         if loose is not None:
             able = [name for name in METHODS.names() if METHODS.load(name).scope]

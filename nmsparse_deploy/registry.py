@@ -39,6 +39,8 @@ METHODS = Registry("method", {
     "isc-released": ".methods.isc_released:METHOD",
     "magnitude": ".methods.magnitude:METHOD",
     "magnitude-2d": ".methods.magnitude_2d:METHOD",
+    "modelopt-magnitude": ".methods.modelopt:MAGNITUDE",
+    "modelopt-sparsegpt": ".methods.modelopt:SPARSEGPT",
     "proxsparse-local": ".methods.proxsparse_local:METHOD",
     "ria": ".methods.ria:METHOD",
     "sparsegpt": ".methods.sparsegpt:METHOD",

@@ -48,6 +48,10 @@ def save_masks(folder, truth, kind):
         torch.save({f"{name.removesuffix('.weight')}.mask": mask.float() for name, mask in truth.items()}, path)
     elif kind == "safetensors":
         save_file({name: mask.to(torch.uint8) for name, mask in truth.items()}, path)
+    elif kind == "pth":  # as ModelOpt saves a model that it has not exported: dense weights beside their masks
+        state = {f"{name.removesuffix('.weight')}._weight_mask": mask for name, mask in truth.items()}
+        state |= {name: torch.randn(mask.shape) for name, mask in truth.items()}
+        torch.save({"modelopt_state": {"modelopt_version": "0.47.0"}, "model_state_dict": state}, path)
     else:
         path = folder / "masks"
         path.mkdir()
@@ -56,7 +60,7 @@ def save_masks(folder, truth, kind):
     return path
 
 
-@pytest.mark.parametrize("kind", ["npz", "pt", "safetensors", "folder"])
+@pytest.mark.parametrize("kind", ["npz", "pt", "pth", "safetensors", "folder"])
 def test_every_form_of_a_mask_gives_the_same_run(dense, truth, tmp_path, kind):
     done = import_result(str(dense), save_masks(tmp_path, truth, kind), out=tmp_path / "run")
     stored = MaskSet.load(done.run / "masks.safetensors").masks

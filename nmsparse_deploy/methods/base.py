@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
 
 from ..calib.stats import LayerStats, Need
+from ..errors import MissingExtra
 from ..pattern import Pattern, Scope, project
 from .grid import Grid
 
@@ -40,7 +42,8 @@ class Method:
     """One line of the registry: what it needs, what it does, who published it.
 
     `scope` says which weights compete for an unstructured mask; None: the method needs groups and finds N:M masks only.
-    A method that `quantises` takes a `grid` besides and rounds what it keeps to it.
+    A method that `quantises` takes a `grid` besides and rounds what it keeps to it. `only` is the one pattern of a
+    method that knows no other; `package` is an optional library that it calls, and the extra that brings it.
     """
 
     prune_layer: PruneLayer
@@ -50,6 +53,13 @@ class Method:
     source: str
     scope: Scope | None = None
     quantises: bool = False
+    only: str | None = None
+    package: tuple[str, str] | None = None
+
+    def require(self, name: str) -> None:
+        """Raise `MissingExtra` when the method `name` calls a library that is not installed."""
+        if self.package is not None and find_spec(self.package[0]) is None:
+            raise MissingExtra(*self.package, f"The method '{name}'")
 
 
 def score_method(scores: Callable[[torch.Tensor, LayerStats], torch.Tensor], needs: Need, summary: str,

@@ -19,7 +19,7 @@ from .preprocess import BICUBIC, Preprocess
 PREFIX = "timm:"
 INPUT = "x"
 """timm's forward takes its pictures under this name."""
-_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
+_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": BICUBIC, "box": 4, "hamming": 5}
 
 
