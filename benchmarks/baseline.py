@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from files import write_json
 from safetensors.torch import load_file
 
 from nmsparse_deploy import models
@@ -104,7 +105,7 @@ def main() -> None:
     result = {"command": f"python benchmarks/baseline.py --out results/{options.out.name}", "date": now(),
               "model": "demo", "pattern": "2:4", "protocol": {"tokens": TOKENS, "context": CONTEXT, "texts": texts},
               **environment(), "table": table(rows, texts), "rows": rows}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.out, result)
     for line in result["table"]:
         print(line["method"], *(f"{text} {line[text]['ppl']:.2f}" for text in texts), flush=True)
 

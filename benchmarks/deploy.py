@@ -7,13 +7,13 @@ Weights are random: this is about graphs and compilers, not about accuracy.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from files import write_json
 
 from nmsparse_deploy.engines.base import agreement
 from nmsparse_deploy.engines.onnxruntime import OnnxRuntime
@@ -204,7 +204,7 @@ def main():
         print(family, flush=True)
     data = {"command": f"python benchmarks/deploy.py {given.out}", "date": now(), **environment(), "sizes": SIZES,
             "rows": rows, "steps": steps, "missing": missing}
-    given.out.write_text(json.dumps(data, indent=1) + "\n")
+    write_json(given.out, data)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from benchmarks.files import write_json
 from nmsparse_deploy.rundir import environment, now
 from tests import torchvision_cpu  # noqa: F401 - before anything looks for torchvision
 
@@ -38,7 +38,7 @@ def main(names: list[str]) -> None:
         result = {"command": "python -m benchmarks.families", "date": now(), "settings": settings,
                   "columns": list(COLUMNS), **environment(),
                   "families": {name: {column: row[column] for column in COLUMNS} for name, row in rows.items()}}
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(RESULT, result)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import write_json
+
 ROOT = Path(__file__).parent.parent
 BUNDLE = ROOT / "gpu-bundle"
 PIECE = 50_000_000
@@ -69,7 +71,7 @@ def bundle(out: Path, wanted: tuple[str, ...], dry: bool) -> dict[str, Any]:
         data["wheels"] = wheels(work / "wheels")
         for key in wanted:
             _asset(key, work / "files", data)
-    (work / "manifest.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write_json(work / "manifest.json", data)
     shutil.rmtree(out, ignore_errors=True)
     work.rename(out)
     return data

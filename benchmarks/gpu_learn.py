@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import write_json
 from benchmarks.gpu_bundle import BUNDLE, BundleError, unpacked
-from benchmarks.gpu_supervise import write_json
 
 MINUTES = 8.0
 RESERVE = 45

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_supervise import write_json
+from benchmarks.files import write_json
 
 VIT_B = ((768, 3072), (3072, 768), (768, 2304), (768, 768))
 VIT_L = ((1024, 4096), (4096, 1024), (1024, 3072), (1024, 1024))

@@ -21,8 +21,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import write_json
 from benchmarks.gpu_bundle import BUNDLE, BundleError, unpacked
-from benchmarks.gpu_supervise import supervise, write_json
+from benchmarks.gpu_supervise import supervise
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "gpu"

@@ -6,7 +6,6 @@ else, and what was written before counts. Standard library only: this runs befor
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,22 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import read_json
+
 TAIL = 1500
 """Characters of a part's output that a record keeps."""
-
-
-def write_json(path: Path, data: Any) -> None:
-    """By rename, so that a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def supervise(command: list[str], seconds: float, out: Path,

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from files import write_json
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nmsparse_deploy.bench import interleave, ratio, summarise
@@ -145,7 +145,7 @@ def main() -> None:
     result = {"command": "python benchmarks/learned_cost.py", "date": now(), "device": device,
               "shape": {**SHAPE, **size}, "tokens": size["samples"] * size["length"], "bar": BARS[device],
               **environment(), "rows": rows}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.out, result)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 import oneshot
 from baseline import CONTEXT, TOKENS, say
+from files import write_json
 from oneshot import BASELINE, ROOT, recipe, row, spec_of, table
 
 from nmsparse_deploy import models
@@ -107,9 +108,7 @@ def main() -> None:
         result = {"command": "python benchmarks/learned_demo.py", "date": now(), "model": "demo", "minutes":
                   options.minutes, "protocol": baseline["protocol"], "ends": ends, **environment(),
                   "table": table(rows, ends), "rows": rows}
-        temporary = options.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        temporary.replace(options.out)
+        write_json(options.out, result)
     for line in table([have[one] for one in NAMES if one in have], ends):
         print(line["method"], *(f"{t} {line[t]['ppl']:.2f} ({line[t]['gap_closed']:.2f})" for t in texts), flush=True)
 

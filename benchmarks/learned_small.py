@@ -21,6 +21,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from files import write_json
 from oneshot import recipe
 from small_model import LENGTH, texts, trained
 
@@ -186,9 +187,7 @@ def write(out: Path, dense: dict[str, Any], rows: list[dict[str, Any]]) -> None:
                 "held_out_tokens": HELD_OUT * BATCH * LENGTH, "test_tokens": TEST_TOKENS, "text": "wikipedia"}
     result = {"command": "python benchmarks/learned_small.py", "date": now(), "protocol": protocol, "dense": dense,
               **environment(), "table": lines, "rows": rows}
-    temporary = out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(out)
+    write_json(out, result)
 
 
 if __name__ == "__main__":

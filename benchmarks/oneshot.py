@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from baseline import CONTEXT, TOKENS, measure, say, score
+from files import write_json
 
 from nmsparse_deploy import models
 from nmsparse_deploy.calib.text import TokenSample, evaluation_sample, load_text
@@ -136,9 +137,7 @@ def write(out: Path, rows: list[dict[str, Any]], lines: list[dict[str, Any]], ba
           ends: dict[str, Any]) -> None:
     result = {"command": f"python benchmarks/oneshot.py --out results/{out.name}", "date": now(), "model": "demo",
               "protocol": baseline["protocol"], "ends": ends, **environment(), "table": lines, "rows": rows}
-    temporary = out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(out)
+    write_json(out, result)
 
 
 def develop(name: str, tokenizer: Any, runs: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from baseline import say
+from files import write_json
 from oneshot import recipe, refined
 
 from nmsparse_deploy.pipeline import evaluate
@@ -29,8 +30,9 @@ from nmsparse_deploy.rundir import environment, now
 ROWS: dict[str, dict[str, Any]] = {
     "magnitude": refined("magnitude"), "wanda": refined("wanda"), "sparsegpt": refined("sparsegpt"),
     "wanda + llm-barber": refined("wanda", "llm-barber"), "closed-form": recipe("closed-form"), "best": recipe("best"),
+    "maskllm": recipe("maskllm"),
 }
-USUAL = tuple(name for name in ROWS if name != "best")
+USUAL = tuple(name for name in ROWS if name not in ("best", "maskllm"))
 """Measured unless `--only` names others."""
 CALIBRATION: dict[str, dict[str, Any]] = {
     "vit": {"data": "fashion-mnist+tiny-photos", "samples": 256, "batch": 16},
@@ -76,7 +78,7 @@ def write(rows: list[dict[str, Any]], out: Path) -> dict[str, Any]:
     result = {"command": f"python benchmarks/real.py --out results/{out.name}", "date": now(), "pattern": "2:4",
               "calibration": CALIBRATION, **environment(),
               "tables": {model: table(mine) for model, mine in found.items() if mine}, "rows": rows}
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(out, result)
     return result
 
 

@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from files import write_json
+
 HERE = Path(__file__).parent
 
 
@@ -93,7 +95,7 @@ def main() -> None:
               "prune": bench_prune(4 if options.quick else 64), **environment()}
     print(json.dumps(result, indent=1))
     if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.out, result)
 
 
 if __name__ == "__main__":

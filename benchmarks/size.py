@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.files import write_json
 from nmsparse_deploy import assets
 from nmsparse_deploy.memory import parse_size
 from nmsparse_deploy.rundir import environment, now
@@ -173,7 +174,7 @@ def main() -> None:
             result = {"command": "python -m benchmarks.size --folder SCRATCH", "date": now(),
                       "settings": {"shape": SHAPE, "samples": SAMPLES, "length": LENGTH, "pattern": "2:4"},
                       **environment(), "rows": sorted(old, key=lambda one: (one["method"], one["gigabytes"]))}
-            RESULT.write_text(json.dumps(result, indent=1) + "\n")
+            write_json(RESULT, result)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from baseline import say
+from files import write_json
 from oneshot import recipe, refined
 from small_dit_model import CLASSES, DATA, Classifier, classifier, pictures, train
 
@@ -140,7 +141,7 @@ def main() -> None:
             "features": f"64 features of a small classifier of Fashion-MNIST (test accuracy {accuracy:.3f}), "
                         f"{REAL} real test pictures; not FID"},
         **environment(), "table": table(rows), "rows": rows}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.out, result)
     sheet([found[:CLASSES] for found in sheets.values()]).save(options.out.with_suffix(".png"))
     parts = [{"from": row["from"], "to": row["to"], **{name: found[place]["error"] for name, found in lines.items()}}
              for place, row in enumerate(lines["dense"])]

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks import gpu_bundle, gpu_learn, gpu_parts, gpu_proof
-from benchmarks.gpu_supervise import read_json, supervise
+from benchmarks.files import read_json
+from benchmarks.gpu_supervise import supervise
 from tests import pico
 
 SHELL = "/bin/sh"
