@@ -130,7 +130,7 @@ class Twins:
         device = self.sparse.weight.device
         drawn = torch.randn(rows, self.sparse.in_features, generator=torch.Generator(device).manual_seed(rows),
                             device=device).to(self.out)
-        return self.sparse.encode(drawn) if isinstance(self.sparse, SparseCodes) else drawn
+        return self.sparse.encode(drawn)[0] if isinstance(self.sparse, SparseCodes) else drawn
 
 
 def twins(k: int, n: int, precision: str, device: torch.device, biased: bool = False) -> Twins:

@@ -1,8 +1,10 @@
 """The layers of a deployed PyTorch model: sparse or dense, in 16 bits or 8, all of them `y = x Wᵀ + b`.
 
-In 8 bits `y = s_x s_w (Q(x / s_x) Q(w)ᵀ) + b` with one scale `s_x` for what the layer reads, known in advance, and one
-`s_w` an output (INT8) or for the whole weight (FP8, whose values are floating anyway). The dense twins use what PyTorch
-itself has: `_int_mm` writes 32-bit sums that are scaled afterwards, `_scaled_mm` scales in the kernel.
+In 8 bits `y = s_x s_w (Q(x / s_x) Q(w)ᵀ) + b`. FP8, whose values are floating anyway, has one `s_w` for the weight and one
+`s_x` for what the layer reads, known in advance. INT8 has an `s_w` for every output and an `s_x` for every row (token),
+taken from the row itself: language models have a few tokens that are hundreds of times larger than all others, and a
+scale that fits those rounds the rest to zero. The dense twins use what PyTorch itself has: `_int_mm` writes 32-bit sums
+that are scaled afterwards, `_scaled_mm` scales in the kernel.
 """
 
 from __future__ import annotations
@@ -24,16 +26,17 @@ INT_MM_ROWS = 32
 """`_int_mm` takes more than 16 rows, and a multiple of 8."""
 
 
+HEADROOM = 64.0
+"""In 16 bits a product is held in units of what its layer usually reads, before its row scales it; a row that is smaller by
+this much still leaves the product as it is."""
+
+
 @dataclass(frozen=True)
 class EightBit:
-    """Scales of one weight: `weight` `[n]` or `[1]`, `read` for the layer's input; fp32."""
+    """Scales of one weight: `weight` `[n]` or `[1]`, `read` for the layer's largest input; fp32."""
 
     weight: torch.Tensor
     read: torch.Tensor
-
-    def alpha(self, n: int) -> torch.Tensor:
-        """What a product of codes is multiplied by, for every output."""
-        return (self.weight * self.read).float().expand(n).contiguous()
 
 
 class Linear(nn.Module):
@@ -85,7 +88,10 @@ class Sparse(Linear):
 
 
 class Codes(Linear):
-    """8-bit codes of a weight; subclasses multiply them. `out` is the dtype of everything around."""
+    """8-bit codes of a weight; subclasses multiply them. `out` is the dtype of everything around.
+
+    `alpha` `[n]` (fp32) is what a product of codes is multiplied by: the weight's scale times `read`.
+    """
 
     read: torch.Tensor
     alpha: torch.Tensor
@@ -93,18 +99,23 @@ class Codes(Linear):
     def __init__(self, codes: torch.Tensor, scales: EightBit, bias: torch.Tensor | None, out: torch.dtype) -> None:
         super().__init__(codes.shape[1], codes.shape[0], bias)
         self.kind, self.out = codes.dtype, out
-        self.register_buffer("read", scales.read.float().reshape(()))
-        self.register_buffer("alpha", scales.alpha(codes.shape[0]))
+        read = scales.read.float().reshape(()) / (HEADROOM if self.kind == torch.int8 else 1.0)
+        self.register_buffer("read", read)
+        self.register_buffer("alpha", (scales.weight * read).float().expand(codes.shape[0]).contiguous())
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.multiply(self.encode(x))
+        codes, factors = self.encode(x)
+        y = self.multiply(codes)
+        y = y if factors is None else y * factors.to(self.out)
         return y if self.bias is None else y + self.bias
 
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """The codes of what is read, saturated."""
-        most = MOST[self.kind]
-        scaled = (x.float() / self.read).clamp(-most, most)
-        return (scaled.round() if self.kind == torch.int8 else scaled).to(self.kind)
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The codes of what is read, and in INT8 what every row is multiplied by afterwards, `[rows, 1]`."""
+        values, most = x.float(), MOST[self.kind]
+        if self.kind != torch.int8:
+            return (values / self.read).clamp(-most, most).to(self.kind), None
+        scales = (values.abs().amax(1, keepdim=True) / most).clamp(min=LEAST_SCALE)
+        return (values / scales).round().to(self.kind), scales / self.read
 
     def multiply(self, codes: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError

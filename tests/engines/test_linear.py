@@ -58,10 +58,24 @@ def test_the_dense_int8_twin_takes_any_number_of_rows(rows):
     assert torch.equal(dense, sparse)
 
 
-def test_what_is_read_is_saturated_and_never_wraps():
-    codes, _ = encoded(torch.eye(4).repeat(8, 16), "int8")
-    layer = make(codes, None, False, torch.float16, EightBit(torch.ones(32), torch.tensor(1.0)))
-    assert layer.encode(torch.tensor([[1000.0, -1000.0, 0.5, 1.5]])).tolist() == [[127, -127, 0, 2]]
+def test_fp8_saturates_what_is_larger_than_what_was_calibrated():
+    codes, _ = encoded(torch.eye(4).repeat(8, 16), "fp8")
+    layer = make(codes, None, False, torch.float16, EightBit(torch.ones(1), torch.tensor(1.0)))
+    found, factors = layer.encode(torch.tensor([[1000.0, -1000.0, 0.5, 1.5]]))
+    assert found.float().tolist() == [[448, -448, 0.5, 1.5]] and factors is None
+
+
+@pytest.mark.parametrize("sparse", (True, False))
+def test_a_token_a_thousand_times_larger_than_others_does_not_cost_them_their_digits(sparse):
+    """One scale for all rows would leave the usual ones nothing but zeros, and fp16 must not overflow on the way."""
+    rows, x = weight(), torch.randn(9, 64, generator=torch.Generator().manual_seed(1))
+    x[0] *= 1000
+    x[1] = 0
+    codes, scales = encoded(rows, "int8", x.abs().max() / 127)
+    with standing_in(StandIn()):
+        found = make(codes, None, sparse, torch.float16, scales)(x.half()).float()
+    wanted = torch.nn.functional.linear(x, rows)
+    assert ((found - wanted).norm(dim=1) <= 0.02 * wanted.norm(dim=1)).all()
 
 
 def test_settings_go_by_rows():
