@@ -164,21 +164,22 @@ def export(run: RunDir, spec: Export = Export(), progress: Progress = silent) ->
 
 
 def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = silent) -> dict[str, Any]:  # noqa: B008
-    """The dense and the pruned model on the same held-out samples: perplexity and continuations of a language model,
-    accuracy and agreement of a vision model, similarity and agreement of an encoder, predictions and samples of a
-    diffusion model.
+    """The dense and the pruned model on the same held-out samples: perplexity of a language model, continuations of a
+    decoder, accuracy and agreement of a vision model, similarity and agreement of an encoder, predictions and samples of
+    a diffusion model.
 
     Raises `NmsparseError` when the samples overlap with the calibration data.
     """
     start = time.perf_counter()
     recipe = run.manifest()["recipe"]
     pruned = load_pruned(run)
-    if pruned.family == "seq2seq":
-        raise NmsparseError("Encoder-decoder models cannot be evaluated yet; their export is compared with the model.")
+    if pruned.family == "seq2seq" and models.input_name(pruned) != "input_ids":
+        raise NmsparseError(f"'{pruned.name}' reads {models.input_name(pruned)}, and there is no packaged data for that to "
+                            "evaluate it on; its export is compared with the model.")
     _check_protocols(pruned, spec)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute = compute_dtype(recipe["compute"], device)
-    stages = {"llm": _evaluate_text, "diffusion": _evaluate_diffusion}
+    stages = {"llm": _evaluate_text, "seq2seq": _evaluate_text, "diffusion": _evaluate_diffusion}
     stage = stages.get(pruned.family, _evaluate_features)
     if pruned.family == "llm" and (spec.protocols or spec.tasks):
         stage = _evaluate_papers
@@ -201,7 +202,7 @@ def _evaluate_text(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate,
         loaded = loaded or load_dense(run)
         loaded.module.to(device, compute)
         results[label] = perplexity(loaded.module, sample, device.type, label, progress)
-        if spec.continuation:
+        if spec.continuation and loaded.family == "llm":
             progress(f"continuing prompts with the {label} model", 0, 0)
             texts[label] = continuations(loaded, spec.continuation)
         del loaded

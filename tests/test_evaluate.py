@@ -6,11 +6,17 @@ import math
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
+from nmsparse_deploy import pipeline
 from nmsparse_deploy.bench import interleave, ratio, summarise
 from nmsparse_deploy.calib.text import TokenSample
+from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.evaluate import EvalResult, paired_ratio, perplexity
+from nmsparse_deploy.prune import prune
+from nmsparse_deploy.recipe import Evaluate, Prune, validate
 from tests import pico
+from tests.zoo import FAMILIES
 
 
 def sample(rows: int = 5, length: int = 48) -> TokenSample:
@@ -29,6 +35,33 @@ def test_perplexity_is_that_of_the_models_own_loss():
     assert result.metric == "token_ppl@48" and result.protocol["tokens"] == 240 and not result.protocol["bos"]
     spread = torch.tensor(losses).std() / math.sqrt(5)
     assert result.standard_error == pytest.approx(result.value * float(spread), rel=1e-4)
+
+
+@torch.no_grad()
+def test_an_encoder_decoder_is_asked_for_the_second_half():
+    torch.manual_seed(0)
+    module = T5ForConditionalGeneration(T5Config(vocab_size=256, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+                                                 decoder_start_token_id=3)).eval()
+    data = sample(rows=3, length=17)
+    result = perplexity(module, data, "cpu")
+    losses = [float(module(input_ids=row[None, :8], labels=row[None, 8:]).loss) for row in data.ids]
+    assert result.per_sample == pytest.approx(losses, rel=1e-5) and result.metric == "conditional_ppl@9"
+
+
+def test_encoder_decoder_runs_are_evaluated_and_speech_is_refused(tmp_path):
+    FAMILIES["T5"].build(tmp_path / "t5")
+    spec = validate(Prune, {"method": "wanda", "calibration": {"data": str(pico.text(tmp_path, "a.txt", 1)), "samples": 4,
+                                                                "length": 16}})
+    run = prune(str(tmp_path / "t5"), spec, tmp_path / "run")
+    held = validate(Evaluate, {"data": str(pico.text(tmp_path, "b.txt", 2)), "tokens": 64, "context": 16})
+    found = pipeline.evaluate(run, held)
+    assert {found["results"][label]["metric"] for label in ("dense", "pruned")} == {"conditional_ppl@8"}
+    assert found["ratio"]["ratio"] != 1.0 and found["continuations"] == {}
+    assert "conditional_ppl@8" in pipeline.report(run).read_text()
+    FAMILIES["Whisper"].build(tmp_path / "whisper")
+    speech = prune(str(tmp_path / "whisper"), Prune(method="magnitude"), tmp_path / "speech")
+    with pytest.raises(NmsparseError, match="reads input_features"):
+        pipeline.evaluate(speech)
 
 
 def fake(losses) -> EvalResult:

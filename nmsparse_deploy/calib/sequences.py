@@ -42,15 +42,23 @@ class PairedSample(SequenceSample):
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
-        shifted = torch.cat([torch.full_like(self.ids[:, :1], self.start), self.ids[:, :-1]], 1)
-        return {**super().inputs, "decoder_input_ids": shifted}
+        return {**super().inputs, "decoder_input_ids": taught(self.ids, self.start)}
 
 
 def paired(sample: TokenSample, config: Any) -> PairedSample:
-    """The sample with the decoder's side; it begins with the token that `config` says, or with padding."""
+    """The sample with the decoder's side."""
+    return PairedSample(sample.ids, sample.windows, sample.source, sample.fingerprint, decoder_start(config))
+
+
+def decoder_start(config: Any) -> int:
+    """The token that a decoder begins with: what its config says, or padding."""
     named = [getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id")]
-    start = next((int(token) for token in named if token is not None), 0)
-    return PairedSample(sample.ids, sample.windows, sample.source, sample.fingerprint, start)
+    return next((int(token) for token in named if token is not None), 0)
+
+
+def taught(ids: torch.Tensor, start: int) -> torch.Tensor:
+    """What a decoder reads while it predicts `ids` `[rows, length]`: the same, one place later."""
+    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
 
 
 def longest(tokenizer: Any) -> int:

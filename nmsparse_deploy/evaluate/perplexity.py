@@ -1,4 +1,4 @@
-"""Perplexity of a causal language model on held-out text, and continuations of a few prompts."""
+"""Perplexity of a language model on held-out text, and continuations of a few prompts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..calib.sequences import decoder_start, taught
 from ..calib.text import TokenSample
 from ..models.base import LoadedModel
 from ..progress import Progress, silent
@@ -22,17 +23,16 @@ def perplexity(module: nn.Module, sample: TokenSample, where: str, label: str = 
                progress: Progress = silent) -> EvalResult:
     """Token perplexity over non-overlapping windows; the first token of a window has no prediction.
 
-    The standard error is that of the mean over windows, carried to the perplexity (delta method). Logits are reduced in
+    An encoder-decoder reads the first half of a window and is asked for the second. The standard error is that of the mean over windows, carried to the perplexity (delta method). Logits are reduced in
     fp32, whatever dtype the forward pass runs in.
     """
     device = next(module.parameters()).device
     losses = []
     for number, row in enumerate(sample.ids):
         progress(f"perplexity {label}", number, len(sample.ids))
-        ids = row.unsqueeze(0).to(device)
-        logits = module(input_ids=ids, use_cache=False).logits[0, :-1]
+        logits, wanted = _predicted(module, row.unsqueeze(0).to(device))
         losses.append(sum(float(nn.functional.cross_entropy(part.float(), target, reduction="sum")) for part, target in
-                          zip(logits.split(256), ids[0, 1:].split(256))) / (ids.shape[1] - 1))
+                          zip(logits.split(256), wanted.split(256))) / len(wanted))
     progress(f"perplexity {label}", len(losses), len(losses))
     mean = math.fsum(losses) / len(losses)
     spread = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
@@ -41,7 +41,21 @@ def perplexity(module: nn.Module, sample: TokenSample, where: str, label: str = 
     protocol = {"data": sample.source, "data_fingerprint": sample.fingerprint, "windows": list(sample.windows),
                 "context": context, "stride": context, "bos": False, "tokens": sample.ids.numel(),
                 "dtype": str(next(module.parameters()).dtype).removeprefix("torch.")}
-    return EvalResult(f"token_ppl@{context}", value, value * spread, len(losses), where, protocol, tuple(losses))
+    metric = f"conditional_ppl@{context - context // 2}" if _two_sided(module) else f"token_ppl@{context}"
+    return EvalResult(metric, value, value * spread, len(losses), where, protocol, tuple(losses))
+
+
+def _two_sided(module: nn.Module) -> bool:
+    return bool(getattr(module.config, "is_encoder_decoder", False))
+
+
+def _predicted(module: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits `[tokens, vocabulary]` of one window `[1, length]`, and the tokens that they should foretell."""
+    if not _two_sided(module):
+        return module(input_ids=ids, use_cache=False).logits[0, :-1], ids[0, 1:]
+    read, asked = ids[:, : ids.shape[1] // 2], ids[:, ids.shape[1] // 2 :]
+    given = taught(asked, decoder_start(module.config))
+    return module(input_ids=read, decoder_input_ids=given, use_cache=False).logits[0], asked[0]
 
 
 def paired_ratio(dense: EvalResult, pruned: EvalResult, seed: int = 0) -> dict[str, float]:
