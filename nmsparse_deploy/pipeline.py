@@ -165,8 +165,8 @@ def export(run: RunDir, spec: Export = Export(), progress: Progress = silent) ->
 
 def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = silent) -> dict[str, Any]:  # noqa: B008
     """The dense and the pruned model on the same held-out samples: perplexity of a language model, continuations of a
-    decoder, accuracy and agreement of a vision model, similarity and agreement of an encoder, predictions and samples of
-    a diffusion model.
+    decoder, accuracy and agreement of a vision model, similarity and agreement of an encoder, predictions and samples
+    of a diffusion model.
 
     Raises `NmsparseError` when the samples overlap with the calibration data.
     """
@@ -174,7 +174,7 @@ def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = sile
     recipe = run.manifest()["recipe"]
     pruned = load_pruned(run)
     if pruned.family == "seq2seq" and models.input_name(pruned) != "input_ids":
-        raise NmsparseError(f"'{pruned.name}' reads {models.input_name(pruned)}, and there is no packaged data for that to "
+        raise NmsparseError(f"'{pruned.name}' reads {models.input_name(pruned)}, and no packaged data has that to "
                             "evaluate it on; its export is compared with the model.")
     _check_protocols(pruned, spec)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,10 +1,10 @@
 """The layers of a deployed PyTorch model: sparse or dense, in 16 bits or 8, all of them `y = x Wᵀ + b`.
 
-In 8 bits `y = s_x s_w (Q(x / s_x) Q(w)ᵀ) + b`. FP8, whose values are floating anyway, has one `s_w` for the weight and one
-`s_x` for what the layer reads, known in advance. INT8 has an `s_w` for every output and an `s_x` for every row (token),
-taken from the row itself: language models have a few tokens that are hundreds of times larger than all others, and a
-scale that fits those rounds the rest to zero. The dense twins use what PyTorch itself has: `_int_mm` writes 32-bit sums
-that are scaled afterwards, `_scaled_mm` scales in the kernel.
+In 8 bits `y = s_x s_w (Q(x / s_x) Q(w)ᵀ) + b`. FP8, whose values are floating anyway, has one `s_w` for the weight and
+one `s_x` for what the layer reads, known in advance. INT8 has an `s_w` for every output and an `s_x` for every row
+(token), taken from the row itself: language models have a few tokens hundreds of times larger than all others, and a
+scale that fits those rounds the rest to zero. The dense twins use what PyTorch itself has: `_int_mm` writes 32-bit
+sums that are scaled afterwards, `_scaled_mm` scales in the kernel.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ INT_MM_ROWS = 32
 
 
 HEADROOM = 64.0
-"""In 16 bits a product is held in units of what its layer usually reads, before its row scales it; a row that is smaller by
-this much still leaves the product as it is."""
+"""In 16 bits a product is held in units of its layer's largest input until its row scales it: a row smaller by
+this much leaves the product as it is."""
 
 
 @dataclass(frozen=True)

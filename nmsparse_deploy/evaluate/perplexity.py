@@ -23,8 +23,9 @@ def perplexity(module: nn.Module, sample: TokenSample, where: str, label: str = 
                progress: Progress = silent) -> EvalResult:
     """Token perplexity over non-overlapping windows; the first token of a window has no prediction.
 
-    An encoder-decoder reads the first half of a window and is asked for the second. The standard error is that of the mean over windows, carried to the perplexity (delta method). Logits are reduced in
-    fp32, whatever dtype the forward pass runs in.
+    An encoder-decoder reads the first half of a window and is asked for the second. The standard error is that of the
+    mean over windows, carried to the perplexity (delta method). Logits are reduced in fp32, whatever dtype the forward
+    pass runs in.
     """
     device = next(module.parameters()).device
     losses = []
