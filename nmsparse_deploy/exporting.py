@@ -25,9 +25,7 @@ from .pattern import TWO_FOUR
 from .progress import Progress
 from .quant import BASE, FORMATS, WINDOWS, Range, calibrate
 from .recipe import Calibration, Export
-from .rundir import RunDir
-
-NAME = "model"
+from .rundir import GRAPH, RunDir
 
 
 def export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str, spec: Export,
@@ -41,7 +39,7 @@ def export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str,
     cached: tuple[CacheGraph, ...] = ()
     with run.replacing(f"onnx/{precision}") as folder:
         folder.mkdir()
-        result = export_onnx(loaded.module, models.sample_inputs(loaded), folder, NAME, targets,
+        result = export_onnx(loaded.module, models.sample_inputs(loaded), folder, GRAPH, targets,
                              precision=BASE if eight else precision, opset=spec.opset, progress=progress)
         facts = {key: value for key, value in result.as_dict().items() if key != "link"}
         if loaded.family == "llm" and spec.cache:
@@ -51,17 +49,17 @@ def export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str,
             progress(f"quantising to {precision}", 0, 0)
             facts["quantisation"] = _quantise(folder, result, cached, precision, spec, masks, ranges)
         if cached:
-            share_weights(folder, [NAME, *(graph.name for graph in cached)])
+            share_weights(folder, [GRAPH, *(graph.name for graph in cached)])
         facts["files"] = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-    path = run / f"onnx/{precision}/{NAME}.onnx"
+    path = run / f"onnx/{precision}/{GRAPH}.onnx"
     graphs = {graph.name: path.with_name(f"{graph.name}.onnx") for graph in cached}
     progress(f"comparing ONNX {precision} with the model", 0, 0)
-    row = {**facts, "precision": precision, "path": f"onnx/{precision}/{NAME}.onnx",
+    row = {**facts, "precision": precision, "path": f"onnx/{precision}/{GRAPH}.onnx",
            "links": sum(linked.parameter in masks.masks for linked in result.link.rows),
            "agreement": _agreement(path, loaded, eight)}
     if cached:
         row["cached"] = {"graphs": sorted(graphs), "agreement": _steps(graphs, loaded, eight)}
-    row["tensorrt_rtx"] = {name: _compiled(file, progress) for name, file in {NAME: path, **graphs}.items()}
+    row["tensorrt_rtx"] = {name: _compiled(file, progress) for name, file in {GRAPH: path, **graphs}.items()}
     return row
 
 
@@ -78,7 +76,7 @@ def _quantise(folder: Path, result: ExportResult, cached: tuple[CacheGraph, ...]
     """Rewrite every graph of the folder, and keep the links of what has a mask."""
     sparse = {name for name, mask in masks.masks.items() if spec.requantise and mask.pattern.implies(TWO_FOUR)}
     told: dict[str, Any] = {}
-    for name, link in ((NAME, result.link), *((graph.name, graph.link) for graph in cached)):
+    for name, link in ((GRAPH, result.link), *((graph.name, graph.link) for graph in cached)):
         done = insert_qdq(folder / f"{name}.onnx", link, ranges, precision, sparse, spec.scales == "tensor")
         LinkMap(done.link.onnx, tuple(row for row in done.link.rows if row.parameter in masks.masks)).save(
             folder / f"{name}.link.json")
@@ -144,7 +142,7 @@ def told(row: dict[str, Any], path: str) -> list[str]:
                      f"{compared(row['cached']['agreement'])}")
     compiled = row["tensorrt_rtx"]
     if all("not_checked" in found for found in compiled.values()):
-        found = compiled[NAME]
+        found = compiled[GRAPH]
         return [*lines, f"  not checked here: TensorRT-RTX ({found['hint']})"]
     return lines + [f"  {name}: {found.get('summary') or found.get('refused') or found.get('not_checked')}"
                     for name, found in compiled.items()]

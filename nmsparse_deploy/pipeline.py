@@ -18,7 +18,7 @@ from .calib.text import check_disjoint, evaluation_sample, load_text
 from .cost import Rates, estimate
 from .deploy import build
 from .engines.onnxruntime import OnnxRuntime
-from .errors import CheckFailed, MissingExtra, NmsparseError, UsageError
+from .errors import CheckFailed, NmsparseError, UsageError
 from .evaluate import (
     continuations,
     evaluate_diffusion,
@@ -32,7 +32,7 @@ from .evaluate import (
     torch_arm,
 )
 from .export import LinkMap
-from .exporting import NAME, export_one
+from .exporting import export_one
 from .loading import load_dense, load_pruned
 from .masks import MaskSet
 from .memory import peak_memory_mb
@@ -100,7 +100,7 @@ def verify(run: RunDir, progress: Progress = silent) -> list[VerifyReport]:
     does not raise."""
     masks = MaskSet.load(run / "masks.safetensors")
     reports = [verify_checkpoint(run / "model", masks, progress=progress)]
-    for path in exported(run):
+    for path in run.graphs():
         link = LinkMap.load(path.with_suffix(".link.json")).by_parameter()
         reports.append(verify_onnx(path, masks, link, progress=progress))
     reports += [verify_packed(folder, masks) for folder in packed_models(run)]
@@ -131,15 +131,6 @@ def verify_any(target: Path | None = None, pattern: str = "2:4", expect: Sequenc
                          "verify the run that it belongs to")
     check = verify_onnx if target.suffix == ".onnx" else verify_checkpoint
     return [check(target, pattern=wanted, expect=expect, progress=progress)], []
-
-
-def exported(run: RunDir) -> list[Path]:
-    return sorted((run / "onnx").glob("*/*.onnx"))
-
-
-def whole(run: RunDir) -> list[Path]:
-    """The exported graphs that take what the model takes; those with a cache take more."""
-    return [path for path in exported(run) if path.stem == NAME]
 
 
 def export(run: RunDir, spec: Export = Export(), progress: Progress = silent) -> list[dict[str, Any]]:  # noqa: B008
@@ -234,7 +225,7 @@ def _evaluate_papers(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluat
             loaded.module.to(device, compute)
             yield label, loaded
 
-    graphs = whole(run) if spec.onnx else []
+    graphs = run.graphs(whole=True) if spec.onnx else []
     return evaluate_papers(each(), spec, _calibration_record(run).get("ids"), graphs, progress)
 
 
@@ -244,7 +235,7 @@ def _evaluate_features(run: RunDir, pruned: LoadedModel, model: str, spec: Evalu
     dense = load_dense(run)
     for loaded in (dense, pruned):
         loaded.module.to(device, compute)
-    graphs, missing = onnx_arms(pruned, whole(run)) if spec.onnx else ([], [])
+    graphs, missing = onnx_arms(pruned, run.graphs(whole=True)) if spec.onnx else ([], [])
     arms = [torch_arm("dense", dense), torch_arm("pruned", pruned), *graphs]
     record = _calibration_record(run)
     if "imagenet" in spec.protocols:
@@ -278,14 +269,14 @@ def bench(run: RunDir, spec: Bench = Bench(), progress: Progress = silent) -> Be
     inputs = models.sample_inputs(pruned, spec.batch, spec.length)
     calls = {"dense": _forward(dense.module, inputs), "pruned": _forward(pruned.module, inputs)}
     kernels = {"dense": "PyTorch CPU", "pruned": "PyTorch CPU"}
-    for path in whole(run):
+    for path in run.graphs(whole=True):
         name = f"pruned, ONNX {path.parent.name}"
         try:
-            session = OnnxRuntime.build(path)
-            session.run(inputs)
-        except (MissingExtra, NmsparseError):
+            call = OnnxRuntime.build(path).bound(inputs)
+            call()
+        except NmsparseError:
             continue
-        calls[name] = lambda session=session: session.run(inputs)
+        calls[name] = call
         kernels[name] = "ONNX Runtime CPU"
     progress(f"timing {len(calls)} arms, {spec.rounds} rounds", 0, 0)
     times = interleave(calls, spec.rounds)

@@ -39,6 +39,8 @@ from .recipe import differences
 
 FORMAT = 1
 RUNS = Path("runs")
+GRAPH = "model"
+"""Stem of the ONNX file of a whole model."""
 PACKAGES = ("nmsparse-deploy", "torch", "transformers", "timm", "diffusers", "numpy", "safetensors", "tokenizers",
             "onnx", "onnxscript", "onnxruntime", "gguf")
 
@@ -140,6 +142,10 @@ class RunDir:
 
     def finished(self, stage: str) -> bool:
         return stage in self.manifest()["stages"]
+
+    def graphs(self, whole: bool = False) -> list[Path]:
+        """Exported ONNX files; `whole`: those that take what the model takes, because those with a cache take more."""
+        return sorted((self / "onnx").glob(f"*/{GRAPH if whole else '*'}.onnx"))
 
     @contextmanager
     def lock(self) -> Iterator[None]:

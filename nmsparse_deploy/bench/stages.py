@@ -21,6 +21,7 @@ from .crossover import PRECISIONS, ROWS, Line, Shape, markdown, plot, shapes_of,
 from .crossover import crossover as timed
 from .machine import Machine, require_gpu
 from .model import Job, bench_arms
+from .onnx import onnx_phases
 
 RECORD = "bench-gpu.json"
 
@@ -66,13 +67,18 @@ def _shapes(model: str | None, progress: Progress) -> Sequence[Shape]:
 
 
 def bench_run(run: RunDir, job: Job, machine: Machine | None = None, progress: Progress = silent) -> dict[str, Any]:
-    """Time a run's model in all arms on a GPU; also written to `bench-gpu.json`.
+    """Time a run's model in all arms on a GPU, and its exported graphs; also written to `bench-gpu.json`.
 
     Raises `NmsparseError` without a GPU, or where sparse kernels cannot run the precision.
     """
     machine = machine or require_gpu("Timing sparse kernels")
     start = time.perf_counter()
-    found = bench_arms(load_dense(run), MaskSet.load(run / "masks.safetensors"), job, machine, progress)
+    dense = load_dense(run)
+    found = bench_arms(dense, MaskSet.load(run / "masks.safetensors"), job, machine, progress)
+    phases, failed = onnx_phases(run.graphs(whole=True), models.sample_inputs(dense, job.batch, job.length),
+                                 {"batch": job.batch, "length": job.length}, job.rounds, progress=progress)
+    found["phases"] += [phase.to_json() for phase in phases]
+    found["failed"] |= failed
     run.write_json(RECORD, found)
     run.finish("bench-gpu", time.perf_counter() - start, spec=asdict(job))
     return found

@@ -57,7 +57,8 @@ def bench_gpu(run: Path | None, batch: int, length: int, rounds: int, precision:
     for phase in found["phases"]:
         for arm in phase["arms"]:
             speed = phase["over_dense"].get(arm["name"])
-            shown = f"{speed['speedup']:.2f} ({speed['low']:.2f} to {speed['high']:.2f})" if speed else "1"
+            none = "1" if arm["name"] == "dense" else "no dense twin"
+            shown = f"{speed['speedup']:.2f} ({speed['low']:.2f} to {speed['high']:.2f})" if speed else none
             how = "CUDA graph" if phase["replayed"] else "plain"
             rows.append((f"{phase['name']}, {how}", arm["name"], f"{arm['median_ms']:.3f}",
                          f"{arm['p99_ms']:.3f}", shown))

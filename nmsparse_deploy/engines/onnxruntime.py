@@ -1,8 +1,11 @@
-"""ONNX Runtime on the CPU: the reference for numerics. It has no sparse kernels and multiplies the zeros."""
+"""ONNX Runtime: on the CPU the reference for numerics, on a GPU a dense baseline. Both multiply the zeros.
+
+Its TensorRT provider (10.x) can be allowed to use sparse weights; it does not say which tactics it chose.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,8 +15,10 @@ import torch
 from ..errors import MissingExtra, NmsparseError, UsageError
 from .base import Tensor
 
-DEFAULTS: dict[str, Any] = {"threads": 0, "optimization": "all", "provider": "CPUExecutionProvider"}
-"""0 threads: as many as ONNX Runtime likes."""
+DEFAULTS: dict[str, Any] = {"threads": 0, "optimization": "all", "provider": "cpu", "sparse": False}
+"""0 threads: as many as ONNX Runtime likes. `sparse`: TensorRT may use sparse tactics."""
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+_EXTRAS = {"cuda": "ort-gpu", "tensorrt": "ort-gpu,trt10"}
 _LEVELS = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED",
            "all": "ORT_ENABLE_ALL"}
 
@@ -29,7 +34,8 @@ class OnnxRuntime:
 
     @classmethod
     def build(cls, artefact: Path, settings: Mapping[str, Any] | None = None) -> Self:
-        """Open an ONNX file. Settings: `threads`, `optimization` (none, basic, extended, all), `provider`.
+        """Open an ONNX file. Settings: `threads`, `optimization` (none, basic, extended, all), `provider` (cpu, cuda,
+        tensorrt), `sparse`.
 
         Raises `NmsparseError` when the provider cannot run the graph, or when ONNX Runtime silently takes another.
         """
@@ -44,17 +50,23 @@ class OnnxRuntime:
         if chosen["optimization"] not in _LEVELS:
             raise UsageError(f"'{chosen['optimization']}' is not an optimization level; choose one of "
                              f"{', '.join(_LEVELS)}.")
+        if chosen["provider"] not in PROVIDERS:
+            raise UsageError(f"There is no provider '{chosen['provider']}'; choose one of {', '.join(PROVIDERS)}.")
+        if chosen["sparse"] and chosen["provider"] != "tensorrt":
+            raise UsageError(f"The provider '{chosen['provider']}' has no sparse kernels; only 'tensorrt' can be "
+                             "allowed to use them.")
         if not artefact.is_file():
             raise UsageError(f"There is no ONNX file '{artefact}'.")
         options = ort.SessionOptions()
         options.intra_op_num_threads = chosen["threads"]
         options.log_severity_level = 4
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[chosen["optimization"]])
-        wanted = chosen["provider"]
+        wanted = PROVIDERS[chosen["provider"]]
         if wanted not in ort.get_available_providers():
-            raise NmsparseError(f"This ONNX Runtime has no '{wanted}'.")
+            raise NmsparseError(f"This ONNX Runtime has no '{wanted}'.",
+                                f"pip install 'nmsparse-deploy[{_EXTRAS.get(chosen['provider'], 'onnx')}]'")
         try:
-            session = ort.InferenceSession(str(artefact), options, providers=[wanted])
+            session = ort.InferenceSession(str(artefact), options, providers=_providers(chosen))
         except Exception as error:
             raise NmsparseError(_why(error, artefact, wanted)) from error
         if session.get_providers()[0] != wanted:
@@ -63,22 +75,54 @@ class OnnxRuntime:
         return cls(session, chosen, ort.__version__)
 
     def inspect(self) -> dict[str, Any]:
-        return {"engine": "onnxruntime", "version": self._version, "requested": [self._settings["provider"]],
-                "providers": self._session.get_providers(), "threads": self._settings["threads"],
-                "optimization": self._settings["optimization"], "sparse_kernels": False,
-                "reason": "ONNX Runtime has no sparse GEMM kernels on this provider; the zeros are multiplied"}
+        """`sparse_kernels` is None where they were allowed, because nothing here sees whether one was chosen."""
+        reason = "TensorRT was allowed to use sparse tactics, and this provider does not say which it chose" if (
+            self._settings["sparse"]) else "no sparse GEMM kernels are in use here; the zeros are multiplied"
+        return {"engine": "onnxruntime", "version": self._version,
+                "requested": [PROVIDERS[self._settings["provider"]]], "providers": self._session.get_providers(),
+                "threads": self._settings["threads"], "optimization": self._settings["optimization"],
+                "sparse_kernels": None if self._settings["sparse"] else False, "reason": reason}
 
     def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Outputs by name. Floating-point inputs are converted to the type of the graph's inputs."""
-        missing, unknown = set(self._inputs) - set(batch), set(batch) - set(self._inputs)
-        if missing or unknown:
-            raise UsageError(f"The graph takes the inputs {', '.join(self._inputs)}, not {', '.join(batch) or 'none'}.")
-        feed = {name: _as_input(value, self._inputs[name]) for name, value in batch.items()}
+        feed = self._feed(batch)
         names = [value.name for value in self._session.get_outputs()]
         try:
             return dict(zip(names, self._session.run(names, feed)))
         except Exception as error:
             raise NmsparseError(f"ONNX Runtime could not run this batch: {_first_line(error)}") from error
+
+    def bound(self, batch: Mapping[str, Tensor]) -> Callable[[], None]:
+        """A call that runs `batch` with inputs and outputs where the provider works; it returns when all is done."""
+        import onnxruntime as ort
+
+        device = "cpu" if self._settings["provider"] == "cpu" else "cuda"
+        binding = self._session.io_binding()
+        for name, value in self._feed(batch).items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value, device, 0))
+        for output in self._session.get_outputs():
+            binding.bind_output(output.name, device)
+
+        def call() -> None:
+            try:
+                self._session.run_with_iobinding(binding)
+            except Exception as error:
+                raise NmsparseError(f"ONNX Runtime could not run this batch: {_first_line(error)}") from error
+
+        return call
+
+    def _feed(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        missing, unknown = set(self._inputs) - set(batch), set(batch) - set(self._inputs)
+        if missing or unknown:
+            raise UsageError(f"The graph takes the inputs {', '.join(self._inputs)}, not {', '.join(batch) or 'none'}.")
+        return {name: _as_input(value, self._inputs[name]) for name, value in batch.items()}
+
+
+def _providers(chosen: Mapping[str, Any]) -> list[Any]:
+    """What runs the graph, with its options, and for TensorRT what runs the nodes that it leaves."""
+    if chosen["provider"] != "tensorrt":
+        return [PROVIDERS[chosen["provider"]]]
+    return [(PROVIDERS["tensorrt"], {"trt_sparsity_enable": chosen["sparse"]}), PROVIDERS["cuda"]]
 
 
 def _as_input(value: Tensor, kind: str) -> np.ndarray:

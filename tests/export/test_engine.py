@@ -24,7 +24,7 @@ def test_bf16_on_the_cpu_is_one_sentence(exported):
     assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize("settings", [{"thread": 1}, {"optimization": "fast"}])
+@pytest.mark.parametrize("settings", [{"thread": 1}, {"optimization": "fast"}, {"provider": "gpu"}, {"sparse": True}])
 def test_an_unknown_setting_is_a_usage_error(exported, settings):
     with pytest.raises(UsageError):
         OnnxRuntime.build(exported("llama").path, settings)
@@ -36,7 +36,7 @@ def test_a_provider_that_is_not_there_is_refused_and_not_replaced(exported):
 
         if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             pytest.skip("this machine has it")
-        OnnxRuntime.build(exported("llama").path, {"provider": "CUDAExecutionProvider"})
+        OnnxRuntime.build(exported("llama").path, {"provider": "cuda"})
 
 
 def test_damaged_and_missing_files_are_sentences(tmp_path):
