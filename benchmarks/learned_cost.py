@@ -85,7 +85,7 @@ def dense_arm(module: LlamaForCausalLM, size: dict[str, int], compute: torch.dty
     own = subject(copy.deepcopy(module), size, compute, "auto")
     own.module.requires_grad_(False)
     weights = [own.module.get_parameter(name).requires_grad_(True) for name in own.sites]
-    return Arm(own, None, torch.optim.AdamW(weights, 1e-6, (0.9, 0.95), weight_decay=0.0))
+    return Arm(own, None, torch.optim.AdamW(weights, 1e-6, (0.9, 0.95), weight_decay=0.0, fused=True))
 
 
 def masked_arm(module: LlamaForCausalLM, size: dict[str, int], compute: torch.dtype, form: str) -> Arm:

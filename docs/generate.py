@@ -76,7 +76,7 @@ def measured(names: tuple[str, ...] | None = None) -> str:
                          for name in ("baseline", "oneshot"))
     texts = baseline["protocol"]["texts"]
     ends = {text: {end: math.log(oneshot["ends"][text][end]) for end in ("dense", "sparsegpt")} for text in texts}
-    rows = []
+    rows, every = [], baseline["rows"] + oneshot["rows"]
     lines = [line for line in baseline["table"] + oneshot["table"] if names is None or line["method"] in names]
     for line in sorted(lines, key=lambda line: -line[texts[0]]["ppl"]):
         dense, cells = line["method"] == "dense", [line["method"]]
@@ -86,9 +86,11 @@ def measured(names: tuple[str, ...] | None = None) -> str:
             closed = f" ({share:.2f})" if share > 0 and not dense else ""
             around = f" ± {100 * spread:.1f} %" if spread is not None else ""
             cells.append(f"{line[text]['ppl']:.1f}{around}{closed}")
-        facts = ("", "") if dense else (str(line["seeds"]), f"{line['seconds']:.0f} s")
+        peak = max(row["peak_memory_mb"] for row in every if row["method"] == line["method"])
+        facts = ("", "", "") if dense else (str(line["seeds"]), f"{line['seconds']:.0f} s", f"{peak / 1000:.1f} GB")
         rows.append((*cells, *facts))
-    head = ("2:4 method", *(f"{TITLES[t]}, perplexity" for t in texts), "seeds", "prune time")
+    head = ("2:4 method", *(f"{TITLES[t]}, perplexity" for t in texts), "seeds", "prune time",
+            "peak memory")
     return markdown(head, rows)
 
 

@@ -85,7 +85,7 @@ class Prox(MaskLearner):
             self.sizes[path] = [float(rows[part].square().mean().sqrt()) for part in _law(mask.law).slices(rows)]
             rate = self.spec.rate or self.spec.reach * float(rows.square().mean().sqrt()) / self.spec.steps
             groups.append({"params": [mask.values], "lr": rate})
-        return torch.optim.AdamW(groups, 1.0, self.betas, weight_decay=0.0)
+        return torch.optim.AdamW(groups, 1.0, self.betas, weight_decay=0.0, fused=True)
 
     def loss_terms(self, subject: Subject, number: int, moment: Moment) -> dict[str, torch.Tensor]:
         terms = super().loss_terms(subject, number, moment)

@@ -144,7 +144,7 @@ class MaskLearner(Learner):
         values = [mask.values for mask in self.masks.values()]
         if self.moments < 32:
             return AdamW8(values, self.rate, self.betas, self.decay)
-        return torch.optim.AdamW(values, self.rate, self.betas, weight_decay=self.decay)
+        return torch.optim.AdamW(values, self.rate, self.betas, weight_decay=self.decay, fused=True)
 
     def loss_terms(self, subject: Subject, number: int, moment: Moment) -> dict[str, torch.Tensor]:
         move_to(subject.module, moment)

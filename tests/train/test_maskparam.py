@@ -40,7 +40,7 @@ def reference(values, groups, table, point):
     logits = values @ table.T if point.compact else values
     arguments = point.kappa * logits
     if point.noise:
-        u = torch.rand(arguments.shape, generator=point.noise()).clamp(1e-9, 1 - 1e-7)
+        u = torch.rand(arguments.T.shape, generator=point.noise()).T.clamp(1e-9, 1 - 1e-7)  # candidates are drawn first
         arguments = arguments + -torch.log(-torch.log(u))
     mask = (arguments / point.tau).softmax(-1) @ table
     return groups * mask, point.regulariser * (groups * mask).square().sum()
