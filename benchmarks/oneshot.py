@@ -62,6 +62,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "magnitude-2d": refined("magnitude-2d"),
     "sparsegpt, 4 bits": {**refined("sparsegpt"), "wbits": 4},
     "isc, 4 bits": {**refined("isc"), "wbits": 4},
+    "wanda + llm-barber, 4 bits": {**refined("wanda", "llm-barber"), "wbits": 4},
     "sparsegpt, unstructured": {**refined("sparsegpt"), "pattern": "unstructured:0.5"},
     "isc, unstructured": {**refined("isc"), "pattern": "unstructured:0.5"},
     "wanda + llm-barber, unstructured": {**refined("wanda", "llm-barber"), "pattern": "unstructured:0.5"},

@@ -58,6 +58,8 @@ def needs(spec: Prune, method: Method) -> Need:
         asked |= {"norms", *(METHODS.load(name).needs for name in spec.learn.prior_methods)}
     if spec.permute:
         asked.add("norms")
+    if spec.wbits:
+        asked.add("gram")
     return max(asked, key=NEEDS.index)
 
 
@@ -106,6 +108,11 @@ def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method:
             start = time.perf_counter()
             pruned.layers[name] = replace(layer, result=refine_matrices(refinement.layer, layer, step))
             pruned.seconds[name] += time.perf_counter() - start
+    if spec.rounds_last:
+        for name, layer in pruned.layers.items():
+            start = time.perf_counter()
+            pruned.layers[name] = replace(layer, result=_rounded(layer, spec))
+            pruned.seconds[name] += time.perf_counter() - start
     return pruned
 
 
@@ -129,9 +136,17 @@ def _prune_layer(module: nn.Module, row: PlanRow, stats: LayerStats, spec: Prune
     assert row.pattern is not None
     parameter = module.get_parameter(row.target.name).detach()
     weight = to_rows(parameter, row.target.axis).float()
-    grid = Grid.of(weight, spec.wbits, spec.wgroup) if spec.wbits else None
+    grid = Grid.of(weight, spec.wbits, spec.wgroup) if spec.wbits and not spec.rounds_last else None
     result = given[row.target.name] if given else prune_matrices(method, weight, stats, row.pattern, grid)
     return Layer(weight, stats, row.pattern, row.target.axis, parameter.shape, result)
+
+
+def _rounded(layer: Layer, spec: Prune) -> LayerResult:
+    """The survivors on a grid of their own, by a sweep that keeps the mask and lets later columns compensate."""
+    assert spec.wbits is not None
+    weight = layer.weight
+    return prune_matrices(METHODS.load("sparsegpt"), weight, layer.stats, layer.pattern,
+                          Grid.of(weight, spec.wbits, spec.wgroup), layer.result.mask)
 
 
 def _refine_block(module: nn.Module, plan: Plan, pruned: PrunedBlock, walk: BlockWalk, step: Any,

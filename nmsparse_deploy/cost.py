@@ -68,7 +68,7 @@ def estimate(loaded: LoadedModel, plan: Plan, spec: Prune, rates: Rates) -> Cost
     tokens = spec.calibration.samples * spec.calibration.length if need != "none" or spec.learn else 0
     targets = [row.target for row in plan.pruned()]
     inside = sum(row.target.k * row.target.n for row in plan.rows)
-    gram, swept = need == "gram", method.needs == "gram"
+    gram, swept = need == "gram", (method.needs == "gram") + spec.rounds_last
     dense = any(step.dense_stream for step in spec.refine) or spec.learn is not None
     widths = {t.fusion: t.k for t in targets}
     once = 2 * tokens * inside
@@ -79,10 +79,10 @@ def estimate(loaded: LoadedModel, plan: Plan, spec: Prune, rates: Rates) -> Cost
     training = _training(loaded.module, spec, inside)
     forward = once * (1 + (1 + dense) * (1 + spec.sequential) + 3 * trained) + 4 * beyond * looks_on
     grams = sum(2 * tokens * k**2 for k in widths.values()) * (1 + dense) if gram else 0
-    factors = sum(t.experts * t.k**3 for t in targets) if swept else 0
+    factors = swept * sum(t.experts * t.k**3 for t in targets)
     sweeps = sum(2 * t.n * t.k**2 for t in targets)
     solved = sweeps * sum(step.steps for step in spec.refine if isinstance(step, Refit))
-    sweeps = sweeps if swept else 0
+    sweeps *= swept
     seconds = ((forward + training) / rates.compute + (grams + sweeps + solved) / rates.single + factors / rates.double)
     weights = sum(p.numel() * p.itemsize for p in loaded.module.parameters())
     need_memory = footprint(loaded, plan, spec, rates.dtype)

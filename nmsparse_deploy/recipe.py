@@ -42,7 +42,7 @@ class Prune(Frozen):
     pattern: str = "2:4"
     permute: bool = Field(False, description="first reorder the channels that are free to move, for better groups")
     calibration: Calibration = Calibration()
-    wbits: Literal[4, 8] | None = Field(None, description="round kept weights to this many bits in the same sweep")
+    wbits: Literal[4, 8] | None = Field(None, description="round kept weights to this many bits")
     wgroup: int | None = Field(None, ge=1, description="columns that share a scale, with wbits; left out: a whole row")
     learn: AnyLearn | None = Field(None, description="settings of a learned method; filled in when there is one")
     refine: tuple[AnyStep, ...] = Field((), description="applied in order after the mask is chosen")
@@ -75,6 +75,11 @@ class Prune(Frozen):
     def finetune(self) -> Finetune | None:
         """The step that trains the whole model, if there is one."""
         return next((step for step in self.refine if isinstance(step, Finetune)), None)
+
+    @property
+    def rounds_last(self) -> bool:
+        """Does `wbits` take a sweep of its own on the finished mask, because the method's own is not the last word?"""
+        return self.wbits is not None and (bool(self.refine) or not METHODS.load(self.method).quantises)
 
     @field_validator("patterns")
     @classmethod
@@ -163,12 +168,11 @@ class Prune(Frozen):
             if self.wgroup is not None:
                 raise UsageError(f"wgroup {self.wgroup} shares the scales of wbits, which is not set.", "--wbits 4")
             return self
-        if self.learn is not None or not METHODS.load(self.method).quantises:
-            able = [name for name in METHODS.names() if METHODS.load(name).quantises]
-            raise UsageError(f"'{self.method}' cannot round to {self.wbits} bits while it prunes.",
-                             f"methods that can: {', '.join(able)}")
-        if self.refine:
-            raise UsageError(f"'{self.refine[0].name}' would move weights off the {self.wbits}-bit grid; leave out "
+        if self.learn is not None:
+            raise UsageError(f"A mask that '{self.method}' learned is not rounded to {self.wbits} bits here.",
+                             "leave out --wbits, and round at export with --precision int8 or fp8")
+        if self.finetune:
+            raise UsageError(f"'{self.finetune.name}' would move weights off the {self.wbits}-bit grid; leave out "
                              "--refine or --wbits.")
         unit = parse_pattern(self.pattern).stretch
         if self.wgroup is not None and self.wgroup % unit:

@@ -15,12 +15,13 @@ from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.errors import CheckFailed, UsageError
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.methods import group_obs, sparsegpt
+from nmsparse_deploy.methods.base import prune_matrices, relative_error
 from nmsparse_deploy.methods.grid import Grid
 from nmsparse_deploy.methods.hessian import dampen, inverse_factor
 from nmsparse_deploy.methods.sparsegpt import freezer
 from nmsparse_deploy.methods.sweep import sweep
 from nmsparse_deploy.models.base import to_rows
-from nmsparse_deploy.pattern import TWO_FOUR, check, mask_follows
+from nmsparse_deploy.pattern import TWO_FOUR, check, mask_follows, project
 from nmsparse_deploy.prune import prune
 from nmsparse_deploy.recipe import Prune, fingerprint, validate
 from nmsparse_deploy.registry import METHODS
@@ -208,8 +209,8 @@ def test_a_method_that_leaves_the_grid_is_caught(llama_dir, texts, tmp_path, mon
 
 
 @pytest.mark.parametrize("wrong,sentence", [
-    ({"method": "wanda", "wbits": 4}, "'wanda' cannot round to 4 bits"),
-    ({"method": "sparsegpt", "wbits": 4, "refine": [{"name": "refit"}]}, "'refit' would move weights off the 4-bit grid"),
+    ({"method": "wanda", "wbits": 4, "refine": [{"name": "finetune"}]}, "'finetune' would move weights off the 4-bit grid"),
+    ({"method": "maskllm", "wbits": 4}, "'maskllm' learned is not rounded to 4 bits"),
     ({"wbits": 4, "wgroup": 6}, "wgroup 6 is not a multiple of 4"),
     ({"wgroup": 16}, "wgroup 16 shares the scales of wbits"),
     ({"wbits": 3}, "wbits"),
@@ -218,8 +219,32 @@ def test_what_cannot_be_rounded_is_refused(wrong, sentence):
     with pytest.raises(UsageError) as caught:
         validate(Prune, wrong)
     assert sentence in caught.value.message
-    if wrong.get("method") == "wanda":
-        assert "group-obs" in caught.value.hint and "sparsegpt" in caught.value.hint
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured:0.5"])
+@pytest.mark.parametrize("steps", [[], ["llm-barber"], ["refit"]], ids=str)
+def test_what_does_not_round_while_it_prunes_is_rounded_afterwards_on_its_own_mask(llama_dir, texts, tmp_path, steps, pattern):
+    fields = {"refine": [{"name": step} for step in steps], "pattern": pattern}
+    plain, rounded = (prune(str(llama_dir), spec(texts, "wanda", **fields, **more), tmp_path / name)
+                      for name, more in (("plain", {}), ("rounded", {"wbits": 4})))
+    codes = codes_on_disk(rounded)
+    assert len(codes) == 14 and on_levels(codes, 1e-4)
+    one, other = (MaskSet.load(run / "masks.safetensors").masks for run in (plain, rounded))
+    assert all(torch.equal(one[name].unpack(), other[name].unpack()) for name in one if "layers.0." in name)
+    [report] = rounded.read_json("verify.json")["reports"]
+    assert report["ok"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_sweep_after_a_mask_loses_less_than_rounding_to_the_nearest(seed):
+    weight, stats = layer(seed, rows=24, width=64, tokens=256)
+    mask = project((weight.abs() * stats.square_sum.sqrt()), TWO_FOUR)
+    kept = torch.where(mask, weight, 0.0)
+    grid = Grid.of(kept, 4)
+    swept = prune_matrices(METHODS.load("sparsegpt"), kept, stats, TWO_FOUR, grid, mask)
+    nearest = grid.codes(kept) * grid.scales
+    assert torch.equal(swept.mask, mask) and grid.holds(swept.weight)
+    assert relative_error(kept, swept.weight, stats.gram) < relative_error(kept, nearest, stats.gram)
 
 
 def test_a_scale_that_does_not_divide_a_layer_is_refused(llama_dir, texts, tmp_path):

@@ -99,7 +99,7 @@ def prune(model: Model = DEMO,
           pattern: Annotated[str | None, typer.Option(
               help="keep:group, or unstructured:SHARE_OF_ZEROS [default: 2:4, or the plan's]")] = None,
           plan: Annotated[Path | None, typer.Option(help="what `nmsparse-deploy plan --out` wrote")] = None,
-          wbits: Annotated[int | None, typer.Option(help="4 or 8: round kept weights in the same sweep")] = None,
+          wbits: Annotated[int | None, typer.Option(help="4 or 8: round kept weights to so many bits")] = None,
           wgroup: Annotated[int | None, typer.Option(
               help="columns that share a scale, with --wbits; left out: a whole row")] = None,
           steps: Annotated[int | None, typer.Option(

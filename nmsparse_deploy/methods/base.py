@@ -74,16 +74,17 @@ def score_method(scores: Callable[[torch.Tensor, LayerStats], torch.Tensor], nee
 
 
 def prune_matrices(method: Method, weight: torch.Tensor, stats: LayerStats, pattern: Pattern,
-                   grid: Grid | None = None) -> LayerResult:
+                   grid: Grid | None = None, mask: torch.Tensor | None = None) -> LayerResult:
     """Prune `weight` by `method`; a stack of experts `[E*out, in]` matrix by matrix, each with its own statistics."""
     options: dict[str, Any] = {} if grid is None else {"grid": grid}
     if not stats.experts:
-        return method.prune_layer(weight, stats, pattern, **options)
-    found = []
-    for number, (part, own) in enumerate(zip(weight.chunk(len(stats.experts)), stats.experts)):
+        return method.prune_layer(weight, stats, pattern, mask, **options)
+    count, found = len(stats.experts), []
+    masks = [None] * count if mask is None else mask.chunk(count)
+    for number, (part, own) in enumerate(zip(weight.chunk(count), stats.experts)):
         if grid is not None:
-            options["grid"] = Grid(grid.scales.chunk(len(stats.experts))[number], grid.width, grid.bits)
-        found.append(method.prune_layer(part, own, pattern, **options))
+            options["grid"] = Grid(grid.scales.chunk(count)[number], grid.width, grid.bits)
+        found.append(method.prune_layer(part, own, pattern, masks[number], **options))
     return stacked(found, grid)
 
 

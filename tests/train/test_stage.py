@@ -201,7 +201,7 @@ def test_the_section_belongs_to_the_method():
             ({"method": "masklm"}, "Did you mean 'maskllm'"),
             ({"method": "maskllm", "learn": {"batch": 6}}, "not a multiple"),
             ({"method": "maskllm", "pattern": "unstructured:0.5"}, "N:M groups only"),
-            ({"method": "maskllm", "wbits": 4}, "cannot round"),
+            ({"method": "maskllm", "wbits": 4}, "is not rounded"),
             ({"method": "maskllm", "permute": True, "learn": {"objective": "global"}}, "a block at a time")):
         with pytest.raises(UsageError) as caught:
             validate(Prune, settings)
