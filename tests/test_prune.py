@@ -22,6 +22,7 @@ from nmsparse_deploy.recipe import Prune, validate
 from nmsparse_deploy.registry import METHODS
 from nmsparse_deploy.verify import verify_checkpoint
 from tests import pico
+from tests.test_methods import METHODS_HERE
 
 
 def spec(texts, method="sparsegpt", **changes) -> Prune:
@@ -33,7 +34,7 @@ def mask_bytes(run) -> bytes:
     return (run / "masks.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", METHODS_HERE)
 def test_every_method_ends_verified_and_loads_in_the_stock_library(name, llama_dir, texts, tmp_path):
     run = prune(str(llama_dir), spec(texts, name), tmp_path / "run")
     masks = MaskSet.load(run / "masks.safetensors")
@@ -217,7 +218,7 @@ def test_conv1d_is_its_transposed_linear():
     weight = torch.randn(32, 12)  # [in, out]
     x = torch.randn(64, 32)
     stats = LayerStats(64, x.square().sum(0), x.T @ x)
-    for name in METHODS.names():
+    for name in METHODS_HERE:
         method = METHODS.load(name)
         stored = from_rows(method.prune_layer(to_rows(weight, 0), stats, TWO_FOUR).mask, weight.shape, 0)
         linear = method.prune_layer(to_rows(weight.T.contiguous(), 1), stats, TWO_FOUR).mask

@@ -64,7 +64,7 @@ def _found(mode: str, settings: Mapping[str, Any], weight: torch.Tensor, pattern
     return project(size / size.max().clamp(min=torch.finfo(size.dtype).tiny) + 2 * kept, pattern)
 
 
-_SOURCE = "NVIDIA Model Optimizer, modelopt.torch.sparsity"
+_SOURCE = "NVIDIA Model Optimizer 0.47, 2026"
 MAGNITUDE = Method(magnitude, "none", False, "ModelOpt's mask by magnitude (2:4 only)", _SOURCE,
                    only=PATTERN, package=(PACKAGE, EXTRA))
 SPARSEGPT = Method(sparsegpt, "gram", False, "ModelOpt's SparseGPT mask, original weights (2:4 only)", _SOURCE,
