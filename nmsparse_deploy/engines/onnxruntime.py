@@ -126,9 +126,10 @@ def _providers(chosen: Mapping[str, Any]) -> list[Any]:
 
 
 def _as_input(value: Tensor, kind: str) -> np.ndarray:
-    array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor):  # NumPy knows no bf16
+        value = (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
     wanted = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(double)": np.float64}.get(kind)
-    return array.astype(wanted) if wanted and array.dtype != wanted and array.dtype.kind == "f" else array
+    return value.astype(wanted) if wanted and value.dtype != wanted and value.dtype.kind == "f" else value
 
 
 def _why(error: Exception, artefact: Path, provider: str) -> str:

@@ -35,6 +35,13 @@ def test_arms_that_run_are_timed_and_the_others_say_why_not(graph):
     assert phase.over_dense == {}
 
 
+def test_inputs_may_come_as_a_model_of_16_bits_takes_them(tmp_path):
+    layer = torch.nn.Linear(16, 8).eval()
+    torch.onnx.export(layer, (torch.ones(2, 16),), tmp_path / "model.onnx", input_names=["x"], dynamo=True, verbose=False)
+    engine = OnnxRuntime.build(tmp_path / "model.onnx", {"threads": 1})
+    engine.bound({"x": torch.ones(2, 16, dtype=torch.bfloat16)})()
+
+
 def test_nothing_that_runs_is_no_phase(graph):
     phases, failed = onnx_phases([graph.with_name("gone.onnx")], INPUTS, {}, 3, {"cpu": {}})
     assert phases == [] and "no ONNX file" in failed[f"ONNX {graph.parent.name}, cpu"]
