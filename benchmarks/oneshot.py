@@ -46,6 +46,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "closed-form": recipe("closed-form"),
     "best": recipe("best"),
     "group-obs": refined("group-obs"),
+    "group-obs-ordered": refined("group-obs-ordered"),
     "group-obs + refit": refined("group-obs", "refit"),
     "wanda + refit": refined("wanda", "refit"),
     "alps": refined("alps"),

@@ -35,6 +35,7 @@ class Registry:
 METHODS = Registry("method", {
     "alps": ".methods.alps:METHOD",
     "group-obs": ".methods.group_obs:METHOD",
+    "group-obs-ordered": ".methods.group_obs_ordered:METHOD",
     "isc": ".methods.isc:METHOD",
     "isc-released": ".methods.isc_released:METHOD",
     "magnitude": ".methods.magnitude:METHOD",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nmsparse_deploy.calib.stats import LayerStats
 from nmsparse_deploy.errors import NmsparseError
-from nmsparse_deploy.methods import group_obs
+from nmsparse_deploy.methods import group_obs, group_obs_ordered
 from nmsparse_deploy.methods.base import relative_error
 from nmsparse_deploy.methods.hessian import dampen, inverse_factor
 from nmsparse_deploy.methods.sparsegpt import freezer, prune_layer
@@ -182,6 +182,30 @@ def test_group_obs_ways_agree(seed):
     again = group_obs.prune_layer(weight, stats, TWO_FOUR, mask=result.mask)
     assert torch.equal(again.mask, result.mask)
     torch.testing.assert_close(again.weight, result.weight, rtol=1e-3, atol=1e-3)
+
+
+@given(seeds, st.sampled_from(PATTERNS))
+def test_groups_in_order_of_damage_stay_whole(seed, pattern):
+    weight, stats = layer(seed, rows=5)
+    order = group_obs_ordered.by_damage(weight, stats.gram.diagonal(), pattern)
+    groups = order.view(-1, pattern.group)
+    assert torch.equal(groups % pattern.group, torch.arange(pattern.group).expand_as(groups))
+    assert torch.equal(order.sort().values, torch.arange(32))
+    lost = torch.where(project(weight.square() * stats.gram.diagonal(), pattern), 0.0, weight.square() * stats.gram.diagonal())
+    damage = lost.sum(0).view(-1, pattern.group).sum(1)[groups[:, 0] // pattern.group]
+    assert (damage.diff() <= 1e-5 * damage[0]).all()
+
+
+def test_the_order_of_damage_pays_on_average_and_a_given_mask_is_kept():
+    ratios = []
+    for seed in range(8):
+        weight, stats = layer(seed, rows=32, width=96, tokens=384)
+        plain, ordered = (METHODS.load(name).prune_layer(weight, stats, TWO_FOUR) for name in ("group-obs", "group-obs-ordered"))
+        errors = [relative_error(weight, result.weight, stats.gram) for result in (plain, ordered)]
+        ratios.append(errors[1] / errors[0])
+        again = group_obs_ordered.prune_layer(weight, stats, TWO_FOUR, plain.mask)
+        assert torch.equal(again.mask, plain.mask)
+    assert sum(ratios) / len(ratios) < 0.985
 
 
 def test_group_obs_usually_beats_sparsegpt():
