@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from . import models
-from .errors import CheckFailed, NmsparseError, UsageError
+from .errors import CheckFailed, NmsparseError, UsageError, first_line
 from .masks import Mask, MaskSet, tensor_hash
 from .memory import peak_memory_mb
 from .models.base import LoadedModel, Target
@@ -189,7 +189,7 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, OSError) as error:
-        raise UsageError(f"The mask file '{path}' is damaged or truncated: {str(error).splitlines()[0]}.") from error
+        raise UsageError(f"The mask file '{path}' is damaged or truncated: {first_line(error)}.") from error
 
 
 def _folder(path: Path, targets: Mapping[str, Target], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
