@@ -89,8 +89,7 @@ def measured(names: tuple[str, ...] | None = None) -> str:
         peak = max(row["peak_memory_mb"] for row in every if row["method"] == line["method"])
         facts = ("", "", "") if dense else (str(line["seeds"]), f"{line['seconds']:.0f} s", f"{peak / 1000:.1f} GB")
         rows.append((*cells, *facts))
-    head = ("2:4 method", *(f"{TITLES[t]}, perplexity" for t in texts), "seeds", "prune time",
-            "peak memory")
+    head = ("2:4 method", *(f"{TITLES[t]}, perplexity" for t in texts), "seeds", "prune time", "peak memory")
     return markdown(head, rows)
 
 

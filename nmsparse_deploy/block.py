@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -104,16 +105,18 @@ def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method:
             assert walk is not None
             _refine_block(module, plan, pruned, walk, step, refinement.block)
             continue
-        for name, layer in pruned.layers.items():
-            start = time.perf_counter()
-            pruned.layers[name] = replace(layer, result=refine_matrices(refinement.layer, layer, step))
-            pruned.seconds[name] += time.perf_counter() - start
+        _each_layer(pruned, partial(refine_matrices, refinement.layer, step=step))
     if spec.rounds_last:
-        for name, layer in pruned.layers.items():
-            start = time.perf_counter()
-            pruned.layers[name] = replace(layer, result=_rounded(layer, spec))
-            pruned.seconds[name] += time.perf_counter() - start
+        _each_layer(pruned, partial(_rounded, spec=spec))
     return pruned
+
+
+def _each_layer(pruned: PrunedBlock, change: Callable[[Layer], LayerResult]) -> None:
+    """Put what `change` makes of every layer in its place, and count the time."""
+    for name, layer in pruned.layers.items():
+        start = time.perf_counter()
+        pruned.layers[name] = replace(layer, result=change(layer))
+        pruned.seconds[name] += time.perf_counter() - start
 
 
 def _permute(module: nn.Module, plan: Plan, pruned: PrunedBlock, walk: BlockWalk | None, probe: BlockWalk) -> None:

@@ -272,11 +272,9 @@ def bench(run: RunDir, spec: Bench = Bench(), progress: Progress = silent) -> Be
     for path in run.graphs(whole=True):
         name = f"pruned, ONNX {path.parent.name}"
         try:
-            call = OnnxRuntime.build(path).bound(inputs)
-            call()
+            calls[name] = OnnxRuntime.build(path).bound(inputs)
         except NmsparseError:
             continue
-        calls[name] = call
         kernels[name] = "ONNX Runtime CPU"
     progress(f"timing {len(calls)} arms, {spec.rounds} rounds", 0, 0)
     times = interleave(calls, spec.rounds)

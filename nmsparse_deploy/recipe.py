@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from .errors import UsageError
-from .pattern import Pattern, Unstructured, parse_pattern
+from .pattern import TWO_FOUR, Pattern, Unstructured, parse_pattern
 from .registry import LEARNERS, METHODS, REFINEMENTS, check_method
 from .steps import AnyStep, Finetune, Frozen, Refit
 from .train_settings import AnyLearn
@@ -112,11 +112,11 @@ class Prune(Frozen):
     def _finds_the_pattern(self) -> Prune:
         """What needs groups, or knows one pattern only, refuses others before anything is loaded."""
         named = [decided(text)[0] for text in (self.patterns or {}).values()]
-        only = METHODS.load(self.method).only if self.method in METHODS.entries else None
-        other = next((p for p in (parse_pattern(self.pattern), *named) if only and p and str(p) != only), None)
-        if other is not None:
+        asked = [p for p in (parse_pattern(self.pattern), *named) if p is not None]
+        other = next((p for p in asked if p != TWO_FOUR), None)  # 2:4 every method finds; it need not be loaded to ask
+        if other is not None and self.method in METHODS.entries and (only := METHODS.load(self.method).only):
             raise UsageError(f"The method '{self.method}' finds {only} masks only, not {other}.")
-        loose = next((p for p in (parse_pattern(self.pattern), *named) if isinstance(p, Unstructured)), None)
+        loose = next((p for p in asked if isinstance(p, Unstructured)), None)
         if loose is not None:
             able = [name for name in METHODS.names() if METHODS.load(name).scope]
             _refuse_others("method", [self.method], able, str(loose))

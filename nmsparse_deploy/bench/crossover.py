@@ -90,7 +90,7 @@ def _shape(shape: Shape, rows: Sequence[int], precision: str, machine: Machine, 
     try:
         pair = None if time.monotonic() > until else twins(*shape, precision, machine.device)
     except (NmsparseError, RuntimeError) as error:
-        yield from (Line(*shape, count, precision, why_not=_first(error)) for count in rows)
+        yield from (Line(*shape, count, precision, why_not=first_line(error)) for count in rows)
         return
     for count in rows:
         if pair is None or time.monotonic() > until:
@@ -99,15 +99,11 @@ def _shape(shape: Shape, rows: Sequence[int], precision: str, machine: Machine, 
         try:
             times = time_pair(pair, count, machine, rounds)
         except RuntimeError as error:  # out of memory, or a kernel that refuses
-            yield Line(*shape, count, precision, why_not=_first(error))
+            yield Line(*shape, count, precision, why_not=first_line(error))
             continue
         found = judge(count, times)
         yield Line(*shape, count, precision, found.dense_us, found.sparse_us, found.speedup, found.low, found.high,
                    times.setting.to_json())
-
-
-def _first(error: Exception) -> str:
-    return first_line(error)
 
 
 def first_win(lines: Iterable[Line]) -> int | None:

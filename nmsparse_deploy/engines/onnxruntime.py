@@ -93,7 +93,10 @@ class OnnxRuntime:
             raise NmsparseError(f"ONNX Runtime could not run this batch: {_first_line(error)}") from error
 
     def bound(self, batch: Mapping[str, Tensor]) -> Callable[[], None]:
-        """A call that runs `batch` with inputs and outputs where the provider works; it returns when all is done."""
+        """A call that runs `batch` with inputs and outputs where the provider works; it returns when all is done.
+
+        It has run once already, so what cannot run is a `NmsparseError` here.
+        """
         import onnxruntime as ort
 
         device = "cpu" if self._settings["provider"] == "cpu" else "cuda"
@@ -109,6 +112,7 @@ class OnnxRuntime:
             except Exception as error:
                 raise NmsparseError(f"ONNX Runtime could not run this batch: {_first_line(error)}") from error
 
+        call()
         return call
 
     def _feed(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..assets import cache_dir, digest
-from ..errors import NmsparseError, UsageError
+from ..errors import NmsparseError, UsageError, first_line
 from .base import LoadedModel
 from .preprocess import from_config
 from .weights import WHOLE, Weights
@@ -195,21 +195,16 @@ def _explain(error: Exception, source: str) -> NmsparseError:
     if any(isinstance(e, hub.RepositoryNotFoundError) for e in chain):
         return UsageError(f"There is no model '{source}' on the hub, and no local folder of that name.")
     if any(isinstance(e, SafetensorError) for e in chain):
-        return UsageError(f"The weights of '{source}' are damaged or truncated: {_first_line(chain)}.")
+        return UsageError(f"The weights of '{source}' are damaged or truncated: {first_line(chain[-1])}.")
     offline = (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, ConnectionError)
     if any(isinstance(e, offline) or "Connect" in type(e).__name__ for e in chain):
         return NmsparseError(f"The model '{source}' is not on this machine and the hub cannot be reached.",
                              "give a local folder, or leave MODEL out to use the demo model")
     if isinstance(error, (OSError, ValueError, KeyError, ImportError, RuntimeError)):
-        line = _first_line([error])
+        line = first_line(error)
         hint = f"diffusers:{source} if it is a pipeline of diffusers" if "config.json" in line else None
         return UsageError(f"'{source}' cannot be loaded as a model: {line}.", hint)
-    return NmsparseError(f"'{source}' cannot be loaded: {type(error).__name__}: {_first_line([error])}.")
-
-
-def _first_line(chain: list[BaseException]) -> str:
-    lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()]
-    return lines[0].rstrip(".")[:200] if lines else type(chain[-1]).__name__
+    return NmsparseError(f"'{source}' cannot be loaded: {type(error).__name__}: {first_line(error)}.")
 
 
 def _dequantised(path: Path) -> Path:
@@ -243,7 +238,7 @@ def _unpack_gguf(path: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         module = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **options)
     except Exception as error:
-        raise UsageError(f"The GGUF file '{path}' cannot be read: {_first_line([error])}.") from error
+        raise UsageError(f"The GGUF file '{path}' cannot be read: {first_line(error)}.") from error
     logging.disable_progress_bar()
     module.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
