@@ -27,11 +27,12 @@ def hub_name(source: str) -> str | None:
     """OWNER/NAME of a model on the hub; None for what is a file, a folder, or in no hub."""
     if source in assets():
         return assets()[source].hub
-    name = source.removeprefix(vision.PREFIX)
+    local = source.removeprefix(diffusion.PREFIX).partition("?")[0] if diffusion.is_diffusers(source) else source
+    name = local.removeprefix(vision.PREFIX)
     if source.startswith(vision.PREFIX):
         name = f"timm/{name}" if "/" not in name else name.removeprefix("hf-hub:").removeprefix("hf_hub:")
     known = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) and not name.endswith(".gguf")
-    return name if known and not Path(source).exists() else None
+    return name if known and not Path(local).exists() else None
 
 
 def load(source: str, dtype: torch.dtype | None = None, stream: bool = False) -> LoadedModel:

@@ -18,6 +18,7 @@ from ..errors import MissingExtra, NmsparseError, UsageError, first_line
 from .base import LoadedModel
 from .denoising import SCHEDULER, Denoising
 from .preprocess import Preprocess
+from .refusals import refusal
 
 PREFIX = "diffusers:"
 LIBRARY = "diffusers"
@@ -63,7 +64,8 @@ def load(source: str, dtype: torch.dtype | None = None) -> LoadedModel:
     option, _, autoencoder = query.partition("=")
     if query and (option != "vae" or not autoencoder):
         raise UsageError(f"'{source}' is not understood.", "write FOLDER?vae=FOLDER_OF_AN_AUTOENCODER")
-    whole = Path(name).expanduser() if Path(name).expanduser().exists() else _download(name)
+    local = Path(name).expanduser()
+    whole = local if local.exists() else _download(name)
     place = whole / "transformer" if (whole / INDEX).is_file() else whole
     settings = _settings(place)
     module = _module(place, settings, source, dtype)
@@ -73,14 +75,15 @@ def load(source: str, dtype: torch.dtype | None = None) -> LoadedModel:
         raise UsageError(f"There is no autoencoder '{vae}': it has no config.json.")
     scheduler, assumed = _scheduler([place, whole])
     processor = Denoising(scheduler, assumed, *_pictures(module, vae))
-    facts = {"class": type(module).__name__, "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
+    revision = {} if local.exists() else {"revision": whole.name}
+    facts = {**revision, "class": type(module).__name__,
+             "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
              "scheduler": type(scheduler).__name__ + (" (assumed: none came with the model)" if assumed else "")}
     return LoadedModel(module.eval(), source, Path(name).name, "diffusion", LIBRARY, processor, facts)
 
 
 def _download(name: str) -> Path:
-    """The parts of a hub repository that are needed here."""
-    from huggingface_hub import errors as hub
+    """The parts of a hub repository that are needed here, in a folder that its commit names."""
     from huggingface_hub import snapshot_download
 
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -88,14 +91,9 @@ def _download(name: str) -> Path:
     weights = ["transformer/*.safetensors", "vae/*.safetensors", "diffusion_pytorch_model*.safetensors"]
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", *weights], ignore_patterns=["*.fp16.*"]))
-    except hub.GatedRepoError as error:
-        raise NmsparseError(f"The model '{name}' is gated: its owner has to grant you access.",
-                            "hf auth login") from error
-    except hub.RepositoryNotFoundError as error:
-        raise UsageError(f"There is no model '{name}' on the hub, and no local folder of that name.") from error
     except Exception as error:  # the hub's clients fail in many ways
-        raise NmsparseError(f"The model '{name}' is not on this machine and the hub cannot be reached.",
-                            "give a local folder") from error
+        raise refusal(error, name, "give a local folder") or UsageError(
+            f"'{name}' cannot be loaded: {first_line(error)}.") from error
 
 
 def empty(folder: Path, dtype: torch.dtype) -> LoadedModel:

@@ -14,6 +14,7 @@ from ..assets import cache_dir, digest
 from ..errors import NmsparseError, UsageError, first_line
 from .base import LoadedModel
 from .preprocess import from_config
+from .refusals import chain, refusal
 from .weights import WHOLE, Weights
 
 HEADS = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM",
@@ -49,20 +50,25 @@ def load(source: str, dtype: torch.dtype | None = None, alias: str | None = None
 
 def checkpoint(source: str) -> Path | None:
     """The folder with the safetensors files of `source`, if it is on this machine. Downloads nothing."""
-    from huggingface_hub import try_to_load_from_cache
-
     path = Path(source)
     if path.suffix == ".gguf":
         folder: Path | None = _dequantised(path)
     elif path.exists():
         folder = path
     else:
-        try:
-            found = try_to_load_from_cache(source, "config.json")
-        except ValueError:  # not the name of a model
-            found = None
-        folder = Path(found).parent if isinstance(found, str) else None
+        folder = _snapshot(source)
     return folder if folder is not None and any(folder.glob("*.safetensors")) else None
+
+
+def _snapshot(name: str) -> Path | None:
+    """The folder of a hub model in the cache; its name is the commit."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # not the name of a model
+        found = None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _from_pretrained(where: str, source: str, name: str, dtype: torch.dtype | None,
@@ -87,8 +93,8 @@ def _from_pretrained(where: str, source: str, name: str, dtype: torch.dtype | No
         raise
     except Exception as error:
         raise _explain(error, source) from error
-    commit = getattr(module.config, "_commit_hash", None)
-    facts = {**provenance, **({"revision": commit} if commit else {}), "class": type(module).__name__,
+    snapshot = None if Path(where).exists() else _snapshot(where)
+    facts = {**provenance, **({"revision": snapshot.name} if snapshot else {}), "class": type(module).__name__,
              "dtype": str(module.dtype).removeprefix("torch.")}
     return LoadedModel(module.eval(), source, name, kind, processor=processor, provenance=facts,
                        weights=weights)
@@ -182,24 +188,12 @@ def _processor(where: str, family: str, config: Any) -> Any:
 
 def _explain(error: Exception, source: str) -> NmsparseError:
     """One sentence for the many ways in which loading fails."""
-    from huggingface_hub import errors as hub
     from safetensors import SafetensorError
 
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    if any(isinstance(e, hub.GatedRepoError) for e in chain):
-        return NmsparseError(f"The model '{source}' is gated: its owner has to grant you access.", "hf auth login")
-    if any(isinstance(e, hub.RepositoryNotFoundError) for e in chain):
-        return UsageError(f"There is no model '{source}' on the hub, and no local folder of that name.")
-    if any(isinstance(e, SafetensorError) for e in chain):
-        return UsageError(f"The weights of '{source}' are damaged or truncated: {first_line(chain[-1])}.")
-    offline = (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, ConnectionError)
-    if any(isinstance(e, offline) or "Connect" in type(e).__name__ for e in chain):
-        return NmsparseError(f"The model '{source}' is not on this machine and the hub cannot be reached.",
-                             "give a local folder, or leave MODEL out to use the demo model")
+    if refused := refusal(error, source, "give a local folder, or leave MODEL out to use the demo model"):
+        return refused
+    if any(isinstance(e, SafetensorError) for e in chain(error)):
+        return UsageError(f"The weights of '{source}' are damaged or truncated: {first_line(chain(error)[-1])}.")
     if isinstance(error, (OSError, ValueError, KeyError, ImportError, RuntimeError)):
         line = first_line(error)
         hint = f"diffusers:{source} if it is a pipeline of diffusers" if "config.json" in line else None

@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import MissingExtra, NmsparseError, UsageError, first_line
 from .base import LoadedModel
 from .preprocess import BICUBIC, Preprocess
+from .refusals import refusal
 
 PREFIX = "timm:"
 INPUT = "x"
@@ -149,10 +150,8 @@ def _explain(error: Exception, source: str, name: str, timm: Any) -> NmsparseErr
         return UsageError(f"timm has no model '{name}'.", f"did you mean {near}?" if near else None)
     if "No pretrained weights" in str(error):
         return UsageError(f"timm has no pretrained weights for '{name}'.", f"{PREFIX}{name}?checkpoint=FILE")
-    if any(word in f"{type(error).__name__} {error}" for word in ("Connect", "Offline", "LocalEntryNotFound", "offline",
-                                                                  "resolve host", "urlopen")):
-        return NmsparseError(f"The weights of '{source}' are not on this machine and the hub cannot be reached.",
-                             f"{PREFIX}{name}?checkpoint=FILE")
+    if refused := refusal(error, source, f"{PREFIX}{name}?checkpoint=FILE"):
+        return refused
     return UsageError(f"'{source}' cannot be loaded: {first_line(error)}.")
 
 
