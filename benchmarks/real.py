@@ -34,7 +34,7 @@ ROWS: dict[str, dict[str, Any]] = {
 USUAL = tuple(name for name in ROWS if name not in ("best", "maskllm"))
 """Measured unless `--only` names others."""
 CALIBRATION: dict[str, dict[str, Any]] = {
-    "vit": {"data": "fashion-mnist+tiny-photos", "samples": 256, "batch": 16},
+    "vit": {"data": "fashion-mnist+tiny-photos", "samples": 64, "batch": 16},
     "minilm": {"data": "wikipedia", "samples": 512, "length": 64, "batch": 32},
 }
 EVALUATION = {"vit": Evaluate(), "minilm": Evaluate()}

@@ -49,8 +49,11 @@ class Opened:
 
 
 def load_fitting(model: str, limit: int | None = None) -> LoadedModel:
-    """`model` with its weights left in their files when they are more than is free, or when there is a limit."""
-    folder = models.checkpoint(model)
+    """`model` with its weights left in their files when they are more than is free, or when there is a limit.
+
+    A model of the hub is downloaded first: how large it is should not be found out by loading it.
+    """
+    folder = models.download(model) or models.checkpoint(model)
     room = memory.free()
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
     stream = folder is not None and (limit is not None or (room is not None and size > room))

@@ -35,11 +35,16 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return found
 
 
+def python(address: str, home: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """A process that knows this hub and nothing of another one's cache."""
+    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    environment = {**{key: value for key, value in os.environ.items() if key not in offline},
+                   "HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+
+
 def typed(address: str, home: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    environment = {key: value for key, value in environment.items() if key not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
-    return subprocess.run([sys.executable, "-m", "nmsparse_deploy", *arguments], capture_output=True, text=True,
-                          env=environment, timeout=300)
+    return python(address, home, "-m", "nmsparse_deploy", *arguments)
 
 
 WEIGHTS = {"a/llama": "model.safetensors", "a/dit": "transformer/diffusion_pytorch_model.safetensors",
@@ -57,6 +62,15 @@ def test_a_model_is_pruned_by_its_name_and_only_its_weights_are_fetched(source, 
     assert [file for file in asked if file.endswith((".safetensors", ".bin"))] == [f"{name}/{WEIGHTS[name]}"]
     manifest = (tmp_path / "run/manifest.json").read_text()
     assert hub_name(source) == name and (COMMIT in manifest or library == "timm")  # timm does not say
+
+
+def test_a_model_that_was_never_here_is_streamed_at_once(folders, tmp_path):
+    """Its files are downloaded without being loaded, so what is larger than memory can be named by its hub name."""
+    ask = "from nmsparse_deploy.opening import load_fitting as load; print(load('a/llama', limit=10**12).streamed)"
+    with hub(folders) as (address, asked):
+        done = python(address, tmp_path, "-c", ask)
+    assert done.stdout.strip() == "True", done.stderr
+    assert [file for file in asked if file.endswith(".safetensors")] == ["a/llama/model.safetensors"]
 
 
 @pytest.mark.parametrize("source,code,sentence", [

@@ -63,6 +63,13 @@ def checkpoint(source: str) -> Path | None:
     return None if vision.is_timm(source) else hf.checkpoint(source)
 
 
+def download(source: str) -> Path | None:
+    """The folder of safetensors files of a hub model that can be streamed, brought here if it is not yet; else None."""
+    elsewhere = source in assets() or vision.is_timm(source) or diffusion.is_diffusers(source)
+    name = None if elsewhere else hub_name(source)
+    return hf.download(name) if name else None
+
+
 def _packaged(asset: Asset, dtype: torch.dtype | None, stream: bool) -> LoadedModel:
     return hf.load(_where(asset), dtype, asset.key, asset.name, stream)
 

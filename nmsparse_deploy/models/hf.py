@@ -60,6 +60,21 @@ def checkpoint(source: str) -> Path | None:
     return folder if folder is not None and any(folder.glob("*.safetensors")) else None
 
 
+def download(name: str) -> Path | None:
+    """Bring the safetensors files of a hub model here, without loading them, and return their folder.
+
+    None for what has no such files or cannot be had; loading it says why.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        # `model*`: some repositories hold the same weights once more under another name.
+        snapshot_download(name, allow_patterns=["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"])
+    except Exception:  # the hub's clients fail in many ways
+        return None
+    return checkpoint(name)
+
+
 def _snapshot(name: str) -> Path | None:
     """The folder of a hub model in the cache; its name is the commit."""
     from huggingface_hub import try_to_load_from_cache
