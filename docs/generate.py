@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,36 @@ def dit_table() -> str:
                      "Frechet distance (small classifier)", "class recognised", "seeds", "prune time"), rows)
 
 
+REAL = {
+    "vit": {"dense_probe_top1@fashion-mnist-112px": "top-1, probe of the dense model",
+            "probe_top1@fashion-mnist-112px": "top-1, probe fitted anew",
+            "pooled_cosine@fashion-mnist-112px": "cosine to the dense features",
+            "token_cosine@photos-20-224px": "the same of every patch, photographs",
+            "saliency_iou@photos-20-224px": "overlap of saliency maps, photographs"},
+    "minilm": {"sts_spearman@stsb-test": "STS-B test", "sts_spearman@simlex999": "SimLex-999",
+               "sts_spearman@wordsim353": "WordSim-353", "pooled_cosine@stsb-test": "cosine to the dense embeddings"},
+}
+"""The columns of the two other real models, by metric."""
+
+
+def real_table(model: str) -> str:
+    """Every recipe on one of the two real models beside the demo's."""
+    path = ROOT / "results/real-models.json"
+    found = json.loads(path.read_text())["tables"].get(model) if path.is_file() else None
+    if not found:
+        return "Not measured yet: `python benchmarks/real.py --out results/real-models.json`."
+    rows = []
+    for line in found:
+        cells = []
+        for metric in REAL[model]:
+            cell = line.get(metric)
+            around = f" ± {cell['seed_spread']:.3f}" if cell and cell["seed_spread"] is not None else ""
+            cells.append(f"{cell['mean']:.3f}{around}" if cell else "")
+        took = f"{line['seconds']:.0f} s" if line["seeds"] else ""
+        rows.append((line["method"], *cells, str(line["seeds"] or ""), took))
+    return markdown(("2:4 method", *REAL[model].values(), "seeds", "prune time"), rows)
+
+
 def size_table() -> str:
     """Peak memory of every size and method, or that nobody has measured it yet."""
     path = ROOT / "results/size-cpu.json"
@@ -291,11 +322,13 @@ def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-TABLES: dict[str, Any] = {"deploy": deploy_table, "steps": steps_table, "measured": readme_table, "oneshot": measured,
-                          "methods": methods_table, "learned": learned_table, "refinements": refinements_table,
-                           "families": families_table, "learned_small": small_table, "learned_demo": demo_table,
-                           "learned_cost": cost_table, "published": published_table, "dit": dit_table,
-                           "size": size_table}
+TABLES: dict[str, Any] = {
+    "deploy": deploy_table, "steps": steps_table, "measured": readme_table, "oneshot": measured, "methods": methods_table,
+    "learned": learned_table, "refinements": refinements_table, "families": families_table,
+    "learned_small": small_table, "learned_demo": demo_table, "learned_cost": cost_table, "published": published_table,
+    "dit": dit_table, "size": size_table, "real_vit": partial(real_table, "vit"),
+    "real_minilm": partial(real_table, "minilm"),
+}
 
 
 def fill(text: str) -> str:
