@@ -323,8 +323,8 @@ def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 TABLES: dict[str, Any] = {
-    "deploy": deploy_table, "steps": steps_table, "measured": readme_table, "oneshot": measured, "methods": methods_table,
-    "learned": learned_table, "refinements": refinements_table, "families": families_table,
+    "deploy": deploy_table, "steps": steps_table, "measured": readme_table, "oneshot": measured,
+    "methods": methods_table, "learned": learned_table, "refinements": refinements_table, "families": families_table,
     "learned_small": small_table, "learned_demo": demo_table, "learned_cost": cost_table, "published": published_table,
     "dit": dit_table, "size": size_table, "real_vit": partial(real_table, "vit"),
     "real_minilm": partial(real_table, "minilm"),

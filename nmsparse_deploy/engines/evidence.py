@@ -65,7 +65,8 @@ class EngineEvidence:
     """All multiplications of one engine by a stored weight, and what the sources said beyond single layers."""
 
     engine: str
-    onnx: str
+    artefact: str
+    """What it was built from: an ONNX file, or a folder."""
     sparse_weights: bool
     """Was the builder allowed to use sparse kernels?"""
     layers: tuple[LayerEvidence, ...]
@@ -113,7 +114,7 @@ class EngineEvidence:
                 "reasons": dict(reasons.most_common()), "sparse_seen": self.sparse_seen, "verdict": self.verdict}
 
     def to_json(self) -> dict[str, Any]:
-        return {"engine": self.engine, "onnx": self.onnx, "sparse_weights": self.sparse_weights, **self.summary(),
-                "layers": [layer.to_json() for layer in self.layers], "passes": list(self.passes),
+        return {"engine": self.engine, "artefact": self.artefact, "sparse_weights": self.sparse_weights,
+                **self.summary(), "layers": [layer.to_json() for layer in self.layers], "passes": list(self.passes),
                 "unplaced": list(self.unplaced), "unplaced_kernels": self.unplaced_kernels,
                 "problems": list(self.problems)}

@@ -43,14 +43,14 @@ class Sources:
     counters: Counters | None = None
 
 
-def climb(engine: str, onnx: str, gemms: Sequence[Gemm], sources: Sources) -> EngineEvidence:
+def climb(engine: str, artefact: str, gemms: Sequence[Gemm], sources: Sources) -> EngineEvidence:
     """The evidence for every multiplication of `gemms`."""
     ladder = _Ladder(gemms, sources)
     exact = all(gemm.flops is not None for gemm in gemms)
     rows = tuple(ladder.row(gemm, gemm.flops if exact and gemm.flops else 2 * gemm.k * gemm.n) for gemm in gemms)
     passes = tuple(asdict(step) for step in sources.log.passes) if sources.log else ()
-    return EngineEvidence(engine, onnx, sources.sparse_weights, rows, "input shapes" if exact else "equal rows", passes,
-                          (*ladder.unplaced, *ladder.unplaced_kernels), len(ladder.unplaced_kernels),
+    return EngineEvidence(engine, artefact, sources.sparse_weights, rows, "input shapes" if exact else "equal rows",
+                          passes, (*ladder.unplaced, *ladder.unplaced_kernels), len(ladder.unplaced_kernels),
                           tuple(ladder.problems))
 
 

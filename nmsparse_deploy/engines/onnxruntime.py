@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from ..errors import MissingExtra, NmsparseError, UsageError
+from ..errors import MissingExtra, NmsparseError, UsageError, first_line
 from .base import Tensor
 
 DEFAULTS: dict[str, Any] = {"threads": 0, "optimization": "all", "provider": "cpu", "sparse": False}
@@ -90,7 +90,7 @@ class OnnxRuntime:
         try:
             return dict(zip(names, self._session.run(names, feed)))
         except Exception as error:
-            raise NmsparseError(f"ONNX Runtime could not run this batch: {_first_line(error)}") from error
+            raise NmsparseError(f"ONNX Runtime could not run this batch: {first_line(error)}.") from error
 
     def bound(self, batch: Mapping[str, Tensor]) -> Callable[[], None]:
         """A call that runs `batch` with inputs and outputs where the provider works; it returns when all is done.
@@ -110,7 +110,7 @@ class OnnxRuntime:
             try:
                 self._session.run_with_iobinding(binding)
             except Exception as error:
-                raise NmsparseError(f"ONNX Runtime could not run this batch: {_first_line(error)}") from error
+                raise NmsparseError(f"ONNX Runtime could not run this batch: {first_line(error)}.") from error
 
         call()
         return call
@@ -140,8 +140,8 @@ def _why(error: Exception, artefact: Path, provider: str) -> str:
     text = str(error)
     if "NOT_IMPLEMENTED" in text or "Could not find an implementation" in text:
         kind = "bf16 " if "bfloat16" in text.lower() or _has_bf16(artefact) else ""
-        return f"ONNX Runtime's {provider} has no kernels for a node of this {kind}graph: {_first_line(error)}"
-    return f"ONNX Runtime could not open '{artefact}': {_first_line(error)}"
+        return f"ONNX Runtime's {provider} has no kernels for a node of this {kind}graph: {first_line(error)}."
+    return f"ONNX Runtime could not open '{artefact}': {first_line(error)}."
 
 
 def _has_bf16(artefact: Path) -> bool:
@@ -149,8 +149,3 @@ def _has_bf16(artefact: Path) -> bool:
 
     model = onnx.load(str(artefact), load_external_data=False)
     return any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in model.graph.initializer)
-
-
-def _first_line(error: Exception) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text if text.endswith(".") else f"{text}."

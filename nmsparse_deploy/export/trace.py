@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import MissingExtra, NmsparseError, UsageError, from_os_error
+from ..errors import MissingExtra, NmsparseError, UsageError, first_line, from_os_error
 from ..models.base import Target
 from ..progress import Progress, silent
 from .experts import unroll_experts
@@ -146,7 +146,8 @@ def _trace(module: nn.Module, sample: Mapping[str, torch.Tensor], opset: int, sh
         if isinstance(cause, NmsparseError):
             raise cause from error
         hint = "try dynamic=False, which exports the exact shapes of the sample" if shapes else None
-        raise NmsparseError(f"The model could not be exported to ONNX: {_first_line(cause)}", hint) from error
+        raise NmsparseError(f"The model could not be exported to ONNX: {type(cause).__name__}: {first_line(cause)}.",
+                            hint) from error
     return program
 
 
@@ -196,9 +197,3 @@ def _root(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return text if text.endswith(".") else f"{text}."
