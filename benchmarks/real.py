@@ -21,9 +21,11 @@ from baseline import say
 from files import write_json
 from oneshot import recipe, refined
 
+from nmsparse_deploy.block import needs
 from nmsparse_deploy.pipeline import evaluate
 from nmsparse_deploy.prune import prune
 from nmsparse_deploy.recipe import Evaluate, Prune, fingerprint, validate
+from nmsparse_deploy.registry import METHODS
 from nmsparse_deploy.rundir import environment, now
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -95,9 +97,10 @@ def main() -> None:
     result: dict[str, Any] = {"tables": {}}
     for model, name, seed in order:
         wanted = model in (options.model or CALIBRATION) and name in (options.only or USUAL)
-        if not wanted or (seed and name == "magnitude"):  # nothing of it depends on the sample
-            continue
-        if have.get((model, name, seed), {}).get("fingerprint") != fingerprint(model, spec_of(model, name, seed)):
+        spec = spec_of(model, name, seed)
+        if not wanted or (seed and not spec.learn and needs(spec, METHODS.load(spec.method)) == "none"):
+            continue  # nothing of it depends on the sample
+        if have.get((model, name, seed), {}).get("fingerprint") != fingerprint(model, spec):
             have[model, name, seed] = measure(model, name, seed, options.runs)
         result = write([have[key] for key in sorted(have, key=order.index)], options.out)
     for model, lines in result["tables"].items():
