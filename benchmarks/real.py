@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +94,20 @@ def main() -> None:
     options = parser.parse_args()
     kept = json.loads(options.out.read_text())["rows"] if options.out.is_file() else []
     have = {(row["model"], row["method"], row["seed"]): row for row in kept}
-    order = [(model, name, seed) for model in CALIBRATION for name in ROWS for seed in range(options.seeds)]
+    models, names = list(CALIBRATION), list(ROWS)
+
+    def place(key: tuple[str, str, int]) -> tuple[int, int, int]:
+        return models.index(key[0]), names.index(key[1]), key[2]
+
     result: dict[str, Any] = {"tables": {}}
-    for model, name, seed in order:
+    for model, name, seed in product(models, names, range(options.seeds)):
         wanted = model in (options.model or CALIBRATION) and name in (options.only or USUAL)
         spec = spec_of(model, name, seed)
         if not wanted or (seed and not spec.learn and needs(spec, METHODS.load(spec.method)) == "none"):
             continue  # nothing of it depends on the sample
         if have.get((model, name, seed), {}).get("fingerprint") != fingerprint(model, spec):
             have[model, name, seed] = measure(model, name, seed, options.runs)
-        result = write([have[key] for key in sorted(have, key=order.index)], options.out)
+        result = write([have[key] for key in sorted(have, key=place)], options.out)
     for model, lines in result["tables"].items():
         for line in lines:
             print(model, line["method"], *(f"{metric.partition('@')[0]} {line[metric]['mean']:.3f}" for metric in line
