@@ -30,7 +30,7 @@ from nmsparse_deploy.rundir import RunDir, environment, now
 
 SAMPLES, BATCH, HELD_OUT = 64, 4, 2
 """Windows of 512 tokens for a block, windows that pass at a time, and batches that judge a whole model."""
-REHEARSAL = 3
+REHEARSAL = 8
 NAMES = ("maskllm, a block at a time", "closed-form + finetune", "proxsparse-local")
 """The last one takes no steps: it is the local form of a learned method's regulariser."""
 
@@ -52,14 +52,15 @@ def section(name: str, steps: int) -> dict[str, Any]:
 
 
 def rehearsed(name: str, runs: Path) -> float:
-    """Seconds of an optimiser step: of all blocks together, or of the model."""
+    """Seconds of an optimiser step: of all blocks together, or of the model. The hard mask is judged at the end only."""
     rehearsal = section(name, REHEARSAL)
     calibration = {**rehearsal["calibration"], "data": "wikipedia", "samples": (REHEARSAL + HELD_OUT) * BATCH}
     if name.startswith("maskllm"):
-        rehearsal |= {"include": ["*layers.0.*"], "calibration": {**calibration, "samples": SAMPLES}}
+        rehearsal |= {"include": ["*layers.0.*"], "calibration": {**calibration, "samples": SAMPLES},
+                      "learn": {**rehearsal["learn"], "evaluate_every": REHEARSAL}}
     else:
-        rehearsal |= {"method": "magnitude", "refine": rehearsal["refine"][-1:], "calibration": calibration,
-                      "sequential": False}
+        step = {**rehearsal["refine"][-1], "evaluate_every": REHEARSAL}
+        rehearsal |= {"method": "magnitude", "refine": [step], "calibration": calibration, "sequential": False}
     run = prune("demo", validate(Prune, rehearsal), runs / f"rehearsal-{name.replace(' ', '')}", progress=say)
     [facts] = run.read_json("refinements.json")
     blocks = len(run.read_json("plan.json")["blocks"]) if name.startswith("maskllm") else 1
