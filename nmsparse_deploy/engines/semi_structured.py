@@ -93,7 +93,7 @@ class CuSparseLt:
         options: dict[str, Any] = {"split_k": setting.split_k, "split_k_mode": setting.split_k_mode}
         y = torch._cslt_sparse_mm(weight, _padded(x).t(), bias, alpha, out if x.element_size() == 1 else None,
                                   setting.transposed, setting.algorithm,
-                                  **(options if setting.split_k_mode != -1 else {}))
+                                  **(options if setting.split_k != 1 else {}))
         return (y if setting.transposed else y.t())[:rows]
 
     def search(self, x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None,
@@ -134,7 +134,7 @@ def _searched(arguments: tuple[Any, ...]) -> Setting | None:
             algorithm, split_k, mode, *_ = whole(*arguments)
             return Setting(int(algorithm), int(split_k), int(mode), transposed)
         return Setting(int(torch._cslt_sparse_mm_search(*arguments)), transposed=transposed)
-    except RuntimeError:
+    except (RuntimeError, TypeError, ValueError):
         return None
 
 
