@@ -39,7 +39,7 @@ def python(address: str, home: Path, *arguments: str) -> subprocess.CompletedPro
     """A process that knows this hub and nothing of another one's cache."""
     offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     environment = {**{key: value for key, value in os.environ.items() if key not in offline},
-                   "HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+                   "HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=300)
 
 
