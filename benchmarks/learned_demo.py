@@ -52,7 +52,7 @@ def section(name: str, steps: int) -> dict[str, Any]:
 
 
 def rehearsed(name: str, runs: Path) -> float:
-    """Seconds of an optimiser step: of all blocks together, or of the model. The hard mask is judged at the end only."""
+    """Seconds of an optimiser step: of all blocks together, or of the model. The mask is judged at the end only."""
     rehearsal = section(name, REHEARSAL)
     calibration = {**rehearsal["calibration"], "data": "wikipedia", "samples": (REHEARSAL + HELD_OUT) * BATCH}
     if name.startswith("maskllm"):
