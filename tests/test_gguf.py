@@ -51,6 +51,7 @@ def write(path, module) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * (len(tokens) - 257))
     writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(256)  # transformers 5.17 wants one
     writer.add_eos_token_id(256)
     for name, value in module.state_dict().items():
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])

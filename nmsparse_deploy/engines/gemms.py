@@ -90,7 +90,8 @@ def _fixed(value: GraphInput, batch: int, length: int, given: Sequence[int] | No
 
 
 def gemms(path: Path, link: LinkMap | None, shapes: Mapping[str, Sequence[int]]) -> tuple[Gemm, ...]:
-    """Every multiplication by a stored weight, in the order of the nodes, with FLOPs at the input `shapes`."""
+    """Every multiplication by a stored weight that sums over something, in the order of the nodes, with FLOPs at the
+    input `shapes`."""
     graph = OnnxGraph(path)
     model = _load(path)
     parameters = {row.node: row.parameter for row in link.rows} if link else {}
@@ -98,6 +99,8 @@ def gemms(path: Path, link: LinkMap | None, shapes: Mapping[str, Sequence[int]])
     outputs = {_name(node.name, node.output): node.output[0] for node in model.graph.node if node.output}
     found = []
     for use in graph.uses:
+        if use.k == 1 and use.op != "Conv":  # an outer product, such as the angles of rotary positions
+            continue
         size = sizes.get(outputs.get(use.node, ""))
         found.append(Gemm(use.node, parameters.get(use.node), use.tensor, use.k, use.n, _computed_in(use),
                           reads.get(use.node, use.node), None if size is None else 2 * _reduction(use) * size))

@@ -229,6 +229,20 @@ def test_gemms_of_an_export_share_what_they_read_and_cost_what_they_cost(exporte
     assert all(gemm.flops == 2 * gemm.k * gemm.n * 2 * 8 for gemm in found)
 
 
+def test_the_outer_product_of_rotary_angles_is_no_gemm(tmp_path):
+    """Some exporters write positions times frequencies as a product with K = 1, which nothing could make sparse."""
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper
+
+    stored = [onnx.numpy_helper.from_array(np.ones(shape, np.float32), name) for name, shape in (("f", (1, 8)), ("w", (8, 4)))]
+    nodes = [helper.make_node("MatMul", ["x", "f"], ["a"], "outer"), helper.make_node("MatMul", ["a", "w"], ["y"], "inner")]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, width]) for name, width in (("x", 1), ("y", 4))]
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], stored)), str(path))
+    assert [(gemm.node, gemm.k) for gemm in gemms(path, None, {"x": (2, 1)})] == [("inner", 8)]
+
+
 def test_quantised_siblings_read_the_same_tensor(tmp_path):
     import onnx
     from onnx import helper
