@@ -45,12 +45,12 @@ def write(path, module) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     table = pico.tokenizer().get_vocab()
-    tokens = [*sorted(table, key=table.get), "ab"]
+    tokens = [*sorted(table, key=table.get), "ab", "cd"]
     tokens += [f"<unused{n}>" for n in range(config.vocab_size - len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * (len(tokens) - 257))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(256)  # transformers 5.17 wants one
     writer.add_eos_token_id(256)
     for name, value in module.state_dict().items():

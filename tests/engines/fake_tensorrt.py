@@ -151,7 +151,7 @@ def make(major: int, *, choose=lambda names: names, extra_log=(), parses=True, b
             return json.dumps({"layers": layers, "io": _io(network.model), "profile": config._profiles[0].shapes}).encode()
 
     def _layers(model, sparse, logger, choose):
-        stored = {t.name for t in model.graph.initializer}
+        stored = {t.name for t in model.graph.initializer if 1 not in t.dims[-2:]}  # rotary angles are no GEMM
         groups = {}
         for node in model.graph.node:
             if node.op_type in ("MatMul", "Gemm") and set(node.input) & stored:
