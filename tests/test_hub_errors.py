@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import pytest
 from huggingface_hub import errors as hub
@@ -35,6 +36,7 @@ def wrapped(cause: Exception) -> OSError:
     (hub.LocalEntryNotFoundError("offline"), "hub cannot be reached", 1),
     (hub.OfflineModeIsEnabled("offline"), "hub cannot be reached", 1),
     (ConnectError("Name or service not known"), "hub cannot be reached", 1),
+    (URLError("Name or service not known"), "hub cannot be reached", 1),
     (ValueError("bad config\nmore"), "cannot be loaded as a model: ", 2),
 ])
 def test_hub_answers_become_sentences(cause, sentence, code):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.error import URLError
+
 from ..errors import NmsparseError, UsageError
 
 
@@ -18,7 +20,7 @@ def refusal(error: BaseException, source: str, instead: str) -> NmsparseError | 
     if any(isinstance(e, hub.RepositoryNotFoundError) for e in links):
         return UsageError(f"There is no model '{source}' on the hub, and no local folder of that name.")
     offline = (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, ConnectionError)
-    if any(isinstance(e, offline) or "Connect" in type(e).__name__ for e in links):
+    if any(isinstance(e, offline) or type(e) is URLError or "Connect" in type(e).__name__ for e in links):
         return NmsparseError(f"The model '{source}' is not on this machine and the hub cannot be reached.", instead)
     return None
 
