@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,7 @@ def main() -> None:
     start = time.perf_counter()
     rows, sheets, lines, accuracy = measure(folder, options.runs, options.seeds, options.drawn, options.held_out)
     result = {
-        "command": f"python benchmarks/small_dit.py {' '.join(sys.argv[1:])}", "date": now(), "pattern": "2:4",
+        "command": f"python benchmarks/small_dit.py --out results/{options.out.name}", "date": now(), "pattern": "2:4",
         "training": json.loads(record.read_text()), "seconds": round(time.perf_counter() - start, 1),
         "calibration": CALIBRATION, "protocol": {
             "held_out": options.held_out, "drawn": options.drawn, "denoising_steps": STEPS,
