@@ -92,8 +92,8 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", *weights], ignore_patterns=["*.fp16.*"]))
     except Exception as error:  # the hub's clients fail in many ways
-        raise refusal(error, name, "give a local folder") or UsageError(
-            f"'{name}' cannot be loaded: {first_line(error)}.") from error
+        raise refusal(error, name, "give a local folder") or NmsparseError(
+            f"'{name}' cannot be downloaded: {first_line(error)}.") from error
 
 
 def empty(folder: Path, dtype: torch.dtype) -> LoadedModel:

@@ -19,10 +19,16 @@ def refusal(error: BaseException, source: str, instead: str) -> NmsparseError | 
         return NmsparseError(f"The model '{source}' is gated: its owner has to grant you access.", "hf auth login")
     if any(isinstance(e, hub.RepositoryNotFoundError) for e in links):
         return UsageError(f"There is no model '{source}' on the hub, and no local folder of that name.")
-    offline = (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, ConnectionError)
-    if any(isinstance(e, offline) or type(e) is URLError or "Connect" in type(e).__name__ for e in links):
+    offline = (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError)
+    if any(isinstance(e, offline) or unreachable(e) for e in links):
         return NmsparseError(f"The model '{source}' is not on this machine and the hub cannot be reached.", instead)
     return None
+
+
+def unreachable(error: BaseException) -> bool:
+    """Did nobody answer? The hub's client has changed the library that it asks with, so it is told by the name."""
+    named = any(word in type(error).__name__ for word in ("Connect", "Timeout"))
+    return named or isinstance(error, ConnectionError) or type(error) is URLError
 
 
 def chain(error: BaseException) -> list[BaseException]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NmsparseError, UsageError, first_line
+from ..models.refusals import unreachable
 from ..progress import Progress, silent
 from ..rundir import RunDir
 from .card import write_card
@@ -62,7 +63,7 @@ def _explain(error: Exception, repo: str) -> NmsparseError:
     if status in (401, 403, 404):
         return NmsparseError(f"The hub does not let this token write to '{repo}'.", "hf auth login, with a token that "
                              "may write")
-    if isinstance(error, ConnectionError) or "Connect" in type(error).__name__ or "Timeout" in type(error).__name__:
+    if unreachable(error):
         return NmsparseError(f"The hub cannot be reached, so '{repo}' was not published.",
                              "the same command publishes it later")
     return NmsparseError(f"'{repo}' was not published: {first_line(error)}.")
