@@ -44,6 +44,7 @@ from .packing import packed_models, verify_packed
 from .pattern import TWO_FOUR, Unstructured, parse_pattern
 from .plan import Plan, make_plan
 from .predict import count_flops, predict
+from .processes import here
 from .progress import Progress, silent
 from .prune import NOT_CHECKED, compute_dtype, prune
 from .quant import Range
@@ -327,9 +328,10 @@ def publish(run: RunDir, repo: str, private: bool = False, progress: Progress = 
 
 
 def run_recipe(recipe: Recipe, out: Path | None = None, force: bool = False, progress: Progress = silent) -> RunDir:
-    """Every stage of a recipe in order; finished stages of the same run are kept."""
+    """Every stage of a recipe in order; finished stages of the same run are kept. Several processes prune together, and
+    the first one does the rest."""
     run = prune(recipe.model, recipe.prune, out, force, progress)
-    if not run.finished("prune"):  # this process has only helped another one to learn
+    if not here().first:  # this process has only helped another one to prune
         return run
     stages: dict[str, tuple[Any, Any]] = {"export": (export, recipe.export), "evaluate": (evaluate, recipe.evaluate),
                                           "build": (build, recipe.build), "bench": (bench, recipe.bench)}

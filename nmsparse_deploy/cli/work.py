@@ -139,9 +139,11 @@ def _show_price(recipe: Any, path: Path) -> None:
 
 
 def _finish_run(run: Any) -> None:
-    if not run.finished("prune"):  # this process has only helped another one to learn
-        return
+    from ..processes import here
     from ..report.build import summary
+
+    if not here().first:  # this process has only helped another one to prune
+        return
 
     facts = summary(run)
     output.result({"run": str(run.path), **facts}, [*facts["lines"], f"report: {run / 'report/index.html'}"])
