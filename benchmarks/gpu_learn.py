@@ -3,18 +3,21 @@
     maskllm    2:4 masks for frozen weights through the whole model, cross-entropy and distillation
     finetune   the survivors of a one-shot mask trained against the dense model
 
-A slice ends by itself before its limit and goes on from the last checkpoint of the run folder when it is called again.
-The held-out loss is watched; the best masks so far win. After every slice `FOLDER/JOB.json` tells how far it came.
-Without `--dry` a GPU is needed. `--dry` learns a few steps of a given tiny model on a processor and means nothing.
+Both learn on the packaged Wikipedia sample and on text that the dense model writes, which fills up what that lacks.
+A slice ends by itself before its limit and goes on from the last checkpoint of the run folder when it is called again:
+keep the folder between slices. The held-out loss is watched; the best masks so far win. After every slice
+`FOLDER/JOB.json` tells how far it came (a copy goes to `$OUT` where that is set); a finished job is scored as
+`oneshot.py` does, and `results/gpu/learn-JOB.json` holds all of it. Without `--dry` a GPU is needed. `--dry` learns a
+few steps of a given tiny model on a processor and means nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,17 +28,22 @@ from benchmarks.gpu_bundle import BUNDLE, BundleError, unpacked
 MINUTES = 8.0
 RESERVE = 45
 """Seconds for loading and for the last checkpoint."""
+RESULTS = Path(__file__).parent.parent / "results"
+DATA = {"data": "wikipedia+generated", "samples": 4096, "length": 1024, "batch": 8}
+"""The sample of Wikipedia has about 530 such windows; the model writes the rest."""
 JOBS: dict[str, dict[str, Any]] = {
-    "maskllm": {"method": "maskllm", "calibration": {"samples": 1024, "length": 1024, "batch": 8},
+    "maskllm": {"method": "maskllm", "calibration": DATA,
                 "learn": {"objective": "global", "steps": 2000, "batch": 32, "evaluate_every": 50,
-                          "checkpoint_every": 50, "holdout": 0.05}},
-    "finetune": {"method": "sparsegpt", "calibration": {"samples": 1024, "length": 1024, "batch": 8},
-                 "refine": [{"name": "finetune", "how": "fixed", "steps": 2000, "batch": 32, "evaluate_every": 50,
-                             "checkpoint_every": 50, "holdout": 0.05}]}}
-DRY = {"maskllm": {"method": "maskllm", "calibration": {"samples": 8, "length": 16, "batch": 2},
+                          "checkpoint_every": 50, "holdout": 0.02}},
+    "finetune": {"method": "group-obs", "sequential": True, "calibration": DATA,
+                 "refine": [{"name": "refit"},
+                            {"name": "finetune", "how": "fixed", "steps": 2000, "batch": 32, "evaluate_every": 50,
+                             "checkpoint_every": 50, "holdout": 0.02}]}}
+DRY_DATA = {"data": "generated", "samples": 8, "length": 16, "batch": 2}
+DRY = {"maskllm": {"method": "maskllm", "calibration": DRY_DATA,
                    "learn": {"objective": "global", "steps": 6, "evaluate_every": 2, "checkpoint_every": 1,
                              "priors": ["magnitude"]}},
-       "finetune": {"method": "magnitude", "calibration": {"samples": 8, "length": 16, "batch": 2},
+       "finetune": {"method": "magnitude", "calibration": DRY_DATA,
                     "refine": [{"name": "finetune", "how": "fixed", "steps": 6, "evaluate_every": 2,
                                 "checkpoint_every": 1, "warmup": 1}]}}
 
@@ -47,26 +55,25 @@ class SliceOver(Exception):
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", action="append", choices=JOBS, help="left out: all; may be repeated")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs/gpu-learn")),
-                        help="folder of runs and checkpoints [default: $OUT, or runs/gpu-learn]")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu-learn"),
+                        help="folder of runs and checkpoints [default: runs/gpu-learn]")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="of one slice")
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--data", default="wikipedia", help="calibration text")
+    parser.add_argument("--data", help="calibration text instead of the job's own")
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
     parser.add_argument("--dry", action="store_true")
     given = parser.parse_args(arguments)
     if not given.dry and not has_gpu():
         print("gpu-learn: there is no CUDA device that this Python's torch can use (docs/gpu.md).", file=sys.stderr)
         return 1
-    with tempfile.TemporaryDirectory() as work:
-        try:
-            environment = unpacked(given.bundle, Path(work)) if given.bundle.is_dir() and not given.dry else {}
-        except BundleError as error:
-            print(f"gpu-learn: {error}", file=sys.stderr)
-            return 1
-        os.environ.update({name: value for name, value in environment.items() if name != "PYTHONPATH"})
-        sys.path[:0] = [environment["PYTHONPATH"]] if "PYTHONPATH" in environment else []
-        return learn(given)
+    try:  # beside the runs, where the next slice finds what the model wrote
+        environment = unpacked(given.bundle, given.out) if given.bundle.is_dir() and not given.dry else {}
+    except BundleError as error:
+        print(f"gpu-learn: {error}", file=sys.stderr)
+        return 1
+    os.environ.update({name: value for name, value in environment.items() if name != "PYTHONPATH"})
+    sys.path[:0] = [environment["PYTHONPATH"]] if "PYTHONPATH" in environment else []
+    return learn(given)
 
 
 def has_gpu() -> bool:
@@ -93,11 +100,13 @@ def learn(given: argparse.Namespace) -> int:
 
 def slice_of(job: str, given: argparse.Namespace, end: float) -> dict[str, Any]:
     """One slice of one job; writes `JOB.json`."""
+    from nmsparse_deploy.bench.machine import libraries
     from nmsparse_deploy.prune import prune
     from nmsparse_deploy.recipe import Prune, validate
+    from nmsparse_deploy.rundir import environment, now
 
     wanted = json.loads(json.dumps((DRY if given.dry else JOBS)[job]))
-    wanted["calibration"]["data"] = given.data
+    wanted["calibration"]["data"] = given.data or wanted["calibration"]["data"]
     spec = validate(Prune, wanted)
 
     def progress(text: str, done: int = 0, total: int = 0) -> None:
@@ -112,7 +121,39 @@ def slice_of(job: str, given: argparse.Namespace, end: float) -> dict[str, Any]:
         state = "to be continued"
     found = {"job": job, "dry": given.dry, "state": state, "recipe": spec.model_dump(mode="json"),
              **how_far(given.out / job, spec)}
-    write_json(given.out / f"{job}.json", found)
+    if state == "done" and not given.dry:
+        found |= {"scores": scores(given.out / job), "date": now(), "libraries": libraries(), **environment()}
+        write_json(RESULTS / f"gpu/learn-{job}.json", found)
+    for folder in filter(None, (given.out, os.environ.get("OUT"))):
+        write_json(Path(folder) / f"{job}.json", found)
+    return found
+
+
+def scores(run: Path) -> dict[str, Any]:
+    """Perplexity on the held-out texts that are there, and the share of the gap between SparseGPT and dense that is
+    closed; both ends of it are those of `results/baseline-smollm2-135m.json`, measured on a processor."""
+    import torch
+
+    from nmsparse_deploy import models
+    from nmsparse_deploy.calib.text import evaluation_sample, load_text
+    from nmsparse_deploy.errors import UsageError
+    from nmsparse_deploy.evaluate import perplexity
+
+    baseline = json.loads((RESULTS / "baseline-smollm2-135m.json").read_text())
+    protocol, loaded = baseline["protocol"], models.load(str(run / "model"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded.module.to(device, torch.bfloat16)
+    found: dict[str, Any] = {}
+    for text in protocol["texts"]:
+        try:
+            sample = evaluation_sample(load_text(text), loaded.processor, protocol["tokens"], protocol["context"])
+        except UsageError as error:
+            found[text] = {"not_measured": error.message}
+            continue
+        value = perplexity(loaded.module, sample, device.type, f"{run.name} {text}").value
+        dense, reference = (math.log(next(line for line in baseline["table"] if line["method"] == end)[text]["ppl"])
+                            for end in ("dense", "sparsegpt"))
+        found[text] = {"ppl": value, "gap_closed": (reference - math.log(value)) / (reference - dense)}
     return found
 
 

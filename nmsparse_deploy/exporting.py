@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from . import models
+from .calib.generated import GENERATED
 from .calib.sample import draw
 from .engines.base import agreement, compared
 from .engines.onnxruntime import OnnxRuntime
@@ -66,9 +68,13 @@ def export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str,
 def activation_ranges(run: RunDir, loaded: LoadedModel, targets: list[Target], progress: Progress) -> dict[str, Range]:
     """What the layers read and write on the run's calibration sample."""
     spec = Calibration(**run.manifest()["recipe"]["calibration"])
-    sample = draw(loaded, spec.model_copy(update={"samples": min(max(spec.samples, 1), WINDOWS)}), progress)
+    if GENERATED in spec.data:  # by the dense model, and kept
+        inputs = {"input_ids": load_file(run / "calibration.safetensors")["ids"][:WINDOWS].long()}
+    else:
+        few = spec.model_copy(update={"samples": min(max(spec.samples, 1), WINDOWS)})
+        inputs = draw(loaded, few, progress).inputs
     loaded.module.float()
-    return calibrate(loaded.module, targets, models.batches(loaded, sample.inputs, spec.batch), progress)
+    return calibrate(loaded.module, targets, models.batches(loaded, inputs, spec.batch), progress)
 
 
 def _quantise(folder: Path, result: ExportResult, cached: tuple[CacheGraph, ...], precision: str, spec: Export,

@@ -185,6 +185,7 @@ def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = sile
 def _evaluate_text(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate, device: torch.device,
                    compute: torch.dtype, progress: Progress) -> dict[str, Any]:
     source = "bbc" if spec.data == AUTO else spec.data
+    models.check_length(pruned, spec.context, "--context")
     progress(f"sampling {spec.tokens} tokens of {source}", 0, 0)
     sample = evaluation_sample(load_text(source), pruned.processor, spec.tokens, spec.context)
     record = _calibration_record(run)

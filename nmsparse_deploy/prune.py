@@ -83,7 +83,7 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
     stored = stored_priors(spec.learn, loaded.module, plan) if spec.learn else {}
     _check_scales_fit(plan, spec)
     idle = needs(spec, method) == "none" and not spec.learn and not spec.finetune
-    sample = None if idle else draw(loaded, spec.calibration, progress)
+    sample = None if idle else draw(loaded, spec.calibration, progress, compute)
     if team.first:
         RunDir.create(path, recipe, identity, force)
     team.wait()

@@ -24,8 +24,8 @@ AUTO = "auto"
 class Calibration(Frozen):
     """Which data the statistics come from.
 
-    `data` is a packaged set's name, a text file, a folder of texts or images, or an archive of images; `A+B` takes as
-    many images of each.
+    `data` is a packaged set's name, a text file, a folder of texts or images, an archive of images, or `generated` for
+    text that the model writes itself; `A+B` takes as many samples of each.
     """
 
     data: str = AUTO

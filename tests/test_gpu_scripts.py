@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 from benchmarks import gpu_bundle, gpu_learn, gpu_parts, gpu_proof
 from benchmarks.files import read_json
 from benchmarks.gpu_supervise import supervise
+from nmsparse_deploy.calib.generated import GENERATED
 from tests import pico
 
 SHELL = "/bin/sh"
@@ -176,9 +178,11 @@ def test_learning_stops_with_its_slice_and_goes_on(job, tmp_path, texts, monkeyp
     from nmsparse_deploy.train import loop
 
     source = pico.save(pico.llama(), tmp_path / "model")
-    asked = ["--dry", "--job", job, "--out", str(tmp_path / "out"), "--model", str(source), "--data", str(texts["calibration"]),
-             "--bundle", str(tmp_path / "none")]
+    asked = ["--dry", "--job", job, "--out", str(tmp_path / "out"), "--model", str(source), "--bundle", str(tmp_path / "none")]
     monkeypatch.setattr(loop, "QUIET", 0.0)  # the loop speaks after every step
+    monkeypatch.setenv("NMSPARSE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("OUT", str(tmp_path / "home"))
     assert gpu_learn.main([*asked, "--minutes", "0"]) == 0
     first = json.loads((tmp_path / f"out/{job}.json").read_text())
     assert first["state"] == "to be continued" and first["dry"] is True
@@ -187,7 +191,25 @@ def test_learning_stops_with_its_slice_and_goes_on(job, tmp_path, texts, monkeyp
     assert gpu_learn.main([*asked, "--minutes", "10"]) == 0
     last = json.loads((tmp_path / f"out/{job}.json").read_text())
     assert last["state"] == "done" and last["step"] == 6 and last["best"] <= last["prior"]
-    assert len(last["history"]) >= 3
+    assert len(last["history"]) >= 3 and "scores" not in last
+    assert json.loads((tmp_path / f"home/{job}.json").read_text()) == last, "a copy is brought home"
+    assert [file.name for file in (tmp_path / "home").iterdir()] == [f"{job}.json"], "and the runs stay"
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1, "written once"
+
+
+def test_a_finished_job_is_scored_against_the_ends_of_the_scale(tmp_path, texts, monkeypatch):
+    source = pico.save(pico.llama(), tmp_path / "out/maskllm/model")
+    texts = {"held out": str(texts["held_out"]), "elsewhere": "wikitext2"}
+    ends = [{"method": method, texts["held out"]: {"ppl": ppl}} for method, ppl in (("dense", 10.0), ("sparsegpt", 1000.0))]
+    monkeypatch.setattr(gpu_learn, "RESULTS", tmp_path)
+    monkeypatch.delenv("NMSPARSE_DATA", raising=False)
+    (tmp_path / "baseline-smollm2-135m.json").write_text(json.dumps(
+        {"protocol": {"tokens": 512, "context": 64, "texts": list(texts.values())}, "table": ends}))
+    found = gpu_learn.scores(source.parent)
+    one = found[texts["held out"]]
+    assert one["gap_closed"] == pytest.approx((math.log(1000) - math.log(one["ppl"])) / math.log(100))
+    assert 100 < one["ppl"] < 1000  # bytes, guessed by an untrained model
+    assert "NMSPARSE_DATA" in found["wikitext2"]["not_measured"]
 
 
 def test_the_learning_jobs_are_valid_recipes():
@@ -197,6 +219,7 @@ def test_the_learning_jobs_are_valid_recipes():
         for job in jobs.values():
             spec = validate(Prune, job)
             assert (spec.learn is None) != (spec.finetune is None)
+            assert GENERATED in spec.calibration.data, "no packaged text is long enough"
 
 
 def test_the_sparse_kernels_of_a_dry_run_are_gone_afterwards(tmp_path):

@@ -13,12 +13,10 @@ from ..errors import NmsparseError, UsageError
 from ..models.preprocess import Preprocess
 from ..progress import Progress, silent
 from .image_source import Images, load_images
+from .text import MIX
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-MIX = "+"
-"""`A+B` as a source: as many pictures of each."""
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from ..errors import UsageError
-from ..models import input_name
+from ..models import check_length, input_name
 from ..models.base import LoadedModel
 from ..progress import Progress, silent
 from ..recipe import AUTO, Calibration
+from .generated import GENERATED, generated
 from .images import calibration_images
 from .latents import calibration_latents, holds_latents
 from .prepared import ENDING, prepared
-from .sequences import calibration_sequences, paired
-from .text import calibration_sample, load_text
+from .sequences import calibration_sequences, longest, paired
+from .text import MIX, TokenSample, calibration_sample, load_text, mixed
 
 DEFAULTS = {"llm": "wikipedia", "encoder": "wikipedia", "seq2seq": "wikipedia",
             "vision": "fashion-mnist+tiny-photos", "diffusion": "fashion-mnist"}
@@ -37,8 +39,10 @@ class Sample(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
 
-def draw(loaded: LoadedModel, spec: Calibration, progress: Progress = silent) -> Sample:
-    """The calibration sample of `loaded`. Raises `UsageError` when there is too little data."""
+def draw(loaded: LoadedModel, spec: Calibration, progress: Progress = silent,
+         compute: torch.dtype = torch.float32) -> Sample:
+    """The calibration sample of `loaded`. Raises `UsageError` when there is too little data. A model that writes its
+    own does so in `compute`."""
     source = DEFAULTS[loaded.family] if spec.data == AUTO else spec.data
     if source.endswith(ENDING):
         progress(f"reading {source}", 0, 0)
@@ -55,9 +59,30 @@ def draw(loaded: LoadedModel, spec: Calibration, progress: Progress = silent) ->
         raise UsageError(f"'{loaded.source}' reads {input_name(loaded)}, so it cannot be calibrated on text.",
                          f"give inputs of its forward pass: --data FILE{ENDING}")
     progress(f"sampling {spec.samples} x {spec.length} tokens of {source}", 0, 0)
-    sample = calibration_sequences if loaded.family in ("encoder", "seq2seq") else calibration_sample
-    drawn = sample(load_text(source), loaded.processor, spec.samples, spec.length, spec.seed)
+    drawn = _text(loaded, source, spec, compute, progress)
     return _in_vocabulary(paired(drawn, loaded.module.config) if loaded.family == "seq2seq" else drawn, loaded)
+
+
+def _text(loaded: LoadedModel, source: str, spec: Calibration, compute: torch.dtype, progress: Progress) -> TokenSample:
+    """Windows of one text or of several; what the model is asked to write itself fills up what the texts lack."""
+    names = _sources(source)
+    whole = loaded.family in ("encoder", "seq2seq")
+    sample = calibration_sequences if whole else calibration_sample
+    check_length(loaded, min(spec.length, longest(loaded.processor)) if whole else spec.length, "--length")
+    fill = GENERATED in names
+    parts, left = [], spec.samples
+    for number, name in enumerate(sorted(names, key=GENERATED.__eq__)):
+        wanted = left // (len(names) - number)
+        parts.append(generated(loaded, wanted, spec.length, spec.seed, compute, progress) if name == GENERATED else
+                     sample(load_text(name), loaded.processor, wanted, spec.length, spec.seed, fill))
+        left -= len(parts[-1].ids)
+    return mixed(parts, spec.seed) if len(parts) > 1 else parts[0]
+
+
+def _sources(source: str) -> list[str]:
+    """The parts of `A+B`, if it is not the name of a file."""
+    parts = source.split(MIX)
+    return [source] if Path(source.partition("#")[0]).exists() or not all(parts) else parts
 
 
 def _in_vocabulary(sample: Sample, loaded: LoadedModel) -> Sample:

@@ -24,13 +24,14 @@ class SequenceSample(TokenSample):
         return {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)}
 
 
-def calibration_sequences(text: Text, tokenizer: Any, samples: int, length: int, seed: int) -> SequenceSample:
+def calibration_sequences(text: Text, tokenizer: Any, samples: int, length: int, seed: int,
+                          at_most: bool = False) -> SequenceSample:
     """`samples` distinct windows of `length` tokens with the special ones, at most what the tokenizer allows."""
     length = min(length, longest(tokenizer))
     around = tokenizer.num_special_tokens_to_add(pair=False)
     if length <= around:
         raise UsageError(f"A sequence of {length} tokens has no room for text beside {around} special tokens.")
-    plain = calibration_sample(text, tokenizer, samples, length - around, seed)
+    plain = calibration_sample(text, tokenizer, samples, length - around, seed, at_most)
     return _wrapped(plain, tokenizer)
 
 

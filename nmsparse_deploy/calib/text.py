@@ -6,8 +6,8 @@ import bz2
 import hashlib
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ _WIKITEXT = [(re.compile(pattern, re.M), plain) for pattern, plain in (
     (r" @([-,.])@ ", r"\1"), (r" ([,.:;!?%)\]])", r"\1"), (r"([(\[]) ", r"\1"),
     (r" (n't|'s|'re|'ve|'ll|'d|'m)\b", r"\1"), (r'" ([^"]*?) "', r'"\1"'), (r"^ *(?:= )+(.*?)(?: =)+ *$", r"\1"),
     (r" ?<unk>", ""), (r"^ +| +$", ""), (r"\n{3,}", "\n\n"))]
+MIX = "+"
+"""`A+B` as a source: as many samples of each."""
 NGRAM = 32
 """A run of this many equal tokens in two samples is the same text, not a coincidence."""
 
@@ -135,10 +137,23 @@ def windows(text: Text, tokenizer: Any, length: int) -> torch.Tensor:
     return ids[: len(ids) // length * length].view(-1, length)
 
 
-def calibration_sample(text: Text, tokenizer: Any, samples: int, length: int, seed: int) -> TokenSample:
-    """`samples` distinct windows drawn with `seed`. Raises `UsageError` when there are none or too few."""
-    return _choose(text, windows(text, tokenizer, length), samples, lambda count: torch.randperm(
+def calibration_sample(text: Text, tokenizer: Any, samples: int, length: int, seed: int,
+                       at_most: bool = False) -> TokenSample:
+    """`samples` distinct windows drawn with `seed`. Raises `UsageError` when there are none or, unless `at_most`, too
+    few."""
+    cut = windows(text, tokenizer, length)
+    samples = min(samples, max(len(cut), 1)) if at_most else samples
+    return _choose(text, cut, samples, lambda count: torch.randperm(
         count, generator=torch.Generator().manual_seed(seed))[:samples].sort().values, length)
+
+
+def mixed(parts: Sequence[TokenSample], seed: int) -> TokenSample:
+    """The samples of all parts in an order that `seed` decides, so that any stretch holds something of each."""
+    ids, windows = torch.cat([part.ids for part in parts]), [window for part in parts for window in part.windows]
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    digest = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()[:16]
+    return replace(parts[0], ids=ids[order], windows=tuple(windows[place] for place in order.tolist()),
+                   source=MIX.join(part.source for part in parts), fingerprint=digest)
 
 
 def evaluation_sample(text: Text, tokenizer: Any, tokens: int, length: int) -> TokenSample:

@@ -15,9 +15,12 @@ import torch
 
 from ..engines.onnxruntime import OnnxRuntime
 from ..errors import MissingExtra, NmsparseError, UsageError
+from ..models import longest
 from ..models.base import LoadedModel
 from .result import EvalResult
 
+UNKNOWN = 2048
+"""Tokens at once for a model whose config does not say."""
 BOOTSTRAP = 200
 """Resamples behind the standard error of what is no mean; means have theirs in closed form."""
 
@@ -28,7 +31,7 @@ def torch_lm(model: LoadedModel, batch: int = 8) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=model.module, tokenizer=model.processor, batch_size=batch,
-                max_length=longest(model), device=next(model.module.parameters()).device.type)
+                max_length=longest(model) or UNKNOWN, device=next(model.module.parameters()).device.type)
 
 
 def engine_lm(model: LoadedModel, session: OnnxRuntime) -> Any:
@@ -39,14 +42,7 @@ def engine_lm(model: LoadedModel, session: OnnxRuntime) -> Any:
     def run(ids: Any) -> Any:
         return next(iter(session.run({"input_ids": torch.from_numpy(ids)}).values()))
 
-    return EngineLM(run, model.processor, longest(model))
-
-
-def longest(model: LoadedModel) -> int:
-    """Tokens that the model takes at once."""
-    config: Any = getattr(model.module, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2048)
+    return EngineLM(run, model.processor, longest(model) or UNKNOWN)
 
 
 def zero_shot(lm: Any, tasks: Sequence[str], limit: int | None, where: str, dtype: str) -> list[EvalResult]:

@@ -10,12 +10,13 @@ import torch
 
 from ..calib.text import TokenSample, check_disjoint
 from ..engines.onnxruntime import OnnxRuntime
-from ..errors import MissingExtra, NmsparseError, UsageError
+from ..errors import MissingExtra, NmsparseError
+from ..models import check_length
 from ..models.base import LoadedModel
 from ..progress import Progress, silent
 from ..recipe import Evaluate
 from .arms import DENSE, PRUNED
-from .harness import engine_lm, longest, torch_lm, zero_shot
+from .harness import engine_lm, torch_lm, zero_shot
 from .perplexity import paired_ratio
 from .protocols import PROTOCOLS, protocol_perplexity, protocol_sample
 from .result import EvalResult
@@ -56,10 +57,8 @@ def evaluate_papers(models: Iterable[tuple[str, LoadedModel]], spec: Evaluate, c
 
 
 def _samples(model: LoadedModel, spec: Evaluate, progress: Progress) -> dict[str, TokenSample]:
-    most = longest(model)
-    if spec.protocols and spec.paper_context > most:
-        raise UsageError(f"The protocols' windows of {spec.paper_context} tokens are longer than the {most} that "
-                         f"'{model.name}' takes.", f"--paper-context {most}")
+    if spec.protocols:
+        check_length(model, spec.paper_context, "--paper-context")
     found: dict[str, TokenSample] = {}
     for name in spec.protocols:
         progress(f"reading the test set of {name}", 0, 0)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..assets import Asset, assets, fetch
-from ..errors import NmsparseError
+from ..errors import NmsparseError, UsageError
 from . import diffusion, hf, saliency, vision
 from .base import LoadedModel
 
@@ -110,6 +110,21 @@ def input_name(model: LoadedModel) -> str:
     if model.library == diffusion.LIBRARY:
         return diffusion.INPUT
     return vision.INPUT if model.library == "timm" else str(getattr(model.module, "main_input_name", "input_ids"))
+
+
+def longest(model: LoadedModel) -> int | None:
+    """Tokens that the model reads at once, as its config says."""
+    config: Any = getattr(model.module, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None)
+
+
+def check_length(model: LoadedModel, length: int, option: str) -> None:
+    """Raise `UsageError` for windows of more tokens than the model has positions for."""
+    most = longest(model)
+    if most is not None and length > most:
+        raise UsageError(f"Windows of {length} tokens are longer than the {most} that '{model.name}' takes.",
+                         f"{option} {most}")
 
 
 def save(model: LoadedModel, folder: Path, changed: Mapping[str, Callable[[], torch.Tensor]] | None = None) -> None:

@@ -51,11 +51,12 @@ def plan(model: str = DEFAULT_MODEL, spec: Allocate = Allocate(budget=1.0), prog
     parts = [[row] for row in base.pruned()] if mixed else fusion_groups(base)
     times = [[latencies.group([row.target for row in part], pattern) for pattern in patterns] for part in parts]
     share = flop_share(loaded, base, spec.calibration.length)
-    sample = draw(loaded, spec.calibration, progress)
-    start = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compute = compute_dtype(spec.compute, device)
+    sample = draw(loaded, spec.calibration, progress, compute)
+    start = time.perf_counter()
     curved = spec.estimator == "hutchinson"  # second derivatives drown in the rounding of 16 bits
-    loaded.module.to(device, torch.float32 if curved else compute_dtype(spec.compute, device))
+    loaded.module.to(device, torch.float32 if curved else compute)
     trials = _Trials(loaded, base.blocks, _batches(loaded, sample.inputs, spec.calibration.batch),
                      METHODS.load(spec.method), progress)
     rises = trials.rises(parts, patterns, spec)
