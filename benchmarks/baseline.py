@@ -52,7 +52,7 @@ def measure(name: str, method: dict[str, Any], seed: int, samples: dict[str, Tok
     """One method and seed: prune and score, unless an earlier call did; check that the texts are held out."""
     run = RunDir(runs / f"{name}-{seed}")
     if not (run / "scores.json").is_file():
-        calibration = {**method.get("calibration", {}), "data": "wikipedia", "seed": seed}
+        calibration = {"data": "wikipedia", **method.get("calibration", {}), "seed": seed}
         spec = validate(Prune, {**method, "calibration": calibration})
         prune("demo", spec, run.path, progress=say)
         run.write_json("scores.json", score(str(run / "model"), samples, run.path.name))

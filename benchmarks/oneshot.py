@@ -58,6 +58,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "ria": refined("ria"),
     "permute, wanda": {**refined("wanda"), "permute": True},
     "permute, closed-form": {**recipe("closed-form"), "permute": True},
+    "closed-form, generated text": {**recipe("closed-form"), "calibration": {"data": "generated"}},
     "wanda + swap": refined("wanda", "swap"),
     "isc-released": refined("isc-released"),
     "magnitude-2d": refined("magnitude-2d"),
@@ -83,7 +84,7 @@ def row(name: str, seed: int, samples: dict[str, TokenSample], runs: Path) -> di
 
 def spec_of(name: str, seed: int) -> Prune:
     section = {"calibration": {}, **ROWS[name]}
-    return validate(Prune, {**section, "calibration": {**section["calibration"], "data": "wikipedia", "seed": seed}})
+    return validate(Prune, {**section, "calibration": {"data": "wikipedia", **section["calibration"], "seed": seed}})
 
 
 def table(rows: list[dict[str, Any]], ends: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
