@@ -38,7 +38,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "finetune": {"method": "group-obs", "sequential": True, "calibration": DATA,
                  "refine": [{"name": "refit"},
                             {"name": "finetune", "how": "fixed", "steps": 2000, "batch": 32, "evaluate_every": 50,
-                             "checkpoint_every": 50, "holdout": 0.02}]}}
+                             "checkpoint_every": 50, "holdout": 0.02, "prior_samples": 256}]}}
 DRY_DATA = {"data": "generated", "samples": 8, "length": 16, "batch": 2}
 DRY = {"maskllm": {"method": "maskllm", "calibration": DRY_DATA,
                    "learn": {"objective": "global", "steps": 6, "evaluate_every": 2, "checkpoint_every": 1,

@@ -65,7 +65,7 @@ def estimate(loaded: LoadedModel, plan: Plan, spec: Prune, rates: Rates) -> Cost
     """
     method: Method = METHODS.load(one_shot_method(spec))
     need = needs(spec, method)
-    tokens = spec.calibration.samples * spec.calibration.length if need != "none" or spec.learn else 0
+    tokens = spec.walked * spec.calibration.length if need != "none" or spec.learn else 0
     targets = [row.target for row in plan.pruned()]
     inside = sum(row.target.k * row.target.n for row in plan.rows)
     gram, swept = need == "gram", (method.needs == "gram") + spec.rounds_last
@@ -173,7 +173,7 @@ def footprint(loaded: LoadedModel, plan: Plan, spec: Prune, compute: torch.dtype
     widths = [row.target.k for row in plan.rows if row.target.block == 0]
     hidden = compute.itemsize * min(widths, default=0) * spec.calibration.length
     batch = hidden * spec.calibration.batch
-    states = hidden * spec.calibration.samples * (5 if dense else 2) if need != "none" or spec.learn else 0
+    states = hidden * spec.walked * (5 if dense else 2) if need != "none" or spec.learn else 0
     blocks = [_of_block(loaded, plan, number, spec, compute) for number in range(len(plan.blocks))]
     inside = tuple(f"{path}." for path in plan.blocks)
     outside = max((size for name, size in weights.items() if not name.startswith(inside)), default=0)

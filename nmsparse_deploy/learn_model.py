@@ -17,7 +17,7 @@ from . import models
 from .block import prune_block
 from .calib.images import ImageSample
 from .calib.latents import NoisedSample
-from .calib.sample import Sample
+from .calib.sample import Sample, some
 from .calib.walk import BlockWalk
 from .errors import UsageError
 from .learn import FOLDER, Session
@@ -44,7 +44,7 @@ def learn_model(session: Session, loaded: LoadedModel, plan: Plan, spec: Prune,
     """Masks for everything in the plan by parameter name, and the facts. The model is dense before and after."""
     if session.spec.labels or session.spec.augment:
         sample = _in_any_order(sample, session.seed)
-    some = models.batches(loaded, _first(sample, session.spec.prior_samples), spec.calibration.batch)
+    few = models.batches(loaded, some(sample, session.spec.prior_samples), spec.calibration.batch)
     sites, weights = {}, []
     for row in plan.pruned():
         assert isinstance(row.pattern, NMPattern)
@@ -54,13 +54,13 @@ def learn_model(session: Session, loaded: LoadedModel, plan: Plan, spec: Prune,
     with torch.no_grad(), torch.autocast(session.device.type, session.compute,
                                          enabled=session.compute != torch.float32):
         output = loaded.module(**{name: value[:1] if isinstance(value, torch.Tensor) else value
-                                  for name, value in some[0].items()})
+                                  for name, value in few[0].items()})
     suits = objective(loaded, output)
     signal = suits.signal(output)
     subject, told = _subject(session, loaded, sites, suits, sample, spec.calibration.batch, signal.shape[-1])
     states = signal.numel() // signal.shape[-1]
     room = session.room(weights, states * subject.samples, signal.shape[-1])
-    priors = {method: _prior(session, loaded.module, plan, spec, method, some)
+    priors = {method: _prior(session, loaded.module, plan, spec, method, few)
               for method in session.spec.prior_methods} | dict(session.stored)
     with recomputed(loaded.module, plan.blocks if session.spec.gradient_checkpointing else ()):
         learnt, facts = session.learn(subject, priors, room, "whole", f"{spec.method} {spec.pattern}")
@@ -92,13 +92,6 @@ def _in_any_order(sample: Sample, seed: int) -> ImageSample:
     order = torch.randperm(len(sample), generator=torch.Generator().manual_seed(seed)).tolist()
     return replace(sample, chosen=tuple(sample.chosen[n] for n in order),
                    hashes=tuple(sample.hashes[n] for n in order))
-
-
-def _first(sample: Sample, count: int) -> dict[str, torch.Tensor]:
-    """Inputs of the first samples; of pictures no more are decoded."""
-    if isinstance(sample, ImageSample):
-        return replace(sample, chosen=sample.chosen[:count], hashes=sample.hashes[:count]).inputs
-    return {key: value[:count] for key, value in sample.inputs.items()}
 
 
 def _prior(session: Session, module: nn.Module, plan: Plan, spec: Prune, method: str,

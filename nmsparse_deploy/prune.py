@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from . import models
 from .block import PrunedBlock, needs, prune_block
 from .calib.buffers import Disk
-from .calib.sample import Sample, draw
+from .calib.sample import Sample, draw, some
 from .calib.walk import BlockWalk
 from .errors import CheckFailed, NmsparseError, UsageError
 from .learn import FOLDER, Session, one_shot_method, resolved, stored_priors, summary
@@ -261,7 +261,7 @@ class _Stage:
         """The calibration stream, or None when the method needs no data."""
         if self.sample is None or needs(self.spec, self.method) == "none":
             return None
-        batches = models.batches(self.loaded, self.sample.inputs, self.spec.calibration.batch)
+        batches = models.batches(self.loaded, some(self.sample, self.spec.walked), self.spec.calibration.batch)
         batches = batches[self.team.rank :: self.team.world]
         self.progress("capturing the inputs of the first block", 0, 0)
         both = any(step.dense_stream for step in self.spec.refine) or self._blockwise()

@@ -77,6 +77,12 @@ class Prune(Frozen):
         return next((step for step in self.refine if isinstance(step, Finetune)), None)
 
     @property
+    def walked(self) -> int:
+        """Calibration samples that pass from block to block; what trains the whole model reads all of them."""
+        samples = self.calibration.samples
+        return min(self.finetune.prior_samples or samples, samples) if self.finetune else samples
+
+    @property
     def rounds_last(self) -> bool:
         """Does `wbits` take a sweep of its own on the finished mask, because the method's own is not the last word?"""
         return self.wbits is not None and (bool(self.refine) or not METHODS.load(self.method).quantises)
@@ -364,7 +370,8 @@ def validate(model: type[Any], data: dict[str, Any]) -> Any:
         raise UsageError(f"{field}: {first['msg']} (got {first['input']!r}).") from error
 
 
-LATER = (("through", 0), ("shard", False), ("moments", 32), ("labels", False), ("augment", None))
+LATER = (("through", 0), ("shard", False), ("moments", 32), ("labels", False), ("augment", None),
+         ("prior_samples", 0))
 """Settings of steps and of learning that came later than runs, with the values that ask for nothing new."""
 
 

@@ -145,6 +145,7 @@ class Finetune(Step, Training):
     frozen: float = Field(0.2, ge=0, lt=1, description="share of the steps, at the end, with the mask fixed")
     decay: float = Field(2e-4, ge=0, description="pull of pruned weights to zero, in the gradient (sr-ste)")
     rank: int = Field(16, ge=1, description="of the adapters")
+    prior_samples: int = Field(0, ge=0, description="calibration samples for the method and the steps before; 0: all")
 
     @property
     def moves_mask(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from ..models.base import LoadedModel
 from ..progress import Progress, silent
 from ..recipe import AUTO, Calibration
 from .generated import GENERATED, generated
-from .images import calibration_images
+from .images import ImageSample, calibration_images
 from .latents import calibration_latents, holds_latents
 from .prepared import ENDING, prepared
 from .sequences import calibration_sequences, longest, paired
@@ -61,6 +62,19 @@ def draw(loaded: LoadedModel, spec: Calibration, progress: Progress = silent,
     progress(f"sampling {spec.samples} x {spec.length} tokens of {source}", 0, 0)
     drawn = _text(loaded, source, spec, compute, progress)
     return _in_vocabulary(paired(drawn, loaded.module.config) if loaded.family == "seq2seq" else drawn, loaded)
+
+
+def some(sample: Sample, count: int) -> dict[str, torch.Tensor]:
+    """Inputs of `count` of the samples, evenly spaced, or of all when there are no more; of pictures no others are
+    decoded."""
+    total = len(sample.chosen) if isinstance(sample, ImageSample) else len(next(iter(sample.inputs.values())))
+    if count >= total:
+        return sample.inputs
+    kept = torch.linspace(0, total - 1, count).round().long().tolist()
+    if isinstance(sample, ImageSample):
+        return replace(sample, chosen=tuple(sample.chosen[place] for place in kept),
+                       hashes=tuple(sample.hashes[place] for place in kept)).inputs
+    return {name: value[kept] for name, value in sample.inputs.items()}
 
 
 def _text(loaded: LoadedModel, source: str, spec: Calibration, compute: torch.dtype, progress: Progress) -> TokenSample:

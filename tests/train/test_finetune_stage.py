@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.pattern import check
 from nmsparse_deploy.prune import prune
-from nmsparse_deploy.recipe import Prune, validate
+from nmsparse_deploy.recipe import Calibration, Prune, fingerprint, validate
 from nmsparse_deploy.refine_model import in_fp32
 from nmsparse_deploy.verify import verify_checkpoint
 from tests import pico
@@ -18,10 +18,11 @@ from tests import pico
 WAYS = ["fixed", "sr-ste", "s-ste", "adapters"]
 
 
-def spec(texts, how="fixed", method="wanda", before=(), **changes) -> Prune:
+def spec(texts, how="fixed", method="wanda", before=(), prior_samples=0, **changes) -> Prune:
     calibration = {"data": str(texts["calibration"]), "samples": 10, "length": 32, "batch": 2}
     step = {"name": "finetune", "how": how, "steps": 6, "warmup": 0, "rate": 3e-3, "evaluate_every": 2,
-            "checkpoint_every": 2, "refresh": 1, "frozen": 0.34, "holdout": 0.2}
+            "checkpoint_every": 2, "refresh": 1, "frozen": 0.34, "holdout": 0.2,
+            "prior_samples": prior_samples}
     return validate(Prune, {"method": method, "calibration": calibration, "refine": [*before, step], **changes})
 
 
@@ -49,6 +50,23 @@ def test_it_ends_verified_and_better(how, llama_dir, texts, tmp_path):
             assert torch.equal(value, before[name]) == (value.ndim > 1)  # norms and biases learn, embeddings do not
     assert all(row["relative_error"] is None for row in run.read_json("layers.json"))
     assert not (run / "learning").exists()
+
+
+def test_what_comes_before_may_see_fewer_samples(llama_dir, texts, tmp_path):
+    """As if a run had been calibrated on those alone; training reads all of them."""
+    asked = spec(texts, prior_samples=4)
+    run = prune(str(llama_dir), asked, tmp_path / "run")
+    all_of_them = load_file(run / "calibration.safetensors")["ids"]
+    assert len(all_of_them) == 10 and asked.walked == 4 and spec(texts).walked == 10
+    few = all_of_them[[0, 3, 6, 9]].long()
+    save_file({"input_ids": few}, tmp_path / "few.inputs.safetensors")
+    update = {"calibration": Calibration(data=str(tmp_path / "few.inputs.safetensors"), samples=4, batch=2), "refine": ()}
+    plain = prune(str(llama_dir), asked.model_copy(update=update), tmp_path / "plain")
+    whole = prune(str(llama_dir), spec(texts).model_copy(update={"refine": ()}), tmp_path / "whole")
+    mine, same, other = (files(one)[1] for one in (run, plain, whole))
+    assert all(torch.equal(mine[name].unpack(), same[name].unpack()) for name in mine)
+    assert not all(torch.equal(mine[name].unpack(), other[name].unpack()) for name in mine)
+    assert fingerprint("m", spec(texts)) == fingerprint("m", spec(texts, prior_samples=0)) != fingerprint("m", asked)
 
 
 def test_after_a_learned_mask_and_on_a_conv1d_in_bf16(texts, tmp_path):
