@@ -1,10 +1,10 @@
-"""Learning on the demo model in a quarter of an hour: masks block by block, and masked distillation of the whole.
+"""Learning on the demo model in minutes: masks block by block, and masked distillation of the whole.
 
 `python benchmarks/learned_demo.py` writes results/learned-smollm2-135m.json, with the protocol, texts and ends of the
-scale of `baseline.py` and `oneshot.py`, and one seed. A row gets `--minutes` of optimiser steps: a rehearsal of a few
-steps says how many that is on this machine, and the count is kept, so that a run that was stopped goes on. What comes
-before the first step (priors, the closed form) is timed as well but not limited. Fine-tuning reads as many windows as
-its steps ask for, so that row calibrates on more than the 64 of the protocol.
+scale of `baseline.py` and `oneshot.py`, and one seed. A row gets a quarter of an hour of optimiser steps, or half of
+one: a rehearsal of a few steps says how many that is on this machine, and the count is kept, so that a run that was
+stopped goes on. What comes before the first step (priors, the closed form) is timed as well but not limited.
+Fine-tuning reads as many windows as its steps ask for; the closed form before it sees the 64 of the protocol.
 
 Rows that the output file holds for the same recipe are kept. `--only NAME` measures some rows; `--steps N` leaves the
 rehearsal out.
@@ -31,7 +31,8 @@ from nmsparse_deploy.rundir import RunDir, environment, now
 SAMPLES, BATCH, HELD_OUT = 64, 4, 2
 """Windows of 512 tokens for a block, windows that pass at a time, and batches that judge a whole model."""
 REHEARSAL = 8
-NAMES = ("maskllm, a block at a time", "closed-form + finetune", "proxsparse-local")
+MINUTES = {"maskllm, a block at a time": 15, "closed-form + finetune": 15, "closed-form + finetune, half an hour": 30,
+           "proxsparse-local": 0}
 """The last one takes no steps: it is the local form of a learned method's regulariser."""
 
 
@@ -45,7 +46,8 @@ def section(name: str, steps: int) -> dict[str, Any]:
     if "finetune" in name:
         found, batches = recipe("closed-form"), steps + HELD_OUT
         step = {"name": "finetune", "how": "fixed", "steps": steps, "warmup": min(steps - 1, 5),
-                "evaluate_every": judged, "checkpoint_every": judged, "holdout": HELD_OUT / batches}
+                "evaluate_every": judged, "checkpoint_every": judged, "holdout": HELD_OUT / batches,
+                "prior_samples": SAMPLES}
         return {**found, "refine": [*found["refine"], step],
                 "calibration": {"samples": batches * BATCH, "batch": BATCH}}
     return {"method": name}
@@ -67,14 +69,14 @@ def rehearsed(name: str, runs: Path) -> float:
     return blocks * facts["seconds"] / facts["steps"]
 
 
-def steps_of(name: str, minutes: float, runs: Path) -> int:
+def steps_of(name: str, runs: Path) -> int:
     """How many steps fit; decided once."""
     file = runs / "steps.json"
     kept = json.loads(file.read_text()) if file.is_file() else {}
-    key = f"{name} {minutes:g}"
+    key = f"{name} {MINUTES[name]}"
     if key not in kept:
         seconds = rehearsed(name, runs)
-        kept[key] = max(1, int(60 * minutes / seconds))
+        kept[key] = max(1, int(60 * MINUTES[name] / seconds))
         file.write_text(json.dumps(kept))
         print(f"{name}: {seconds:.1f} s a step, so {kept[key]} steps", flush=True)
     return kept[key]
@@ -84,8 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "results/learned-smollm2-135m.json")
     parser.add_argument("--runs", type=Path, default=Path("runs/learned-demo"))
-    parser.add_argument("--only", action="append", choices=NAMES, default=[])
-    parser.add_argument("--minutes", type=float, default=15.0)
+    parser.add_argument("--only", action="append", choices=list(MINUTES), default=[])
     parser.add_argument("--steps", type=int)
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
@@ -97,20 +98,20 @@ def main() -> None:
                    ("dense", "sparsegpt")} for text in texts}
     kept = json.loads(options.out.read_text())["rows"] if options.out.is_file() else []
     have = {found["method"]: found for found in kept}
-    for name in options.only or NAMES:
-        steps = options.steps or (0 if name == "proxsparse-local" else steps_of(name, options.minutes, options.runs))
+    for name in options.only or MINUTES:
+        steps = options.steps or (steps_of(name, options.runs) if MINUTES[name] else 0)
         oneshot.ROWS[name] = section(name, steps)
         if have.get(name, {}).get("fingerprint") == fingerprint("demo", spec_of(name, 0)):
             continue
-        print(f"{name}: about {options.minutes:g} min of steps" if steps else name, flush=True)
+        print(f"{name}: {steps} steps" if steps else name, flush=True)
         found = row(name, 0, samples, options.runs)
         have[name] = {**found, "steps": steps, "learning": _learning(options.runs / f"{name.replace(' ', '')}-0")}
-        rows = [have[one] for one in NAMES if one in have]
-        result = {"command": "python benchmarks/learned_demo.py", "date": now(), "model": "demo", "minutes":
-                  options.minutes, "protocol": baseline["protocol"], "ends": ends, **environment(),
+        rows = [have[one] for one in MINUTES if one in have]
+        result = {"command": "python benchmarks/learned_demo.py", "date": now(), "model": "demo",
+                  "minutes": MINUTES, "protocol": baseline["protocol"], "ends": ends, **environment(),
                   "table": table(rows, ends), "rows": rows}
         write_json(options.out, result)
-    for line in table([have[one] for one in NAMES if one in have], ends):
+    for line in table([have[one] for one in MINUTES if one in have], ends):
         print(line["method"], *(f"{t} {line[t]['ppl']:.2f} ({line[t]['gap_closed']:.2f})" for t in texts), flush=True)
 
 

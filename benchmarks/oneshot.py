@@ -50,6 +50,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "group-obs + refit": refined("group-obs", "refit"),
     "wanda + refit": refined("wanda", "refit"),
     "alps": refined("alps"),
+    "alps, closed-form": {**recipe("closed-form"), "method": "alps"},
     "isc": refined("isc"),
     "admm": refined("wanda", "admm"),
     "wanda + group-descent": refined("wanda", "group-descent"),
