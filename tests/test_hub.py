@@ -61,7 +61,7 @@ def test_a_model_is_pruned_by_its_name_and_only_its_weights_are_fetched(source, 
     assert done.returncode == 0 and f"{layers} layers pruned" in done.stdout, done.stderr
     assert [file for file in asked if file.endswith((".safetensors", ".bin"))] == [f"{name}/{WEIGHTS[name]}"]
     manifest = (tmp_path / "run/manifest.json").read_text()
-    assert hub_name(source) == name and (COMMIT in manifest or library == "timm")  # timm does not say
+    assert hub_name(source) == name and COMMIT in manifest
 
 
 def test_a_model_that_was_never_here_is_streamed_at_once(folders, tmp_path):

@@ -56,7 +56,7 @@ def checkpoint(source: str) -> Path | None:
     elif path.exists():
         folder = path
     else:
-        folder = _snapshot(source)
+        folder = snapshot(source)
     return folder if folder is not None and any(folder.glob("*.safetensors")) else None
 
 
@@ -75,12 +75,12 @@ def download(name: str) -> Path | None:
     return checkpoint(name)
 
 
-def _snapshot(name: str) -> Path | None:
-    """The folder of a hub model in the cache; its name is the commit."""
+def snapshot(name: str, file: str = "config.json", revision: str | None = None) -> Path | None:
+    """The folder of a hub model in the cache, if `file` is there; its name is the commit."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = try_to_load_from_cache(name, "config.json")
+        found = try_to_load_from_cache(name, file, revision=revision)
     except ValueError:  # not the name of a model
         found = None
     return Path(found).parent if isinstance(found, str) else None
@@ -108,8 +108,8 @@ def _from_pretrained(where: str, source: str, name: str, dtype: torch.dtype | No
         raise
     except Exception as error:
         raise _explain(error, source) from error
-    snapshot = None if Path(where).exists() else _snapshot(where)
-    facts = {**provenance, **({"revision": snapshot.name} if snapshot else {}), "class": type(module).__name__,
+    cached = None if Path(where).exists() else snapshot(where)
+    facts = {**provenance, **({"revision": cached.name} if cached else {}), "class": type(module).__name__,
              "dtype": str(module.dtype).removeprefix("torch.")}
     return LoadedModel(module.eval(), source, name, kind, processor=processor, provenance=facts,
                        weights=weights)

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import MissingExtra, NmsparseError, UsageError, first_line
 from .base import LoadedModel
+from .hf import snapshot
 from .preprocess import BICUBIC, Preprocess
 from .refusals import refusal
 
@@ -80,9 +81,19 @@ def load(source: str, dtype: torch.dtype | None = None) -> LoadedModel:
     except Exception as error:
         raise _explain(error, source, name, timm) from error
     module = module.eval().to(dtype) if dtype else module.eval()
-    facts = {"class": type(module).__name__, "architecture": str(module.pretrained_cfg.get("architecture", name)),
+    commit = None if checkpoint or not source.startswith(PREFIX) else _commit(module.pretrained_cfg)
+    facts = {**({"revision": commit} if commit else {}), "class": type(module).__name__,
+             "architecture": str(module.pretrained_cfg.get("architecture", name)),
              "dtype": str(next(module.parameters()).dtype).removeprefix("torch.")}
     return LoadedModel(module, source, name.rpartition("/")[2], "vision", "timm", _preprocess(timm, module), facts)
+
+
+def _commit(about: dict[str, Any]) -> str | None:
+    """Which commit of the hub the weights came from; timm does not say, so the cache is asked."""
+    name, _, revision = str(about.get("hf_hub_id") or "").partition("@")
+    files = filter(None, (about.get("hf_hub_filename"), "model.safetensors", "pytorch_model.bin"))
+    found = next(filter(None, (snapshot(name, file, revision or None) for file in files)), None) if name else None
+    return found.name if found else None
 
 
 def empty(folder: Path, dtype: torch.dtype) -> LoadedModel:
