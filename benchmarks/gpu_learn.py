@@ -30,7 +30,7 @@ RESERVE = 45
 """Seconds for loading and for the last checkpoint."""
 RESULTS = Path(__file__).parent.parent / "results"
 DATA = {"data": "wikipedia+generated", "samples": 4096, "length": 1024, "batch": 8}
-"""The sample of Wikipedia has about 530 such windows; the model writes the rest."""
+"""The sample of Wikipedia has 524 such windows; the model writes the rest."""
 JOBS: dict[str, dict[str, Any]] = {
     "maskllm": {"method": "maskllm", "calibration": DATA,
                 "learn": {"objective": "global", "steps": 2000, "batch": 32, "evaluate_every": 50,

@@ -30,7 +30,8 @@ from nmsparse_deploy.rundir import RunDir, environment, now
 
 SAMPLES, BATCH, HELD_OUT = 64, 4, 2
 """Windows of 512 tokens for a block, windows that pass at a time, and batches that judge a whole model."""
-REHEARSAL = 8
+REHEARSAL, MOST = 8, 1048 // BATCH - HELD_OUT
+"""Steps of a rehearsal, and as many as the text has windows for."""
 MINUTES = {"maskllm, a block at a time": 15, "closed-form + finetune": 15, "closed-form + finetune, half an hour": 30,
            "proxsparse-local": 0}
 """The last one takes no steps: it is the local form of a learned method's regulariser."""
@@ -76,7 +77,7 @@ def steps_of(name: str, runs: Path) -> int:
     key = f"{name} {MINUTES[name]}"
     if key not in kept:
         seconds = rehearsed(name, runs)
-        kept[key] = max(1, int(60 * MINUTES[name] / seconds))
+        kept[key] = min(max(1, int(60 * MINUTES[name] / seconds)), MOST)
         file.write_text(json.dumps(kept))
         print(f"{name}: {seconds:.1f} s a step, so {kept[key]} steps", flush=True)
     return kept[key]

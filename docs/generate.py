@@ -178,7 +178,7 @@ def small_plot() -> str | None:
 
 
 def demo_table() -> str:
-    """What a quarter of an hour of learning does to the demo model."""
+    """What minutes of learning do to the demo model."""
     file = ROOT / "results/learned-smollm2-135m.json"
     if not file.is_file():
         return "Not measured yet: `python benchmarks/learned_demo.py`."
