@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from . import models
 from .calib.generated import GENERATED
 from .calib.sample import draw
+from .calib.text import MIX
 from .engines.base import agreement, compared
 from .engines.onnxruntime import OnnxRuntime
 from .engines.tensorrt_rtx import TensorRtRtx
@@ -68,7 +69,7 @@ def export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str,
 def activation_ranges(run: RunDir, loaded: LoadedModel, targets: list[Target], progress: Progress) -> dict[str, Range]:
     """What the layers read and write on the run's calibration sample."""
     spec = Calibration(**run.manifest()["recipe"]["calibration"])
-    if GENERATED in spec.data:  # by the dense model, and kept
+    if GENERATED in spec.data.split(MIX):  # by the dense model, and kept
         inputs = {"input_ids": load_file(run / "calibration.safetensors")["ids"][:WINDOWS].long()}
     else:
         few = spec.model_copy(update={"samples": min(max(spec.samples, 1), WINDOWS)})

@@ -107,7 +107,7 @@ def prune(model: Model = DEMO,
           objective: Annotated[str | None, typer.Option(
               help="of a learned method: block, global, or auto [default: auto, global on a GPU]")] = None,
           data: Annotated[str, typer.Option(
-              help="calibration text, images, or inputs.safetensors; auto suits the model")] = "auto",
+              help="calibration text or images, inputs.safetensors, or generated; auto suits the model")] = "auto",
           samples: Annotated[int, typer.Option(help="calibration windows")] = 64,
           length: Annotated[int, typer.Option(help="tokens per window")] = 512,
           seed: int = 0,
