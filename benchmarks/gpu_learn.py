@@ -133,9 +133,10 @@ def scores(run: Path) -> dict[str, Any]:
     """Perplexity on the held-out texts that are there, and the share of the gap between SparseGPT and dense that is
     closed; both ends of it are those of `results/baseline-smollm2-135m.json`, measured on a processor."""
     import torch
+    from safetensors.torch import load_file
 
     from nmsparse_deploy import models
-    from nmsparse_deploy.calib.text import evaluation_sample, load_text
+    from nmsparse_deploy.calib.text import check_disjoint, evaluation_sample, load_text
     from nmsparse_deploy.errors import UsageError
     from nmsparse_deploy.evaluate import perplexity
 
@@ -150,6 +151,7 @@ def scores(run: Path) -> dict[str, Any]:
         except UsageError as error:
             found[text] = {"not_measured": error.message}
             continue
+        check_disjoint(load_file(run / "calibration.safetensors")["ids"], sample.ids)
         value = perplexity(loaded.module, sample, device.type, f"{run.name} {text}").value
         dense, reference = (math.log(next(line for line in baseline["table"] if line["method"] == end)[text]["ppl"])
                             for end in ("dense", "sparsegpt"))

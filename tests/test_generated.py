@@ -38,7 +38,7 @@ def writer(tmp_path_factory):
 def test_tokens_are_drawn_as_often_as_the_model_says():
     logits = torch.tensor([2.0, -1.0, 0.5, -torch.inf, 0.0, 1.0])
     chance = torch.rand(60_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    counts = torch.bincount(module.draw(logits.expand(len(chance), -1), chance), minlength=6).double()
+    counts = torch.bincount(module.sampled(logits.expand(len(chance), -1), chance), minlength=6).double()
     expected = logits.double().softmax(0) * len(chance)
     assert counts[3] == 0
     some = expected > 0
@@ -50,7 +50,7 @@ def test_a_token_of_probability_zero_is_never_drawn(size, seed, chance):
     logits = torch.randn(1, size, generator=torch.Generator().manual_seed(seed)) * 20
     logits[0, torch.rand(size, generator=torch.Generator().manual_seed(seed + 1)) < 0.7] = -torch.inf
     logits[0, seed % size] = 0.0
-    token = int(module.draw(logits, torch.tensor([chance], dtype=torch.float64)))
+    token = int(module.sampled(logits, torch.tensor([chance], dtype=torch.float64)))
     assert torch.isfinite(logits[0, token])
 
 
@@ -108,6 +108,10 @@ def test_two_texts_give_half_each_and_say_when_they_cannot(writer, texts):
     both = "+".join(str(path) for path in texts.values())
     drawn = sampling.draw(writer, Calibration(data=both, samples=10, length=32))
     assert drawn.ids.shape == (10, 32) and drawn.source == "calibration.txt+held_out.txt"
+    assert sampling.draw(writer, Calibration(data=both, samples=1, length=32)).source == "held_out.txt"
+    for none in (both, GENERATED, f"{both}+{GENERATED}"):
+        with pytest.raises(UsageError, match="at least one sample"):
+            sampling.draw(writer, Calibration(data=none, samples=0, length=32))
     with pytest.raises(UsageError, match="windows of 32 tokens"):
         sampling.draw(writer, Calibration(data=both, samples=100_000, length=32))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from benchmarks import gpu_bundle, gpu_learn, gpu_parts, gpu_proof
 from benchmarks.files import read_json
@@ -205,6 +206,7 @@ def test_a_finished_job_is_scored_against_the_ends_of_the_scale(tmp_path, texts,
     monkeypatch.delenv("NMSPARSE_DATA", raising=False)
     (tmp_path / "baseline-smollm2-135m.json").write_text(json.dumps(
         {"protocol": {"tokens": 512, "context": 64, "texts": list(texts.values())}, "table": ends}))
+    save_file({"ids": torch.zeros(2, 64, dtype=torch.int32)}, source.parent / "calibration.safetensors")
     found = gpu_learn.scores(source.parent)
     one = found[texts["held out"]]
     assert one["gap_closed"] == pytest.approx((math.log(1000) - math.log(one["ppl"])) / math.log(100))

@@ -1,7 +1,7 @@
 """Text that the dense model writes itself: calibration data for who has none, and any amount of it for distillation.
 
-As LLM-QAT does it (Liu et al. 2023, arXiv:2305.17888, section 3.1): any token of the vocabulary begins a text, the next
-few are the likeliest ones, and the rest is drawn from the model's own distribution.
+As in the data-free distillation of LLM-QAT (Liu et al. 2023, arXiv:2305.17888): any token of the vocabulary begins a
+text, the next few are the likeliest ones, and the rest is drawn from the model's own distribution.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def generated(loaded: LoadedModel, samples: int, length: int, seed: int, compute
 
     Raises `UsageError` for a model that does not write text, or whose weights are not all in memory.
     """
+    if samples < 1:
+        raise UsageError("Zero calibration tokens were asked for; at least one sample is needed.")
     if loaded.family != "llm" or loaded.processor is None:
         raise UsageError(f"'{loaded.source}' writes no text, so it cannot be calibrated on its own.",
                          "give data of its kind with --data")
@@ -101,12 +103,12 @@ def _continued(module: Any, first: torch.Tensor, chance: torch.Tensor) -> torch.
                              "give a text with --data")
         if not torch.isfinite(logits).all():
             raise NmsparseError("The model's predictions contain NaN or Inf, so it cannot write text.")
-        ids.append(logits.argmax(-1) if step < CERTAIN else draw(logits, chance[:, step]))
+        ids.append(logits.argmax(-1) if step < CERTAIN else sampled(logits, chance[:, step]))
         token = ids[-1][:, None]
     return torch.stack(ids, 1)
 
 
-def draw(logits: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+def sampled(logits: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
     """One token for each row of `logits` `[rows, vocabulary]`, by inverting the distribution at `chance` `[rows]`."""
     reached = logits.double().softmax(-1).cumsum(-1)
     # The sum ends a rounding away from one, and a token of probability zero is never meant.

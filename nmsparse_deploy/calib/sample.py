@@ -87,6 +87,8 @@ def _text(loaded: LoadedModel, source: str, spec: Calibration, compute: torch.dt
     parts, left = [], spec.samples
     for number, name in enumerate(sorted(names, key=GENERATED.__eq__)):
         wanted = left // (len(names) - number)
+        if not wanted and spec.samples:  # fewer samples than sources
+            continue
         parts.append(generated(loaded, wanted, spec.length, spec.seed, compute, progress) if name == GENERATED else
                      sample(load_text(name), loaded.processor, wanted, spec.length, spec.seed, fill))
         left -= len(parts[-1].ids)
