@@ -20,6 +20,7 @@ from typing import Any
 import oneshot
 from baseline import CONTEXT, TOKENS, say
 from files import write_json
+from gap import gap_ends
 from oneshot import BASELINE, ROOT, recipe, row, spec_of, table
 
 from nmsparse_deploy import models
@@ -95,8 +96,7 @@ def main() -> None:
     texts = baseline["protocol"]["texts"]
     tokenizer = models.load("demo").processor
     samples = {text: evaluation_sample(load_text(text), tokenizer, TOKENS, CONTEXT) for text in texts}
-    ends = {text: {line["method"]: line[text]["ppl"] for line in baseline["table"] if line["method"] in
-                   ("dense", "sparsegpt")} for text in texts}
+    ends = gap_ends(baseline)
     kept = json.loads(options.out.read_text())["rows"] if options.out.is_file() else []
     have = {found["method"]: found for found in kept}
     for name in options.only or MINUTES:

@@ -22,6 +22,7 @@ from typing import Any
 
 from baseline import CONTEXT, TOKENS, measure, say, score
 from files import write_json
+from gap import gap_closed, gap_ends
 
 from nmsparse_deploy import models
 from nmsparse_deploy.calib.text import TokenSample, evaluation_sample, load_text
@@ -95,11 +96,11 @@ def table(rows: list[dict[str, Any]], ends: dict[str, dict[str, float]]) -> list
         mine = [found for found in rows if found["method"] == name]
         line: dict[str, Any] = {"method": name, "seeds": len(mine), "peak_memory_mb": mine[0]["peak_memory_mb"],
                                 "seconds": statistics.median(found["seconds"] for found in mine)}
-        for text, (dense, reference) in ((text, (end["dense"], end["sparsegpt"])) for text, end in ends.items()):
+        for text, end in ends.items():
             logs = [math.log(found["scores"][text]["value"]) for found in mine]
             log = statistics.fmean(logs)
             line[text] = {"ppl": math.exp(log), "seed_spread": statistics.stdev(logs) if len(logs) > 1 else None,
-                          "gap_closed": (math.log(reference) - log) / (math.log(reference) - math.log(dense))}
+                          "gap_closed": gap_closed(log, end)}
         lines.append(line)
     return lines
 
@@ -120,8 +121,7 @@ def main() -> None:
     baseline = json.loads(BASELINE.read_text())
     texts = baseline["protocol"]["texts"]
     samples = {text: evaluation_sample(load_text(text), tokenizer, TOKENS, CONTEXT) for text in texts}
-    ends = {text: {line["method"]: line[text]["ppl"] for line in baseline["table"] if line["method"] in
-                   ("dense", "sparsegpt")} for text in texts}
+    ends = gap_ends(baseline)
     kept = json.loads(options.out.read_text())["rows"] if options.out.is_file() else []
     have = {(found["method"], found["seed"]): found for found in kept}
     for seed in range(options.seeds):

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -201,7 +202,8 @@ def test_learning_stops_with_its_slice_and_goes_on(job, tmp_path, texts, monkeyp
 def test_a_finished_job_is_scored_against_the_ends_of_the_scale(tmp_path, texts, monkeypatch):
     source = pico.save(pico.llama(), tmp_path / "out/maskllm/model")
     texts = {"held out": str(texts["held_out"]), "elsewhere": "wikitext2"}
-    ends = [{"method": method, texts["held out"]: {"ppl": ppl}} for method, ppl in (("dense", 10.0), ("sparsegpt", 1000.0))]
+    ends = [{"method": method, **{text: {"ppl": ppl} for text in texts.values()}}
+            for method, ppl in (("dense", 10.0), ("sparsegpt", 1000.0))]
     monkeypatch.setattr(gpu_learn, "RESULTS", tmp_path)
     monkeypatch.delenv("NMSPARSE_DATA", raising=False)
     (tmp_path / "baseline-smollm2-135m.json").write_text(json.dumps(
@@ -212,6 +214,20 @@ def test_a_finished_job_is_scored_against_the_ends_of_the_scale(tmp_path, texts,
     assert one["gap_closed"] == pytest.approx((math.log(1000) - math.log(one["ppl"])) / math.log(100))
     assert 100 < one["ppl"] < 1000  # bytes, guessed by an untrained model
     assert "NMSPARSE_DATA" in found["wikitext2"]["not_measured"]
+
+
+def test_a_finished_job_is_scored_once_and_kept_with_the_results(tmp_path, monkeypatch):
+    monkeypatch.setenv("NMSPARSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gpu_learn, "JOBS", gpu_learn.DRY)
+    monkeypatch.setattr(gpu_learn, "RESULTS", tmp_path / "results")
+    scored = []
+    monkeypatch.setattr(gpu_learn, "scores", lambda run: scored.append(run) or {"bbc": {"ppl": 1.0}})
+    source = pico.save(pico.llama(), tmp_path / "model")
+    given = Namespace(dry=False, data=None, out=tmp_path / "out", model=str(source))
+    (tmp_path / "out").mkdir()
+    first, again = (gpu_learn.slice_of("maskllm", given, math.inf) for _ in range(2))
+    assert scored == [tmp_path / "out/maskllm"] and first["state"] == "done" and again == read_json(tmp_path / "out/maskllm.json")
+    assert read_json(tmp_path / "results/gpu/learn-maskllm.json") == again == json.loads(json.dumps(first))
 
 
 def test_the_learning_jobs_are_valid_recipes():

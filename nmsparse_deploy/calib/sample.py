@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,14 +66,14 @@ def draw(loaded: LoadedModel, spec: Calibration, progress: Progress = silent,
 def some(sample: Sample, count: int) -> dict[str, torch.Tensor]:
     """Inputs of `count` of the samples, evenly spaced, or of all when there are no more; of pictures no others are
     decoded."""
-    total = len(sample.chosen) if isinstance(sample, ImageSample) else len(next(iter(sample.inputs.values())))
-    if count >= total:
-        return sample.inputs
-    kept = torch.linspace(0, total - 1, count).round().long().tolist()
     if isinstance(sample, ImageSample):
-        return replace(sample, chosen=tuple(sample.chosen[place] for place in kept),
-                       hashes=tuple(sample.hashes[place] for place in kept)).inputs
-    return {name: value[kept] for name, value in sample.inputs.items()}
+        return sample.without((), count).inputs
+    inputs = sample.inputs
+    total = len(next(iter(inputs.values())))
+    if count >= total:
+        return inputs
+    kept = torch.linspace(0, total - 1, count).round().long().tolist()
+    return {name: value[kept] for name, value in inputs.items()}
 
 
 def _text(loaded: LoadedModel, source: str, spec: Calibration, compute: torch.dtype, progress: Progress) -> TokenSample:
