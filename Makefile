@@ -21,7 +21,7 @@ $(VENV)/.done: pyproject.toml constraints/cpu.txt
 	$(BIN)/python -m pip install --quiet $(PINS) $(TORCH)
 	$(BIN)/python -m pip install --quiet $(PINS) -e '.[dev,vision]'
 	@site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'); \
-	  cp tests/torchvision_cpu.py "$$site/" && echo 'import torchvision_cpu' > "$$site/torchvision_cpu.pth"
+	  cp tests/fixtures/torchvision_cpu.py "$$site/" && echo 'import torchvision_cpu' > "$$site/torchvision_cpu.pth"
 	@touch $@
 
 demo: setup  ## prune a real model to 2:4, prove it, export it, compare it, report; MODEL=vit for a vision model

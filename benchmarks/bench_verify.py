@@ -49,7 +49,7 @@ def verify(path: Path) -> None:
             pass
     import torch
 
-    from nmsparse_deploy.verify import verify_checkpoint
+    from nmsparse_deploy.prove import verify_checkpoint
 
     torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -15,20 +15,20 @@ from pathlib import Path
 import torch
 from files import write_json
 
-from nmsparse_deploy.engines.base import agreement
-from nmsparse_deploy.engines.onnxruntime import OnnxRuntime
-from nmsparse_deploy.engines.tensorrt_rtx import TensorRtRtx
 from nmsparse_deploy.errors import NmsparseError
-from nmsparse_deploy.export import LinkMap, export_onnx
-from nmsparse_deploy.export.cached import check_steps, export_cached
-from nmsparse_deploy.export.qdq import insert_qdq
-from nmsparse_deploy.export.share import share_weights
 from nmsparse_deploy.masks import Mask, MaskSet, tensor_hash
-from nmsparse_deploy.models.discover import discover
+from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.pattern import TWO_FOUR, project
-from nmsparse_deploy.quant import calibrate
-from nmsparse_deploy.rundir import environment, now
-from nmsparse_deploy.verify import verify_onnx
+from nmsparse_deploy.prove import verify_onnx
+from nmsparse_deploy.ship.engine import agreement
+from nmsparse_deploy.ship.onnx import LinkMap, export_onnx
+from nmsparse_deploy.ship.onnx.cached import check_steps, export_cached
+from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime
+from nmsparse_deploy.ship.onnx.qdq import insert_qdq
+from nmsparse_deploy.ship.onnx.share import share_weights
+from nmsparse_deploy.ship.quantise import calibrate
+from nmsparse_deploy.ship.tensorrt.rtx import TensorRtRtx
+from nmsparse_deploy.system.environment import environment, now
 
 WIDTH, INNER, HEADS, VOCABULARY = 128, 256, 4, 128
 PRECISIONS = (("fp16", ""), ("int8", "channel"), ("int8", "tensor"), ("fp8", "channel"), ("fp8", "tensor"))

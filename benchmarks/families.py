@@ -13,17 +13,17 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from benchmarks.files import write_json
-from nmsparse_deploy.rundir import environment, now
-from tests import torchvision_cpu  # noqa: F401 - before anything looks for torchvision
+from nmsparse_deploy.system.environment import environment, now
+from tests.fixtures import torchvision_cpu  # noqa: F401 - before anything looks for torchvision
 
 RESULT = Path(__file__).parent.parent / "results/families.json"
 
 
 def main(names: list[str]) -> None:
-    from tests import pico
-    from tests.family_check import COLUMNS, check
-    from tests.vision import small
-    from tests.zoo import FAMILIES
+    from tests.fixtures import pico
+    from tests.fixtures import small_vision as small
+    from tests.fixtures.family_check import COLUMNS, check
+    from tests.fixtures.zoo import FAMILIES
 
     rows = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -92,8 +92,8 @@ def wheels(folder: Path) -> list[str]:
 
 
 def _asset(key: str, folder: Path, data: dict[str, Any]) -> None:
-    from nmsparse_deploy.assets import cache_dir, fetch
     from nmsparse_deploy.errors import NmsparseError
+    from nmsparse_deploy.system.assets import cache_dir, fetch
 
     try:
         place = fetch(key)

@@ -101,10 +101,10 @@ def learn(given: argparse.Namespace) -> int:
 
 def slice_of(job: str, given: argparse.Namespace, end: float) -> dict[str, Any]:
     """One slice of one job; writes `JOB.json`."""
-    from nmsparse_deploy.bench.machine import libraries
-    from nmsparse_deploy.prune import prune
-    from nmsparse_deploy.recipe import Prune, validate
-    from nmsparse_deploy.rundir import environment, now
+    from nmsparse_deploy.find.prune import prune
+    from nmsparse_deploy.recipe.recipe import Prune, validate
+    from nmsparse_deploy.system.environment import environment, now
+    from nmsparse_deploy.system.gpu_clock import libraries
 
     wanted = json.loads(json.dumps((DRY if given.dry else JOBS)[job]))
     wanted["calibration"]["data"] = given.data or wanted["calibration"]["data"]
@@ -142,9 +142,9 @@ def scores(run: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from nmsparse_deploy import models
-    from nmsparse_deploy.calib.text import check_disjoint, evaluation_sample, load_text
+    from nmsparse_deploy.data.text import check_disjoint, evaluation_sample, load_text
     from nmsparse_deploy.errors import UsageError
-    from nmsparse_deploy.evaluate import perplexity
+    from nmsparse_deploy.measure.evaluate import perplexity
 
     baseline = json.loads((RESULTS / "baseline-smollm2-135m.json").read_text())
     protocol, ends = baseline["protocol"], gap_ends(baseline)
@@ -184,7 +184,7 @@ def _record(run: Path) -> dict[str, Any]:
     """The newest checkpoint's record."""
     from safetensors import safe_open
 
-    from nmsparse_deploy.train.checkpoint import RECORD
+    from nmsparse_deploy.find.learn.checkpoint import RECORD
 
     for path in sorted(run.rglob("*.safetensors"), key=lambda file: -file.stat().st_mtime):
         with safe_open(path, framework="pt") as file:

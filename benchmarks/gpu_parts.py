@@ -47,7 +47,7 @@ class Setting:
 
 def ladder(setting: Setting) -> None:
     """Dense against sparse for every shape, number of rows and precision, most important first."""
-    from nmsparse_deploy.bench.crossover import crossover, markdown, tables, wins
+    from nmsparse_deploy.measure.bench.crossover import crossover, markdown, tables, wins
 
     lines: list[Any] = []
     listed = DRY_SHAPES if setting.dry else LADDER
@@ -92,7 +92,7 @@ def llama(setting: Setting) -> None:
 
 def _arms(setting: Setting, name: str, make: Callable[[], Any], jobs: list[tuple[int, int]]) -> None:
     """All arms of a model with random weights and a magnitude mask."""
-    from nmsparse_deploy.bench.model import Job
+    from nmsparse_deploy.measure.bench.model_arms import Job
 
     done: dict[str, Any] = {"model": name, "weights": "random", "runs": []}
     for precision in PRECISIONS:
@@ -107,7 +107,7 @@ def _arms(setting: Setting, name: str, make: Callable[[], Any], jobs: list[tuple
 
 
 def _random_arms(setting: Setting, name: str, make: Callable[[], Any], job: Any) -> dict[str, Any]:
-    from nmsparse_deploy.bench.model import bench_arms
+    from nmsparse_deploy.measure.bench.model_arms import bench_arms
     from nmsparse_deploy.models.base import LoadedModel
     from nmsparse_deploy.models.preprocess import from_config
 
@@ -152,7 +152,7 @@ def magnitude(loaded: Any) -> Any:
     """A 2:4 mask for every target, by magnitude."""
     from nmsparse_deploy import models
     from nmsparse_deploy.masks import Mask, MaskSet
-    from nmsparse_deploy.models.discover import discover
+    from nmsparse_deploy.models.discovery import discover
     from nmsparse_deploy.pattern import TWO_FOUR, project
 
     found = discover(loaded.module, models.sample_inputs(loaded))
@@ -171,8 +171,8 @@ def learning(setting: Setting) -> None:
 def small(setting: Setting) -> None:
     """The small real models whose files are here."""
     from nmsparse_deploy import models
-    from nmsparse_deploy.bench.model import Job, bench_arms
     from nmsparse_deploy.errors import NmsparseError, first_line
+    from nmsparse_deploy.measure.bench.model_arms import Job, bench_arms
 
     done: dict[str, Any] = {"runs": [], "missing": []}
     jobs = {"demo": (4, 1024), "vit": (64, 1), "minilm": (64, 128)}
@@ -199,9 +199,9 @@ def compiled(setting: Setting) -> None:
     """One Llama-8B MLP under torch.compile, dense and sparse, at 4096 rows, replayed as CUDA graphs."""
     import torch
 
-    from nmsparse_deploy.bench.auto import twins
-    from nmsparse_deploy.bench.timing import interleave, ratio, summarise
     from nmsparse_deploy.errors import first_line
+    from nmsparse_deploy.ship.torch_sparse.kernel_choice import twins
+    from nmsparse_deploy.system.timing import interleave, ratio, summarise
 
     k, n, rows = (64, 128, 16) if setting.dry else (4096, 14336, 4096)
     machine, done = setting.machine, {"k": k, "n": n, "rows": rows, "precisions": {}}
@@ -250,8 +250,8 @@ PARTS: dict[str, tuple[Callable[[Setting], None], int]] = {
 
 def run_part(name: str, seconds: float, out: Path, dry: bool) -> None:
     """Run one part on this machine, or dry."""
-    from nmsparse_deploy.bench.machine import dry_machine, require_gpu
-    from nmsparse_deploy.engines.semi_structured import StandIn, standing_in
+    from nmsparse_deploy.ship.torch_sparse.semi_structured import StandIn, standing_in
+    from nmsparse_deploy.system.gpu_clock import dry_machine, require_gpu
 
     machine = dry_machine() if dry else require_gpu("The GPU proof")
 

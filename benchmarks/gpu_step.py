@@ -43,7 +43,7 @@ def compare_steps(setting: Any) -> None:
 def _measure(step: Any, setting: Any) -> dict[str, Any]:
     import torch
 
-    from nmsparse_deploy.bench.timing import interleave, summarise, wall
+    from nmsparse_deploy.system.timing import interleave, summarise, wall
 
     def whole() -> None:
         step()
@@ -62,7 +62,7 @@ def plain_step(module: Any, batches: list[Any]) -> Any:
     """Train every weight with AdamW."""
     import torch
 
-    from nmsparse_deploy.train.losses import next_token
+    from nmsparse_deploy.find.learn.losses import next_token
 
     optimiser = torch.optim.AdamW(module.parameters(), 1e-4)
 
@@ -82,15 +82,15 @@ def masked_step(module: Any, batches: list[Any], distill: float) -> Any:
     """Train the logits of a MaskLLM mask on every block GEMM, as the loop of the package does."""
     import torch
 
+    from nmsparse_deploy.find.learn.mask_parametrization import Site
+    from nmsparse_deploy.find.learn.step_context import Moment
+    from nmsparse_deploy.find.learn.subjects import WholeModel
     from nmsparse_deploy.models.base import to_rows
-    from nmsparse_deploy.models.discover import discover
-    from nmsparse_deploy.objective import Objective
+    from nmsparse_deploy.models.discovery import discover
+    from nmsparse_deploy.models.objective import Objective
     from nmsparse_deploy.pattern import TWO_FOUR, project
+    from nmsparse_deploy.recipe.learn_settings import MaskLLM
     from nmsparse_deploy.registry import LEARNERS
-    from nmsparse_deploy.train.masked import Site
-    from nmsparse_deploy.train.moment import Moment
-    from nmsparse_deploy.train.subjects import WholeModel
-    from nmsparse_deploy.train_settings import MaskLLM
 
     spec = MaskLLM(steps=100, distill=distill).settled("global")
     targets = discover(module, {"input_ids": batches[0][:2, :16]}).targets

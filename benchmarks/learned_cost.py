@@ -19,20 +19,20 @@ import torch
 from files import write_json
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nmsparse_deploy.bench import interleave, ratio, summarise
-from nmsparse_deploy.memory import give_back, used
-from nmsparse_deploy.methods.maskllm import LEARNED, bytes_per_weight
-from nmsparse_deploy.models.discover import discover
-from nmsparse_deploy.objective import Objective
+from nmsparse_deploy.find.learn.learner import BEST
+from nmsparse_deploy.find.learn.mask_parametrization import Site, detach
+from nmsparse_deploy.find.learn.step_context import Moment
+from nmsparse_deploy.find.learn.subjects import WholeModel
+from nmsparse_deploy.find.methods.maskllm import LEARNED, bytes_per_weight
+from nmsparse_deploy.find.plan.make_plan import make_plan
+from nmsparse_deploy.find.prune import compute_dtype
+from nmsparse_deploy.measure.bench import interleave, ratio, summarise
+from nmsparse_deploy.models.discovery import discover
+from nmsparse_deploy.models.objective import Objective
 from nmsparse_deploy.pattern import TWO_FOUR, project
-from nmsparse_deploy.plan import make_plan
-from nmsparse_deploy.prune import compute_dtype
-from nmsparse_deploy.recipe import Prune, validate
-from nmsparse_deploy.rundir import environment, now
-from nmsparse_deploy.train.learner import BEST
-from nmsparse_deploy.train.masked import Site, detach
-from nmsparse_deploy.train.moment import Moment
-from nmsparse_deploy.train.subjects import WholeModel
+from nmsparse_deploy.recipe.recipe import Prune, validate
+from nmsparse_deploy.system.environment import environment, now
+from nmsparse_deploy.system.memory import give_back, used
 
 ROOT = Path(__file__).parent.parent
 SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,

@@ -24,10 +24,11 @@ from gap import gap_ends
 from oneshot import BASELINE, ROOT, recipe, row, spec_of, table
 
 from nmsparse_deploy import models
-from nmsparse_deploy.calib.text import evaluation_sample, load_text
-from nmsparse_deploy.prune import prune
-from nmsparse_deploy.recipe import Prune, fingerprint, validate
-from nmsparse_deploy.rundir import RunDir, environment, now
+from nmsparse_deploy.data.text import evaluation_sample, load_text
+from nmsparse_deploy.find.prune import prune
+from nmsparse_deploy.recipe.recipe import Prune, fingerprint, validate
+from nmsparse_deploy.runs.run_dir import RunDir
+from nmsparse_deploy.system.environment import environment, now
 
 SAMPLES, BATCH, HELD_OUT = 64, 4, 2
 """Windows of 512 tokens for a block, windows that pass at a time, and batches that judge a whole model."""

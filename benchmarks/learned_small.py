@@ -26,13 +26,14 @@ from oneshot import recipe
 from small_model import LENGTH, texts, trained
 
 from nmsparse_deploy import models
-from nmsparse_deploy.calib.text import TokenSample, evaluation_sample
-from nmsparse_deploy.evaluate import perplexity
+from nmsparse_deploy.data.text import TokenSample, evaluation_sample
+from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.masks import MaskSet
-from nmsparse_deploy.memory import start_stretch, stretch_peak_mb
-from nmsparse_deploy.prune import prune
-from nmsparse_deploy.recipe import Prune, fingerprint, validate
-from nmsparse_deploy.rundir import RunDir, environment, now
+from nmsparse_deploy.measure.evaluate import perplexity
+from nmsparse_deploy.recipe.recipe import Prune, fingerprint, validate
+from nmsparse_deploy.runs.run_dir import RunDir
+from nmsparse_deploy.system.environment import environment, now
+from nmsparse_deploy.system.memory import start_stretch, stretch_peak_mb
 
 ROOT = Path(__file__).parent.parent
 STEPS, BATCH, HELD_OUT, EVERY = 160, 8, 10, 20

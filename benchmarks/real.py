@@ -22,12 +22,12 @@ from baseline import say
 from files import write_json
 from oneshot import recipe, refined
 
-from nmsparse_deploy.block import needs
+from nmsparse_deploy.find.prune import prune
+from nmsparse_deploy.find.prune_block import needs
 from nmsparse_deploy.pipeline import evaluate
-from nmsparse_deploy.prune import prune
-from nmsparse_deploy.recipe import Evaluate, Prune, fingerprint, validate
+from nmsparse_deploy.recipe.recipe import Evaluate, Prune, fingerprint, validate
 from nmsparse_deploy.registry import METHODS
-from nmsparse_deploy.rundir import environment, now
+from nmsparse_deploy.system.environment import environment, now
 
 ROWS: dict[str, dict[str, Any]] = {
     "magnitude": refined("magnitude"), "wanda": refined("wanda"), "sparsegpt": refined("sparsegpt"),

@@ -45,9 +45,9 @@ def bench_sweep(rounds: int = 7) -> dict[str, Any]:
     """The SparseGPT sweep of a 576 x 1536 layer against `cholesky_inverse` of its Gram, interleaved."""
     import torch
 
-    from nmsparse_deploy.methods.hessian import dampen, inverse_factor
-    from nmsparse_deploy.methods.sparsegpt import freezer
-    from nmsparse_deploy.methods.sweep import sweep
+    from nmsparse_deploy.find.methods.hessian import dampen, inverse_factor
+    from nmsparse_deploy.find.methods.sparsegpt import freezer
+    from nmsparse_deploy.find.methods.sweep import sweep
     from nmsparse_deploy.pattern import TWO_FOUR
 
     generator = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    from nmsparse_deploy.rundir import environment, now
+    from nmsparse_deploy.system.environment import environment, now
 
     result = {"command": "python benchmarks/run.py" + (" --quick" if options.quick else ""), "date": now(),
               "help": bench_help(), "verify": bench_verify(0.25 if options.quick else 4), "sweep": bench_sweep(),

@@ -26,10 +26,10 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.files import write_json
-from nmsparse_deploy import assets
-from nmsparse_deploy.memory import parse_size
-from nmsparse_deploy.rundir import environment, now
-from tests import pico
+from nmsparse_deploy.system import assets
+from nmsparse_deploy.system.environment import environment, now
+from nmsparse_deploy.system.memory import parse_size
+from tests.fixtures import pico
 
 RESULT = Path(__file__).parent.parent / "results/size-cpu.json"
 SHAPE = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 8,

@@ -23,18 +23,18 @@ from oneshot import recipe, refined
 from small_dit_model import CLASSES, DATA, Classifier, classifier, pictures, train
 
 from nmsparse_deploy import models
-from nmsparse_deploy.calib.images import check_images_disjoint
-from nmsparse_deploy.calib.latents import NoisedSample
-from nmsparse_deploy.evaluate.denoise import draw, predict, starting_noise
-from nmsparse_deploy.evaluate.diffusion import by_timestep, held_out, relative
-from nmsparse_deploy.evaluate.frechet import frechet_distance
-from nmsparse_deploy.evaluate.picture import by_timestep_plot, sheet
-from nmsparse_deploy.evaluate.result import bootstrap_error
+from nmsparse_deploy.data.images import check_images_disjoint
+from nmsparse_deploy.data.latents import NoisedSample
+from nmsparse_deploy.find.prune import prune
+from nmsparse_deploy.measure.evaluate.denoise import draw, predict, starting_noise
+from nmsparse_deploy.measure.evaluate.diffusion import by_timestep, held_out, relative
+from nmsparse_deploy.measure.evaluate.frechet import frechet_distance
+from nmsparse_deploy.measure.evaluate.png import by_timestep_plot, sheet
+from nmsparse_deploy.measure.evaluate.result import bootstrap_error
 from nmsparse_deploy.models.base import LoadedModel
-from nmsparse_deploy.prune import prune
-from nmsparse_deploy.recipe import Prune, validate
+from nmsparse_deploy.recipe.recipe import Prune, validate
 from nmsparse_deploy.registry import METHODS
-from nmsparse_deploy.rundir import environment, now
+from nmsparse_deploy.system.environment import environment, now
 
 ROWS: dict[str, dict[str, Any]] = {"magnitude": refined("magnitude"), "wanda": refined("wanda"),
                                    "sparsegpt": refined("sparsegpt"), "closed-form": recipe("closed-form")}

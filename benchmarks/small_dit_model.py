@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from nmsparse_deploy.calib.image_source import load_images
+from nmsparse_deploy.data.image_source import load_images
 from nmsparse_deploy.models.denoising import Noising
 from nmsparse_deploy.models.preprocess import Preprocess
 

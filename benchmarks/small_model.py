@@ -17,8 +17,8 @@ from tokenizers.models import BPE
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from nmsparse_deploy.calib.text import Text, load_text, windows
-from nmsparse_deploy.train.moment import order, rate_factor
+from nmsparse_deploy.data.text import Text, load_text, windows
+from nmsparse_deploy.find.learn.step_context import order, rate_factor
 
 VOCABULARY, LENGTH = 1024, 128
 SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,

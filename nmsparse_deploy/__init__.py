@@ -16,26 +16,26 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
-    "NMPattern": ".pattern", "Unstructured": ".pattern", "parse_pattern": ".pattern", "project": ".pattern",
-    "check": ".pattern",
-    "Mask": ".masks", "MaskSet": ".masks",
-    "Recipe": ".recipe", "Prune": ".recipe", "Calibration": ".recipe", "Export": ".recipe", "Evaluate": ".recipe",
-    "Bench": ".recipe", "Allocate": ".recipe", "Build": ".recipe",
-    "RunDir": ".rundir",
-    "prune": ".prune", "plan": ".planning.stage",
-    "inspect": ".pipeline", "verify": ".pipeline", "export": ".pipeline", "evaluate": ".pipeline", "bench": ".pipeline",
-    "report": ".pipeline", "publish": ".pipeline", "run_recipe": ".pipeline", "compare": ".compare",
-    "export_torch": ".packing", "crossover": ".bench.stages", "bench_run": ".bench.stages", "Pack": ".recipe",
-    "build": ".deploy", "verify_engine": ".deploy", "EngineEvidence": ".engines.evidence",
-    "NmsparseError": ".errors", "UsageError": ".errors", "CheckFailed": ".errors",
+    "NMPattern": "pattern", "Unstructured": "pattern", "parse_pattern": "pattern", "project": "pattern",
+    "check": "pattern",
+    "Mask": "masks", "MaskSet": "masks",
+    "Recipe": "recipe.recipe", "Prune": "recipe.recipe", "Calibration": "recipe.recipe", "Export": "recipe.recipe",
+    "Evaluate": "recipe.recipe", "Bench": "recipe.recipe", "Allocate": "recipe.recipe", "Build": "recipe.recipe",
+    "Pack": "recipe.recipe",
+    "RunDir": "runs.run_dir",
+    "prune": "find.prune", "plan": "find.plan.stage",
+    "inspect": "pipeline", "verify": "pipeline", "export": "pipeline", "evaluate": "pipeline", "bench": "pipeline",
+    "report": "pipeline", "publish": "pipeline", "run_recipe": "pipeline", "compare": "comparison",
+    "export_torch": "ship.torch_sparse.stage", "crossover": "measure.bench.stages", "bench_run": "measure.bench.stages",
+    "build": "ship.tensorrt.stage", "verify_engine": "ship.tensorrt.stage", "EngineEvidence": "ship.evidence",
+    "NmsparseError": "errors", "UsageError": "errors", "CheckFailed": "errors",
 }
+"""By name: the module that defines it. No room of the package has the name of a verb, so importing one hides none."""
 __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    # Importing a submodule puts it where a verb of the same name belongs, so all names are settled afterwards.
-    modules = {module: import_module(module, __name__) for module in dict.fromkeys(_PUBLIC.values())}
-    globals().update({public: getattr(modules[module], public) for public, module in _PUBLIC.items()})
-    return globals()[name]
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    return value

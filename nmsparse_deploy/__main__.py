@@ -1,3 +1,3 @@
-from .cli import main
+from nmsparse_deploy.cli import main
 
 main()

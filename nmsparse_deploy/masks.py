@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from .errors import CheckFailed, UsageError
-from .pattern import Pattern, parse_pattern
+from nmsparse_deploy.errors import CheckFailed, UsageError
+from nmsparse_deploy.pattern import Pattern, parse_pattern
 
 FORMAT = "nmsparse-masks-1"
 """The one metadata key of a mask file; one, because safetensors writes several in random order."""

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from .errors import UsageError
+from nmsparse_deploy.errors import UsageError
 
 
 @dataclass(frozen=True, order=True)

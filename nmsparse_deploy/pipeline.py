@@ -11,15 +11,17 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from . import models
-from .bench import CPU_SENTENCE, BenchResult, interleave, ratio, summarise
-from .calib.latents import LATENT_HASHES
-from .calib.text import check_disjoint, evaluation_sample, load_text
-from .cost import Rates, estimate
-from .deploy import build
-from .engines.onnxruntime import OnnxRuntime
-from .errors import CheckFailed, NmsparseError, UsageError
-from .evaluate import (
+from nmsparse_deploy import models
+from nmsparse_deploy.data.latents import LATENT_HASHES
+from nmsparse_deploy.data.text import check_disjoint, evaluation_sample, load_text
+from nmsparse_deploy.errors import CheckFailed, NmsparseError, UsageError
+from nmsparse_deploy.find.cost import Rates, estimate
+from nmsparse_deploy.find.offload import load_fitting
+from nmsparse_deploy.find.plan.make_plan import Plan, make_plan
+from nmsparse_deploy.find.prune import NOT_CHECKED, compute_dtype, prune
+from nmsparse_deploy.masks import MaskSet
+from nmsparse_deploy.measure.bench import CPU_SENTENCE, BenchResult, interleave, ratio, summarise
+from nmsparse_deploy.measure.evaluate import (
     continuations,
     evaluate_diffusion,
     evaluate_encoder,
@@ -31,26 +33,25 @@ from .evaluate import (
     perplexity,
     torch_arm,
 )
-from .export import LinkMap
-from .exporting import export_one
-from .loading import load_dense, load_pruned
-from .masks import MaskSet
-from .memory import peak_memory_mb
-from .models.base import LoadedModel
-from .models.discover import discover, trace_inputs
-from .models.shapes import shapes
-from .opening import load_fitting
-from .packing import packed_models, verify_packed
-from .pattern import TWO_FOUR, Unstructured, parse_pattern
-from .plan import Plan, make_plan
-from .predict import count_flops, predict
-from .processes import here
-from .progress import Progress, silent
-from .prune import NOT_CHECKED, compute_dtype, prune
-from .quant import Range
-from .recipe import AUTO, DEFAULT_MODEL, Bench, Evaluate, Export, Prune, Recipe
-from .rundir import RunDir, environment
-from .verify import VerifyReport, verify_checkpoint, verify_onnx
+from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.discovery import discover, trace_inputs
+from nmsparse_deploy.models.roofline import count_flops, predict
+from nmsparse_deploy.models.shapes import shapes
+from nmsparse_deploy.pattern import TWO_FOUR, Unstructured, parse_pattern
+from nmsparse_deploy.prove import VerifyReport, verify_checkpoint, verify_onnx
+from nmsparse_deploy.recipe.recipe import AUTO, DEFAULT_MODEL, Bench, Evaluate, Export, Prune, Recipe
+from nmsparse_deploy.runs.load import load_dense, load_pruned
+from nmsparse_deploy.runs.run_dir import RunDir
+from nmsparse_deploy.ship.onnx import LinkMap
+from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime
+from nmsparse_deploy.ship.onnx.stage import export_one
+from nmsparse_deploy.ship.quantise import Range
+from nmsparse_deploy.ship.tensorrt.stage import build
+from nmsparse_deploy.ship.torch_sparse.stage import packed_models, verify_packed
+from nmsparse_deploy.system.distributed import here
+from nmsparse_deploy.system.environment import environment
+from nmsparse_deploy.system.memory import peak_memory_mb
+from nmsparse_deploy.system.progress import Progress, silent
 
 
 def inspect(model: str = DEFAULT_MODEL, pattern: str = "2:4", include: Sequence[str] = (), exclude: Sequence[str] = (),
@@ -306,8 +307,8 @@ def _forward(module: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
 
 def report(run: RunDir) -> Path:
     """Write the report and the model card of everything the run holds so far; returns the HTML page."""
-    from .report.build import build_report
-    from .report.card import write_card
+    from nmsparse_deploy.measure.report.build import build_report
+    from nmsparse_deploy.measure.report.card import write_card
 
     page = build_report(run)
     write_card(run)
@@ -319,7 +320,7 @@ def publish(run: RunDir, repo: str, private: bool = False, progress: Progress = 
 
     Raises `CheckFailed` when a tensor does not hold the pattern, `NmsparseError` when the hub cannot be written to.
     """
-    from .report.hub import push, require_token
+    from nmsparse_deploy.measure.report.hub import push, require_token
 
     require_token(repo)
     bad = [found for found in verify(run, progress) if not found.ok]

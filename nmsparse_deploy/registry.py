@@ -6,7 +6,7 @@ import difflib
 from importlib import import_module
 from typing import Any
 
-from .errors import UsageError
+from nmsparse_deploy.errors import UsageError
 
 
 class Registry:
@@ -33,39 +33,39 @@ class Registry:
 
 
 METHODS = Registry("method", {
-    "alps": ".methods.alps:METHOD",
-    "group-obs": ".methods.group_obs:METHOD",
-    "group-obs-ordered": ".methods.group_obs_ordered:METHOD",
-    "isc": ".methods.isc:METHOD",
-    "isc-released": ".methods.isc_released:METHOD",
-    "magnitude": ".methods.magnitude:METHOD",
-    "magnitude-2d": ".methods.magnitude_2d:METHOD",
-    "modelopt-magnitude": ".methods.modelopt:MAGNITUDE",
-    "modelopt-sparsegpt": ".methods.modelopt:SPARSEGPT",
-    "proxsparse-local": ".methods.proxsparse_local:METHOD",
-    "ria": ".methods.ria:METHOD",
-    "sparsegpt": ".methods.sparsegpt:METHOD",
-    "sparsegpt-mask": ".methods.sparsegpt_mask:METHOD",
-    "sparsegpt-static": ".methods.sparsegpt_static:METHOD",
-    "wanda": ".methods.wanda:METHOD",
+    "alps": ".find.methods.alps:METHOD",
+    "group-obs": ".find.methods.group_obs:METHOD",
+    "group-obs-ordered": ".find.methods.group_obs_ordered:METHOD",
+    "isc": ".find.methods.isc:METHOD",
+    "isc-released": ".find.methods.isc_released:METHOD",
+    "magnitude": ".find.methods.magnitude:METHOD",
+    "magnitude-2d": ".find.methods.magnitude_2d:METHOD",
+    "modelopt-magnitude": ".find.methods.modelopt:MAGNITUDE",
+    "modelopt-sparsegpt": ".find.methods.modelopt:SPARSEGPT",
+    "proxsparse-local": ".find.methods.proxsparse_local:METHOD",
+    "ria": ".find.methods.ria:METHOD",
+    "sparsegpt": ".find.methods.sparsegpt:METHOD",
+    "sparsegpt-mask": ".find.methods.sparsegpt_mask:METHOD",
+    "sparsegpt-static": ".find.methods.sparsegpt_static:METHOD",
+    "wanda": ".find.methods.wanda:METHOD",
 })
 
 LEARNERS = Registry("learned method", {
-    "maskllm": ".methods.maskllm:LEARNED",
-    "maskpro": ".methods.maskpro:LEARNED",
-    "proxsparse": ".methods.proxsparse:LEARNED",
+    "maskllm": ".find.methods.maskllm:LEARNED",
+    "maskpro": ".find.methods.maskpro:LEARNED",
+    "proxsparse": ".find.methods.proxsparse:LEARNED",
 })
 
 REFINEMENTS = Registry("refinement", {
-    "admm": ".refine.admm:REFINEMENT",
-    "bias": ".refine.bias:REFINEMENT",
-    "dsnot": ".refine.dsnot:REFINEMENT",
-    "finetune": ".refine.finetune:REFINEMENT",
-    "group-descent": ".refine.group_descent:REFINEMENT",
-    "llm-barber": ".refine.llm_barber:REFINEMENT",
-    "reconstruct": ".refine.reconstruct:REFINEMENT",
-    "refit": ".refine.refit:REFINEMENT",
-    "swap": ".refine.swap:REFINEMENT",
+    "admm": ".find.refine.admm:REFINEMENT",
+    "bias": ".find.refine.bias:REFINEMENT",
+    "dsnot": ".find.refine.dsnot:REFINEMENT",
+    "finetune": ".find.refine.finetune:REFINEMENT",
+    "group-descent": ".find.refine.group_descent:REFINEMENT",
+    "llm-barber": ".find.refine.llm_barber:REFINEMENT",
+    "reconstruct": ".find.refine.reconstruct:REFINEMENT",
+    "refit": ".find.refine.refit:REFINEMENT",
+    "swap": ".find.refine.swap:REFINEMENT",
 })
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "nmsparse_deploy"
+from tests import ROOT
+
+PACKAGE = ROOT / "nmsparse_deploy"
 FILES = sorted(PACKAGE.rglob("*.py"))
 SHIPS = ("export", "engines", "bench", "quant", "evaluate", "report")
 FINDS = ("methods", "refine", "train", "learn", "learn_model", "prune", "block")

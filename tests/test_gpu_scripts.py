@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from benchmarks import gpu_bundle, gpu_learn, gpu_parts, gpu_proof
 from benchmarks.files import read_json
 from benchmarks.gpu_supervise import supervise
-from nmsparse_deploy.calib.generated import GENERATED
-from tests import pico
+from nmsparse_deploy.data.self_generated import GENERATED
+from tests.fixtures import pico
 
 SHELL = "/bin/sh"
 
@@ -177,7 +177,7 @@ def test_damaged_and_hostile_bundles_are_refused(tmp_path):
 
 @pytest.mark.parametrize("job", gpu_learn.JOBS)
 def test_learning_stops_with_its_slice_and_goes_on(job, tmp_path, texts, monkeypatch, capsys):
-    from nmsparse_deploy.train import loop
+    from nmsparse_deploy.find.learn import loop
 
     source = pico.save(pico.llama(), tmp_path / "model")
     asked = ["--dry", "--job", job, "--out", str(tmp_path / "out"), "--model", str(source), "--bundle", str(tmp_path / "none")]
@@ -231,7 +231,7 @@ def test_a_finished_job_is_scored_once_and_kept_with_the_results(tmp_path, monke
 
 
 def test_the_learning_jobs_are_valid_recipes():
-    from nmsparse_deploy.recipe import Prune, validate
+    from nmsparse_deploy.recipe.recipe import Prune, validate
 
     for jobs in (gpu_learn.JOBS, gpu_learn.DRY):
         for job in jobs.values():
@@ -241,7 +241,7 @@ def test_the_learning_jobs_are_valid_recipes():
 
 
 def test_the_sparse_kernels_of_a_dry_run_are_gone_afterwards(tmp_path):
-    from nmsparse_deploy.engines.semi_structured import kernels
+    from nmsparse_deploy.ship.torch_sparse.semi_structured import kernels
 
     before = kernels()
     gpu_parts.run_part("small", 60, tmp_path / "small.json", dry=True)

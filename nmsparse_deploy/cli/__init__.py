@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import NmsparseError, from_os_error
-from . import find, ship, work  # noqa: F401 - they register their verbs
-from .app import app, output
+from nmsparse_deploy.cli import find, ship, work  # noqa: F401 - they register their verbs
+from nmsparse_deploy.cli.app import app, output
+from nmsparse_deploy.errors import NmsparseError, from_os_error
 
 __all__ = ["app", "invoke", "main"]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..output import Output
+from nmsparse_deploy.cli.output import Output
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help="Find N:M sparsity masks for pretrained transformers, prove them, and ship them.")

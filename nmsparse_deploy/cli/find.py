@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import UsageError
-from .app import DEMO, Exclude, Force, Include, Model, Out, app, output, say_default
+from nmsparse_deploy.cli.app import DEMO, Exclude, Force, Include, Model, Out, app, output, say_default
+from nmsparse_deploy.errors import UsageError
 
 
 @app.command()
@@ -21,7 +21,7 @@ def inspect(model: Model = DEMO, pattern: str = "2:4", include: Include = [], ex
             samples: Annotated[int, typer.Option(help="with --cost")] = 64,
             length: Annotated[int, typer.Option(help="with --cost")] = 512) -> None:
     """Show what would be pruned, in which fusion groups, and why the rest stays dense; or what it would cost."""
-    from ..pipeline import inspect as api
+    from nmsparse_deploy.pipeline import inspect as api
 
     say_default(model)
     if cost:
@@ -63,9 +63,9 @@ def plan(model: Model = DEMO,
          out: Annotated[Path | None, typer.Option(help="write the plan here (.yaml or .json) for prune --plan")] = None,
          ) -> None:
     """Decide which fusion groups get the pattern, under exactly one constraint."""
-    from ..planning.file import check_name, save
-    from ..planning.stage import plan as api
-    from ..recipe import Allocate, validate
+    from nmsparse_deploy.find.plan.file import check_name, save
+    from nmsparse_deploy.find.plan.stage import plan as api
+    from nmsparse_deploy.recipe.recipe import Allocate, validate
 
     spec = validate(Allocate, {
         "max_ppl_increase": max_ppl_increase, "min_speedup": min_speedup, "budget": budget, "pattern": pattern,
@@ -117,9 +117,9 @@ def prune(model: Model = DEMO,
               help="for example 3GB: to stay below, stream weights from their files, hidden states to disk")] = None,
           out: Out = None, force: Force = False) -> None:
     """Find a mask, apply it, verify it, and save the pruned model with its masks."""
-    from ..memory import parse_size
-    from ..prune import prune as api
-    from ..recipe import Prune, validate
+    from nmsparse_deploy.find.prune import prune as api
+    from nmsparse_deploy.recipe.recipe import Prune, validate
+    from nmsparse_deploy.system.memory import parse_size
 
     limit = parse_size(max_memory) if max_memory else None
     say_default(model)
@@ -128,7 +128,7 @@ def prune(model: Model = DEMO,
                 **_patterns(pattern, plan), **_learning(steps, objective),
                 "wbits": wbits, "wgroup": wgroup, "calibration": calibration, "include": include, "exclude": exclude}
     if method == "auto":
-        from ..auto import choose
+        from nmsparse_deploy.find.auto import choose
 
         choice = choose(model, settings, time_budget or 10.0, output.progress, limit)
         output.message(choice.why)
@@ -158,15 +158,15 @@ def import_(model: Annotated[str, typer.Argument(help="the dense model; or a spa
             out: Annotated[Path | None, typer.Option(
                 help="run folder [default: runs/MODEL-imported-PATTERN]")] = None) -> None:
     """Make a run of masks or of a sparse model that were found elsewhere, and verify it."""
-    from ..import_masks import import_result
+    from nmsparse_deploy.find.import_masks import import_result
 
     done = import_result(model, masks, sparse, pattern, out, output.progress)
     output.result(done.to_json(), [done.summary(), f"next: nmsparse-deploy export {done.run.path}"])
 
 
 def _show_cost(model: str, settings: dict[str, Any]) -> None:
-    from ..pipeline import predict_cost
-    from ..recipe import Prune, validate
+    from nmsparse_deploy.pipeline import predict_cost
+    from nmsparse_deploy.recipe.recipe import Prune, validate
 
     spec = validate(Prune, settings)
     cost = predict_cost(model, spec, output.progress)
@@ -178,7 +178,7 @@ def _patterns(pattern: str | None, plan: Path | None) -> dict[str, Any]:
     """The pattern and the decisions about single parameters."""
     if plan is None:
         return {"pattern": pattern or "2:4"}
-    from ..planning.file import load
+    from nmsparse_deploy.find.plan.file import load
 
     if pattern is not None:
         raise UsageError("--plan decides the pattern; leave --pattern out.")
@@ -205,6 +205,6 @@ def _learned(facts: dict[str, Any]) -> list[str]:
     """What was learned, if something was."""
     if "learned" not in facts:
         return []
-    from ..learn import sentence
+    from nmsparse_deploy.find.learn.session import sentence
 
     return [sentence(facts["learned"])]

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UsageError
-from .app import app, output
+from nmsparse_deploy.cli.app import app, output
+from nmsparse_deploy.errors import UsageError
 
 
 @app.command()
@@ -21,8 +21,8 @@ def crossover(model: Annotated[str | None, typer.Argument(help="hub name, folder
               rounds: Annotated[int, typer.Option(help="paired timings of every GEMM")] = 21,
               out: Annotated[Path, typer.Option(help="folder of tables, page and plot")] = Path("crossover")) -> None:
     """From how many rows on sparse kernels win, for the GEMM shapes of a model; `plan --latency-table` reads it."""
-    from ..bench.crossover import parse_shape, wins
-    from ..bench.stages import crossover as api
+    from nmsparse_deploy.measure.bench.crossover import parse_shape, wins
+    from nmsparse_deploy.measure.bench.stages import crossover as api
 
     lines = api(model, [parse_shape(text) for text in shape], rows, precision, out, rounds, progress=output.progress)
     found = {name: wins([line for line in lines if line.precision == name]) for name in precision}
@@ -45,10 +45,10 @@ def use_gpu(device: str) -> bool:
 
 
 def bench_gpu(run: Path | None, batch: int, length: int, rounds: int, precision: str) -> None:
-    from ..bench.model import Job
-    from ..bench.stages import bench_run
-    from ..engines.semi_structured import DTYPES
-    from ..rundir import RunDir
+    from nmsparse_deploy.measure.bench.model_arms import Job
+    from nmsparse_deploy.measure.bench.stages import bench_run
+    from nmsparse_deploy.runs.run_dir import RunDir
+    from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES
 
     if precision not in DTYPES:
         raise UsageError(f"There is no precision '{precision}'.", f"one of: {', '.join(DTYPES)}")
@@ -66,10 +66,10 @@ def bench_gpu(run: Path | None, batch: int, length: int, rounds: int, precision:
 
 
 def export_torch(run: Path | None, precision: list[str], rows: list[int]) -> None:
-    from ..packing import export_torch as api
-    from ..packing import told
-    from ..recipe import Pack, validate
-    from ..rundir import RunDir
+    from nmsparse_deploy.recipe.recipe import Pack, validate
+    from nmsparse_deploy.runs.run_dir import RunDir
+    from nmsparse_deploy.ship.torch_sparse.stage import export_torch as api
+    from nmsparse_deploy.ship.torch_sparse.stage import told
 
     opened = RunDir.open(run)
     low = [name for name in precision if name != "fp32"] or precision

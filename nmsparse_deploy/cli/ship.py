@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import CheckFailed
-from .app import Run, app, output
-from .gpu import bench_gpu, export_torch, use_gpu
+from nmsparse_deploy.cli.app import Run, app, output
+from nmsparse_deploy.cli.gpu import bench_gpu, export_torch, use_gpu
+from nmsparse_deploy.errors import CheckFailed
 
 
 @app.command()
@@ -24,7 +24,7 @@ def verify(target: Annotated[Path | None, typer.Argument(
     if target is not None and target.suffix in (".engine", ".plan"):
         _show_engine(target, counters)
         return
-    from ..pipeline import verify_any
+    from nmsparse_deploy.pipeline import verify_any
 
     reports, missing = verify_any(target, pattern, expect, output.progress)
     failures = [failure for report in reports for failure in report.failures()]
@@ -55,10 +55,10 @@ def export(run: Run = None,
     if torch_model:
         export_torch(run, precision, rows)
         return
-    from ..exporting import told
-    from ..pipeline import export as api
-    from ..recipe import Export, validate
-    from ..rundir import RunDir
+    from nmsparse_deploy.pipeline import export as api
+    from nmsparse_deploy.recipe.recipe import Export, validate
+    from nmsparse_deploy.runs.run_dir import RunDir
+    from nmsparse_deploy.ship.onnx.stage import told
 
     opened = RunDir.open(run)
     spec = validate(Export, {"precisions": precision, "opset": opset, "cache": cache, "scales": scales,
@@ -68,8 +68,8 @@ def export(run: Run = None,
     if not trt:
         output.result({"run": str(opened.path), "files": files}, lines)
         return
-    from ..deploy import build as build_api
-    from ..recipe import Build
+    from nmsparse_deploy.recipe.recipe import Build
+    from nmsparse_deploy.ship.tensorrt.stage import build as build_api
 
     for line in lines:
         output.message(line)
@@ -87,10 +87,10 @@ def build(run: Run = None,
           route: Annotated[str | None, typer.Option(help="build-route knobs for a third engine, if listed")] = None,
           allow_fp32: Annotated[bool, typer.Option("--allow-fp32", help="build from a graph in fp32")] = False) -> None:
     """Build TensorRT engines with and without sparse weights, and show which layers got sparse kernels."""
-    from ..deploy import build as api
-    from ..deploy import parse_shapes
-    from ..recipe import Build, validate
-    from ..rundir import RunDir
+    from nmsparse_deploy.recipe.recipe import Build, validate
+    from nmsparse_deploy.runs.run_dir import RunDir
+    from nmsparse_deploy.ship.tensorrt.stage import build as api
+    from nmsparse_deploy.ship.tensorrt.stage import parse_shapes
 
     spec = validate(Build, {"precision": precision, "batch": batch, "length": length, "shapes": parse_shapes(shape),
                             "level": level, "timing_iterations": timing_iterations, "route": route,
@@ -123,9 +123,9 @@ def evaluate(run: Run = None,
              limit: Annotated[int | None, typer.Option(
                  help="only so many windows, images or documents, with --protocol and --task")] = None) -> None:
     """The dense and the pruned model on the same held-out data: perplexity, accuracy, similarity or denoising."""
-    from ..pipeline import evaluate as api
-    from ..recipe import Evaluate, validate
-    from ..rundir import RunDir
+    from nmsparse_deploy.pipeline import evaluate as api
+    from nmsparse_deploy.recipe.recipe import Evaluate, validate
+    from nmsparse_deploy.runs.run_dir import RunDir
 
     spec = validate(Evaluate, {"data": data, "tokens": tokens, "context": context, "continuation": continuation,
                                "images": images, "probe": probe, "size": size, "photos": photos, "drawn": drawn,
@@ -150,9 +150,9 @@ def bench(run: Run = None, batch: int = 1, length: Annotated[int, typer.Option(h
           device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one")] = "auto",
           precision: Annotated[str, typer.Option(help="on a GPU: fp16, bf16, int8 or fp8")] = "fp16") -> None:
     """Time the dense and the pruned model side by side on this machine; on a GPU in all arms, with kernel names."""
-    from ..pipeline import bench as api
-    from ..recipe import Bench, validate
-    from ..rundir import RunDir
+    from nmsparse_deploy.pipeline import bench as api
+    from nmsparse_deploy.recipe.recipe import Bench, validate
+    from nmsparse_deploy.runs.run_dir import RunDir
 
     if use_gpu(device):
         bench_gpu(run, batch, length, rounds, precision)
@@ -179,7 +179,7 @@ def _show_engines(rows: list[dict[str, Any]], more: dict[str, Any]) -> None:
 
 
 def _show_engine(engine: Path, counters: Path | None) -> None:
-    from ..deploy import verify_engine
+    from nmsparse_deploy.ship.tensorrt.stage import verify_engine
 
     found = verify_engine(engine, counters, output.progress)
     rows = [(layer.name, f"{layer.k}x{layer.n}", layer.dtype, layer.rung or "none", layer.reason or "",

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import CheckFailed
-from .app import DEMO, Force, Out, Run, app, output
+from nmsparse_deploy.cli.app import DEMO, Force, Out, Run, app, output
+from nmsparse_deploy.errors import CheckFailed
 
 
 @app.command()
@@ -17,9 +17,9 @@ def report(run: Run = None,
                help="OWNER/NAME: then publish weights, model card and masks there")] = None,
            private: Annotated[bool, typer.Option("--private", help="with --push-to-hub")] = False) -> None:
     """Write the report (HTML, Markdown, JSON) and the model card of everything a run holds."""
-    from ..pipeline import publish
-    from ..pipeline import report as api
-    from ..rundir import RunDir
+    from nmsparse_deploy.pipeline import publish
+    from nmsparse_deploy.pipeline import report as api
+    from nmsparse_deploy.runs.run_dir import RunDir
 
     opened = RunDir.open(run)
     page = api(opened)
@@ -41,9 +41,9 @@ def compare(recipes: Annotated[list[str], typer.Argument(
             context: Annotated[int, typer.Option(help="tokens per window (language models)")] = 1024,
             out: Annotated[Path | None, typer.Option(help="where the runs go [default: runs/compare]")] = None) -> None:
     """Prune one model by several recipes and put accuracy beside cost; finished runs are kept."""
-    from ..compare import compare as api
-    from ..compare import load
-    from ..recipe import Evaluate, validate
+    from nmsparse_deploy.comparison import compare as api
+    from nmsparse_deploy.comparison import load
+    from nmsparse_deploy.recipe.recipe import Evaluate, validate
 
     spec = validate(Evaluate, {"data": data, "tokens": tokens, "context": context, "continuation": 0})
     result = api(load(recipes), model, spec, out, output.progress)
@@ -61,13 +61,13 @@ def run(recipe: Annotated[Path, typer.Argument(help="YAML file, see recipes/")],
         force: Force = False,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="validate and price it, and stop")] = False) -> None:
     """Run every stage of a recipe."""
-    from ..recipe import Recipe
+    from nmsparse_deploy.recipe.recipe import Recipe
 
     loaded = Recipe.load(recipe)
     if dry_run:
         _show_price(loaded, recipe)
         return
-    from ..pipeline import run_recipe
+    from nmsparse_deploy.pipeline import run_recipe
 
     _finish_run(run_recipe(loaded, out, force, output.progress))
 
@@ -77,8 +77,8 @@ def demo(model: Annotated[str, typer.Option(help="demo (a language model) or vit
          out: Annotated[Path | None, typer.Option(help="run folder [default: runs/demo or runs/demo-MODEL]")] = None,
          force: Force = False) -> None:
     """Prune a packaged model to 2:4, prove it, export it, compare it with its dense twin, and report."""
-    from ..pipeline import run_recipe
-    from ..recipe import CLOSED_FORM, Recipe
+    from nmsparse_deploy.pipeline import run_recipe
+    from nmsparse_deploy.recipe.recipe import CLOSED_FORM, Recipe
 
     folder = out or Path("runs") / (DEMO if model == DEMO else f"{DEMO}-{model}")
     _finish_run(run_recipe(Recipe(model=model, prune=CLOSED_FORM), folder, force, output.progress))
@@ -89,7 +89,7 @@ def demo(model: Annotated[str, typer.Option(help="demo (a language model) or vit
 @app.command()
 def doctor() -> None:
     """What this machine can do, what is missing, what clashes, and what to type next."""
-    from ..doctor import examine, next_command
+    from nmsparse_deploy.system.doctor import examine, next_command
 
     findings = examine()
     marks = {"ok": "ok", "missing": "-", "problem": "PROBLEM"}
@@ -103,7 +103,7 @@ def doctor() -> None:
 @app.command(name="list")
 def list_() -> None:
     """The methods that can find a mask, the refinements that can follow, and where they come from."""
-    from ..registry import LEARNERS, METHODS, REFINEMENTS
+    from nmsparse_deploy.registry import LEARNERS, METHODS, REFINEMENTS
 
     methods = {name: METHODS.load(name) for name in METHODS.names()}
     learned = {name: LEARNERS.load(name) for name in LEARNERS.names()}
@@ -125,7 +125,7 @@ def list_() -> None:
 
 def _show_price(recipe: Any, path: Path) -> None:
     """What pruning would take; a recipe of a model that nothing is known of is still a valid one."""
-    from ..pipeline import price
+    from nmsparse_deploy.pipeline import price
 
     cost = price(recipe, output.progress)
     lines = [f"{path} is valid."]
@@ -139,8 +139,8 @@ def _show_price(recipe: Any, path: Path) -> None:
 
 
 def _finish_run(run: Any) -> None:
-    from ..processes import here
-    from ..report.build import summary
+    from nmsparse_deploy.measure.report.build import summary
+    from nmsparse_deploy.system.distributed import here
 
     if not here().first:  # this process has only helped another one to prune
         return

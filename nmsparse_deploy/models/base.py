@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .weights import WHOLE, Weights
+from nmsparse_deploy.models.weights import WHOLE, Weights
 
 
 @dataclass(frozen=True)

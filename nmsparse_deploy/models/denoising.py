@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from ..errors import UsageError
-from .preprocess import Preprocess
+from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.models.preprocess import Preprocess
 
 SCHEDULER = "scheduler"
 """The folder that diffusers keeps a scheduler's settings in, beside or below the transformer."""

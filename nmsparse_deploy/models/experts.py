@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from .base import block_index
-from .reads import Read
+from nmsparse_deploy.models.base import block_index
+from nmsparse_deploy.models.input_trace import Read
 
 
 def is_router(parent: nn.Module, outputs: int, layer: nn.Module | None = None) -> bool:

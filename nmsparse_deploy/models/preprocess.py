@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..errors import MissingExtra
+from nmsparse_deploy.errors import MissingExtra
 
 if TYPE_CHECKING:
     from PIL.Image import Image

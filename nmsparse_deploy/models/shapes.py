@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from ..assets import assets
-from ..errors import NmsparseError, UsageError, first_line
-from . import hf, vision
-from .base import LoadedModel
-from .preprocess import from_config
+from nmsparse_deploy.errors import NmsparseError, UsageError, first_line
+from nmsparse_deploy.models.adapters import huggingface as hf
+from nmsparse_deploy.models.adapters import timm as vision
+from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.preprocess import from_config
+from nmsparse_deploy.system.assets import assets
 
 
 def shapes(source: str, config: Mapping[str, Any] | None = None) -> LoadedModel:

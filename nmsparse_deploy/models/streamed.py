@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..errors import UsageError
-from ..verify.tensor_files import StoredTensor, find_tensors
-from .discover import find_blocks
-from .forwards import within
+from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.models.discovery import find_blocks
+from nmsparse_deploy.models.forwards import within
+from nmsparse_deploy.prove.tensor_files import StoredTensor, find_tensors
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nmsparse_deploy.bench.auto import time_pair, twins
-from nmsparse_deploy.bench.machine import require_gpu
-from nmsparse_deploy.engines.graphs import record
-from nmsparse_deploy.engines.packed import stored_share
-from nmsparse_deploy.engines.semi_structured import DTYPES, kernels
-from nmsparse_deploy.engines.tensorrt_log import is_sparse_kernel
-from nmsparse_deploy.engines.watch import watch
+from nmsparse_deploy.ship.tensorrt.log import is_sparse_kernel
+from nmsparse_deploy.ship.torch_sparse.kernel_choice import time_pair, twins
+from nmsparse_deploy.ship.torch_sparse.packed import stored_share
+from nmsparse_deploy.ship.torch_sparse.profile_kernels import watch
+from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, kernels
+from nmsparse_deploy.system.cuda_graphs import record
+from nmsparse_deploy.system.gpu_clock import require_gpu
 
 pytestmark = pytest.mark.gpu
 PRECISIONS = tuple(DTYPES)

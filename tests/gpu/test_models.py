@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from nmsparse_deploy import models
-from nmsparse_deploy.bench.arms import SPARSE
-from nmsparse_deploy.bench.machine import require_gpu
-from nmsparse_deploy.bench.model import Job, bench_arms
 from nmsparse_deploy.cli import app, invoke
-from nmsparse_deploy.engines.semi_structured import kernels
-from nmsparse_deploy.engines.torch_sparse import TorchSparse
+from nmsparse_deploy.measure.bench.arms import SPARSE
+from nmsparse_deploy.measure.bench.model_arms import Job, bench_arms
 from nmsparse_deploy.models.base import LoadedModel
-from nmsparse_deploy.packing import export_torch
-from nmsparse_deploy.recipe import Pack
-from nmsparse_deploy.rundir import RunDir
-from tests import pico
-from tests.bench.test_arms import magnitude
+from nmsparse_deploy.recipe.recipe import Pack
+from nmsparse_deploy.runs.run_dir import RunDir
+from nmsparse_deploy.ship.torch_sparse.artefact import TorchSparse
+from nmsparse_deploy.ship.torch_sparse.semi_structured import kernels
+from nmsparse_deploy.ship.torch_sparse.stage import export_torch
+from nmsparse_deploy.system.gpu_clock import require_gpu
+from tests.fixtures import pico
+from tests.measure.bench.test_arms import magnitude
 
 pytestmark = pytest.mark.gpu
 IDS = {"input_ids": torch.arange(64).view(2, 32)}

@@ -1,0 +1,113 @@
+"""Draw the calibration sample that a model's family eats: token windows, whole sequences, pictures, or noised ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from nmsparse_deploy.data.images import ImageSample, calibration_images
+from nmsparse_deploy.data.latents import calibration_latents, holds_latents
+from nmsparse_deploy.data.self_generated import GENERATED, generated
+from nmsparse_deploy.data.sequences import calibration_sequences, longest, paired
+from nmsparse_deploy.data.tensor_inputs import ENDING, prepared
+from nmsparse_deploy.data.text import MIX, TokenSample, calibration_sample, load_text, mixed
+from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.models import check_length, input_name
+from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.recipe.recipe import AUTO, Calibration
+from nmsparse_deploy.system.progress import Progress, silent
+
+DEFAULTS = {"llm": "wikipedia", "encoder": "wikipedia", "seq2seq": "wikipedia",
+            "vision": "fashion-mnist+tiny-photos", "diffusion": "fashion-mnist"}
+"""What `auto` means for each family."""
+
+
+class Sample(Protocol):
+    """Calibration data, whatever the family."""
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Keyword arguments of a forward pass, `[samples, ...]`."""
+        ...
+
+    def record(self) -> dict[str, torch.Tensor]:
+        """What is kept to prove later that an evaluation is held out."""
+        ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+def draw(loaded: LoadedModel, spec: Calibration, progress: Progress = silent,
+         compute: torch.dtype = torch.float32) -> Sample:
+    """The calibration sample of `loaded`. Raises `UsageError` when there is too little data. A model that writes its
+    own does so in `compute`."""
+    source = DEFAULTS[loaded.family] if spec.data == AUTO else spec.data
+    if source.endswith(ENDING):
+        progress(f"reading {source}", 0, 0)
+        if loaded.family == "diffusion" and holds_latents(source):
+            return calibration_latents(loaded, source, spec.samples, spec.seed)
+        return _in_vocabulary(prepared(source, spec.samples), loaded)
+    if loaded.family == "diffusion":
+        progress(f"sampling {spec.samples} images of {source}", 0, 0)
+        return calibration_latents(loaded, source, spec.samples, spec.seed, progress)
+    if loaded.family == "vision":
+        progress(f"sampling {spec.samples} images of {source}", 0, 0)
+        return calibration_images(source, loaded.processor, input_name(loaded), spec.samples, spec.seed, progress)
+    if loaded.processor is None or input_name(loaded) != "input_ids":
+        raise UsageError(f"'{loaded.source}' reads {input_name(loaded)}, so it cannot be calibrated on text.",
+                         f"give inputs of its forward pass: --data FILE{ENDING}")
+    progress(f"sampling {spec.samples} x {spec.length} tokens of {source}", 0, 0)
+    drawn = _text(loaded, source, spec, compute, progress)
+    return _in_vocabulary(paired(drawn, loaded.module.config) if loaded.family == "seq2seq" else drawn, loaded)
+
+
+def some(sample: Sample, count: int) -> dict[str, torch.Tensor]:
+    """Inputs of `count` of the samples, evenly spaced, or of all when there are no more; of pictures no others are
+    decoded."""
+    if isinstance(sample, ImageSample):
+        return sample.without((), count).inputs
+    inputs = sample.inputs
+    total = len(next(iter(inputs.values())))
+    if count >= total:
+        return inputs
+    kept = torch.linspace(0, total - 1, count).round().long().tolist()
+    return {name: value[kept] for name, value in inputs.items()}
+
+
+def _text(loaded: LoadedModel, source: str, spec: Calibration, compute: torch.dtype, progress: Progress) -> TokenSample:
+    """Windows of one text or of several; what the model is asked to write itself fills up what the texts lack."""
+    names = _sources(source)
+    whole = loaded.family in ("encoder", "seq2seq")
+    sample = calibration_sequences if whole else calibration_sample
+    check_length(loaded, min(spec.length, longest(loaded.processor)) if whole else spec.length, "--length")
+    fill = GENERATED in names
+    parts, left = [], spec.samples
+    for number, name in enumerate(sorted(names, key=GENERATED.__eq__)):
+        wanted = left // (len(names) - number)
+        if not wanted and spec.samples:  # fewer samples than sources
+            continue
+        parts.append(generated(loaded, wanted, spec.length, spec.seed, compute, progress) if name == GENERATED else
+                     sample(load_text(name), loaded.processor, wanted, spec.length, spec.seed, fill))
+        left -= len(parts[-1].ids)
+    return mixed(parts, spec.seed) if len(parts) > 1 else parts[0]
+
+
+def _sources(source: str) -> list[str]:
+    """The parts of `A+B`, if it is not the name of a file."""
+    parts = source.split(MIX)
+    return [source] if Path(source.partition("#")[0]).exists() or not all(parts) else parts
+
+
+def _in_vocabulary(sample: Sample, loaded: LoadedModel) -> Sample:
+    """Raise `UsageError` for tokens that the model has no embedding for."""
+    ids, table = sample.inputs.get("input_ids"), getattr(loaded.module, "get_input_embeddings", lambda: None)()
+    count = getattr(table, "num_embeddings", None)
+    if ids is not None and count is not None and not ids.is_floating_point() and ids.numel():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= count:
+            raise UsageError(f"The data holds the token {low if low < 0 else high}, and the vocabulary of "
+                             f"'{loaded.source}' has {count}: another model's tokenizer made it.",
+                             "take the tokenizer that belongs to the model, or text instead of token ids")
+    return sample

@@ -1,0 +1,82 @@
+"""Pairs of sentences or words with human ratings of their similarity."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nmsparse_deploy.data.image_source import VARIABLE
+from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.system.assets import fetch
+
+WORDS = "word-pairs"
+STSB = "stsb"
+_STSB_FILE = "stsb/sts-test.csv"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """`rated[i]` is (text, text, rating)."""
+
+    name: str
+    rated: tuple[tuple[str, str, float], ...]
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr(self.rated).encode()).hexdigest()[:16]
+
+
+def load_pairs(source: str) -> list[Pairs]:
+    """`word-pairs` (two packaged lists), `stsb` (of the development data), `auto` (what of them is here), or a file.
+
+    A file has one pair a line, tab-separated: text, text, rating. Raises `UsageError`.
+    """
+    if source == "auto":
+        return [*(load_pairs(STSB) if _stsb() else []), *load_pairs(WORDS)]
+    if source == WORDS:
+        return [_file(path, path.stem) for path in sorted(fetch(WORDS).rglob("*.t*")) if path.is_file()]
+    if source == STSB:
+        path = _stsb()
+        if path is None:
+            raise UsageError(f"'{STSB}' is not in any package, and {VARIABLE} names no folder that holds "
+                             f"{_STSB_FILE}.", f"use {WORDS}, or give a file of pairs")
+        lines = (row for row in _rows(path) if len(row) >= 7)
+        return [_pairs("stsb-test", path, ((row[5], row[6], row[4]) for row in lines))]
+    if not Path(source).is_file():
+        named = ", ".join((WORDS, STSB))
+        raise UsageError(f"There are no rated pairs '{source}': no file has this name, and it is none of {named}.")
+    return [_file(Path(source), Path(source).stem)]
+
+
+def _stsb() -> Path | None:
+    path = Path(os.environ.get(VARIABLE) or "-") / _STSB_FILE
+    return path if path.is_file() else None
+
+
+def _file(path: Path, name: str) -> Pairs:
+    rows = [row for row in _rows(path) if len(row) >= 3 and not row[0].startswith("#")]
+    return _pairs(name, path, ((row[0], row[1], row[2]) for row in rows))
+
+
+def _rows(path: Path) -> list[list[str]]:
+    try:
+        return list(csv.reader(path.read_text("utf-8").splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"'{path}' is not UTF-8 text.") from error
+
+
+def _pairs(name: str, path: Path, rows: Iterable[tuple[str, str, str]]) -> Pairs:
+    found = []
+    for number, (first, second, rating) in enumerate(rows):
+        try:
+            found.append((first.strip(), second.strip(), float(rating)))
+        except ValueError:
+            if number:  # the first line may be a heading
+                raise UsageError(f"'{path}': '{rating[:40]}' is not a rating.") from None
+    if len(found) < 3:
+        raise UsageError(f"'{path}' holds no rated pairs (text, text, rating, tab-separated).")
+    return Pairs(name, tuple(found))

@@ -1,0 +1,86 @@
+"""Text of the `datasets` library, streamed: `datasets:NAME[/CONFIG][@SPLIT][#FIELD]`, or a local folder for NAME.
+
+`datasets:Salesforce/wikitext/wikitext-2-raw-v1@train#text` reads the field `text` of the split `train`. Only as many
+documents are fetched as `CHARACTERS` needs, always the first ones, so that the sample is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError, first_line
+
+CHARACTERS = 8_000_000
+"""About two million tokens: plenty for calibration, and read in a minute."""
+_SPEC = re.compile(r"datasets:(?P<name>[^@#]+)(?:@(?P<split>[^#]+))?(?:#(?P<field>.+))?")
+
+
+def streamed(source: str) -> tuple[str, ...]:
+    """The first documents of a data set.
+
+    Raises `UsageError` for a wrong spec, `NmsparseError` for what cannot be had.
+    """
+    match = _SPEC.fullmatch(source)
+    if match is None:
+        raise UsageError(f"'{source}' is not datasets:NAME[/CONFIG][@SPLIT][#FIELD].")
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtra("datasets", "eval", f"Reading '{source}'") from error
+    name, config = _name(match["name"])
+    split, field = match["split"] or "train", match["field"] or "text"
+    documents: list[str] = []
+    size = 0
+    try:
+        for row in datasets.load_dataset(name, config, split=split, streaming=True):
+            documents.append(_document(row, field, source))
+            size += len(documents[-1])
+            if size >= CHARACTERS:
+                break
+    except NmsparseError:
+        raise
+    except Exception as error:
+        raise NmsparseError(f"'{source}' could not be read: {first_line(error)}.",
+                            "give a text file or a folder instead") from error
+    if not any(document.strip() for document in documents):
+        raise UsageError(f"The text '{source}' is empty.")
+    return tuple(documents)
+
+
+def _name(text: str) -> tuple[str, str | None]:
+    """A local folder, OWNER/NAME, or OWNER/NAME/CONFIG."""
+    if Path(text).exists():
+        return text, None
+    parts = text.split("/")
+    return ("/".join(parts[:2]), "/".join(parts[2:])) if len(parts) > 2 else (text, None)
+
+
+def _document(row: dict[str, Any], field: str, source: str) -> str:
+    if field not in row:
+        raise UsageError(f"'{source}' has no field '{field}'; it has {', '.join(row)}.")
+    return str(row[field])
+
+
+def hub_rows(name: str, config: str | None, split: str, field: str, revision: str | None, file: str | None,
+             instead: str) -> Iterator[str]:
+    """One field of every row of a hub data set, in order; `file` picks one file of it.
+
+    Raises `MissingExtra` without the library, `NmsparseError` when the set is neither cached nor reachable; `instead`
+    says what else would do.
+    """
+    what = f"{name}{f'/{config}' if config else ''}@{split}"
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtra("datasets", "eval", f"Reading '{what}'") from error
+    files = {"data_files": {split: file}} if file else {}
+    try:
+        found = datasets.load_dataset(name, config, split=split, revision=revision, **files)
+    except Exception as error:
+        raise NmsparseError(f"The data set '{what}' is not on this machine and the hub did not give it: "
+                            f"{first_line(error)}.", instead) from error
+    for row in found:
+        yield _document(row, field, what)

@@ -1,0 +1,74 @@
+"""`--method auto`: the best recipe of a ladder that the model allows and the time at hand pays for.
+
+The ladder is ordered by what was measured on the demo model (docs/methods.md). Times are predicted from shapes and the
+speed of matrix products on this machine, which small models and small batches do not reach; `SLACK` covers that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.find.cost import Rates, estimate, footprint
+from nmsparse_deploy.find.offload import load_fitting, planned, whole_model
+from nmsparse_deploy.find.prune import compute_dtype
+from nmsparse_deploy.pattern import NMPattern
+from nmsparse_deploy.recipe.recipe import CLOSED_FORM, Prune, validate
+from nmsparse_deploy.system.memory import free
+from nmsparse_deploy.system.progress import Progress, silent
+
+NAME = "auto"
+MINUTES = 10.0
+SLACK = 2.0
+CLOSED = CLOSED_FORM.model_dump(include={"method", "refine", "sequential"})
+LADDER: dict[str, dict[str, Any]] = {
+    "reconstructed, the last block on predictions": {
+        **CLOSED, "refine": [*CLOSED["refine"], {"name": "reconstruct", "through": 1}]},
+    "reconstructed": {**CLOSED, "refine": [*CLOSED["refine"], {"name": "reconstruct"}]},
+    "closed form": CLOSED,
+    "refitted Wanda": {"method": "wanda", "refine": [{"name": "refit", "blend": 0.0, "residual": 0.0}]},
+    "Wanda": {"method": "wanda"},
+}
+"""From the best to the fastest."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The recipe that `auto` came to, and one sentence that says why."""
+
+    spec: Prune
+    why: str
+
+
+def choose(model: str, settings: dict[str, Any], minutes: float = MINUTES, progress: Progress = silent,
+           max_memory: int | None = None) -> Choice:
+    """The first rung of the ladder that is predicted to fit; `settings` are the other fields of the prune section.
+
+    Raises `UsageError` when even the fastest rung does not fit, or when the settings ask for refinements themselves.
+    """
+    if settings.get("refine"):
+        raise UsageError("--method auto chooses the refinements itself.", "leave --refine out, or name a method")
+    progress(f"loading {model} to choose a recipe", 0, 0)
+    loaded = load_fitting(model, max_memory)
+    base = validate(Prune, settings)
+    NMPattern.parse(base.pattern)  # the ladder works in groups
+    plan = planned(loaded, base)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rates = Rates.measure(compute_dtype(base.compute, device))
+    room = max_memory or free() or math.inf
+    passed: list[tuple[str, float]] = []
+    for name, rung in LADDER.items():
+        spec = validate(Prune, {**settings, **rung})
+        if loaded.streamed and whole_model(spec) and footprint(loaded, plan, spec, rates.dtype).whole > room:
+            continue
+        predicted = SLACK * estimate(loaded, plan, spec, rates).seconds / 60
+        if predicted <= minutes:
+            said = "".join(f"; '{other}' would take {time:.0f} min" for other, time in passed)
+            return Choice(spec, f"auto: '{name}', predicted {predicted:.1f} of the {minutes:g} min{said}")
+        passed.append((name, predicted))
+    raise UsageError(f"Even '{name}' is predicted to take {predicted:.0f} min, more than the {minutes:g} allowed.",
+                     "raise --time-budget, lower --samples, or choose --method magnitude")

@@ -1,0 +1,126 @@
+"""What the methods know about a layer's inputs: token count, column norms, Gram matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import nn
+
+from nmsparse_deploy.errors import NmsparseError
+
+Need = Literal["none", "norms", "gram"]
+NEEDS: tuple[Need, ...] = ("none", "norms", "gram")
+"""From least to most; each contains those before it."""
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Statistics of the inputs `X` (`n` columns, `tokens` rows) that one or more layers read.
+
+    `square_sum[j]` is the sum of squares of column j and `total[j]` its sum (fp32); `gram` is `XᵀX` (fp32, symmetric)
+    or None; `cross` is `X_dᵀX` with `X_d` the inputs that the dense model gives the same layer for the same tokens, or
+    None. `drift` is `(R_d - R)ᵀX` `[outputs, n]` for a layer that writes to the residual stream, with `R` what its
+    output is added to and `R_d` the same in the dense model; None for other layers.
+
+    A stack of matrices has the statistics of each in `experts`. Those of an expert that hardly any token reached are
+    `white` instead: as if its inputs were uncorrelated and of equal size, so that every method ranks by magnitude.
+    """
+
+    tokens: int
+    square_sum: torch.Tensor
+    gram: torch.Tensor | None = None
+    cross: torch.Tensor | None = None
+    total: torch.Tensor | None = None
+    drift: torch.Tensor | None = None
+    experts: tuple[LayerStats, ...] = ()
+    white: bool = False
+
+    @classmethod
+    def none(cls) -> LayerStats:
+        """For methods that look at weights only."""
+        return cls(0, torch.zeros(0))
+
+    @property
+    def rms(self) -> torch.Tensor:
+        """Root mean square of every input column."""
+        return (self.square_sum / max(self.tokens, 1)).sqrt()
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean of every input column."""
+        return torch.zeros_like(self.square_sum) if self.total is None else self.total / max(self.tokens, 1)
+
+    def reordered(self, order: torch.Tensor) -> LayerStats:
+        """The statistics of the same inputs with column `order[j]` in the place of column j."""
+        order = order.to(self.square_sum.device)
+
+        def both(matrix: torch.Tensor | None) -> torch.Tensor | None:
+            return None if matrix is None else matrix[order][:, order]
+
+        return replace(self, square_sum=self.square_sum[order], gram=both(self.gram), cross=both(self.cross),
+                       total=None if self.total is None else self.total[order],
+                       drift=None if self.drift is None else self.drift[:, order])
+
+
+class StatsAccumulator:
+    """Sums statistics over batches, in fp32 and outside autocast whatever dtype the forward pass runs in."""
+
+    def __init__(self, need: Need) -> None:
+        self.need = need
+        self.tokens = 0
+        self.square_sum: torch.Tensor | None = None
+        self.gram: torch.Tensor | None = None
+        self.cross: torch.Tensor | None = None
+        self.total: torch.Tensor | None = None
+        self.drift: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def update(self, layer: nn.Module, x: torch.Tensor, dense: torch.Tensor | None = None,
+               drift: torch.Tensor | None = None, expert: int = 0) -> None:
+        """Add one batch of a layer's inputs, what the dense model feeds it for the same tokens, and by how much the
+        residual stream beside it has drifted away from the dense model's.
+
+        Convolutions are unfolded in the order of `to_rows`.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            rows = as_rows(layer, x)
+            self.tokens += rows.shape[0]
+            self.total = rows.sum(0) if self.total is None else self.total.add_(rows.sum(0))
+            if self.need == "gram":
+                self.gram = rows.T @ rows if self.gram is None else self.gram.addmm_(rows.T, rows)
+                if dense is not None:
+                    other = as_rows(layer, dense)
+                    self.cross = other.T @ rows if self.cross is None else self.cross.addmm_(other.T, rows)
+                if drift is not None:
+                    away = drift.float().reshape(-1, drift.shape[-1])
+                    self.drift = away.T @ rows if self.drift is None else self.drift.addmm_(away.T, rows)
+            else:
+                squares = rows.square().sum(0)
+                self.square_sum = squares if self.square_sum is None else self.square_sum.add_(squares)
+
+    def parts(self) -> list[StatsAccumulator]:
+        return [self]
+
+    def finish(self) -> LayerStats:
+        """Everything summed so far. Raises `NmsparseError` when the model's activations have overflowed."""
+        for found in (self.gram, self.cross, self.drift, self.square_sum):
+            if found is not None and not torch.isfinite(found).all():
+                raise NmsparseError("The calibration statistics contain NaN or Inf: the model's activations overflow.",
+                                    "set compute to fp32 in the recipe, or look at the model's outputs first")
+        if self.gram is not None:
+            gram = (self.gram + self.gram.T).mul_(0.5)
+            return LayerStats(self.tokens, gram.diagonal().clone(), gram, self.cross, self.total, self.drift)
+        square_sum = self.square_sum if self.square_sum is not None else torch.zeros(0)
+        return LayerStats(self.tokens, square_sum, total=self.total)
+
+
+def as_rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A layer's inputs as the fp32 matrix `[tokens, reduction]` that `to_rows` of its weight multiplies."""
+    x = x.float()
+    if not isinstance(layer, nn.Conv2d):
+        return x.reshape(-1, x.shape[-1])
+    columns = nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+    batch, _, places = columns.shape
+    return columns.view(batch, layer.in_channels, -1, places).permute(0, 3, 2, 1).reshape(batch * places, -1)

@@ -1,0 +1,80 @@
+"""Augmentation of the pictures that a mask is learned from, by timm's own factories.
+
+`create_transform` (crops, flips, RandAugment, random erasing) works on each picture, `Mixup` (mixup, CutMix, label
+smoothing) on a batch. Both draw from the global generators of Python, NumPy and PyTorch, which are set to a seed
+around each call and put back: a run that was killed and resumed sees the same pictures.
+
+MaskLLM-4V's settings are the defaults (VainF/MaskLLM-4V).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from nmsparse_deploy.errors import MissingExtra, UsageError
+from nmsparse_deploy.models.preprocess import Preprocess
+from nmsparse_deploy.recipe.learn_settings import Augment
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_INTERPOLATION = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+"""By PIL's numbers."""
+
+
+class Augmentation:
+    """Pictures to one batch, the same for the same seed."""
+
+    def __init__(self, spec: Augment, preprocess: Preprocess, classes: int) -> None:
+        try:
+            from timm.data import Mixup, create_transform
+        except ImportError as error:
+            raise MissingExtra("timm", "vision", "Augmentation") from error
+        if len(preprocess.mean) != 3:
+            raise UsageError("timm augments pictures in colour, and this model reads another number of channels.",
+                             "leave learn.augment out")
+        self.transform: Any = create_transform(
+            (3, *preprocess.size), is_training=True, auto_augment=spec.policy or None, re_prob=spec.erasing,
+            re_mode="pixel", mean=preprocess.mean, std=preprocess.std,
+            interpolation=_INTERPOLATION[preprocess.resample])
+        mixes = bool(spec.mixup or spec.cutmix)
+        self.mixup: Any = Mixup(spec.mixup, spec.cutmix, label_smoothing=spec.smoothing,
+                                num_classes=classes) if mixes else None
+        self.smoothing, self.classes = spec.smoothing, classes
+
+    def __call__(self, pictures: Sequence[Image], labels: torch.Tensor | None,
+                 seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`[pictures, 3, H, W]`, and what stands for the labels: probabilities `[pictures, classes]`."""
+        with seeded(seed):
+            values = torch.stack([self.transform(picture.convert("RGB")) for picture in pictures])
+            if self.mixup is not None and len(values) % 2 == 0:  # timm mixes pairs
+                asked = torch.zeros(len(values), dtype=torch.long) if labels is None else labels
+                values, mixed = self.mixup(values, asked)
+                return values, None if labels is None else mixed
+        return values, None if labels is None else self._smoothed(labels)
+
+    def _smoothed(self, labels: torch.Tensor) -> torch.Tensor:
+        off = self.smoothing / self.classes
+        shares = torch.full((len(labels), self.classes), off)
+        return shares.scatter_(1, labels.unsqueeze(1), 1 - self.smoothing + off)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, everything that draws from a global generator of the CPU draws the same for the same seed."""
+    python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    torch.random.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(pytorch)

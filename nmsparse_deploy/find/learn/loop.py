@@ -1,0 +1,254 @@
+"""The one training loop: whatever a learner learns and whatever it is learned on.
+
+A step accumulates micro-batches, averages gradients over processes, clips, and lets the optimiser and then the learner
+move. Data order, noise and schedules are functions of seed and step (`moment.py`), and a checkpoint holds the rest: a
+run that is killed and resumed ends with the bits of an unbroken one (on the CPU; GPU kernels may sum in another order).
+
+What counts is the hard mask on held-out batches. It is judged before the first step, every `evaluate_every` steps and
+after the last; the best is returned, and that is the prior when nothing beats it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+
+from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError
+from nmsparse_deploy.find.learn.checkpoint import (
+    Checkpoints,
+    Progressed,
+    flat_learnt,
+    flat_optimiser,
+    prefixed,
+    restore_optimiser,
+    under,
+    unflat_learnt,
+)
+from nmsparse_deploy.find.learn.learner import Learner, Learnt, Subject
+from nmsparse_deploy.find.learn.mask_parametrization import detach, showing
+from nmsparse_deploy.find.learn.sharded import put, shard, shell, whole
+from nmsparse_deploy.find.learn.step_context import Moment, order, rate_factor
+from nmsparse_deploy.models.discovery import find_blocks
+from nmsparse_deploy.recipe.refine_steps import Training
+from nmsparse_deploy.system.distributed import here
+from nmsparse_deploy.system.memory import start_stretch, stretch_peak_mb
+from nmsparse_deploy.system.progress import Progress, silent
+
+QUIET = 10.0
+"""Seconds between two progress messages at least, evaluations aside."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The best hard masks by `Site.name`, and what the run has to tell (JSON-able)."""
+
+    learnt: dict[str, Learnt]
+    facts: dict[str, Any]
+
+
+def fit(subject: Subject, learner: Learner, priors: Mapping[str, torch.Tensor], spec: Training, seed: int = 0,
+        checkpoints: Checkpoints | None = None, progress: Progress = silent, title: str = "learning") -> Outcome:
+    """Train until `spec.steps`, from the checkpoint if there is one, and return the best masks.
+
+    The subject's module has no mask on it any more afterwards, also after an error. With `spec.shard` several processes
+    work on a shell of it, split over them. Raises `NmsparseError` when the loss is not finite or memory runs out;
+    checkpoints stay.
+    """
+    if not subject.training or not subject.held_out:
+        raise UsageError(f"{title}: there is too little data to learn from some batches and judge by others.",
+                         "more calibration samples, or a smaller calibration batch")
+    module = subject.module
+    try:
+        return _Fit(subject, learner, priors, spec, seed, checkpoints, progress, title).work()
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise NmsparseError(f"{title}: out of memory; what was learned up to the last checkpoint is kept.",
+                            "free memory and run the same command again, or start another run with "
+                            "gradient_checkpointing or a smaller calibration batch") from error
+    finally:
+        subject.module = module
+        detach(module)
+
+
+class _Fit:
+    """One run of the loop."""
+
+    def __init__(self, subject: Subject, learner: Learner, priors: Mapping[str, torch.Tensor], spec: Training,
+                 seed: int, checkpoints: Checkpoints | None, progress: Progress, title: str) -> None:
+        self.subject, self.learner, self.spec, self.seed = subject, learner, spec, seed
+        self.checkpoints, self.progress, self.title = checkpoints, progress, title
+        self.team = here()
+        self.accelerator = _accelerator(spec, title)
+        self.rank, self.world = self.team.rank, self.team.world
+        self.parts = _parts(spec.batch or subject.samples, subject.samples, self.world)
+        self.sharded = spec.shard and self.world > 1
+        if self.sharded:
+            if not learner.shards:
+                raise UsageError(f"{title}: this method's values are needed whole in every process.", "shard: false")
+            blocks, subject.module = find_blocks(subject.module), shell(subject.module)
+        self.optimiser = learner.prepare(subject, priors)
+        if self.sharded:
+            shard(subject.module, blocks, self.optimiser, self.world)
+        self.peaks = [group["lr"] for group in self.optimiser.param_groups]
+        self.trained = [value for group in self.optimiser.param_groups for value in group["params"]]
+        self.so_far = Progressed()
+        self.best: dict[str, Learnt] = {}
+        self.start = self.spoken = time.perf_counter()
+
+    def work(self) -> Outcome:
+        start_stretch()
+        if not self._resume():
+            self.so_far.prior = self._judge()
+        while self.so_far.step < self.spec.steps:
+            step = self.so_far.step
+            loss = self._step(step)
+            self.so_far.step = done = step + 1
+            if judged := done % self.spec.evaluate_every == 0 or done == self.spec.steps:
+                self._judge(loss)
+            self._speak(loss, judged)
+            if done % self.spec.checkpoint_every == 0 or done == self.spec.steps:
+                self._save()
+        for tracker in self.accelerator.trackers:  # end_training would also part the processes for good
+            tracker.finish()
+        return Outcome(self.best, self._facts())
+
+    def _step(self, step: int) -> float:
+        """One optimiser step; returns its loss."""
+        factor = rate_factor(step, self.spec.steps, self.spec.warmup, self.spec.schedule, self.spec.floor)
+        for group, peak in zip(self.optimiser.param_groups, self.peaks):
+            group["lr"] = peak * factor
+        total = torch.zeros((), device=self.trained[0].device)
+        moment = Moment()
+        for part, place in enumerate(self._places(step)):
+            moment = Moment(self.seed, step, self.spec.steps, part, self.parts, self.rank, self.world)
+            terms = self.learner.loss_terms(self.subject, self.subject.training[place], moment)
+            loss = torch.stack([term.float() for term in terms.values()]).sum() / self.parts
+            loss.backward()
+            total += loss.detach()
+        if self.world > 1 and not self.sharded:  # FSDP has averaged its own gradients
+            for value in self.trained:
+                gradient = torch.zeros_like(value) if value.grad is None else value.grad
+                value.grad = self.team.add(gradient) / self.world
+        if self.world > 1:
+            total = self.team.add(total) / self.world
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.trained, self.spec.clip or math.inf))
+        if not math.isfinite(loss_now := float(total)) or not torch.isfinite(norm):
+            self._fail(step)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            self.learner.after_step(moment)
+        return loss_now
+
+    def _places(self, step: int) -> list[int]:
+        """Which training batches this process takes in this step."""
+        each = self.parts * self.world
+        return order(self.seed, len(self.subject.training), step * each, each)[self.rank :: self.world]
+
+    def _judge(self, loss: float | None = None) -> float:
+        """The held-out loss of the hard mask; kept if it is the best."""
+        mine = self.subject.held_out[self.rank :: self.world]
+        with torch.no_grad(), showing(self.subject.module, "hard"):
+            scores = [self.subject.score(number).double() for number in mine]
+            if self.sharded and len(mine) * self.world < len(self.subject.held_out):
+                self.subject.score(self.subject.held_out[0])  # blocks are gathered by all processes together
+        score = sum(scores, torch.zeros((), dtype=torch.float64, device=self.trained[0].device))
+        hard = float(self.team.add(score)) / len(self.subject.held_out)
+        if not self.best or hard < self.so_far.best:
+            self.best = self.learner.finish()
+            self.so_far.best, self.so_far.best_step = hard, self.so_far.step
+        told = {"step": self.so_far.step, "hard": hard} | ({} if loss is None else {"loss": loss})
+        self.so_far.history.append(told)
+        self.so_far.judged_at.append(round(self._seconds(), 3))
+        if self.spec.track:
+            self.accelerator.log(told, step=self.so_far.step)
+        return hard
+
+    def _fail(self, step: int) -> None:
+        self._save()
+        best = f"step {self.so_far.best_step}, held-out loss {self.so_far.best:.4g}"
+        raise NmsparseError(
+            f"{self.title}: the loss or its gradient is not finite at step {step + 1} of {self.spec.steps}; the best "
+            f"mask so far ({best}) is in the checkpoint.",
+            "start another run with a smaller step_size, or with compute fp32")
+
+    def _save(self) -> None:
+        if self.checkpoints is None or not (self.team.first or self.sharded):
+            return
+        self.so_far.seconds, self.start = self._seconds(), time.perf_counter()
+        values = {str(index): whole(value) for index, value in enumerate(self.trained)}
+        tensors = {**prefixed("value", values), **prefixed("optimiser", flat_optimiser(self.optimiser)),
+                   **prefixed("best", flat_learnt(self.best)), **prefixed("learner", self.learner.state())}
+        if self.team.first:
+            self.checkpoints.save(self.so_far, tensors)
+
+    def _resume(self) -> bool:
+        found = self.checkpoints.load() if self.checkpoints else None
+        if found is None:
+            return False
+        self.so_far, tensors = found
+        values = under("value", tensors)
+        if [tuple(values[str(i)].shape) for i in range(len(values))] != [tuple(v.shape) for v in self.trained]:
+            raise UsageError(f"{self.title}: the checkpoint was written for other weights.", "start over with --force")
+        with torch.no_grad():
+            for index, value in enumerate(self.trained):
+                put(value, values[str(index)])
+        restore_optimiser(self.optimiser, self.trained, under("optimiser", tensors))
+        self.learner.restore(under("learner", tensors))
+        self.best = unflat_learnt(under("best", tensors))
+        self.progress(f"{self.title}: going on from step {self.so_far.step}", 0, 0)
+        return True
+
+    def _seconds(self) -> float:
+        """Of training so far, in all processes that worked on it one after the other."""
+        return self.so_far.seconds + time.perf_counter() - self.start
+
+    def _speak(self, loss: float, judged: bool) -> None:
+        now = time.perf_counter()
+        if not judged and now - self.spoken < QUIET:
+            return
+        self.spoken = now
+        done, steps = self.so_far.step, self.spec.steps
+        left = self._seconds() / done * (steps - done)
+        told = self.so_far
+        self.progress(f"{self.title}: loss {loss:.4g}, hard mask {told.best:.4g} (prior {told.prior:.4g}), "
+                      f"{left:.0f} s left, {stretch_peak_mb():,} MB", done, steps)
+
+    def _facts(self) -> dict[str, Any]:
+        told = asdict(self.so_far)
+        told["seconds"] = round(self._seconds(), 3)
+        return {**told, "steps": told.pop("step"), "samples_per_step": self.parts * self.subject.samples * self.world,
+                "processes": self.world, **self._shared(), "peak_memory_mb": stretch_peak_mb(), **self.learner.facts()}
+
+    def _shared(self) -> dict[str, Any]:
+        """How several processes worked together."""
+        if self.world == 1:
+            return {}
+        return {"each_process": "its own noise, its own batches", "sharded": self.sharded}
+
+
+def _parts(batch: int, samples: int, world: int) -> int:
+    """Micro-batches per step and process."""
+    if batch % (samples * world):
+        raise UsageError(f"{batch} samples per step cannot be split into micro-batches of {samples} on {world} "
+                         "processes.", "learn.batch has to be a multiple of calibration.batch times the processes")
+    return batch // (samples * world)
+
+
+def _accelerator(spec: Training, title: str) -> Accelerator:
+    available = [str(tracker) for tracker in get_available_trackers()]
+    if spec.track and spec.track not in available:
+        raise MissingExtra(spec.track, "track", f"The tracker '{spec.track}'")
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=spec.track)
+    if spec.track:
+        settings = {key: value for key, value in spec.model_dump().items() if isinstance(value, (int, float, str))}
+        accelerator.init_trackers("nmsparse-deploy", {**settings, "title": title})
+    return accelerator

@@ -1,0 +1,87 @@
+"""What learning will hold in memory, predicted from shapes before the first step. Predicted, not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nmsparse_deploy.errors import NmsparseError
+from nmsparse_deploy.pattern import NMPattern
+
+SOFTMAX_BYTES = 12
+"""Per logit of a micro-batch's outputs: as they come, as fp32 probabilities and as their gradient."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One weight that learns: how many numbers it has, its width and height as a matrix, its pattern."""
+
+    count: int
+    k: int
+    n: int
+    pattern: NMPattern
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes by what holds them."""
+
+    state: float
+    masked: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.state + self.masked + self.activations
+
+    def to_json(self) -> dict[str, float | str]:
+        parts = {"learned_values_and_optimiser": self.state, "masked_weights": self.masked,
+                 "activations": self.activations, "total": self.total}
+        return {**{f"{name}_mb": round(size / 1e6) for name, size in parts.items()}, "status": "predicted"}
+
+    def sentence(self, device: torch.device) -> str:
+        """What it comes to, and what there is."""
+        free = free_memory(device)
+        room = "" if free is None else f"; {free / 1e6:,.0f} MB are free"
+        return f"will hold about {self.total / 1e6:,.0f} MB more (predicted){room}"
+
+    def check(self, device: torch.device, advice: str) -> None:
+        """Raise `NmsparseError` when it does not fit into what is free on the device."""
+        free = free_memory(device)
+        if free is not None and self.total > free:
+            raise NmsparseError(f"Learning needs about {self.total / 1e9:.1f} GB more (predicted; "
+                                f"{self.state / 1e9:.1f} GB of it for learned values and their optimiser), and "
+                                f"{free / 1e9:.1f} GB are free.", advice)
+
+
+def budget(weights: Sequence[Weights], bytes_per_weight: Callable[[NMPattern], float], tokens: int,
+           compute: torch.dtype, outputs: int = 0, recomputed: bool = False, processes: int = 1) -> Budget:
+    """For `tokens` in a micro-batch and `outputs` logits per token.
+
+    `bytes_per_weight` covers trained values, gradients, optimiser state and the best masks. A masked copy of every
+    weight lives until the backward pass, and so does what a layer reads and writes, unless blocks are recomputed.
+    `processes` share the state.
+    """
+    single = torch.float32.itemsize
+    state = sum(one.count * bytes_per_weight(one.pattern) for one in weights)
+    cast = compute.itemsize if compute.itemsize < single else 0  # autocast keeps another copy
+    masked = sum(one.count for one in weights) * (single + cast)
+    touched = sum(one.k + 2 * one.n for one in weights)
+    if recomputed:
+        touched = max((one.k for one in weights), default=0)
+        masked = max((one.count for one in weights), default=0) * single
+    return Budget(state / processes, masked, tokens * (touched * compute.itemsize + outputs * SOFTMAX_BYTES))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had, or None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)

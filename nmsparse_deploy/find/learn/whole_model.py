@@ -1,0 +1,139 @@
+"""The global objective: one-shot priors for the whole model, then masks learned through all of it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from nmsparse_deploy import models
+from nmsparse_deploy.data.calibration_sample import Sample, some
+from nmsparse_deploy.data.images import ImageSample
+from nmsparse_deploy.data.latents import NoisedSample
+from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.find.calibration.block_walk import BlockWalk
+from nmsparse_deploy.find.learn.augment import Augmentation
+from nmsparse_deploy.find.learn.diffusion import Diffusion
+from nmsparse_deploy.find.learn.images import Pictures, class_numbers
+from nmsparse_deploy.find.learn.learner import Subject
+from nmsparse_deploy.find.learn.mask_parametrization import Site
+from nmsparse_deploy.find.learn.prior_selection import Masks
+from nmsparse_deploy.find.learn.session import FOLDER, Session
+from nmsparse_deploy.find.learn.subjects import WholeModel
+from nmsparse_deploy.find.methods.base import LayerResult, Method
+from nmsparse_deploy.find.plan.make_plan import Plan
+from nmsparse_deploy.find.prune_block import prune_block
+from nmsparse_deploy.models.base import LoadedModel, to_rows
+from nmsparse_deploy.models.objective import Objective, objective
+from nmsparse_deploy.pattern import NMPattern
+from nmsparse_deploy.recipe.recipe import Prune
+from nmsparse_deploy.registry import METHODS
+from nmsparse_deploy.system.distributed import here
+from nmsparse_deploy.system.progress import Progress
+
+
+def learn_model(session: Session, loaded: LoadedModel, plan: Plan, spec: Prune,
+                sample: Sample) -> tuple[dict[str, LayerResult], dict[str, Any]]:
+    """Masks for everything in the plan by parameter name, and the facts. The model is dense before and after."""
+    if session.spec.labels or session.spec.augment:
+        sample = _in_any_order(sample, session.seed)
+    few = models.batches(loaded, some(sample, session.spec.prior_samples), spec.calibration.batch)
+    sites, weights = {}, []
+    for row in plan.pruned():
+        assert isinstance(row.pattern, NMPattern)
+        name = row.target.name
+        sites[name] = Site(name, name, row.target.axis, row.pattern)
+        weights.append((to_rows(loaded.module.get_parameter(name), row.target.axis), row.pattern))
+    with torch.no_grad(), torch.autocast(session.device.type, session.compute,
+                                         enabled=session.compute != torch.float32):
+        output = loaded.module(**{name: value[:1] if isinstance(value, torch.Tensor) else value
+                                  for name, value in few[0].items()})
+    suits = objective(loaded, output)
+    signal = suits.signal(output)
+    subject, told = _subject(session, loaded, sites, suits, sample, spec.calibration.batch, signal.shape[-1])
+    states = signal.numel() // signal.shape[-1]
+    room = session.room(weights, states * subject.samples, signal.shape[-1])
+    priors = {method: _prior(session, loaded.module, plan, spec, method, few)
+              for method in session.spec.prior_methods} | dict(session.stored)
+    with recomputed(loaded.module, plan.blocks if session.spec.gradient_checkpointing else ()):
+        learnt, facts = session.learn(subject, priors, room, "whole", f"{spec.method} {spec.pattern}")
+    return ({name: LayerResult(one.mask, one.weight) for name, one in learnt.items()},
+            {"name": spec.method, "objective": "global", **facts, **told})
+
+
+def _subject(session: Session, loaded: LoadedModel, sites: Mapping[str, Site], suits: Objective, sample: Sample,
+             batch: int, classes: int) -> tuple[Subject, dict[str, Any]]:
+    """What is learned on, and what there is to tell about it."""
+    spec = session.spec
+    if isinstance(sample, NoisedSample) and not (spec.labels or spec.augment):
+        return Diffusion(loaded.module, sites, sample, batch, spec, session.compute), {}
+    if not isinstance(sample, ImageSample) or not (spec.labels or spec.augment):
+        batches = models.batches(loaded, sample.inputs, batch)
+        return WholeModel(loaded.module, sites, batches, suits, spec, session.compute), {}
+    if spec.labels and suits.kind != "kl":
+        raise UsageError(f"'{loaded.source}' has no classes to learn from.", "learn.labels: false")
+    labels = class_numbers(sample, loaded.module, classes) if spec.labels else None
+    augmentation = Augmentation(spec.augment, loaded.processor, classes) if spec.augment else None
+    subject = Pictures(loaded.module, sites, sample, batch, suits, spec, session.compute, labels, augmentation)
+    return subject, {"dense_accuracy": subject.accuracy()} if spec.labels else {}
+
+
+def _in_any_order(sample: Sample, seed: int) -> ImageSample:
+    """Pictures shuffled: those of one class lie side by side in their folder. Raises `UsageError` for other data."""
+    if not isinstance(sample, ImageSample):
+        raise UsageError("learn.labels and learn.augment are for pictures.", "leave them out")
+    order = torch.randperm(len(sample), generator=torch.Generator().manual_seed(seed)).tolist()
+    return replace(sample, chosen=tuple(sample.chosen[n] for n in order),
+                   hashes=tuple(sample.hashes[n] for n in order))
+
+
+def _prior(session: Session, module: nn.Module, plan: Plan, spec: Prune, method: str,
+           batches: Sequence[dict[str, Any]]) -> Masks:
+    """The masks of a one-shot method for the original weights, from an earlier process if it got that far."""
+    name = f"{FOLDER}/prior-{method}.safetensors"
+    team = here()
+    if team.first and not (session.run / name).is_file():
+        found = one_shot(module, plan, spec, method, batches, session.compute, session.progress)
+        with session.run.replacing(name) as temporary:
+            save_file({key: mask.contiguous() for key, mask in found.items()}, temporary)
+    team.wait()
+    return load_file(session.run / name)
+
+
+def one_shot(module: nn.Module, plan: Plan, spec: Prune, name: str, batches: Sequence[dict[str, Any]],
+             compute: torch.dtype, progress: Progress) -> dict[str, torch.Tensor]:
+    """Bool rows by parameter name: walk the blocks, and let every block see what the pruned ones before it make of the
+    data. Weights stay as they are."""
+    method: Method = METHODS.load(name)
+    alone = spec.model_copy(update={"method": name, "learn": None, "refine": (), "permute": False})
+    walk = None if method.needs == "none" else BlockWalk(module, plan.blocks, batches, compute)
+    masks: dict[str, torch.Tensor] = {}
+    for number in range(max(row.target.block for row in plan.pruned()) + 1):
+        progress(f"prior {name}, block {number}", number, len(plan.blocks))
+        pruned = prune_block(module, plan, number, alone, method, walk) if plan.pruned(number) else None
+        layers = {key: replace(layer, result=LayerResult(layer.result.mask))
+                  for key, layer in (pruned.layers if pruned else {}).items()}
+        masks |= {key: layer.result.mask.cpu() for key, layer in layers.items()}
+        if walk is not None:
+            walk.advance(number, {key: layer.stored(torch.float32) for key, layer in layers.items()})
+    return masks
+
+
+@contextmanager
+def recomputed(module: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
+    """Inside, the blocks keep nothing for the backward pass but their inputs."""
+    found = [module.get_submodule(path) for path in blocks]
+    for block in found:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for block in found:
+            del block.forward

@@ -1,0 +1,111 @@
+"""What a mask method is: a function on one weight matrix, and the statistics it declares to need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+
+from nmsparse_deploy.errors import MissingExtra
+from nmsparse_deploy.find.calibration.layer_stats import LayerStats, Need
+from nmsparse_deploy.find.methods.grid import Grid
+from nmsparse_deploy.pattern import Pattern, Scope, project
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A bool mask `[outputs, reduction]` (True = keep) and, when the method changes weights, the new fp32 weight.
+
+    `grid` is what the weight was rounded to, if it was.
+    """
+
+    mask: torch.Tensor
+    weight: torch.Tensor | None = None
+    grid: Grid | None = None
+
+
+class PruneLayer(Protocol):
+    """`weight` is `[outputs, reduction]` in fp32; `mask` is a starting mask for methods that refine one.
+
+    `pattern` is an `NMPattern`, and any `Pattern` where the method declares a scope.
+    """
+
+    def __call__(self, weight: torch.Tensor, stats: LayerStats, pattern: Any,
+                 mask: torch.Tensor | None = None) -> LayerResult: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the registry: what it needs, what it does, who published it.
+
+    `scope` says which weights compete for an unstructured mask; None: the method needs groups and finds N:M masks only.
+    A method that `quantises` takes a `grid` besides and rounds what it keeps to it. `only` is the one pattern of a
+    method that knows no other; `package` is an optional library that it calls, and the extra that brings it.
+    """
+
+    prune_layer: PruneLayer
+    needs: Need
+    updates_weights: bool
+    summary: str
+    source: str
+    scope: Scope | None = None
+    quantises: bool = False
+    only: str | None = None
+    package: tuple[str, str] | None = None
+
+    def require(self, name: str) -> None:
+        """Raise `MissingExtra` when the method `name` calls a library that is not installed."""
+        if self.package is not None and find_spec(self.package[0]) is None:
+            raise MissingExtra(*self.package, f"The method '{name}'")
+
+
+def score_method(scores: Callable[[torch.Tensor, LayerStats], torch.Tensor], needs: Need, summary: str,
+                 source: str, scope: Scope = "row") -> Method:
+    """A method that only ranks weights: the shared projection keeps the highest of every group, or of `scope`."""
+
+    def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: Pattern,
+                    mask: torch.Tensor | None = None) -> LayerResult:
+        return LayerResult(project(scores(weight, stats), pattern, scope=scope))
+
+    return Method(prune_layer, needs, False, summary, source, scope)
+
+
+def prune_matrices(method: Method, weight: torch.Tensor, stats: LayerStats, pattern: Pattern,
+                   grid: Grid | None = None, mask: torch.Tensor | None = None) -> LayerResult:
+    """Prune `weight` by `method`; a stack of experts `[E*out, in]` matrix by matrix, each with its own statistics."""
+    options: dict[str, Any] = {} if grid is None else {"grid": grid}
+    if not stats.experts:
+        return method.prune_layer(weight, stats, pattern, mask, **options)
+    count, found = len(stats.experts), []
+    masks = [None] * count if mask is None else mask.chunk(count)
+    for number, (part, own) in enumerate(zip(weight.chunk(count), stats.experts)):
+        if grid is not None:
+            options["grid"] = Grid(grid.scales.chunk(count)[number], grid.width, grid.bits)
+        found.append(method.prune_layer(part, own, pattern, masks[number], **options))
+    return stacked(found, grid)
+
+
+def stacked(results: Sequence[LayerResult], grid: Grid | None = None) -> LayerResult:
+    """The results of a stack's matrices as that of the stack; all of them changed weights, or none did."""
+    weights = [result.weight for result in results if result.weight is not None]
+    return LayerResult(torch.cat([result.mask for result in results]), torch.cat(weights) if weights else None, grid)
+
+
+def relative_error(weight: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> float:
+    """`tr[(W-Ŵ) G (W-Ŵ)ᵀ] / tr[W G Wᵀ]`: the layer's output error on the calibration data, as a share of its output."""
+    return error_over([(weight, pruned, gram)])
+
+
+def error_over(layers: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> float:
+    """The relative error of several `(weight, pruned, gram)` together."""
+    def energy(m: torch.Tensor, gram: torch.Tensor) -> float:
+        return float(((m @ gram) * m).sum(dtype=torch.float64))
+
+    lost = total = 0.0
+    for weight, pruned, gram in layers:
+        total += energy(weight, gram)
+        lost += energy(weight - pruned, gram)
+    return lost / total if total > 0 else 0.0

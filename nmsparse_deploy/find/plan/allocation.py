@@ -1,0 +1,233 @@
+"""A plan under a constraint: which fusion groups get the pattern, and how much of it.
+
+Under hardware N:M a sparse matrix has one density, so MixGPT's allocation (Shao et al. 2024, arXiv:2310.09499) becomes
+a choice per fusion group, a knapsack over the rise `s_i` of the loss, the time `t_i` saved, and the zeros `z_i`:
+
+    --max-ppl-increase r   max Σ t_i   subject to   Σ s_i <= ln(1 + r)
+    --min-speedup S        min Σ s_i   subject to   Amdahl's speed-up of Σ t_i >= S
+    --budget F             min Σ s_i   subject to   Σ z_i >= F · (zeros with the pattern everywhere)
+
+Rises are added up although they interact; how far off that is, is measured once for the whole plan. Negative ones
+(noise) count as zero. Patterns that no kernel runs save no time; then `--max-ppl-increase` maximises the zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nmsparse_deploy.errors import NmsparseError, UsageError
+from nmsparse_deploy.find.plan.knapsack import Option, choose
+from nmsparse_deploy.find.plan.latency import Latency, saving_for, speedup
+from nmsparse_deploy.find.plan.make_plan import PlanRow
+from nmsparse_deploy.find.plan.sensitivity import Rise
+from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, Pattern
+from nmsparse_deploy.recipe.recipe import DENSE, Allocate
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to treat a fusion group: a pattern (None = dense), what it costs, and what it wins."""
+
+    pattern: Pattern | None
+    rise: Rise
+    saving_us: float
+    zeros: int
+
+    @property
+    def cost(self) -> float:
+        return max(0.0, self.rise.mean)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A fusion group and its choices."""
+
+    rows: tuple[PlanRow, ...]
+    dense_us: float
+    choices: tuple[Choice, ...]
+
+    @property
+    def weights(self) -> int:
+        return sum(row.target.k * row.target.n for row in self.rows)
+
+
+def choices(rows: Sequence[PlanRow], patterns: Sequence[Pattern], rises: Sequence[Rise],
+            latencies: Sequence[Latency], dense: bool) -> Group:
+    """The group of `rows` with one choice a pattern, and `dense` if it may stay so."""
+    weights = sum(row.target.k * row.target.n for row in rows)
+    found = [Choice(None, Rise(0.0, 0.0), 0.0, 0)] if dense else []
+    found += [Choice(pattern, rise, latency.saving_us, round(weights * (1 - pattern.density)))
+              for pattern, rise, latency in zip(patterns, rises, latencies)]
+    return Group(tuple(rows), latencies[0].dense_us, tuple(found))
+
+
+def solve(groups: Sequence[Group], spec: Allocate, share: float, weights: int) -> list[Choice]:
+    """The best choice for every group. `share` is that of the targets in the model's FLOPs, `weights` all that could be
+    pruned. Raises `NmsparseError` with the best that can be reached when the constraint cannot be met."""
+    if spec.max_ppl_increase is not None:
+        return _within_loss(groups, spec.max_ppl_increase, NMPattern.parse(spec.pattern).implies(TWO_FOUR))
+    if spec.min_speedup is not None:
+        dense = sum(group.dense_us for group in groups)
+        best = [max(choice.saving_us for choice in group.choices) for group in groups]
+        found = _least_rise(groups, "saving_us", saving_for(share, dense, spec.min_speedup))
+        if found is None:
+            reach = speedup(share, dense, sum(best))
+            raise NmsparseError(f"No plan makes the model {spec.min_speedup:g} times as fast: all groups that gain "
+                                f"reach {reach:.4f} ({share:.0%} of its FLOPs are theirs).",
+                                f"--min-speedup {math.floor(reach * 1e4) / 1e4:g}" if reach > 1.0001 else None)
+        return found
+    assert spec.budget is not None
+    pattern = NMPattern.parse(spec.pattern)
+    everywhere = weights * pattern.zeros / pattern.group
+    found = _least_rise(groups, "zeros", spec.budget * everywhere)
+    if found is None:
+        reach = sum(max(choice.zeros for choice in group.choices) for group in groups) / everywhere
+        raise NmsparseError(f"No plan prunes {spec.budget:.1%} of the prunable weights: only {reach:.1%} of them may "
+                            f"get {pattern}.", "nmsparse-deploy inspect says why the others stay dense")
+    return found
+
+
+def _within_loss(groups: Sequence[Group], increase: float, has_kernels: bool) -> list[Choice]:
+    by = "saving_us" if has_kernels else "zeros"
+    items = [[Option(getattr(choice, by), choice.cost) for choice in group.choices] for group in groups]
+    found = choose(items, math.log1p(increase))
+    chosen = [group.choices[index] for group, index in zip(groups, found or [0] * len(groups))]
+    if not any(choice.pattern for choice in chosen):
+        useful = [choice for group in groups for choice in group.choices if choice.pattern and getattr(choice, by) > 0]
+        if not useful:
+            raise NmsparseError("No group gains anything from the pattern on this GPU, so none is pruned.")
+        least = math.expm1(min(choice.cost for choice in useful))
+        raise NmsparseError(f"Nothing can be pruned within {increase:.2%} more perplexity: the least sensitive group "
+                            f"alone costs {least:.2%}.", f"--max-ppl-increase {math.ceil(least * 1e4) / 1e4:g}")
+    return chosen
+
+
+def _least_rise(groups: Sequence[Group], by: str, need: float) -> list[Choice] | None:
+    """The smallest sum of rises whose gains reach `need`: what is lost of the largest gains has to fit the rest."""
+    best = [max(getattr(choice, by) for choice in group.choices) for group in groups]
+    items = [[Option(-choice.cost, most - getattr(choice, by)) for choice in group.choices]
+             for group, most in zip(groups, best)]
+    found = choose(items, sum(best) - need)
+    return None if found is None else [group.choices[index] for group, index in zip(groups, found)]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One fusion group in a finished plan."""
+
+    members: tuple[str, ...]
+    block: int
+    k: int
+    n: int
+    pattern: str
+    sensitivity: float
+    """Rise of the loss when only this group is pruned to its pattern (or to the wanted one, if it stays dense)."""
+    error: float
+    dense_us: float
+    saving_us: float
+    gain: float
+    """Share of the model's time that pruning the group saves."""
+    reason: str
+
+
+def decisions(groups: Sequence[Group], chosen: Sequence[Choice], share: float, unit: str,
+              asked: Pattern) -> tuple[Decision, ...]:
+    """What was decided about every group, in words too."""
+    dense = sum(group.dense_us for group in groups)
+    found = []
+    for group, choice in zip(groups, chosen):
+        shown = choice if choice.pattern else next(c for c in group.choices if c.pattern == asked)
+        gain = share * shown.saving_us / dense
+        won = f"{100 * gain:.2g} % predicted gain" if gain > 0 else "no gain"
+        why = f"sensitivity {shown.rise.mean:.2g} {unit} for {won}"
+        first = group.rows[0].target
+        found.append(Decision(tuple(row.target.name for row in group.rows), first.block, first.k,
+                              sum(row.target.n for row in group.rows), str(choice.pattern or DENSE), shown.rise.mean,
+                              shown.rise.error, group.dense_us, shown.saving_us, gain, why))
+    return tuple(found)
+
+
+def totals(groups: Sequence[Group], chosen: Sequence[Choice], share: float, weights: int,
+           llm: bool) -> dict[str, Any]:
+    """Sums over the plan, predicted from single groups. `llm`: do rises add up to one of log perplexity?"""
+    pruned = [(group, choice) for group, choice in zip(groups, chosen) if choice.pattern]
+    dense = sum(group.dense_us for group in groups)
+    saved = sum(choice.saving_us for _, choice in pruned)
+    rise = sum(choice.cost for _, choice in pruned)
+    inside = sum(group.weights for group, _ in pruned)
+    return {"groups": len(groups), "groups_pruned": len(pruned), "weights": weights, "weights_pruned": inside,
+            "share_pruned": inside / weights, "zeros": sum(choice.zeros for _, choice in pruned),
+            "mean_density": 1 - sum(choice.zeros for _, choice in pruned) / weights, "loss_rise": rise,
+            "ppl_increase": math.expm1(rise) if llm and rise < 700 else None, "dense_us": dense, "saving_us": saved,
+            "flop_share": share, "speedup": speedup(share, dense, saved), "status": "predicted"}
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A finished plan, its circumstances (`facts`) and its totals."""
+
+    model: str
+    pattern: str
+    decisions: tuple[Decision, ...]
+    rules: dict[str, str]
+    """Targets that a shape or a user's rule keeps dense, and why."""
+    totals: dict[str, Any]
+    facts: dict[str, Any]
+
+    def patterns(self) -> dict[str, str]:
+        """What `Prune.patterns` takes: every target by name."""
+        named = {name: f"{DENSE}: {row.reason}" if row.pattern == DENSE else row.pattern
+                 for row in self.decisions for name in row.members}
+        return named | {name: f"{DENSE}: {reason}" for name, reason in self.rules.items()}
+
+    def short_names(self, row: Decision) -> list[str]:
+        """Members without the path that they share and without `.weight`."""
+        first, *others = [name.removesuffix(".weight") for name in row.members]
+        return [first, *(name.rpartition(".")[2] for name in others)]
+
+    def summary(self) -> list[str]:
+        """What the plan comes to, in sentences."""
+        t, measured = self.totals, self.totals["measured_together"]
+        latency = self.facts["latency"]
+        what = "matrices" if self.facts["spread"] else "fusion groups"
+        lines = [f"{t['groups_pruned']} of {t['groups']} {what} pruned: {t['share_pruned']:.1%} of the prunable "
+                 f"weights, mean density {t['mean_density']:.1%}."]
+        if t["ppl_increase"] is not None:
+            lines.append(f"Perplexity, on the calibration sample: {t['ppl_increase']:+.1%} if rises add up; "
+                         f"{_percent(measured['loss_rise'])} measured for the plan as a whole (trial method "
+                         f"{self.facts['method']}, no refinement).")
+        elif self.facts["spread"]:
+            lines.append(f"Loss on the calibration sample ({self.facts['unit']}): {measured['loss_rise']:+.3g} "
+                         f"measured for the plan as a whole (trial method {self.facts['method']}, no refinement).")
+        else:
+            lines.append(f"Loss on the calibration sample ({self.facts['unit']}): {t['loss_rise']:.3g} if rises add "
+                         f"up; {measured['loss_rise']:.3g} measured for the plan as a whole.")
+        if self.facts["vary_keep"] or self.facts["spread"]:
+            lines.append("Kernels run 2:4 only: densities that vary with the layer gain no time on hardware.")
+        else:
+            times = "measured GEMM times" if latency["status"] == "measured" else "the roofline"
+            lines.append(f"Speed-up of the model: {t['speedup']:.3f}, predicted from {times} of {latency['gpu']} at "
+                         f"{latency['rows']} rows, with {t['flop_share']:.0%} of the FLOPs in these groups.")
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        groups = [{**asdict(row), "members": list(row.members)} for row in self.decisions]
+        return {"model": self.model, "pattern": self.pattern, **self.facts, "totals": self.totals, "groups": groups,
+                "patterns": self.patterns()}
+
+
+def _percent(rise: float) -> str:
+    return f"{math.expm1(min(rise, 700)):+.1%}"
+
+
+def candidates(spec: Allocate) -> list[NMPattern]:
+    """The patterns that a group may get: the asked one, and with `vary_keep` its neighbours."""
+    asked = NMPattern.parse(spec.pattern)
+    keeps = (asked.keep - 1, asked.keep, asked.keep + 1) if spec.vary_keep else (asked.keep,)
+    found = [NMPattern(keep, asked.group) for keep in keeps if 1 <= keep < asked.group]
+    if spec.vary_keep and len(found) == 1:
+        raise UsageError(f"{asked} has no neighbours to vary.", "try a larger group, for example 4:8")
+    return found

@@ -1,0 +1,100 @@
+"""Fine-tune: train what survives in the whole model, with the dense model as the teacher.
+
+    loss = task · CE + distill · T² KL(dense ‖ pruned),    AdamW
+
+It comes after any mask. Surviving weights, norms and biases move; embeddings and heads stay. `train/survivors.py` has
+the four ways: the mask fixed, SR-STE and S-STE with a mask that follows the weights and is frozen towards the end, and
+low-rank adapters under the mask. Held-out batches decide which state is kept; when none beats the start, that is the
+start.
+
+The weights of the loss are those of Huang et al., Pruning Large Language Models with Semi-Structural Adaptive Sparse
+Training (AST), AAAI 2025, arXiv:2407.20584.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from nmsparse_deploy.find.learn.learner import Learnt, MaskLearner, Subject
+from nmsparse_deploy.find.learn.loop import Outcome, fit
+from nmsparse_deploy.find.learn.mask_parametrization import Law, LawOf, Site
+from nmsparse_deploy.find.learn.sparse_training import Adapters, Fixed, SrSte, SSte
+from nmsparse_deploy.find.learn.step_context import Moment
+from nmsparse_deploy.find.refine.base import Refinement, Whole
+from nmsparse_deploy.recipe.refine_steps import Finetune
+
+
+class Tuner(MaskLearner):
+    """AdamW on the weights under their masks, and on norms and biases."""
+
+    trains_weights = True
+    shards = False  # masks, penalties and norms are looked at outside the forward pass
+
+    def __init__(self, law: LawOf, rate: float) -> None:
+        super().__init__(law, rate)
+        self.vectors: dict[str, nn.Parameter] = {}
+        """Norms and biases by name."""
+
+    def prepare(self, subject: Subject, priors: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
+        self.vectors = {name: value for name, value in subject.module.named_parameters() if value.ndim < 2}
+        optimiser = super().prepare(subject, priors)
+        for value in self.vectors.values():
+            value.requires_grad_(True)
+        if self.vectors:
+            optimiser.add_param_group({"params": list(self.vectors.values())})
+        return optimiser
+
+    def loss_terms(self, subject: Subject, number: int, moment: Moment) -> dict[str, torch.Tensor]:
+        terms = super().loss_terms(subject, number, moment)
+        found = [_law(mask.law).penalty(mask.values) for mask in self.masks.values()]
+        own = [term for term in found if term is not None]
+        return {**terms, "decay": torch.stack(own).sum()} if own else terms
+
+    def after_step(self, moment: Moment) -> None:
+        for mask in self.masks.values():
+            _law(mask.law).after_step(mask.values.data, moment)
+
+    def finish(self) -> dict[str, Learnt]:
+        """Weights, and norms and biases as if everything in them were kept."""
+        vectors = {name: Learnt(torch.ones(value.shape, dtype=torch.bool), value.detach().float().cpu().clone())
+                   for name, value in self.vectors.items()}
+        return super().finish() | vectors
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {f"{mask.site.name}/{key}": value for mask in self.masks.values()
+                for key, value in _law(mask.law).state().items()}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        for mask in self.masks.values():
+            prefix = f"{mask.site.name}/"
+            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            if own:
+                _law(mask.law).restore(own)
+
+
+def refine(whole: Whole, step: Finetune) -> Outcome:
+    """The best weights found and their masks; see the module's docstring."""
+    until = step.steps - round(step.frozen * step.steps)
+
+    def law(site: Site) -> Law:
+        if step.how == "sr-ste":
+            return SrSte(site.pattern, whole.dense(site.name), step.refresh, until, step.decay)
+        if step.how == "s-ste":
+            return SSte(site.pattern, whole.dense(site.name), until)
+        return Adapters(site.name, step.rank) if step.how == "adapters" else Fixed()
+
+    return fit(whole.subject, Tuner(law, step.rate), whole.masks, step, whole.seed, whole.checkpoints, whole.progress,
+               "fine-tuning")
+
+
+def _law(law: Law) -> Fixed:
+    assert isinstance(law, Fixed)
+    return law
+
+
+REFINEMENT = Refinement("none", "both", "train the survivors of the whole model against the dense one",
+                        "Zhou et al. 2021, arXiv:2102.04010; Huang et al. 2025, arXiv:2407.20584; Hu et al. 2024, "
+                        "arXiv:2409.09099", model=refine, unstructured=True)

@@ -1,0 +1,51 @@
+"""What a block refinement works on at a time: the whole block, or its two halves one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nmsparse_deploy.find.refine.base import Block
+from nmsparse_deploy.models.residual_stream import Seen, find_middle, parameters_before
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is refined together: its parameters, and how to get from a block's input to the place of the loss."""
+
+    parameters: list[str]
+    forward: Callable[[nn.Module, int, torch.Tensor], torch.Tensor]
+    leaves: bool = True
+    """Is the place of the loss the block's exit?"""
+
+
+def units(block: Block, size: str) -> list[Unit]:
+    """The block as one unit, or (`half`, where it has a middle) as two."""
+    names = [name for name, value in block.module.named_parameters() if value.is_floating_point()]
+    entrance = block.inputs[0]
+    middle = find_middle(block.dense, lambda m: block.run(m, 0, entrance), entrance) if size == "half" else None
+    if middle is None:
+        return [Unit(names, block.run)]
+    first = parameters_before(block.dense, lambda m: block.run(m, 0, entrance), middle)
+
+    def to_the_middle(module: nn.Module, number: int, x: torch.Tensor) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+
+        def stop(_module: nn.Module, args: tuple) -> None:
+            seen.append(args[0])
+            raise Seen
+
+        handle = module.get_submodule(middle).register_forward_pre_hook(stop)
+        try:
+            block.run(module, number, x)
+        except Seen:
+            pass
+        finally:
+            handle.remove()
+        return seen[0]
+
+    return [Unit([name for name in names if name in first], to_the_middle, False),
+            Unit([name for name in names if name not in first], block.run)]

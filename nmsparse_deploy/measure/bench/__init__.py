@@ -1,0 +1,15 @@
+"""Timing: paired arms, one implementation for processors and GPUs; where sparse starts to win; what it was timed on."""
+
+from nmsparse_deploy.system.timing import (
+    CPU_SENTENCE,
+    Arm,
+    BenchResult,
+    Call,
+    Clock,
+    interleave,
+    ratio,
+    summarise,
+    wall,
+)
+
+__all__ = ["CPU_SENTENCE", "Arm", "BenchResult", "Call", "Clock", "interleave", "ratio", "summarise", "wall"]

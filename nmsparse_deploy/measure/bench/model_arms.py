@@ -1,0 +1,216 @@
+"""All arms of one model: what to time them on, their decisions, their evidence, and what may be concluded.
+
+Every workload has an `auto` of its own: a prefill reads thousands of rows, a decoding step as many as there are
+sequences, and what is faster for one need not be for the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+from torch import nn
+
+from nmsparse_deploy import models
+from nmsparse_deploy.errors import NmsparseError, first_line
+from nmsparse_deploy.masks import MaskSet
+from nmsparse_deploy.measure.bench.arms import (
+    AUTO,
+    DENSE,
+    PRUNED,
+    SPARSE,
+    Phase,
+    Site,
+    bound,
+    decode,
+    make_arms,
+    make_auto,
+    prefill,
+    sites,
+    time_phase,
+)
+from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.discovery import discover, trace_inputs
+from nmsparse_deploy.models.roofline import count_flops
+from nmsparse_deploy.pattern import TWO_FOUR
+from nmsparse_deploy.prove import TensorCheck, verify_tensors
+from nmsparse_deploy.ship.evidence import NOT_SPARSE, EngineEvidence
+from nmsparse_deploy.ship.quantise import BASE, FORMATS, calibrate
+from nmsparse_deploy.ship.torch_sparse.kernel_choice import ROUNDS, Decision, decide_all
+from nmsparse_deploy.ship.torch_sparse.profile_kernels import Gemm, evidence, watch
+from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels
+from nmsparse_deploy.system.gpu_clock import Machine, transient
+from nmsparse_deploy.system.progress import Progress, silent
+from nmsparse_deploy.system.timing import Call
+
+PREFILL, DECODE = "prefill", "decode"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the arms of one model are timed on."""
+
+    batch: int = 1
+    length: int = 128
+    precision: str = "fp16"
+    rounds: int = ROUNDS
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call in every arm; `auto` follows `decisions`, which were made at `rows`, by parameter."""
+
+    name: str
+    modules: Mapping[str, nn.Module]
+    calls: Mapping[str, Call]
+    decisions: tuple[Decision, ...]
+    rows: Mapping[str, int]
+
+
+def bench_arms(dense: LoadedModel, masks: MaskSet, job: Job, machine: Machine,
+               progress: Progress = silent) -> dict[str, Any]:
+    """All arms of a dense model and its masks: phases, decisions, memory, evidence and what may be concluded.
+
+    The model stays on the machine's device. Raises `NmsparseError` where sparse kernels cannot run the precision.
+    """
+    why = kernels().why_not(job.precision)
+    if why is not None:
+        raise NmsparseError(f"Sparse kernels cannot run {job.precision} here: {why}.")
+    before = machine.environment()
+    dense.module.to(machine.device, DTYPES[BASE if job.precision in FORMATS else job.precision])
+    inputs: dict[str, Any] = dict(models.sample_inputs(dense, job.batch, job.length))
+    if dense.family == "llm" and "logits_to_keep" in signature(dense.module.forward).parameters:
+        inputs["logits_to_keep"] = 1  # a prefill needs the logits of the last token alone
+    found = discover(dense.module, models.sample_inputs(dense))
+    traced = trace_inputs(dense.module, found.blocks, inputs)
+    flops = count_flops(dense.module, inputs)
+    kept = {name: mask for name, mask in masks.masks.items() if mask.pattern.implies(TWO_FOUR)}
+    places = sites(dense.module, found.targets, kept, job.precision)
+    if not places:
+        raise NmsparseError("No ordinary layer of this model has a 2:4 mask, so the arms would all be the same.")
+    rows = {PREFILL: {site.parameter: traced[site.parameter].rows for site in places}}
+    if dense.family == "llm":
+        rows[DECODE] = {site.parameter: job.batch for site in places}
+    decisions = {name: _decided(places, at, job, machine, progress) for name, at in rows.items()}
+    wanted = {site.module for site in found.targets if site.name in rows[PREFILL]}
+    # What the layers read on the very inputs that are timed: accuracy is not judged here.
+    ranges = calibrate(dense.module, [target for target in found.targets if target.module in wanted],
+                       [inputs]) if job.precision in FORMATS else {}
+    arms = make_arms(dense.module, places, {name: mask.unpack() for name, mask in kept.items()}, job.precision, ranges,
+                     _settings(decisions))
+    work = [_workload(name, arms, places, decisions[name], rows[name], inputs) for name in rows]
+    phases, failed = _phases(work, {"batch": job.batch, "length": job.length}, machine, job.rounds, progress)
+    checks = _checks(arms[PRUNED], places, kept)
+    seen = {one.name: {arm: _evidence(arm, one, places, job.precision, checks) for arm in (SPARSE, AUTO)}
+            for one in work}
+    gemm_flops = sum(2 * rows[PREFILL][site.parameter] * site.k * site.n for site in places)
+    return {"status": "dry run" if machine.dry else "measured", "precision": job.precision, "batch": job.batch,
+            "length": job.length, "layers": len(places), "weight_bytes": _weights(arms, places),
+            "transient_bytes": {one.name: {arm: transient(call, machine) for arm, call in one.calls.items()}
+                                for one in work},
+            "flops": flops, "gemm_flop_share": gemm_flops / flops if flops else None,
+            "amdahl": {one.name: bound(one.decisions, one.rows, _median(phases, one.name)) for one in work},
+            "decisions": {one.name: [made.to_json() for made in one.decisions] for one in work},
+            "phases": [phase.to_json() for phase in phases], "failed": failed,
+            "evidence": {name: {arm: one.to_json() for arm, one in both.items()} for name, both in seen.items()},
+            "verdict": verdict(phases, seen, machine.dry), "before": before,
+            "after": machine.environment()["state"]}
+
+
+def _decided(places: Sequence[Site], rows: Mapping[str, int], job: Job, machine: Machine,
+             progress: Progress) -> tuple[Decision, ...]:
+    """Every shape is timed at the rows that this workload gives it."""
+    found: list[Decision] = []
+    for count in sorted(set(rows.values())):
+        shapes: dict[tuple[int, int, bool], list[str]] = {}
+        for site in places:
+            if site.why_not is None and rows[site.parameter] == count:
+                shapes.setdefault((site.k, site.n, site.biased), []).append(site.parameter)
+        found += decide_all(shapes, job.precision, [count], machine, max(5, job.rounds), progress)
+    return tuple(found)
+
+
+def _settings(decisions: Mapping[str, Sequence[Decision]]) -> dict[str, dict[int, Setting]]:
+    found: dict[str, dict[int, Setting]] = {}
+    for made in decisions.values():
+        for one in made:
+            for name in one.weights:
+                found.setdefault(name, {}).update(one.settings)
+    return found
+
+
+def _workload(name: str, arms: Mapping[str, nn.Module], places: Sequence[Site], decisions: tuple[Decision, ...],
+              rows: Mapping[str, int], inputs: Mapping[str, Any]) -> Workload:
+    modules = {**arms, AUTO: make_auto(arms, places, decisions)}
+    calls = prefill(modules, inputs) if name == PREFILL else decode(modules, inputs["input_ids"])
+    return Workload(name, modules, calls, decisions, rows)
+
+
+def _phases(work: Sequence[Workload], shape: dict[str, int], machine: Machine, rounds: int,
+            progress: Progress) -> tuple[list[Phase], dict[str, str]]:
+    """Every workload, enqueued plainly and then replayed; what cannot be recorded as a graph says why."""
+    phases, failed = [], {}
+    for replayed in (False, True) if machine.graph is not None else (False,):
+        for one in work:
+            how = f"{one.name}, {'CUDA graph' if replayed else 'plain'}"
+            progress(f"timing {how}", 0, 0)
+            try:
+                phases.append(time_phase(one.name, one.calls, shape, machine, rounds, replayed))
+            except RuntimeError as error:
+                failed[how] = first_line(error)
+    if not phases:
+        raise NmsparseError(f"No arm could be timed: {next(iter(failed.values()), 'there was nothing to run')}.")
+    return phases, failed
+
+
+def _checks(module: nn.Module, places: Sequence[Site], kept: Mapping[str, Any]) -> dict[str, TensorCheck]:
+    """The pattern of what the pruned arms hold."""
+    held = {}
+    for site in places:
+        layer: Any = module.get_submodule(site.layer)
+        held[site.parameter] = layer.weight if site.axis else layer.weight.t().contiguous()
+    masks = MaskSet({site.parameter: kept[site.parameter] for site in places})
+    return {check.tensor: check for check in verify_tensors(held, masks, PRUNED).checks}
+
+
+def _evidence(arm: str, work: Workload, places: Sequence[Site], precision: str,
+              checks: Mapping[str, TensorCheck]) -> EngineEvidence:
+    decided = {name: one for one in work.decisions for name in one.weights}
+    dense = {name: one.why for name, one in decided.items() if one.keep == "dense"} if arm == AUTO else {}
+    layers, every = watch(work.calls[arm], work.modules[arm], [site.layer for site in places])
+    gemms = [Gemm(site.parameter, site.layer, site.k, site.n, site.why_not, dense.get(site.parameter))
+             for site in places]
+    rows = {site.layer: work.rows[site.parameter] for site in places}
+    return evidence(f"{work.name}, {arm}", "torch", gemms, precision, rows, checks, layers, every)
+
+
+def _weights(arms: Mapping[str, nn.Module], places: Sequence[Site]) -> dict[str, int]:
+    """Bytes of the weights in which the arms differ."""
+    found: dict[str, int] = {}
+    for arm, module in arms.items():
+        layers: list[Any] = [module.get_submodule(site.layer) for site in places]
+        found[arm] = sum(layer.weight_bytes for layer in layers)
+    return found
+
+
+def _median(phases: Sequence[Phase], name: str) -> float:
+    """Of the dense arm, replayed where it was; 0 where it was not timed."""
+    found = [arm.median_ms for phase in phases if phase.name == name for arm in phase.arms if arm.name == DENSE]
+    return found[-1] if found else 0.0
+
+
+def verdict(phases: Sequence[Phase], seen: Mapping[str, Mapping[str, EngineEvidence]], dry: bool) -> str:
+    """What was won, in one sentence a workload, never without what was seen running."""
+    parts = []
+    for phase in phases:
+        for arm in (SPARSE, AUTO):
+            found, pruned = phase.over_dense[arm], phase.over_pruned[arm]
+            how = "CUDA graph" if phase.replayed else "plain"
+            label = "" if seen[phase.name][arm].sparse_seen else f", {NOT_SPARSE}"
+            parts.append(f"{phase.name} ({how}), {arm}: {found['speedup']:.2f}x over dense ({found['low']:.2f} to "
+                         f"{found['high']:.2f}), {pruned['speedup']:.2f}x over the same weights on "
+                         f"dense kernels{label}")
+    told = "; ".join(parts) + "." + "".join(f" {name}: {both[SPARSE].verdict}" for name, both in seen.items())
+    return f"DRY RUN, nothing was measured on a GPU. {told}" if dry else told

@@ -1,0 +1,68 @@
+"""The models that one evaluation compares, each with how it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nmsparse_deploy.errors import MissingExtra, NmsparseError
+from nmsparse_deploy.measure.evaluate.features import Features, Runner, collect, onnx_runner, torch_runner
+from nmsparse_deploy.measure.evaluate.result import EvalResult
+from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime
+from nmsparse_deploy.system.progress import Progress
+
+BATCH = 16
+DENSE, PRUNED = "dense", "pruned"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One variant. `fixed` says that it runs only the shape it was exported for."""
+
+    label: str
+    run: Runner
+    where: str
+    dtype: str
+    fixed: bool = False
+
+    def features(self, batches: Iterable[Mapping[str, torch.Tensor]], total: int, what: str, progress: Progress,
+                 keep_tokens: bool = False) -> Features:
+        seen = 0
+
+        def done(count: int) -> None:
+            nonlocal seen
+            seen += count
+            progress(f"{what}, {self.label}", seen, total)
+
+        progress(f"{what}, {self.label}", 0, total)
+        return collect(self.run, batches, keep_tokens, done)
+
+
+def torch_arm(label: str, model: LoadedModel) -> Arm:
+    parameter = next(model.module.parameters())
+    return Arm(label, torch_runner(model), parameter.device.type, str(parameter.dtype).removeprefix("torch."))
+
+
+def onnx_arms(model: LoadedModel, paths: Sequence[Path]) -> tuple[list[Arm], list[dict[str, str]]]:
+    """An arm per exported graph that runs here, and why the others do not."""
+    arms, missing = [], []
+    for path in paths:
+        try:
+            session = OnnxRuntime.build(path)
+        except (MissingExtra, NmsparseError) as error:
+            missing.append({"place": f"ONNX {path.parent.name}", "why": error.message})
+            continue
+        arms.append(Arm(f"pruned, ONNX {path.parent.name}", onnx_runner(model, session), "onnxruntime",
+                        path.parent.name, fixed=model.family == "vision"))
+    return arms, missing
+
+
+Results = dict[str, list[EvalResult]]
+
+
+def to_json(results: Results) -> dict[str, list[dict]]:
+    return {label: [result.to_json() for result in found] for label, found in results.items() if found}

@@ -1,0 +1,164 @@
+"""Top-1 and top-5 on a folder of labelled images as timm's validation measures them, with timm's own data pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nmsparse_deploy.data.images import check_images_disjoint, content_hash
+from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError
+from nmsparse_deploy.measure.evaluate.arms import DENSE, PRUNED, Arm
+from nmsparse_deploy.measure.evaluate.probe import hits
+from nmsparse_deploy.measure.evaluate.result import EvalResult, mean_result, paired_difference
+from nmsparse_deploy.models import input_name
+from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.system.progress import Progress, silent
+
+BATCH = 32
+NAMES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+"""PIL's numbers of its filters."""
+
+
+def evaluate_imagenet(arms: Sequence[Arm], model: LoadedModel, folder: str, limit: int | None,
+                      calibration: torch.Tensor | None, progress: Progress = silent) -> dict[str, Any]:
+    """Accuracy of every arm on the same pictures, each decoded once.
+
+    `folder` holds one folder per class, or a `validation` (or `val`) folder that does. Under `timm` come the fields
+    that timm's `validate.py` prints, in percent. Raises `UsageError` when the folders cannot be matched with the
+    model's classes, `NmsparseError` when a picture was calibrated on.
+    """
+    settings = data_settings(model)
+    dataset = _dataset(folder, settings, model, limit)
+    hashes: list[str] = []
+    loader = _loader(dataset, settings, hashes.append if calibration is not None else None)
+    right: dict[str, dict[int, list[float]]] = {arm.label: {1: [], 5: []} for arm in arms}
+    seen = 0
+    for pictures, classes in _read(loader, folder):
+        progress("images of the validation set", seen, len(dataset))
+        for arm in arms:
+            logits = arm.run({input_name(model): pictures}).logits
+            if logits is None:
+                raise UsageError("The model has no head of its own, so it names no classes.",
+                                 "leave the protocol out to judge its features by a probe")
+            for k, found in right[arm.label].items():
+                found += hits(logits, classes, k)
+        seen += len(classes)
+    compared = check_images_disjoint(calibration, hashes) if calibration is not None else None
+    parameters = sum(parameter.numel() for parameter in model.module.parameters())
+    suffix = f"-of{seen}" if limit else ""
+    facts = {"data": folder, "images": seen, "classes": len(dataset.reader.class_to_idx), **settings}
+    rows = {arm.label: [mean_result(f"imagenet_top{k}{suffix}", found, arm.where, {**facts, "dtype": arm.dtype})
+                        for k, found in right[arm.label].items()] for arm in arms}
+    difference = {"metric": rows[DENSE][0].metric, **paired_difference(rows[DENSE][0], rows[PRUNED][0])}
+    return {"results": {label: [row.to_json() for row in found] for label, found in rows.items()},
+            "difference": difference, "samples": {"labelled": facts},
+            "timm": {label: printed(model.name, found, parameters, settings) for label, found in rows.items()},
+            "images": [], "not_checked": [],
+            "held_out": {"images_compared": compared, "overlaps": 0}}
+
+
+def printed(name: str, rows: Sequence[EvalResult], parameters: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """The fields of timm's `validate.py` with its rounding."""
+    top1, top5 = (100 * row.value for row in rows)
+    return {"model": name, "top1": round(top1, 4), "top1_err": round(100 - top1, 4), "top5": round(top5, 4),
+            "top5_err": round(100 - top5, 4), "param_count": round(parameters / 1e6, 2),
+            "img_size": settings["input_size"][-1], "crop_pct": settings["crop_pct"],
+            "interpolation": settings["interpolation"]}
+
+
+def data_settings(model: LoadedModel) -> dict[str, Any]:
+    """How a picture becomes a tensor, in timm's words: its own settings, or those of a Transformers preprocessor."""
+    if model.library == "timm":
+        from timm.data import resolve_model_data_config
+
+        found = resolve_model_data_config(model.module, use_test_size=True)
+        return {key: found[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")}
+    own = model.processor
+    return {"input_size": (len(own.mean), *own.size), "interpolation": NAMES.get(own.resample, "bicubic"),
+            "mean": own.mean, "std": own.std, "crop_pct": min(own.size) / own.shorter if own.shorter else 1.0,
+            "crop_mode": "center" if own.shorter else "squash"}
+
+
+def _dataset(folder: str, settings: dict[str, Any], model: LoadedModel, limit: int | None) -> Any:
+    try:
+        from timm.data import create_dataset
+    except ImportError as error:
+        raise MissingExtra("timm", "vision", "The protocol 'imagenet'") from error
+    if not Path(folder).is_dir():
+        raise UsageError(f"There is no folder of images '{folder}'.", "--data FOLDER, with one folder per class")
+    mode = "RGB" if settings["input_size"][0] == 3 else "L"
+    try:
+        dataset = create_dataset("", root=folder, split="validation", input_img_mode=mode)
+        names = sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
+        table = class_numbers(model, names)
+        dataset = create_dataset("", root=folder, split="validation", input_img_mode=mode, class_map=table)
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise UsageError(f"'{folder}' is no folder of labelled images: {reason[:200]}.",
+                         "one folder per class, with pictures in it") from error
+    if limit and limit < len(dataset):
+        places = torch.linspace(0, len(dataset) - 1, limit).round().long().tolist()
+        dataset.reader.samples = [dataset.reader.samples[place] for place in places]
+    dataset._max_retries = 1  # timm would put the next picture in the place of a damaged one
+    return dataset
+
+
+def class_numbers(model: LoadedModel, names: Sequence[str]) -> dict[str, int]:
+    """Which output of the head each folder is: by the head's labels, or in order where there are as many of both.
+
+    Raises `UsageError` otherwise: numbering some folders of many classes from 0 would measure nothing.
+    """
+    table, outputs = _labels(model)
+    if all(name in table for name in names):
+        return {name: table[name] for name in names}
+    if outputs is not None and len(names) != outputs:
+        raise UsageError(f"There are {len(names)} folders of images, the model's head has {outputs} classes, and "
+                         f"'{next(name for name in names if name not in table)}' is none of its labels.",
+                         "name the folders after the model's classes (WordNet ids for ImageNet)")
+    return {name: number for number, name in enumerate(names)}
+
+
+def _labels(model: LoadedModel) -> tuple[dict[str, int], int | None]:
+    """The head's labels with their numbers, and how many outputs it has."""
+    if model.library != "timm":
+        config: Any = model.module.config
+        return {str(name): int(number) for name, number in (config.label2id or {}).items()}, config.num_labels
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    outputs = int(getattr(model.module, "num_classes", 0)) or None
+    own = getattr(model.module, "pretrained_cfg", {}).get("label_names") or ()
+    subset = infer_imagenet_subset(model.module) if not own else None
+    names = own or (ImageNetInfo(subset).label_names() if subset else ())
+    return {str(name): number for number, name in enumerate(names)}, outputs
+
+
+def _loader(dataset: Any, settings: dict[str, Any], seen: Callable[[str], None] | None) -> Any:
+    """Batches of pictures and class numbers, in the dataset's order; `seen` is told the content hash of each."""
+    from timm.data import create_loader
+
+    loader = create_loader(dataset, input_size=settings["input_size"], batch_size=BATCH, is_training=False,
+                           use_prefetcher=False, interpolation=settings["interpolation"], mean=settings["mean"],
+                           std=settings["std"], num_workers=0, persistent_workers=False,
+                           crop_pct=settings["crop_pct"], crop_mode=settings["crop_mode"], pin_memory=False)
+    transform = dataset.transform
+
+    def watched(picture: Any) -> Any:
+        if seen is not None:
+            seen(content_hash(picture))
+        return transform(picture)
+
+    dataset.transform = watched
+    return loader
+
+
+def _read(loader: Any, folder: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "Failed to load" not in str(error):
+            raise
+        raise NmsparseError(f"A picture in '{folder}' is damaged.",
+                            "remove it; every picture has to count once") from error

@@ -1,0 +1,239 @@
+"""Diffusion transformers of diffusers: the folder of a pipeline or of its transformer, or `diffusers:OWNER/NAME`.
+
+`...?vae=FOLDER` names an autoencoder for a transformer that comes without its pipeline. What the forward pass takes is
+read from its signature and the model's settings, so a new architecture with known arguments needs no code.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError, first_line
+from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.denoising import SCHEDULER, Denoising
+from nmsparse_deploy.models.hub_errors import refusal
+from nmsparse_deploy.models.preprocess import Preprocess
+
+PREFIX = "diffusers:"
+LIBRARY = "diffusers"
+INPUT = "hidden_states"
+LABELS = "class_labels"
+INDEX = "model_index.json"
+WIDTHS = {"encoder_hidden_states": ("caption_channels", "joint_attention_dim", "cross_attention_dim"),
+          "pooled_projections": ("pooled_projection_dim",)}
+"""Arguments that carry an embedded text, and which setting says how wide it is."""
+OPTIONAL = {"return_dict", "attention_mask", "encoder_attention_mask", "cross_attention_kwargs", "attention_kwargs",
+            "joint_attention_kwargs", "added_cond_kwargs", "block_controlnet_hidden_states", "controlnet_block_samples",
+            "skip_layers", "guidance"}
+"""Arguments that may be left out."""
+_MEAN = 0.5
+"""Pictures lie in -1 to 1."""
+
+
+def is_diffusers(source: str) -> bool:
+    """A name with the prefix, or a folder that diffusers wrote?"""
+    if source.startswith(PREFIX):
+        return True
+    path = Path(source)
+    return (path / INDEX).is_file() or "_diffusers_version" in _settings(path)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def load(source: str, dtype: torch.dtype | None = None) -> LoadedModel:
+    """Load a diffusion transformer on the CPU, in the checkpoint's dtype unless `dtype` is given.
+
+    Raises `UsageError` for what is no such model, `MissingExtra` without diffusers, `NmsparseError` for what cannot be
+    reached or not be fed. Remote code is never run.
+    """
+    if find_spec(LIBRARY) is None:
+        raise MissingExtra(LIBRARY, "diffusion", "A diffusion model")
+    name, _, query = source.removeprefix(PREFIX).partition("?")
+    option, _, autoencoder = query.partition("=")
+    if query and (option != "vae" or not autoencoder):
+        raise UsageError(f"'{source}' is not understood.", "write FOLDER?vae=FOLDER_OF_AN_AUTOENCODER")
+    local = Path(name).expanduser()
+    whole = local if local.exists() else _download(name)
+    place = whole / "transformer" if (whole / INDEX).is_file() else whole
+    settings = _settings(place)
+    module = _module(place, settings, source, dtype)
+    _check_arguments(module)
+    vae = Path(autoencoder).expanduser() if autoencoder else whole / "vae"
+    if autoencoder and not _settings(vae):
+        raise UsageError(f"There is no autoencoder '{vae}': it has no config.json.")
+    scheduler, assumed = _scheduler([place, whole])
+    processor = Denoising(scheduler, assumed, *_pictures(module, vae))
+    revision = {} if local.exists() else {"revision": whole.name}
+    facts = {**revision, "class": type(module).__name__,
+             "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
+             "scheduler": type(scheduler).__name__ + (" (assumed: none came with the model)" if assumed else "")}
+    return LoadedModel(module.eval(), source, Path(name).name, "diffusion", LIBRARY, processor, facts)
+
+
+def _download(name: str) -> Path:
+    """The parts of a hub repository that are needed here, in a folder that its commit names."""
+    from huggingface_hub import snapshot_download
+
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UsageError(f"There is no diffusion model '{name}'.")
+    weights = ["transformer/*.safetensors", "vae/*.safetensors", "diffusion_pytorch_model*.safetensors"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", *weights], ignore_patterns=["*.fp16.*"]))
+    except Exception as error:  # the hub's clients fail in many ways
+        raise refusal(error, name, "give a local folder") or NmsparseError(
+            f"'{name}' cannot be downloaded: {first_line(error)}.") from error
+
+
+def empty(folder: Path, dtype: torch.dtype) -> LoadedModel:
+    """The model of a folder as its configuration describes it, without its weights. Raises `UsageError`."""
+    from accelerate import init_empty_weights
+
+    settings = _settings(folder)
+    kind = _class(folder, settings, str(folder))
+    with init_empty_weights(include_buffers=False):
+        module = kind.from_config(settings).to(dtype)
+    processor = Denoising(*_scheduler([folder]), *_pictures(module, folder / "vae"))
+    return LoadedModel(module.eval(), str(folder), folder.name, "diffusion", LIBRARY, processor,
+                       {"class": type(module).__name__})
+
+
+def _class(place: Path, settings: dict[str, Any], source: str) -> Any:
+    import diffusers
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if not settings:
+        raise UsageError(f"'{source}' holds no diffusion transformer: '{place}' has no config.json.")
+    kind: Any = getattr(diffusers, str(settings.get("_class_name")), None)
+    if not (inspect.isclass(kind) and issubclass(kind, diffusers.ModelMixin)):
+        raise UsageError(f"diffusers {diffusers.__version__} knows no model '{settings.get('_class_name')}'.")
+    return kind
+
+
+def _module(place: Path, settings: dict[str, Any], source: str, dtype: torch.dtype | None) -> Any:
+    kind = _class(place, settings, source)
+    try:
+        return kind.from_pretrained(place, torch_dtype=dtype or _stored_dtype(place))
+    except Exception as error:
+        raise UsageError(f"'{source}' cannot be loaded: {first_line(error)}.") from error
+
+
+def _stored_dtype(place: Path) -> torch.dtype:
+    """That of the first weight; diffusers itself would widen everything to fp32."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(place.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                name = next(iter(opened.keys()), None)
+                kept = None if name is None else opened.get_tensor(name).dtype
+        except SafetensorError as error:
+            raise UsageError(f"The weights '{file}' are damaged or truncated: {error}.") from error
+        if kept is not None and kept.is_floating_point:
+            return kept
+    return torch.float32
+
+
+def _scheduler(places: list[Path]) -> tuple[Any, bool]:
+    """The scheduler that lies with the model; a plain linear DDPM where there is none."""
+    import diffusers
+
+    for place in places:
+        file = place / SCHEDULER / diffusers.SchedulerMixin.config_name
+        if file.is_file():
+            kind = getattr(diffusers, str(json.loads(file.read_text()).get("_class_name")), None)
+            if kind is None:
+                raise UsageError(f"diffusers {diffusers.__version__} does not know the scheduler of '{file}'.")
+            return kind.from_pretrained(file.parent), False
+    return diffusers.DDPMScheduler(), True
+
+
+def _pictures(module: Any, vae: Path) -> tuple[Preprocess | None, Path | None]:
+    """Which pictures the model is trained on, and the autoencoder between."""
+    channels, (height, width) = module.config.in_channels, size(module)
+    settings = _settings(vae)
+    if settings:
+        factor = 2 ** (len(settings.get("block_out_channels") or settings.get("encoder_block_out_channels") or [0]) - 1)
+        channels, height, width = settings.get("in_channels", 3), height * factor, width * factor
+    elif channels not in (1, 3):
+        return None, None
+    middle = (_MEAN,) * channels
+    return Preprocess((height, width), min(height, width), middle, middle), vae if settings else None
+
+
+def size(module: Any) -> tuple[int, int]:
+    """Height and width of what the model denoises."""
+    found = module.config.get("sample_size")
+    if found is None:
+        raise NmsparseError(f"{type(module).__name__} does not say what size it denoises (sample_size).",
+                            "add it to the config.json")
+    height, width = (found, found) if isinstance(found, int) else found
+    return height, width
+
+
+def _check_arguments(module: Any) -> None:
+    named = list(inspect.signature(module.forward).parameters)
+    unknown = [name for name in named if name not in {INPUT, "timestep", LABELS, *WIDTHS, *OPTIONAL}]
+    if getattr(module, "use_additional_conditions", False):
+        unknown.append("added_cond_kwargs")
+    if INPUT not in named or unknown:
+        raise NmsparseError(f"The forward pass of {type(module).__name__} takes "
+                            f"{', '.join(unknown) or 'no ' + INPUT}, which nothing here can fill in.")
+
+
+def prediction(output: Any, like: torch.Tensor) -> torch.Tensor:
+    """What a forward pass says about the noised samples `like`; learned variances, which follow in further channels,
+    are left out."""
+    found: torch.Tensor = output if isinstance(output, torch.Tensor) else output.sample
+    return found[:, : like.shape[1]]
+
+
+def conditions(module: Any) -> dict[str, int]:
+    """What the model is conditioned on beside the timestep: argument -> number of classes, or width."""
+    named = inspect.signature(module.forward).parameters
+    found = {LABELS: module.config.get("num_embeds_ada_norm")} if LABELS in named else {}
+    for name in (name for name in WIDTHS if name in named):
+        found[name] = next((module.config[key] for key in WIDTHS[name] if module.config.get(key)), None)
+    return {name: count for name, count in found.items() if count}
+
+
+def sample_inputs(model: LoadedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
+    """Seeded noise at steps spread over the schedule; `length` tokens of text where the model reads one."""
+    module: Any = model.module
+    parameter = next(module.parameters())
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(batch, *shape, generator=generator).to(parameter.device, parameter.dtype)
+
+    timesteps = model.processor.noising.timesteps
+    spread = timesteps[(torch.arange(batch) * 2 + 1) * len(timesteps) // (2 * batch)]
+    inputs = {INPUT: noise(module.config.in_channels, *size(module)), "timestep": spread.to(parameter.device)}
+    for name, count in conditions(module).items():
+        if name == LABELS:
+            inputs[name] = torch.arange(batch, device=parameter.device) % count
+        else:
+            inputs[name] = noise(length, count) if name == "encoder_hidden_states" else noise(count)
+    named = inspect.signature(module.forward).parameters
+    return {name: inputs[name] for name in named if name in inputs}
+
+
+def save(model: LoadedModel, folder: Path) -> None:
+    """Write the transformer so that its class's `from_pretrained` loads it, with its scheduler in a folder below."""
+    module: Any = model.module
+    module.save_pretrained(folder, safe_serialization=True)
+    if not model.processor.assumed:
+        model.processor.scheduler.save_pretrained(folder / SCHEDULER)

@@ -1,0 +1,107 @@
+"""Which weight reads which tensor, seen in one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from nmsparse_deploy.models.base import block_index, weights
+from nmsparse_deploy.models.forwards import within
+from nmsparse_deploy.models.matmul_observer import Product, Watch, place
+from nmsparse_deploy.models.weights import WHOLE, Weights
+
+
+@dataclass(frozen=True)
+class Read:
+    """The first module that read the same tensor, how many rows it had, and the axis of the weight that reduces it."""
+
+    group: str
+    rows: int
+    axis: int
+    watched: bool = False
+    """The module was not called: the product with its weight was seen."""
+
+
+@dataclass
+class Trace:
+    """Reads by parameter name, and the blocks in the order in which they were entered."""
+
+    reads: dict[str, Read] = field(default_factory=dict)
+    entered: list[str] = field(default_factory=list)
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        return tuple(self.entered)
+
+
+def group_axis(layer: nn.Module) -> int | None:
+    """The reduction axis of a layer's weight, or None when the layer is no GEMM.
+
+    Last axis of `nn.Linear`, first of the transposed `Conv1D` of Transformers' GPT-2, input channels of `Conv2d`.
+    """
+    if isinstance(layer, (nn.Linear, nn.Conv2d)):
+        return 1
+    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf") and getattr(layer, "weight", None) is not None:
+        return 0
+    return None
+
+
+def gemms(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, child in module.named_modules():
+        if group_axis(child) is not None:
+            yield path, child
+
+
+def trace(module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str, torch.Tensor],
+          held: Weights = WHOLE) -> Trace:
+    """Run one forward pass and see which weights read which tensor, and in which order the blocks run."""
+    found = Trace()
+    seen: dict[tuple, str] = {}
+    products: dict[tuple, str] = {}
+    alive: list[torch.Tensor] = []  # a freed tensor's address could be used again
+    watched: dict[str, Read] = {}
+
+    def called(path: str, layer: nn.Module, x: torch.Tensor) -> None:
+        # Convolutions of another geometry see other columns of the same picture.
+        geometry = tuple(getattr(layer, name, None) for name in ("kernel_size", "stride", "padding", "dilation"))
+        key = (block_index(blocks, path), *place(x), tuple(x.shape), x.stride(), geometry)
+        alive.append(x)
+        width = x.shape[1] if x.ndim == 4 else x.shape[-1]
+        axis = group_axis(layer)
+        assert axis is not None
+        found.reads.setdefault(f"{path}.weight", Read(seen.setdefault(key, path), x.numel() // width, axis))
+
+    def multiplied(product: Product) -> None:
+        rows, known = product.rows, watched.get(product.weight)
+        if known is None and rows.numel():
+            alive.append(rows)
+            key = (block_index(blocks, product.weight), *place(rows), tuple(rows.shape))
+            watched[product.weight] = Read(products.setdefault(key, product.weight), len(rows), product.axis, True)
+        elif known is not None:
+            watched[product.weight] = Read(known.group, known.rows + len(rows), known.axis, True)
+
+    handles = [layer.register_forward_pre_hook(
+        lambda layer, args, named, path=path: called(path, layer, args[0] if args else next(iter(named.values()))),
+        with_kwargs=True) for path, layer in gemms(module)]
+    handles += [module.get_submodule(path).register_forward_pre_hook(
+        lambda _m, _args, path=path: found.entered.append(path)) for path in blocks]
+
+    def watch(index: int) -> Watch:
+        path = blocks[index]
+        return Watch({f"{path}.{name}": parameter for _, name, parameter in weights(module.get_submodule(path))
+                      if parameter.ndim < 4}, multiplied)
+
+    layers = [module.get_submodule(path) for path in blocks]
+    training = module.training
+    try:
+        with torch.no_grad(), within(layers, watch), held.flowing():  # a block is watched once it has its weights
+            module.eval()(**inputs)
+    finally:
+        module.train(training)
+        for handle in handles:
+            handle.remove()
+    found.reads.update({name: read for name, read in watched.items() if name not in found.reads})
+    return found

@@ -1,0 +1,76 @@
+"""What a model loses when its weights change, per sample and without labels that nobody has.
+
+* language models: token cross-entropy, in nats per token (text is its own label)
+* models with a classifier: `KL(p_dense ‖ p)` of the logits, in nats
+* the others: `‖h - h_dense‖² / ‖h_dense‖²` of the final hidden states (diffusion: of the prediction)
+
+The last two are zero at the dense model; their Hessians there are the Fisher matrix and `2 JᵀJ / ‖h‖²`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, kl_div
+
+from nmsparse_deploy.models.base import LoadedModel
+
+Kind = Literal["cross-entropy", "kl", "hidden"]
+UNITS: dict[Kind, str] = {"cross-entropy": "nats per token", "kl": "nats of KL",
+                          "hidden": "squared relative error of the hidden states"}
+PIECE = 256
+"""Tokens whose logits are turned to fp32 at a time."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss per sample of a model's output; `reference` is what `signal` gave for the dense model."""
+
+    kind: Kind
+
+    @property
+    def unit(self) -> str:
+        return UNITS[self.kind]
+
+    def signal(self, output: Any) -> torch.Tensor:
+        """The part of an output that is looked at: logits, final hidden states, or what a diffusion model predicts."""
+        if isinstance(output, torch.Tensor):
+            return output
+        if self.kind != "hidden":
+            return output.logits
+        return output.sample if hasattr(output, "sample") else output.last_hidden_state
+
+    def loss(self, output: Any, batch: Mapping[str, Any], reference: torch.Tensor | None = None) -> torch.Tensor:
+        """`[samples]`, fp32. `reference` is not needed for cross-entropy."""
+        found = self.signal(output)
+        if self.kind == "cross-entropy":
+            return _cross_entropy(found, batch["input_ids"])
+        assert reference is not None
+        if self.kind == "kl":
+            p, q = (x.float().log_softmax(-1).flatten(0, -2) for x in (reference, found))
+            return kl_div(q, p, reduction="none", log_target=True).sum(-1).view(len(found), -1).mean(1)
+        dense = reference.float().flatten(1)
+        return (found.float().flatten(1) - dense).square().sum(1) / dense.square().sum(1).clamp(min=1e-30)
+
+
+def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Mean over the tokens of each sample; the first has no prediction."""
+    pieces = [cross_entropy(part.float().flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
+              for part, target in zip(logits[:, :-1].split(PIECE, 1), ids[:, 1:].split(PIECE, 1))]
+    return torch.cat(pieces, 1).mean(1)
+
+
+def objective(loaded: LoadedModel, output: Any) -> Objective:
+    """What suits the model, told from its family and one output of it."""
+    return Objective("cross-entropy") if loaded.family == "llm" else unlabelled(loaded.module, output)
+
+
+def unlabelled(module: nn.Module, output: Any) -> Objective:
+    """What compares a model's output with the dense model's."""
+    if isinstance(output, torch.Tensor):  # timm
+        return Objective("kl" if getattr(module, "num_classes", 0) else "hidden")
+    return Objective("kl" if getattr(output, "logits", None) is not None else "hidden")

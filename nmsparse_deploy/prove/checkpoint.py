@@ -1,0 +1,105 @@
+"""Verify a checkpoint on disk, any size, in one streaming pass with constant memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from nmsparse_deploy.masks import MaskSet
+from nmsparse_deploy.pattern import ELEMENT_TYPES, TWO_FOUR, NMPattern, Pattern
+from nmsparse_deploy.prove.report import TensorCheck, VerifyReport
+from nmsparse_deploy.prove.rows import foreign_check, masked_check, unmatched
+from nmsparse_deploy.prove.scan import Scanner, countable
+from nmsparse_deploy.prove.tensor_files import StoredTensor, find_tensors
+from nmsparse_deploy.system.progress import Progress, silent
+
+
+def verify_checkpoint(path: str | Path, masks: MaskSet | None = None, pattern: NMPattern = TWO_FOUR,
+                      expect: Sequence[str] = (), progress: Progress = silent) -> VerifyReport:
+    """Verify a .safetensors file or a folder of them.
+
+    With masks: every masked tensor is there, in the pattern of its mask, zero outside the mask, finite and free of
+    minus zeros; the others make no claim. Without: every weight is judged by its values (`types.judge`); a tensor that
+    is nearly in the pattern fails, and so does a checkpoint in which nothing is sparse. `expect` names tensors (glob
+    patterns) that have to be sparse. Raises `UsageError` when a file is missing or damaged.
+    """
+    start, scanner, path = time.perf_counter(), Scanner(), Path(path)
+    tensors = find_tensors(path)
+    total, done = sum(tensor.source.nbytes for tensor in tensors), 0
+    checks = []
+    for tensor in tensors:
+        progress(f"verifying {path}", done, total)
+        expected = any(fnmatchcase(tensor.name, glob) for glob in expect)
+        checks.append(_with_mask(tensor, masks, expected, scanner) if masks is not None
+                      else _without_mask(tensor, pattern, expected, scanner))
+        done += tensor.source.nbytes
+    progress(f"verifying {path}", done, total)
+    names = [tensor.name for tensor in tensors]
+    problems = _missing(path, masks, names) if masks is not None else nothing_sparse(str(path), checks, pattern)
+    problems += unmatched_globs(expect, names)
+    return VerifyReport("file", str(path), tuple(checks), tuple(problems), scanner.bytes_read,
+                        time.perf_counter() - start)
+
+
+def _row(tensor: StoredTensor, pattern: Pattern) -> TensorCheck:
+    return TensorCheck("file", tensor.name, tensor.dtype, tensor.shape, str(pattern))
+
+
+def _with_mask(tensor: StoredTensor, masks: MaskSet, expected: bool, scanner: Scanner) -> TensorCheck:
+    mask = masks.masks.get(tensor.name)
+    if mask is None:
+        row = replace(_row(tensor, TWO_FOUR), pattern="", skipped="not in the mask set")
+        return unmatched(row, "expected to be sparse, but it has no mask") if expected else row
+    row = replace(_row(tensor, mask.pattern), parameter=tensor.name)
+    element = ELEMENT_TYPES.get(tensor.dtype)
+    if element is None:
+        return unmatched(row, f"values of type {tensor.dtype} cannot be checked")
+    return masked_check(row, element, tensor.source, mask, scanner)
+
+
+def candidate_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Where the reduction axis of a stored weight may be, the likeliest first.
+
+    [out, in] of a linear layer, [in, out] of an HF `Conv1D`, stacks of either, [M, C, R, S] of a convolution.
+    """
+    if len(shape) < 2:
+        return ()
+    return (1,) if len(shape) > 3 else (len(shape) - 1, len(shape) - 2)
+
+
+def _without_mask(tensor: StoredTensor, pattern: NMPattern, expected: bool, scanner: Scanner) -> TensorCheck:
+    row = _row(tensor, pattern)
+    element, axes = ELEMENT_TYPES.get(tensor.dtype), candidate_axes(tensor.shape)
+    fitting = [axis for axis in axes if element and countable(tensor.shape, axis, element, pattern)]
+    if element and fitting:
+        return foreign_check(row, pattern, scanner.scan(tensor.source, element, tensor.shape, fitting, pattern),
+                             expected)
+    if element is None:
+        reason = f"values of type {tensor.dtype} cannot be checked"
+    elif not axes:
+        reason = "not a weight matrix"
+    else:
+        reason = f"no axis of {list(tensor.shape)} can be checked in groups of {pattern.group}"
+    row = replace(row, skipped=reason)
+    return unmatched(row, f"expected to be sparse, but {reason}") if expected else row
+
+
+def _missing(path: Path, masks: MaskSet, names: list[str]) -> list[str]:
+    if not masks.masks:
+        return ["There are no masks, so nothing was verified."]
+    return [f"'{path}' has no tensor '{name}', which has a mask." for name in sorted(masks.masks.keys() - set(names))]
+
+
+def nothing_sparse(artefact: str, checks: Sequence[TensorCheck], pattern: NMPattern) -> list[str]:
+    """A foreign artefact in which nothing claims to be sparse does not pass."""
+    if any(check.skipped is None for check in checks):
+        return []
+    return [f"Nothing in '{artefact}' is {pattern} sparse."]
+
+
+def unmatched_globs(expect: Sequence[str], names: Sequence[str]) -> list[str]:
+    return [f"Nothing is called '{glob}', which was expected to be sparse." for glob in expect
+            if not any(fnmatchcase(name, glob) for name in names)]

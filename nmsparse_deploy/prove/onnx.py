@@ -1,0 +1,210 @@
+"""Verify the weights that an ONNX model multiplies by, along the axis that each node reduces."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.masks import Mask, MaskSet
+from nmsparse_deploy.pattern import ELEMENT_TYPES, TWO_FOUR, NMPattern, Pattern
+from nmsparse_deploy.prove.checkpoint import nothing_sparse, unmatched_globs
+from nmsparse_deploy.prove.onnx_graph import OnnxGraph, Untraced, WeightUse
+from nmsparse_deploy.prove.onnx_tensor import dtype_name, element_name, source_of, stored_bytes
+from nmsparse_deploy.prove.report import TensorCheck, VerifyReport, shape_verdict
+from nmsparse_deploy.prove.rows import foreign_check, masked_check, unmatched
+from nmsparse_deploy.prove.scan import Scanned, Scanner, countable
+from nmsparse_deploy.system.progress import Progress, silent
+
+Link = Mapping[str, Sequence[Mapping[str, Any]]]
+"""parameter -> rows with `parameter`, `node`, `tensor`, `axis`, `shape`, `dtype`, as the exporter writes them."""
+
+
+def verify_onnx(path: str | Path, masks: MaskSet | None = None, link: Link | None = None,
+                pattern: NMPattern = TWO_FOUR, expect: Sequence[str] = (),
+                progress: Progress = silent) -> VerifyReport:
+    """Verify an ONNX model; weights in external data are streamed, weights inside the file are in memory once.
+
+    With masks and the link map of the export: every masked parameter is in the graph and holds as in
+    `verify_checkpoint`, along the axis that its nodes reduce. Without: every weight is judged by its values. `expect`
+    names tensors, nodes or modules (glob patterns) that have to be sparse. The graph is read anew; the link map is
+    believed only where they agree. Raises `UsageError` when the model or its data is damaged, `MissingExtra` without
+    onnx.
+    """
+    if masks is not None and link is None:
+        raise UsageError("To compare masks with an ONNX model, its link map is needed.",
+                         "give the file that export wrote beside the model, or verify without masks")
+    start, graph = time.perf_counter(), OnnxGraph(Path(path))
+    run = _Run(graph, pattern, expect, progress)
+    if masks is not None and link is not None:
+        problems = run.linked(masks, link)
+    else:
+        problems = run.foreign()
+    found: list[WeightUse | Untraced] = [*graph.uses, *graph.untraced]
+    names = [name for use in found for name in _names(use)]
+    problems += unmatched_globs(expect, names)
+    return VerifyReport("onnx", str(path), tuple(run.checks), tuple(problems), run.scanner.bytes_read,
+                        time.perf_counter() - start)
+
+
+def _names(use: WeightUse | Untraced) -> list[str]:
+    scopes = use.scopes if isinstance(use, WeightUse) else ()
+    return [use.tensor, use.node, *scopes, *(f"{scope}.weight" for scope in scopes)]
+
+
+class _Run:
+    """One verification: the rows so far, and what was already read."""
+
+    def __init__(self, graph: OnnxGraph, pattern: NMPattern, expect: Sequence[str], progress: Progress) -> None:
+        self.graph, self.pattern, self.expect, self.progress = graph, pattern, expect, progress
+        self.scanner = Scanner()
+        self.checks: list[TensorCheck] = []
+        self._scans: dict[tuple[str, int], Scanned] = {}
+        self._total = sum(stored_bytes(graph.tensors[name]) for name in {use.tensor for use in graph.uses})
+
+    def expected(self, use: WeightUse | Untraced) -> bool:
+        return any(fnmatchcase(name, glob) for glob in self.expect for name in _names(use))
+
+    def row(self, use: WeightUse, pattern: Pattern, parameter: str | None = None) -> TensorCheck:
+        self.progress(f"verifying {use.tensor}", min(self.scanner.bytes_read, self._total), self._total)
+        return TensorCheck("onnx", use.tensor, use.dtype, use.shape, str(pattern), use.axis, parameter, use.node,
+                           shape_verdict=shape_verdict(use.k, use.n, pattern), problems=use.problems)
+
+    # --- with masks ---
+
+    def linked(self, masks: MaskSet, link: Link) -> list[str]:
+        problems = [] if masks.masks else ["There are no masks, so nothing was verified."]
+        done: set[int] = set()
+        uses_of: dict[str, list[WeightUse]] = defaultdict(list)
+        for use in self.graph.uses:
+            uses_of[use.tensor].append(use)
+        for parameter, mask in masks.masks.items():
+            places = _places(parameter, link)
+            if not places:
+                problems.append(f"'{parameter}' has a mask, but the link map gives it no place in the model.")
+            for node, tensor, axis in places:
+                uses = [use for use in uses_of[tensor] if node in ("", use.node)]
+                if not uses:
+                    problems.append(f"'{parameter}' should be tensor '{tensor}' at node '{node}'; {self._why(tensor)}.")
+                for use in uses:
+                    self.checks.append(self._masked(use, parameter, mask, axis))
+                    done.add(id(use))
+        linked = {check.tensor: check for check in self.checks}
+        for use in self.graph.uses:
+            if id(use) not in done:
+                self.checks.append(self._unlinked(use, linked.get(use.tensor)))
+        self.checks += [self._untraced(item) for item in self.graph.untraced]
+        return problems
+
+    def _why(self, tensor: str) -> str:
+        if tensor not in self.graph.tensors:
+            return "the model has no such tensor"
+        reasons = [item.reason for item in self.graph.untraced if item.tensor == tensor]
+        return f"it {reasons[0]}" if reasons else "that node does not multiply by it"
+
+    def _masked(self, use: WeightUse, parameter: str, mask: Mask, axis: int) -> TensorCheck:
+        row = self.row(use, mask.pattern, parameter)
+        if axis % len(use.shape) != use.axis:
+            return unmatched(row, f"the link map says axis {axis}, but node '{use.node}' reduces axis {use.axis}")
+        fitted = fit_mask(mask, use)
+        if fitted is None:
+            return unmatched(row, f"its mask has shape {list(mask.shape)} and axis {mask.axis}, which do not fit "
+                                  f"{list(use.shape)} and axis {use.axis}")
+        element = ELEMENT_TYPES.get(element_name(use.dtype))
+        if element is None:
+            return unmatched(row, f"values of type {use.dtype} cannot be checked")
+        source = source_of(self.graph.tensors[use.tensor], self.graph.folder)
+        return masked_check(row, element, source, fitted, self.scanner, digest=True)
+
+    def _unlinked(self, use: WeightUse, linked: TensorCheck | None) -> TensorCheck:
+        """A use without a mask makes no claim, unless it reads a pruned tensor along another axis."""
+        row = self.row(use, self.pattern)
+        if linked is not None and linked.axis != use.axis:
+            return unmatched(row, f"conflict: node '{linked.node}' reduces axis {linked.axis} and node '{use.node}' "
+                                  f"axis {use.axis}")
+        if row.problems:
+            return row
+        if self.expected(use) and linked is None:
+            return unmatched(row, "expected to be sparse, but it has no mask")
+        return replace(row, pattern="", skipped="not in the link map" if linked is None else "verified at another node")
+
+    # --- without ---
+
+    def foreign(self) -> list[str]:
+        self.checks += [self._judged(use) for use in self.graph.uses]
+        rows_of: dict[str, list[TensorCheck]] = defaultdict(list)
+        for check in self.checks:
+            rows_of[check.tensor].append(check)
+        self.checks = [_conflict(check, rows_of[check.tensor]) for check in self.checks]
+        self.checks += [self._untraced(item) for item in self.graph.untraced]
+        return nothing_sparse(str(self.graph.path), self.checks, self.pattern)
+
+    def _judged(self, use: WeightUse) -> TensorCheck:
+        row, expected = self.row(use, self.pattern), self.expected(use)
+        element = ELEMENT_TYPES.get(element_name(use.dtype))
+        if element and countable(use.shape, use.axis, element, self.pattern):
+            key = (use.tensor, use.axis)
+            if key not in self._scans:
+                source = source_of(self.graph.tensors[use.tensor], self.graph.folder)
+                self._scans[key] = self.scanner.scan(source, element, use.shape, [use.axis], self.pattern, digest=True)
+            return foreign_check(row, self.pattern, self._scans[key], expected)
+        reason = (f"axis {use.axis} of {list(use.shape)} cannot be checked in groups of {self.pattern.group}"
+                  if element else f"values of type {use.dtype} cannot be checked")
+        if expected:
+            return unmatched(row, f"expected to be sparse, but {reason}")
+        return row if row.problems else replace(row, skipped=reason)
+
+    def _untraced(self, item: Untraced) -> TensorCheck:
+        tensor = self.graph.tensors.get(item.tensor)
+        shape, dtype = (tuple(tensor.dims), dtype_name(tensor)) if tensor is not None else ((), "")
+        row = TensorCheck("onnx", item.tensor, dtype, shape, str(self.pattern), node=item.node,
+                          skipped=f"it {item.reason}")
+        return unmatched(row, f"expected to be sparse, but it {item.reason}") if self.expected(item) else row
+
+
+def _conflict(row: TensorCheck, rows: Sequence[TensorCheck]) -> TensorCheck:
+    """A tensor that is sparse along one of its reduction axes and not along another loses there."""
+    other = next((o for o in rows if o.axis != row.axis and o.skipped is None and not o.bad), None)
+    if other is None or (row.skipped is None and not row.bad):
+        return row
+    return unmatched(row, f"conflict: node '{other.node}' reduces axis {other.axis}, along which it is sparse, and "
+                          f"node '{row.node}' axis {row.axis}, along which it is not")
+
+
+def _places(parameter: str, link: Link) -> list[tuple[str, str, int]]:
+    """(node, tensor, axis) of a parameter."""
+    rows = link.get(parameter, [])
+    if not isinstance(rows, Sequence) or isinstance(rows, str):
+        raise UsageError(f"The link map has no list of rows for '{parameter}'.")
+    places = []
+    for row in rows:
+        fields = row if isinstance(row, Mapping) else {}
+        node, tensor, axis = fields.get("node") or "", fields.get("tensor"), fields.get("axis")
+        if not (isinstance(node, str) and isinstance(tensor, str) and isinstance(axis, int)):
+            raise UsageError(f"The link map has a bad row for '{parameter}': {str(row)[:120]}.")
+        places.append((node, tensor, axis))
+    return places
+
+
+def fit_mask(mask: Mask, use: WeightUse) -> Mask | None:
+    """The mask in the layout of the stored tensor: as it is, or with its last two axes exchanged; None otherwise."""
+    rank = len(mask.shape)
+    lead = len(use.shape) - rank  # leading axes of length one add nothing
+    if lead < 0 or any(size != 1 for size in use.shape[:lead]) or not -rank <= mask.axis < rank:
+        return None
+    shape, axis = use.shape[lead:], use.axis - lead
+    if mask.shape == shape and mask.axis % rank == axis:
+        return replace(mask, shape=use.shape, axis=use.axis)
+    swap = {rank - 2: rank - 1, rank - 1: rank - 2}
+    if rank < 2 or (*mask.shape[:-2], mask.shape[-1], mask.shape[-2]) != shape or swap.get(mask.axis % rank) != axis:
+        return None
+    bits = np.unpackbits(mask.bits, count=int(np.prod(mask.shape)), bitorder="little").reshape(mask.shape)
+    turned = np.packbits(bits.swapaxes(-1, -2).reshape(-1), bitorder="little")
+    return replace(mask, bits=turned, shape=use.shape, axis=use.axis)

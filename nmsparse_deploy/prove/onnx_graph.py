@@ -1,0 +1,233 @@
+"""Every place where an ONNX graph multiplies by a constant weight, and which axis of the stored tensor it reduces.
+
+Values made from one stored tensor are followed forwards, node by node in the order of the file, through the operators
+that keep zeros where they are; what reaches a MatMul, Gemm or Conv is a weight use.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nmsparse_deploy.errors import MissingExtra, UsageError
+from nmsparse_deploy.prove.onnx_tensor import decode, dtype_name
+from nmsparse_deploy.prove.onnx_values import FOLLOW, Opaque, Stored, Value, attribute, constant_tensor
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+LONGEST_PATH = 64
+STANDARD = ("", "ai.onnx")
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """One multiplication by a stored weight. `axis` is the reduction axis in the layout of the stored tensor."""
+
+    node: str
+    op: str
+    tensor: str
+    axis: int
+    shape: tuple[int, ...]
+    """As stored."""
+    dtype: str
+    k: int
+    n: int
+    scopes: tuple[str, ...] = ()
+    """Module paths, outermost first, as the exporter noted them on the node."""
+    path: tuple[str, ...] = ()
+    """Operators between the stored tensor and the node."""
+    problems: tuple[str, ...] = ()
+    """Why the stored values do not prove what the node multiplies by."""
+
+
+@dataclass(frozen=True)
+class Untraced:
+    """A constant weight whose stored tensor could not be tied to the reduction axis."""
+
+    node: str
+    op: str
+    tensor: str
+    reason: str
+
+
+class OnnxGraph:
+    """A parsed model: its constant tensors, where each is used as a weight, and what could not be followed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors: dict[str, TensorProto] = {}
+        self.uses: list[WeightUse] = []
+        self.untraced: list[Untraced] = []
+        self._values: dict[str, Value] = {}
+        self._names: set[str] = set()
+        self._walk(_load(path).graph)
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    def read(self, tensor: str) -> np.ndarray:
+        """A stored tensor, decoded, in memory."""
+        if tensor not in self.tensors:
+            raise UsageError(f"'{self.path}' has no tensor '{tensor}'.")
+        return decode(self.tensors[tensor], self.folder)
+
+    def _walk(self, graph: GraphProto) -> None:
+        for tensor in graph.initializer:
+            self._store(tensor, tensor.name)
+        for sparse in graph.sparse_initializer:
+            self._values[sparse.values.name] = Opaque(sparse.values.name, "is stored in ONNX's sparse format")
+        for node in graph.node:
+            self._step(node)
+            for inner in node.attribute:
+                for subgraph in ([inner.g] if inner.HasField("g") else []) + list(inner.graphs):
+                    self._walk(subgraph)
+
+    def _claim(self, name: str) -> None:
+        if name in self._names:
+            raise UsageError(f"'{self.path}' defines '{name}' twice, so it does not say which value a weight has.")
+        self._names.add(name)
+
+    def _store(self, tensor: TensorProto, name: str) -> None:
+        self._claim(name)
+        self.tensors[name] = tensor
+        shape = tuple(tensor.dims)
+        self._values[name] = Stored(name, shape, tuple(range(len(shape))))
+
+    def _constant(self, node: NodeProto) -> None:
+        tensor = constant_tensor(node)
+        for name in node.output[:1]:
+            if tensor is None:
+                self._claim(name)
+                self._values[name] = Opaque(name, "is a constant of a kind that is no tensor")
+            else:
+                self._store(tensor, name)
+
+    def _step(self, node: NodeProto) -> None:
+        if node.domain in STANDARD and node.op_type == "Constant":
+            return self._constant(node)
+        for name in node.output:
+            if name:
+                self._claim(name)
+        if node.domain in STANDARD and node.op_type in _WEIGHTS:
+            self._use(node)
+        result = self._follow(node)
+        if result is not None:
+            self._values.update((name, result) for name in node.output if name)
+
+    def _follow(self, node: NodeProto) -> Value | None:
+        """What the node makes of constants; None when anything in it is computed at run time."""
+        inputs = [self._values.get(name) if name else None for name in node.input]
+        follow = FOLLOW.get(node.op_type) if node.domain in STANDARD else None
+        if follow and inputs:
+            followed = follow(node, inputs, lambda value: self.tensors[value.tensor], self.folder)
+            if isinstance(followed, Stored) and len(followed.path) > LONGEST_PATH:
+                return Opaque(followed.tensor, f"passes through more than {LONGEST_PATH} operators")
+            if followed is not None:
+                return followed
+        first = next((value for value in inputs if value is not None), None)
+        if first is not None and all(value is not None or not name for value, name in zip(inputs, node.input)):
+            reason = first.reason if isinstance(first, Opaque) else f"passes through {node.op_type}"
+            return Opaque(first.tensor, reason)
+        return None
+
+    def _use(self, node: NodeProto) -> None:
+        for value, axis, n_axis in _WEIGHTS[node.op_type](node, self._values):
+            name = node.name or (node.output[0] if node.output else "")
+            if isinstance(value, Opaque):
+                self.untraced.append(Untraced(name, node.op_type, value.tensor, value.reason))
+                continue
+            origin = value.origin[axis]
+            if origin is None:
+                self.untraced.append(Untraced(name, node.op_type, value.tensor,
+                                              "is reshaped so that its reduction axis is mixed with another"))
+                continue
+            stored = self.tensors[value.tensor]
+            self.uses.append(WeightUse(
+                name, node.op_type, value.tensor, origin, tuple(stored.dims), dtype_name(stored), value.shape[axis],
+                value.shape[n_axis] if n_axis is not None else 1, _scopes(node), value.path, value.problems))
+
+
+Found = Iterable[tuple[Value, int, int | None]]
+"""(value, its reduction axis, the axis of the outputs)."""
+
+
+def _ranked(value: Value | None, least: int, most: int = 64) -> bool:
+    return isinstance(value, Opaque) or (isinstance(value, Stored) and least <= len(value.shape) <= most)
+
+
+def _inputs(node: NodeProto, values: dict[str, Value]) -> list[Value | None]:
+    return [values.get(name) for name in node.input[:2]] + [None] * (2 - len(node.input[:2]))
+
+
+def _matmul(node: NodeProto, values: dict[str, Value]) -> Found:
+    a, b = _inputs(node, values)
+    if b is not None and _ranked(b, 1):
+        vector = isinstance(b, Stored) and len(b.shape) == 1
+        yield (b, 0, None) if vector else (b, -2, -1)
+    if a is not None and _ranked(a, 1):
+        vector = isinstance(a, Stored) and len(a.shape) == 1
+        yield (a, 0, None) if vector else (a, -1, -2)
+
+
+def _gemm(node: NodeProto, values: dict[str, Value]) -> Found:
+    a, b = _inputs(node, values)
+    if b is not None and _ranked(b, 2, 2):
+        yield (b, 1, 0) if attribute(node, "transB") else (b, 0, 1)
+    if a is not None and _ranked(a, 2, 2):
+        yield (a, 0, 1) if attribute(node, "transA") else (a, 1, 0)
+
+
+def _conv(node: NodeProto, values: dict[str, Value]) -> Found:
+    weight = _inputs(node, values)[1]
+    if weight is not None and _ranked(weight, 3):
+        yield weight, 1, 0
+
+
+_WEIGHTS: dict[str, Callable[[Any, dict[str, Value]], Found]] = {"MatMul": _matmul, "Gemm": _gemm, "Conv": _conv}
+
+
+def _scopes(node: NodeProto) -> tuple[str, ...]:
+    """The exporter prints a Python list of strings; anything else says nothing."""
+    text = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
+    try:
+        scopes = ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return ()
+    return tuple(s for s in scopes if isinstance(s, str)) if isinstance(scopes, list) else ()
+
+
+def _load(path: Path) -> ModelProto:
+    try:
+        import onnx
+        import onnx.inliner
+    except ImportError as error:
+        raise MissingExtra("onnx", "onnx", "Reading an ONNX model") from error
+    if not path.is_file():
+        raise UsageError(f"There is no ONNX model '{path}'.")
+    try:
+        model = onnx.load(str(path), format="protobuf", load_external_data=False)
+        if model.functions:
+            model = onnx.inliner.inline_local_functions(model)
+    except Exception as error:  # protobuf and the inliner raise types of their own, which differ between versions
+        raise UsageError(f"'{path}' is not an ONNX model, or it is damaged ({str(error)[:120]}).") from error
+    if not model.HasField("graph") or not model.graph.node:
+        raise UsageError(f"'{path}' is not an ONNX model, or it is damaged (it has no graph).")
+    return model
+
+
+def weight_uses(path: str | Path) -> list[WeightUse]:
+    """Every multiplication by a stored weight, in the order of the nodes."""
+    return OnnxGraph(Path(path)).uses
+
+
+def read_weight(path: str | Path, use: WeightUse) -> np.ndarray:
+    """The stored tensor of a weight use, decoded, in memory. For many of them, keep one `OnnxGraph` and `read` it."""
+    return OnnxGraph(Path(path)).read(use.tensor)

@@ -1,0 +1,124 @@
+"""Where the bytes of an ONNX tensor lie (raw, in typed fields, in a file beside the model), read as untrusted input."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.prove.scan import FileBytes, MemoryBytes, Nibbles, Source
+from nmsparse_deploy.prove.tensor_files import stays_inside
+
+if TYPE_CHECKING:
+    from onnx import TensorProto
+
+NAMES = {1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64",
+         12: "U32", 13: "U64", 16: "BF16", 17: "F8_E4M3", 19: "F8_E5M2", 21: "U4", 22: "I4"}
+"""`TensorProto.DataType` by the names that the rest of the package uses."""
+BITS = {"U4": 4, "I4": 4, "U8": 8, "I8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16,
+        "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
+WIDENED = {"U4": "U8", "I4": "I8"}
+"""Packed 4-bit integers are seen as one byte each."""
+
+
+def dtype_name(tensor: TensorProto) -> str:
+    """`BF16`, `I4`...; for a type that cannot be read, ONNX's own name for it."""
+    known = NAMES.get(tensor.data_type)
+    if known:
+        return known
+    kinds: Any = type(tensor).DataType
+    return kinds.Name(tensor.data_type) if tensor.data_type in kinds.values() else f"type {tensor.data_type}"
+
+
+def element_name(dtype: str) -> str:
+    """The type of the values as `source_of` hands them out."""
+    return WIDENED.get(dtype, dtype)
+
+
+def source_of(tensor: TensorProto, folder: Path) -> Source:
+    """The values of a tensor as little-endian bytes. Raises `UsageError` when they are damaged or out of bounds."""
+    dtype, where = dtype_name(tensor), f"ONNX tensor '{tensor.name}'"
+    if dtype not in BITS:
+        raise UsageError(f"{where} has values of type {dtype}, which cannot be read.")
+    if any(size < 0 for size in tensor.dims) or tensor.HasField("segment"):
+        raise UsageError(f"{where} has a bad shape: {list(tensor.dims)[:16]}.")
+    count = math.prod(tensor.dims)
+    nbytes = -(-count * BITS[dtype] // 8)
+    source: Source
+    if tensor.data_location == type(tensor).EXTERNAL:
+        source = _external(tensor, folder, nbytes, where)
+    else:
+        raw = np.frombuffer(tensor.raw_data, np.uint8) if tensor.HasField("raw_data") else _typed(tensor, dtype, where)
+        if raw.size != nbytes:
+            raise UsageError(f"{where} is {dtype} of shape {list(tensor.dims)}, which takes {nbytes:,} bytes, "
+                             f"and has {raw.size:,}.")
+        source = MemoryBytes(raw)
+    return Nibbles(source, count, dtype == "I4") if dtype in WIDENED else source
+
+
+def stored_bytes(tensor: TensorProto) -> int:
+    """How many bytes the tensor claims to take."""
+    return -(-math.prod(tensor.dims) * BITS.get(dtype_name(tensor), 0) // 8)
+
+
+def _external(tensor: TensorProto, folder: Path, nbytes: int, where: str) -> FileBytes:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    if not stays_inside(location):
+        raise UsageError(f"{where} keeps its data outside the folder of the model: {location!r}.")
+    path = folder / location
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"{where} keeps its data in '{location}', a link that leads out of the folder of the model.")
+    if not path.is_file():
+        raise UsageError(f"{where} keeps its data in '{path}', which is not there.")
+    offset = _natural(entries.get("offset", "0"), where)
+    length = _natural(entries.get("length", str(nbytes)), where)
+    if length != nbytes:
+        raise UsageError(f"{where} of shape {list(tensor.dims)} takes {nbytes:,} bytes; its entry says {length:,}.")
+    if offset + nbytes > path.stat().st_size:
+        raise UsageError(f"{where} ends at byte {offset + nbytes:,} of '{path}', which has {path.stat().st_size:,}.")
+    return FileBytes(path, offset, nbytes)
+
+
+def _natural(text: str, where: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise UsageError(f"{where} has a bad offset or length: '{text[:40]}'.")
+    return int(text)
+
+
+def _typed(tensor: TensorProto, dtype: str, where: str) -> np.ndarray:
+    """Values in a field of their own; small types lie in `int32_data`, one (or one packed pair) per number."""
+    if dtype == "F32":
+        values = np.array(tensor.float_data, np.float32)
+    elif dtype == "F64":
+        values = np.array(tensor.double_data, np.float64)
+    elif dtype == "I64":
+        values = np.array(tensor.int64_data, np.int64)
+    elif dtype in ("U32", "U64"):
+        values = np.array(tensor.uint64_data, np.uint64).astype(f"u{BITS[dtype] // 8}")
+    else:
+        wide, bits = np.array(tensor.int32_data, np.int32), max(8, BITS[dtype])
+        if bits < 32 and wide.size and (wide.min() < -(1 << bits - 1) or wide.max() >= 1 << bits):
+            raise UsageError(f"{where} is {dtype} and holds numbers that do not fit that type.")
+        values = wide.astype(f"u{bits // 8}")
+    return values.view(np.uint8)
+
+
+def any_nonzero(tensor: TensorProto, folder: Path) -> bool:
+    """Is any stored bit set? (A zero point of an integer or FP8 type: is it anything but zero?)"""
+    return any(part.any() for part in source_of(tensor, folder).stretches(1 << 20))
+
+
+def decode(tensor: TensorProto, folder: Path) -> np.ndarray:
+    """The whole tensor in memory, in NumPy's type for it (`ml_dtypes` for the small floats, I8/U8 for 4-bit)."""
+    import ml_dtypes
+
+    small = {"BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+             "BOOL": np.bool_}
+    source, name = source_of(tensor, folder), element_name(dtype_name(tensor))
+    kind = np.dtype(small.get(name, f"{name[0].lower()}{BITS[name] // 8}"))
+    parts = [part.copy() for part in source.stretches(1 << 24)]
+    return np.concatenate(parts or [np.empty(0, np.uint8)]).view(kind).reshape(tuple(tensor.dims))

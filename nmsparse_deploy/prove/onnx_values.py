@@ -1,0 +1,180 @@
+"""Operators that a stored tensor may pass through on its way to a multiplication, and what they do to its axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nmsparse_deploy.prove.onnx_tensor import any_nonzero, decode, dtype_name
+
+if TYPE_CHECKING:
+    from onnx import NodeProto, TensorProto
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A value whose zeros are those of one stored tensor. `origin` gives the stored axis behind every axis of it."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    origin: tuple[int | None, ...]
+    path: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    def then(self, op: str, *problems: str) -> Stored:
+        return replace(self, path=(*self.path, op), problems=(*self.problems, *problems))
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """A constant that could not be followed. `reason` continues a sentence that begins with the tensor's name."""
+
+    tensor: str
+    reason: str
+
+
+Value = Stored | Opaque
+Lookup = Callable[[Stored], Any]
+"""Gives the `TensorProto` behind a value."""
+
+
+def attribute(node: NodeProto, name: str) -> Any:
+    """An int or a list of ints; None when it is absent."""
+    for entry in node.attribute:
+        if entry.name == name:
+            return list(entry.ints) if entry.ints else (entry.i if entry.HasField("i") else None)
+    return None
+
+
+def constant_tensor(node: NodeProto) -> TensorProto | None:
+    """The tensor of a Constant node, however it is written down."""
+    from onnx import numpy_helper
+
+    for entry in node.attribute:
+        if entry.name == "value" and entry.HasField("t"):
+            return entry.t
+        if entry.name in ("value_int", "value_ints"):
+            return numpy_helper.from_array(np.array(entry.i if entry.name == "value_int" else entry.ints, np.int64))
+        if entry.name in ("value_float", "value_floats"):
+            return numpy_helper.from_array(np.array(entry.f if entry.name == "value_float" else entry.floats,
+                                                    np.float32))
+    return None
+
+
+def _same(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path) -> Value | None:
+    value = inputs[0]
+    return value.then(node.op_type) if isinstance(value, Stored) else None
+
+
+def _transpose(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path) -> Value | None:
+    value = inputs[0]
+    if not isinstance(value, Stored):
+        return None
+    perm = attribute(node, "perm") or list(reversed(range(len(value.shape))))
+    if sorted(perm) != list(range(len(value.shape))):
+        return Opaque(value.tensor, f"passes through a Transpose with a bad perm {perm}")
+    moved = replace(value, shape=tuple(value.shape[p] for p in perm), origin=tuple(value.origin[p] for p in perm))
+    return moved.then("Transpose")
+
+
+def _quantize(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path) -> Value | None:
+    """Scales keep zeros; a zero point moves them."""
+    value = inputs[0]
+    if not isinstance(value, Stored):
+        return None
+    if len(inputs) < 3 or not node.input[2]:
+        return value.then(node.op_type)
+    zero_point = inputs[2]
+    if not isinstance(zero_point, Stored):
+        return value.then(node.op_type, f"the zero point '{node.input[2]}' is not a stored constant")
+    if any_nonzero(tensor(zero_point), folder):
+        return value.then(node.op_type, f"the zero point '{zero_point.tensor}' is not zero, so quantisation is "
+                                        "asymmetric and destroys the pattern")
+    return value.then(node.op_type)
+
+
+def _reshape(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path) -> Value | None:
+    value, target = inputs[0], inputs[1] if len(inputs) > 1 else None
+    if not isinstance(value, Stored):
+        return None
+    if not isinstance(target, Stored):
+        return Opaque(value.tensor, "is reshaped to a shape that is computed at run time")
+    shape = _target(value.shape, tensor(target), folder, bool(attribute(node, "allowzero")))
+    if shape is None:
+        return Opaque(value.tensor, "passes through a Reshape with a bad shape")
+    # An axis survives when as many values lie before it, and in it, as before.
+    starts = {(math.prod(value.shape[:i]), size): origin
+              for i, (size, origin) in enumerate(zip(value.shape, value.origin))}
+    origin = tuple(starts.get((math.prod(shape[:i]), size)) for i, size in enumerate(shape))
+    return replace(value, shape=shape, origin=origin).then("Reshape")
+
+
+def _target(shape: tuple[int, ...], target: TensorProto, folder: Path, allowzero: bool) -> tuple[int, ...] | None:
+    if dtype_name(target) != "I64" or math.prod(target.dims) > 64:
+        return None
+    sizes = [int(size) for size in decode(target, folder).reshape(-1)]
+    if not allowzero:
+        sizes = [shape[i] if size == 0 and i < len(shape) else size for i, size in enumerate(sizes)]
+    if sizes.count(-1) == 1:
+        rest = math.prod(size for size in sizes if size != -1)
+        sizes = [math.prod(shape) // rest if size == -1 and rest else size for size in sizes]
+    return tuple(sizes) if min(sizes, default=0) >= 0 and math.prod(sizes) == math.prod(shape) else None
+
+
+def _multiply(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path) -> Value | None:
+    """Times a vector keeps zeros. Times something as large as itself makes zeros that the stored tensor lacks."""
+    if len(inputs) != 2 or not all(isinstance(value, Stored) for value in inputs):
+        return None
+    one, other = (value for value in inputs if isinstance(value, Stored))
+    try:
+        shape = np.broadcast_shapes(one.shape, other.shape)
+    except ValueError:
+        return Opaque(one.tensor, f"passes through a {node.op_type} of shapes that do not fit")
+    size = math.prod(shape)
+    if size == math.prod(one.shape) == math.prod(other.shape) and sum(n > 1 for n in shape) > 1:
+        weight, mask = (other, one) if _is_bool(one, tensor) else (one, other)
+        return _broadcast(weight, shape).then(node.op_type, unbaked(weight, mask, node))
+    if node.op_type == "Div" and size != math.prod(one.shape):
+        return None
+    weight = one if size == math.prod(one.shape) else other
+    if size != math.prod(weight.shape):
+        return Opaque(weight.tensor, f"passes through a {node.op_type} that enlarges it")
+    return _broadcast(weight, shape).then(node.op_type)
+
+
+def _where(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path) -> Value | None:
+    """A choice between a weight and something smaller is a mask that was not baked."""
+    if len(inputs) != 3 or not all(isinstance(value, Stored) for value in inputs):
+        return None
+    condition, yes, no = (value for value in inputs if isinstance(value, Stored))
+    weight = max((yes, no), key=lambda value: math.prod(value.shape))
+    if math.prod(condition.shape) != math.prod(weight.shape):
+        return None
+    return weight.then("Where", unbaked(weight, condition, node))
+
+
+def unbaked(weight: Stored, mask: Stored, node: NodeProto) -> str:
+    return (f"mask was not baked: node '{node.name or node.output[0]}' applies '{mask.tensor}' to the stored "
+            f"'{weight.tensor}' ({node.op_type})")
+
+
+def _is_bool(value: Stored, tensor: Lookup) -> bool:
+    return dtype_name(tensor(value)) == "BOOL"
+
+
+def _broadcast(value: Stored, shape: tuple[int, ...]) -> Stored:
+    """New axes of length one in front, if any."""
+    extra: tuple[int | None, ...] = (None,) * (len(shape) - len(value.shape))
+    return replace(value, shape=shape, origin=(*extra, *value.origin))
+
+
+Follow = Callable[[Any, Sequence[Value | None], Lookup, Path], Value | None]
+FOLLOW: dict[str, Follow] = {
+    "Identity": _same, "Cast": _same, "Transpose": _transpose, "Reshape": _reshape, "QuantizeLinear": _quantize,
+    "DequantizeLinear": _quantize, "Mul": _multiply, "Div": _multiply, "Where": _where,
+}

@@ -1,0 +1,162 @@
+"""What a verification says: one row per tensor (or per weight use), one report per artefact."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from nmsparse_deploy.pattern import TWO_FOUR, GroupCount, NMPattern, Pattern, Unstructured
+
+Place = Literal["torch", "file", "onnx"]
+
+# Kernel alignment policy of sparse tensor cores, in values along the reduction axis (K) and the outputs (N).
+RECOMMENDED_K, RECOMMENDED_N = 64, 32
+POSSIBLE_K, POSSIBLE_N = 32, 16
+
+
+def shape_verdict(k: int, n: int, pattern: Pattern) -> str | None:
+    """Can sparse tensor cores run a [K, N] weight? None for N:M patterns that do not imply 2:4."""
+    if isinstance(pattern, Unstructured):
+        return "sparse tensor cores cannot run it"
+    if not pattern.implies(TWO_FOUR):
+        return None
+    if k % RECOMMENDED_K == 0 and n % RECOMMENDED_N == 0:
+        return "recommended"
+    if k % POSSIBLE_K == 0 and n % POSSIBLE_N == 0:
+        return "possible"
+    return "ineligible by shape"
+
+
+def gemm_shape(shape: tuple[int, ...], axis: int) -> tuple[int, int]:
+    """(K, N) of a stored weight: N is the other axis of a matrix or of a stack's last two, the first of a kernel."""
+    axis %= len(shape)
+    if len(shape) == 1:
+        return shape[0], 1
+    if len(shape) > 3:
+        return shape[axis], shape[0]
+    last = len(shape) - 1
+    return shape[axis], shape[last - 1 if axis == last else last]
+
+
+@dataclass(frozen=True)
+class TensorCheck:
+    """One tensor under one pattern along one axis."""
+
+    place: Place
+    tensor: str
+    dtype: str
+    shape: tuple[int, ...]
+    pattern: str
+    axis: int | None = None
+    parameter: str | None = None
+    """The parameter of the model that the tensor holds, where that is known."""
+    node: str | None = None
+    """The ONNX node that reads the tensor."""
+    groups: int = 0
+    bad: int = 0
+    first_bad: tuple[int, ...] | None = None
+    """Coordinates, in the stored tensor, of the first value of the first bad group."""
+    sparser: int = 0
+    nonzeros: int = 0
+    negative_zeros: int = 0
+    nonfinite: int = 0
+    mask_mismatch: int | None = None
+    """Non-zeros outside the stored mask; None where there was no mask to compare with."""
+    shape_verdict: str | None = None
+    sha256: str | None = None
+    """Hash of the stored bytes, to tie an engine to what was verified here."""
+    skipped: str | None = None
+    """Why the tensor makes no claim."""
+    problems: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        row = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {**row, "ok": self.ok}
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """All checks of one artefact. `problems` are sentences that belong to no single tensor."""
+
+    place: Place
+    artefact: str
+    checks: tuple[TensorCheck, ...] = ()
+    problems: tuple[str, ...] = ()
+    bytes_read: int = 0
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems and not self.failed
+
+    @property
+    def checked(self) -> int:
+        """Rows that make a claim, held or not."""
+        return sum(check.skipped is None for check in self.checks)
+
+    @property
+    def failed(self) -> int:
+        return sum(not check.ok for check in self.checks)
+
+    @property
+    def skipped(self) -> int:
+        return sum(check.skipped is not None for check in self.checks)
+
+    @property
+    def zero_share(self) -> float | None:
+        """Share of zeros where there were no groups to count, that is under unstructured masks."""
+        compared = [c for c in self.checks if c.skipped is None and c.mask_mismatch is not None and not c.groups]
+        size = sum(math.prod(check.shape) for check in compared)
+        return 1 - sum(check.nonzeros for check in compared) / size if size else None
+
+    def failures(self) -> list[str]:
+        """Every reason why the artefact does not hold, as sentences."""
+        rows = [f"'{check.tensor}': {problem}." for check in self.checks for problem in check.problems]
+        return [*self.problems, *rows]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"place": self.place, "artefact": self.artefact, "ok": self.ok, "checked": self.checked,
+                "failed": self.failed, "skipped": self.skipped, "zero_share": self.zero_share,
+                "problems": list(self.problems), "bytes_read": self.bytes_read, "seconds": self.seconds,
+                "checks": [check.to_json() for check in self.checks]}
+
+    def summary(self) -> str:
+        """One sentence."""
+        groups = sum(check.groups for check in self.checks if check.skipped is None)
+        seen = f"{groups:,} groups" if groups or self.zero_share is None else f"{self.zero_share:.1%} zeros"
+        text = f"{self.artefact}: {self.checked} tensors checked ({seen}), {self.skipped} skipped"
+        if self.ok:
+            return f"{text}; all hold."
+        wrong = self.failures()
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        return f"{text}, {self.failed} failed: {wrong[0].rstrip('.')}{more}."
+
+
+def describe_count(count: GroupCount, first_bad: tuple[int, ...] | None) -> str:
+    """The sentence for a tensor with groups that are not in the pattern."""
+    return f"{count.bad:,} of {count.groups:,} groups break the pattern, the first at {list(first_bad or ())}"
+
+
+def judge(count: GroupCount, pattern: NMPattern) -> Literal["sparse", "near miss", "by chance", "dense"]:
+    """What a tensor of unknown intent is, compared with the same number of zeros strewn at random.
+
+    With a share p of non-zeros, a random group holds at most `keep` of them with the binomial probability q. `sparse`:
+    every group is in the pattern, and chance does that less than once in a million (else `by chance`: an almost empty
+    or tiny tensor). `near miss`: the share of good groups is more than half-way from q to 1 and six standard deviations
+    above q, so neither a dense tensor nor an unstructured one of any sparsity gets there.
+    """
+    if not count.nonzeros:
+        return "by chance"
+    p = count.nonzeros / (count.groups * pattern.group)
+    q = min(1.0, sum(math.comb(pattern.group, k) * p**k * (1 - p) ** (pattern.group - k)
+                     for k in range(pattern.keep + 1)))
+    if not count.bad:
+        return "sparse" if q**count.groups < 1e-6 else "by chance"
+    share = 1 - count.bad / count.groups
+    spread = math.sqrt(q * (1 - q) / count.groups)
+    return "near miss" if share > (1 + q) / 2 and share > q + 6 * spread else "dense"

@@ -1,0 +1,168 @@
+"""A run on disk: a folder per stage that appears by rename, a manifest of how it came about, and resume.
+
+    RUN/
+      manifest.json        recipe, fingerprint, versions, hardware, data, finished stages
+      blocks/NNN.*         finished blocks while pruning (gone when the stage is)
+      model/               pruned weights that the stock library loads
+      masks.safetensors    the masks
+      permutations.safetensors   how the dense channels were reordered first, where they were
+      scales.safetensors   with --wbits: what the integers of each weight are multiplied by
+      plan.json layers.json verify.json evaluate.json bench.json
+      onnx/                exported graphs with their link maps
+      torch/ torch.json    PyTorch models without stored zeros; sizes and decisions (bench-gpu.json: the arms on a GPU)
+      engines/ engines.json   TensorRT engines with logs and layer lists; what they prove
+      report/              index.html, report.md, report.json
+
+Whatever is named here was written completely: files and folders are built under a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from nmsparse_deploy.errors import NmsparseError, UsageError
+from nmsparse_deploy.recipe.recipe import differences
+from nmsparse_deploy.system.environment import environment, now
+
+FORMAT = 1
+RUNS = Path("runs")
+GRAPH = "model"
+"""Stem of the ONNX file of a whole model."""
+
+
+class RunDir:
+    """One run folder. Every write is atomic."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @classmethod
+    def open(cls, path: Path | None) -> RunDir:
+        """An existing run, or the newest under `runs/` when no path is given. Raises `UsageError`."""
+        if path is None:
+            found = sorted(RUNS.glob("*/manifest.json"), key=lambda file: file.stat().st_mtime)
+            if not found:
+                raise UsageError("There is no run here yet.", "nmsparse-deploy prune")
+            path = found[-1].parent
+        run = cls(path)
+        if not (path / "manifest.json").is_file():
+            raise UsageError(f"'{path}' is not a run folder (no manifest.json).", "nmsparse-deploy prune makes one")
+        run.manifest()
+        return run
+
+    @classmethod
+    def create(cls, path: Path, recipe: dict[str, Any], fingerprint: str, force: bool) -> RunDir:
+        """A new run, or the same run to be resumed.
+
+        Raises `UsageError` when the folder holds a run of another recipe (naming the fields) or foreign files, unless
+        `force` asks to start over.
+        """
+        run = cls(path)
+        if force and (path / "manifest.json").is_file():
+            shutil.rmtree(path)
+        if (path / "manifest.json").is_file():
+            manifest = run.manifest()
+            if manifest["fingerprint"] != fingerprint:
+                changed = "; ".join(differences(manifest["recipe"], recipe)) or "an unrecorded field"
+                raise UsageError(f"'{path}' holds a run of another recipe: {changed}.",
+                                 "choose another --out, or --force to start over")
+            return run
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(f"'{path}' exists and is not a run folder.", "choose another --out")
+        path.mkdir(parents=True, exist_ok=True)
+        run.write_json("manifest.json", {"format": FORMAT, "fingerprint": fingerprint, "recipe": recipe,
+                                         "created": now(), **environment(), "stages": {}})
+        return run
+
+    def manifest(self) -> dict[str, Any]:
+        manifest = self.read_json("manifest.json")
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "fingerprint" not in manifest:
+            raise UsageError(f"'{self.path}' was not written by this version of the tool.")
+        return manifest
+
+    def read_json(self, name: str) -> Any:
+        """Raises `UsageError` when the file is missing or damaged."""
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UsageError(f"The run '{self.path}' has no {name}.") from None
+        except ValueError as error:
+            raise UsageError(f"'{self.path / name}' is damaged: {error}.") from error
+
+    def write_json(self, name: str, data: Any) -> Path:
+        text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=True) + "\n"
+        with self.replacing(name) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        return self.path / name
+
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """Build a file or folder under a temporary name; it replaces `name` when the block ends without an error."""
+        final = self.path / name
+        final.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+        temporary = work / final.name
+        try:
+            yield temporary
+            _sync(temporary)
+            if final.is_dir():
+                final.rename(work / "old")
+            os.replace(temporary, final)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), str(error), str(final)) from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def finish(self, stage: str, seconds: float, **facts: Any) -> None:
+        """Record a finished stage in the manifest."""
+        manifest = self.manifest()
+        manifest["stages"][stage] = {"finished": now(), "seconds": round(seconds, 1), **facts}
+        self.write_json("manifest.json", manifest)
+
+    def finished(self, stage: str) -> bool:
+        return stage in self.manifest()["stages"]
+
+    def graphs(self, whole: bool = False) -> list[Path]:
+        """Exported ONNX files; `whole`: those that take what the model takes, because those with a cache take more."""
+        return sorted((self / "onnx").glob(f"*/{GRAPH if whole else '*'}.onnx"))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Two processes must not work on one run. Raises `NmsparseError` when another one holds it."""
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise NmsparseError(f"Another process is working on '{self.path}'.") from None
+            for leftover in self.path.glob(".*-*"):  # of a process that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+            yield
+
+
+def _sync(path: Path) -> None:
+    """Force file contents to disk, so that a rename never reveals an empty file after a crash.
+
+    Files get the user's ordinary permissions: the weight library makes them readable by the owner alone.
+    """
+    os.umask(mask := os.umask(0))
+    for file in [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]:
+        file.chmod(0o666 & ~mask)
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())

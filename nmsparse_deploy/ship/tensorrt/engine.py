@@ -1,0 +1,154 @@
+"""TensorRT 10 and 11 as a runtime: load an engine, run it on CUDA tensors, see which kernels ran.
+
+Inputs and outputs are named, and live in buffers of PyTorch whose addresses TensorRT gets. With `cuda_graph` one
+enqueue is captured and replayed, without it every run enqueues again; a benchmark reports the two apart.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from nmsparse_deploy.errors import NmsparseError, UsageError
+from nmsparse_deploy.ship.engine import Tensor
+from nmsparse_deploy.ship.onnx.gemms import fixed_shapes, graph_inputs
+from nmsparse_deploy.ship.tensorrt.build import Settings, build_engine
+from nmsparse_deploy.ship.tensorrt.module import load_tensorrt, recorder, require_cuda
+from nmsparse_deploy.ship.tensorrt.sidecar import Sidecar
+
+DEFAULTS: dict[str, Any] = {"batch": 1, "length": 128, "shapes": {}, "sparse": True, "level": 4, "timing_iterations": 8,
+                            "route": None, "allow_fp32": False, "folder": None, "cuda_graph": False}
+"""`folder` None: beside the ONNX file. An engine file takes only `cuda_graph`."""
+DEVICE = "cuda"
+_TYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64,
+          "INT32": torch.int32, "INT8": torch.int8, "UINT8": torch.uint8, "BOOL": torch.bool,
+          "FP8": torch.float8_e4m3fn}
+
+
+class TensorRT:
+    """One engine with one execution context."""
+
+    def __init__(self, trt: Any, engine: Any, runtime: Any, path: Path, cuda_graph: bool) -> None:
+        self.path = path
+        self._runtime, self._engine, self._cuda_graph = runtime, engine, cuda_graph
+        self._context = engine.create_execution_context()
+        self._version = trt.__version__
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        self._inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        self._outputs = [name for name in names if name not in self._inputs]
+        if hasattr(self._context, "nvtx_verbosity"):
+            self._context.nvtx_verbosity = trt.ProfilingVerbosity.NONE  # ranges cost time in every enqueue
+        self._stream = torch.cuda.Stream()
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._graph: Any = None
+
+    @classmethod
+    def build(cls, artefact: Path, settings: Mapping[str, Any] | None = None) -> Self:
+        """Load an engine, or build one from an ONNX file and load that.
+
+        Raises `NmsparseError` without a GPU, without TensorRT, or when the file is no engine of this version and GPU.
+        """
+        unknown = set(settings or {}) - set(DEFAULTS)
+        if unknown:
+            raise UsageError(f"TensorRT has no setting '{min(unknown)}'; it has {', '.join(DEFAULTS)}.")
+        chosen = DEFAULTS | dict(settings or {})
+        if not artefact.is_file():
+            raise UsageError(f"There is no file '{artefact}'.")
+        require_cuda(f"Loading '{artefact.name}' in TensorRT")
+        if artefact.suffix == ".onnx":
+            shapes = fixed_shapes(graph_inputs(artefact), chosen["batch"], chosen["length"], chosen["shapes"])
+            wanted = Settings(shapes, *(chosen[name] for name in ("sparse", "level", "timing_iterations", "route",
+                                                                  "allow_fp32")))
+            artefact = build_engine(artefact, chosen["folder"] or artefact.parent, artefact.stem, wanted)
+        return cls._load(artefact, chosen["cuda_graph"])
+
+    @classmethod
+    def _load(cls, path: Path, cuda_graph: bool) -> Self:
+        trt = load_tensorrt("Running a TensorRT engine")
+        if path.with_suffix(".json").is_file():
+            Sidecar.load(path).check(path)
+        runtime = trt.Runtime(recorder(trt))
+        engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            raise NmsparseError(f"TensorRT {trt.__version__} cannot load '{path}': it is damaged, or was built by "
+                                "another version or for another GPU.", "nmsparse-deploy build makes it again")
+        return cls(trt, engine, runtime, path, cuda_graph)
+
+    def inspect(self) -> dict[str, Any]:
+        return {"engine": "tensorrt", "version": self._version, "path": str(self.path), "inputs": self._inputs,
+                "outputs": self._outputs, "cuda_graph": self._cuda_graph, "sparse_kernels": "see its evidence"}
+
+    def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Outputs by name, as float32 where NumPy lacks the type. Inputs are converted to the types of the engine."""
+        self.prepare(batch)()
+        self._stream.synchronize()
+        outputs = {name: self._buffers[name] for name in self._outputs}
+        narrow = (torch.bfloat16, torch.float8_e4m3fn)
+        return {name: (value.float() if value.dtype in narrow else value).cpu().numpy()
+                for name, value in outputs.items()}
+
+    def prepare(self, batch: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Copy `batch` to the device; the returned call runs the engine once on it, without waiting for the end."""
+        if set(batch) != set(self._inputs):
+            raise UsageError(f"The engine takes the inputs {', '.join(self._inputs)}, not "
+                             f"{', '.join(batch) or 'none'}.")
+        if any(self._buffers.get(name) is None or self._buffers[name].shape != torch.as_tensor(value).shape
+               for name, value in batch.items()):
+            self._allocate({name: tuple(torch.as_tensor(value).shape) for name, value in batch.items()})
+        with torch.cuda.stream(self._stream):
+            for name, value in batch.items():
+                self._buffers[name].copy_(torch.as_tensor(value))
+        if not self._cuda_graph:
+            return self._enqueue
+        if self._graph is None:
+            self._graph = self._capture()
+        return self._replay
+
+    def observe(self, batch: Mapping[str, Tensor]) -> dict[str, int]:
+        """How often each kernel ran in one pass, by name, as the CUDA profiler saw it after a warm-up."""
+        call = self.prepare(batch)
+        call()
+        self._stream.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+            call()
+            self._stream.synchronize()
+        on_device = (event for event in recorded.events() or () if event.device_type == torch.autograd.DeviceType.CUDA)
+        return dict(Counter(event.name for event in on_device))
+
+    def _allocate(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Buffers for these input shapes, and their addresses for TensorRT."""
+        self._graph, self._buffers = None, {}
+        for name, shape in shapes.items():
+            if not self._context.set_input_shape(name, shape):
+                least, best, most = self._engine.get_tensor_profile_shape(name, 0)
+                raise UsageError(f"The engine was built for '{name}' from {tuple(least)} to {tuple(most)}, best "
+                                 f"{tuple(best)}, not for {shape}.", "build one for this shape")
+        self._context.infer_shapes()
+        for name in (*self._inputs, *self._outputs):
+            shape, kind = tuple(self._context.get_tensor_shape(name)), self._engine.get_tensor_dtype(name).name
+            if kind not in _TYPES or min(shape, default=0) < 0:
+                raise NmsparseError(f"'{name}' of '{self.path}' does not fit a tensor: type {kind}, shape {shape}.")
+            self._buffers[name] = torch.empty(shape, dtype=_TYPES[kind], device=DEVICE)
+            self._context.set_tensor_address(name, self._buffers[name].data_ptr())
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(self._stream.cuda_stream):
+            raise NmsparseError(f"TensorRT could not run '{self.path}' on this batch.")
+
+    def _capture(self) -> Any:
+        """One enqueue as a CUDA graph; a pass before it lets TensorRT allocate, which a capture does not allow."""
+        self._enqueue()
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            self._enqueue()
+        return graph
+
+    def _replay(self) -> None:
+        with torch.cuda.stream(self._stream):
+            self._graph.replay()

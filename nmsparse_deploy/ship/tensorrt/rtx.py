@@ -1,0 +1,213 @@
+"""TensorRT-RTX without a GPU: does the graph parse and compile, and what becomes of every GEMM?
+
+Its compiler is the family of TensorRT's own and runs on any machine, and its verbose log lists the layers of the plan.
+It chooses no kernels before it sees a GPU and never says whether one is sparse, so the rung that a layer reaches here
+is "compiles". A plan is never deserialised: without a GPU that can end the process.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from nmsparse_deploy.errors import CheckFailed, MissingExtra, NmsparseError, UsageError
+from nmsparse_deploy.ship.engine import Tensor
+from nmsparse_deploy.ship.tensorrt.rtx_layers import LISTED, Layer, layers
+
+EXTRA = "trt-rtx"
+PACKAGE = "tensorrt-rtx-cu13"
+RUNG = "compiles"
+SIZES = {"batch": 1, "sequence": 128, "decoder_sequence": 128, "text": 128, "past": 128}
+"""What an axis that may vary is compiled for."""
+WIDE = "Float"
+
+
+@dataclass(frozen=True)
+class FusedGemm:
+    """One GEMM of the plan. `nodes` are the ONNX nodes with a weight that it computes; several have been merged."""
+
+    name: str
+    kind: str
+    nodes: tuple[str, ...]
+    k: int
+    n: int
+    inputs: tuple[str, ...]
+    """Data types of what it reads, the weight included."""
+    outputs: tuple[str, ...]
+
+    @property
+    def eight_bit(self) -> bool:
+        """Are both operands and the result 8 bits wide?"""
+        return all(kind in ("Int8", "FP8") for kind in (*self.inputs, *self.outputs))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of one graph."""
+
+    version: str
+    plan_bytes: int
+    sizes: dict[str, int]
+    layers: int
+    gemms: tuple[FusedGemm, ...]
+    merged: tuple[tuple[str, ...], ...]
+    """Groups of ONNX nodes that became one GEMM."""
+    generated: tuple[str, ...]
+    """ONNX nodes with a weight that became generated code: no matrix kernel, so no sparse one (a single row)."""
+    lost: tuple[str, ...]
+    """ONNX nodes with a weight that no layer of the plan names."""
+    wide: tuple[str, ...]
+    """ONNX nodes with a weight whose GEMM reads fp32 though the graph stores something narrower."""
+    rung: str = RUNG
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "eight_bit_gemms": sum(gemm.eight_bit for gemm in self.gemms)}
+
+    def summary(self) -> str:
+        """One sentence."""
+        merged = f", {len(self.merged)} of them merged from {sum(map(len, self.merged))}" if self.merged else ""
+        parts = [f"compiles to {len(self.gemms)} GEMMs{merged}"]
+        parts += [f"{len(self.generated)} products of one row became generated code"] if self.generated else []
+        parts += [f"{len(self.wide)} GEMMs read fp32 unexpectedly"] if self.wide else []
+        parts += [f"{len(self.lost)} products are in no layer"] if self.lost else []
+        return f"TensorRT-RTX {self.version} {'; '.join(parts)}"
+
+
+class TensorRtRtx:
+    """One compiled graph. It cannot run here; `inspect` tells what is in it."""
+
+    def __init__(self, compiled: Compiled) -> None:
+        self.compiled = compiled
+
+    @classmethod
+    def build(cls, artefact: Path, settings: Mapping[str, Any] | None = None) -> Self:
+        """Parse and compile an ONNX file. Settings: sizes of the axes that may vary, by name (`batch`, `sequence`...).
+
+        Raises `CheckFailed` with TensorRT-RTX's own reason when it refuses the graph.
+        """
+        trt = load()
+        if not artefact.is_file():
+            raise UsageError(f"There is no ONNX file '{artefact}'.")
+        sizes = SIZES | dict(settings or {})
+        log = _Log.make(trt)
+        builder = trt.Builder(log)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, log)
+        if not parser.parse_from_file(str(artefact)):
+            raise CheckFailed(f"TensorRT-RTX cannot parse '{artefact}': {_first_error(parser, log.lines)}")
+        config = builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        config.add_optimization_profile(_profile(builder, network, artefact, sizes))
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise CheckFailed(f"TensorRT-RTX cannot compile '{artefact}': {_first_error(None, log.lines)}")
+        found = [layer for _, message in log.lines if LISTED in message for layer in layers(message)]
+        if not found:
+            raise NmsparseError(f"TensorRT-RTX {trt.__version__} compiled '{artefact}' and listed no layers.")
+        return cls(judge(artefact, found, trt.__version__, plan.nbytes, sizes))
+
+    def inspect(self) -> dict[str, Any]:
+        return {"engine": "tensorrt-rtx", **self.compiled.to_json(), "summary": self.compiled.summary(),
+                "sparse_kernels": None,
+                "reason": "compiled without a GPU: kernels are chosen where the plan is loaded"}
+
+    def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Raises `NmsparseError`: a plan is compiled here, never loaded."""
+        raise NmsparseError("A TensorRT-RTX plan is only compiled here, never run.",
+                            "run the ONNX file in ONNX Runtime instead")
+
+
+def load() -> Any:
+    """The library. Raises `MissingExtra`."""
+    try:
+        import tensorrt_rtx
+    except ImportError as error:
+        raise MissingExtra(PACKAGE, EXTRA, "Compiling with TensorRT-RTX") from error
+    return tensorrt_rtx
+
+
+def judge(artefact: Path, found: Sequence[Layer], version: str, plan_bytes: int, sizes: dict[str, int]) -> Compiled:
+    """Tie the layers of a plan to the multiplications by a stored weight in the graph it was made from."""
+    from nmsparse_deploy.prove.onnx_graph import OnnxGraph
+
+    uses = {use.node: use for use in OnnxGraph(artefact).uses if use.op != "Conv"}
+    gemms: list[FusedGemm] = []
+    seen: set[str] = set()
+    wide: set[str] = set()
+    mentioned = {node for layer in found for node in layer.onnx_nodes if node in uses}
+    for layer in (layer for layer in found if layer.is_gemm):
+        nodes = tuple(node for node in layer.onnx_nodes if node in uses)
+        if not nodes:
+            continue
+        seen.update(nodes)
+        # Scales of the product (alpha and beta) are single numbers in fp32, whatever is multiplied.
+        operands = tuple(t.dtype for t in (*layer.inputs, *layer.constants) if t.size > 1 and t.dtype in _OPERANDS)
+        gemms.append(FusedGemm(layer.name, layer.kind, nodes, max(uses[node].k for node in nodes),
+                               sum(uses[node].n for node in nodes), tuple(dict.fromkeys(operands)),
+                               tuple(dict.fromkeys(t.dtype for t in layer.outputs))))
+        if WIDE in operands:
+            wide.update(node for node in nodes if uses[node].dtype != "F32")
+    merged = tuple(gemm.nodes for gemm in gemms if len(gemm.nodes) > 1)
+    return Compiled(version, plan_bytes, sizes, len(found), tuple(gemms), merged,
+                    tuple(sorted(mentioned - seen)), tuple(sorted(uses.keys() - mentioned)), tuple(sorted(wide)))
+
+
+_OPERANDS = ("Float", "Half", "BFloat16", "Int8", "FP8")
+
+
+class _Log:
+    """Keeps every message; made late because its base class is TensorRT-RTX's."""
+
+    @staticmethod
+    def make(trt: Any) -> Any:
+        class Log(trt.ILogger):
+            def __init__(self) -> None:
+                super().__init__()
+                self.lines: list[tuple[str, str]] = []
+
+            def log(self, severity: Any, message: str) -> None:
+                self.lines.append((severity.name, message))
+
+        return Log()
+
+
+def _first_error(parser: Any, lines: Sequence[tuple[str, str]]) -> str:
+    """TensorRT-RTX's own words for what went wrong, in one line."""
+    errors = [parser.get_error(i) for i in range(parser.num_errors)] if parser else []
+    told = [f"node '{error.node_name()}' ({error.node_operator()}): {error.desc()}" for error in errors]
+    told += [message for severity, message in lines if severity in ("ERROR", "INTERNAL_ERROR")]
+    text = " ".join(next(iter(told), "no reason given").split())
+    return text[:300] if text.endswith(".") else f"{text[:300]}."
+
+
+def _profile(builder: Any, network: Any, artefact: Path, sizes: Mapping[str, int]) -> Any:
+    """One narrow profile: every axis at its one size."""
+    import onnx
+
+    from nmsparse_deploy.ship.onnx.tidy import tensor_specs
+
+    profile = builder.create_optimization_profile()
+    graph = onnx.load(str(artefact), load_external_data=False).graph
+    named = {spec.name: spec.shape for spec in tensor_specs(graph.input)}
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        shape = tuple(size_of(axis, sizes, tensor.name) for axis in named[tensor.name])
+        profile.set_shape(tensor.name, shape, shape, shape)
+    return profile
+
+
+def size_of(axis: int | str, sizes: Mapping[str, int], tensor: str) -> int:
+    """The length of an axis: a number, a name, or a sum of them (`past + 1`). Raises `UsageError`."""
+    if isinstance(axis, int):
+        return axis
+    total = 0
+    for part in re.split(r"\s*\+\s*", axis.strip()):
+        if not part.isdecimal() and part not in sizes:
+            raise UsageError(f"Axis '{axis}' of the input '{tensor}' may vary, and no size was given for '{part}'.")
+        total += int(part) if part.isdecimal() else sizes[part]
+    return total

@@ -1,0 +1,237 @@
+"""The sparse kernels of PyTorch: cuSPARSELt behind the few calls that are used here, and what stands in without a GPU.
+
+    y = x Wᵀ + b,   W [n, k] compressed,   computed as (W xᵀ)ᵀ because the sparse operand comes first
+
+The library compresses a weight once, and can search for its fastest algorithm for one shape. The result may be
+written as `[rows, n]` at once (`transposed`) or as `[n, rows]` and read the other way round: the faster one is found by
+timing. 8-bit products are scaled by a vector, one factor an output: PyTorch reads a single factor back to the host,
+which a CUDA graph does not allow.
+
+Everything is looked up by capability. `why_not` says in one sentence why a precision cannot run, after trying it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+
+from nmsparse_deploy.errors import first_line
+from nmsparse_deploy.pattern import TWO_FOUR, project
+from nmsparse_deploy.ship.torch_sparse.packed import Packed, pack, unpack
+from nmsparse_deploy.system.doctor import SPARSE_CAPABILITY, no_cuda
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""What sparse tensor cores multiply, by the names of this tool."""
+LEAST_WEIGHT = {2: (16, 16), 1: (32, 32)}
+"""Bytes of a value -> what n and k have to be multiples of."""
+LEAST_ROWS = {2: 8, 1: 16}
+"""Bytes of a value -> what the rows of x are padded to a multiple of."""
+CAPABILITY = {"fp8": (8, 9)}
+"""Where `SPARSE_CAPABILITY` is not enough: FP8 came with Ada."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the library multiplies one shape: an algorithm that its search found, on one GPU with one version."""
+
+    algorithm: int = 0
+    split_k: int = 1
+    split_k_mode: int = -1
+    transposed: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Kernels(Protocol):
+    """What runs sparse products. `x` is `[rows, k]` and contiguous; `bias` and `alpha` (fp32) are `[n]`."""
+
+    name: str
+
+    def why_not(self, precision: str) -> str | None:
+        """Why this precision cannot run here, or None."""
+        ...
+
+    def compress(self, rows: torch.Tensor) -> torch.Tensor:
+        """A 2:4 matrix `[n, k]` in the library's own order."""
+        ...
+
+    def multiply(self, x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None,
+                 alpha: torch.Tensor | None, out: torch.dtype, setting: Setting) -> torch.Tensor: ...
+
+    def search(self, x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None,
+               alpha: torch.Tensor | None, out: torch.dtype) -> list[Setting]:
+        """Settings worth timing, the default one among them; at least one."""
+        ...
+
+
+def shape_fits(precision: str, k: int, n: int) -> bool:
+    """Does cuSPARSELt take a weight of this shape?"""
+    least_n, least_k = LEAST_WEIGHT[DTYPES[precision].itemsize]
+    return n % least_n == 0 and k % least_k == 0
+
+
+class CuSparseLt:
+    """The library itself."""
+
+    name = "cuSPARSELt"
+
+    def why_not(self, precision: str) -> str | None:
+        return _why_not(precision)
+
+    def compress(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch._cslt_compress(rows.contiguous())
+
+    def multiply(self, x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None,
+                 alpha: torch.Tensor | None, out: torch.dtype, setting: Setting) -> torch.Tensor:
+        rows = len(x)
+        options: dict[str, Any] = {"split_k": setting.split_k, "split_k_mode": setting.split_k_mode}
+        y = torch._cslt_sparse_mm(weight, _padded(x).t(), bias, alpha, out if x.element_size() == 1 else None,
+                                  setting.transposed, setting.algorithm,
+                                  **(options if setting.split_k != 1 else {}))
+        return (y if setting.transposed else y.t())[:rows]
+
+    def search(self, x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None,
+               alpha: torch.Tensor | None, out: torch.dtype) -> list[Setting]:
+        found: list[Setting] = []
+        for transposed in (True, False):
+            arguments = (weight, _padded(x).t(), bias, alpha, out if x.element_size() == 1 else None, transposed)
+            for setting in (Setting(transposed=transposed), _searched(arguments)):
+                if setting is not None and setting not in found and self._runs(x, weight, n, bias, alpha, out, setting):
+                    found.append(setting)
+        return found or [Setting()]
+
+    def _runs(self, x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None,
+              alpha: torch.Tensor | None, out: torch.dtype, setting: Setting) -> bool:
+        try:
+            self.multiply(x, weight, n, bias, alpha, out, setting)
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    missing = -len(x) % LEAST_ROWS[x.element_size()]
+    if not missing:
+        return x
+    # 8-bit floats cannot be concatenated everywhere; their bytes can.
+    raw = x.view(torch.uint8) if x.element_size() == 1 else x
+    return torch.cat((raw, raw.new_zeros(missing, raw.shape[1]))).view(x.dtype)
+
+
+def _searched(arguments: tuple[Any, ...]) -> Setting | None:
+    """What the library's own search finds, with its split of k where PyTorch tells."""
+    transposed = arguments[-1]
+    whole = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
+    try:
+        if whole is not None:
+            algorithm, split_k, mode, *_ = whole(*arguments)
+            return Setting(int(algorithm), int(split_k), int(mode), transposed)
+        return Setting(int(torch._cslt_sparse_mm_search(*arguments)), transposed=transposed)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+@cache
+def _why_not(precision: str) -> str | None:
+    if why := no_cuda():
+        return why
+    needed, capability = CAPABILITY.get(precision, SPARSE_CAPABILITY), torch.cuda.get_device_capability()
+    if capability < needed:
+        name = f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}"
+        return f"{name}, and {precision} needs {needed[0]}.{needed[1]}"
+    backend = getattr(torch.backends, "cusparselt", None)
+    if backend is None or not backend.is_available() or not hasattr(torch, "_cslt_sparse_mm"):
+        return "this torch was built without cuSPARSELt"
+    return _tried(precision)
+
+
+def _tried(precision: str) -> str | None:
+    """Multiply something small and look at the numbers: an old library can run on a new GPU and be wrong."""
+    kernels, dtype, size = CuSparseLt(), DTYPES[precision], 64
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(-3, 4, (2, size, size), generator=generator)
+    weight = torch.where(project(drawn[0].float().abs(), TWO_FOUR), drawn[0], 0)
+    rows, x = weight.float().cuda().to(dtype), drawn[1].float().cuda().to(dtype)
+    out = torch.float16 if dtype.itemsize == 1 else dtype
+    alpha = torch.ones(size, device="cuda") if dtype.itemsize == 1 else None
+    try:
+        found = kernels.multiply(x, kernels.compress(rows), size, None, alpha, out, Setting())
+        wrong = not torch.equal(found.float(), x.float() @ rows.float().t())
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        return f"cuSPARSELt does not run it: {first_line(error)}"
+    return "cuSPARSELt's result is wrong here" if wrong else None
+
+
+class StandIn:
+    """Sparse products for any processor, without any gain: tests and dry runs walk the same path with it."""
+
+    name = "stand-in (no sparse kernels)"
+
+    def why_not(self, precision: str) -> str | None:
+        return None if precision in DTYPES else f"there is no precision '{precision}'"
+
+    def compress(self, rows: torch.Tensor) -> torch.Tensor:
+        packed = pack(rows)
+        return torch.cat((packed.values.view(torch.uint8), packed.places), 1)
+
+    def multiply(self, x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None,
+                 alpha: torch.Tensor | None, out: torch.dtype, setting: Setting) -> torch.Tensor:
+        values, places = weight.split((x.shape[1] // 2 * x.element_size(), x.shape[1] // 8), 1)
+        rows = unpack(Packed(values.contiguous().view(x.dtype), places.contiguous()))
+        y = x.float() @ rows.float().t()
+        y = y if alpha is None else y * alpha
+        return (y if bias is None else y + bias.float()).to(out)
+
+    def search(self, x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None,
+               alpha: torch.Tensor | None, out: torch.dtype) -> list[Setting]:
+        return [Setting(), Setting(algorithm=1)]
+
+
+_active: list[Kernels] = [CuSparseLt()]
+
+
+def kernels() -> Kernels:
+    """What runs sparse products in this process."""
+    return _active[-1]
+
+
+@contextmanager
+def standing_in(other: Kernels) -> Iterator[Kernels]:
+    """Inside, `other` runs them."""
+    _active.append(other)
+    try:
+        yield other
+    finally:
+        _active.remove(other)
+
+
+@torch.library.custom_op("nmsparse_deploy::sparse_linear", mutates_args=())
+def sparse_linear(x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None,
+                  alpha: torch.Tensor | None, out: torch.dtype, algorithm: int, split_k: int, split_k_mode: int,
+                  transposed: bool) -> torch.Tensor:
+    """One product as a compiler sees it: a call whose inside it leaves alone."""
+    setting = Setting(algorithm, split_k, split_k_mode, transposed)
+    return kernels().multiply(x, weight, n, bias, alpha, out, setting).contiguous()
+
+
+@sparse_linear.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None, alpha: torch.Tensor | None,
+      out: torch.dtype, algorithm: int, split_k: int, split_k_mode: int, transposed: bool) -> torch.Tensor:
+    return x.new_empty((x.shape[0], n), dtype=out)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None, alpha: torch.Tensor | None,
+            out: torch.dtype, setting: Setting) -> torch.Tensor:
+    """`x Wᵀ` of `[rows, k]`; compilers get the opaque call, everybody else the kernels without its overhead."""
+    if torch.compiler.is_compiling():
+        found: torch.Tensor = sparse_linear(x, weight, n, bias, alpha, out, setting.algorithm, setting.split_k,
+                                            setting.split_k_mode, setting.transposed)
+        return found
+    return kernels().multiply(x, weight, n, bias, alpha, out, setting)

@@ -1,0 +1,190 @@
+"""What things are timed on: a CUDA device with its clock, its graphs and its state, or a dry stand-in for tests.
+
+On a GPU a call only enqueues, so time is taken between two events on the stream, over as many calls as it takes for the
+resolution of the events not to matter. Between two timings the L2 cache is either left as it is (`warm`) or overwritten
+(`cold`). A CUDA graph is one recorded call that is replayed without the host.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nmsparse_deploy.errors import NmsparseError
+from nmsparse_deploy.system.cuda_graphs import record
+from nmsparse_deploy.system.doctor import no_cuda
+from nmsparse_deploy.system.environment import environment
+from nmsparse_deploy.system.timing import Call, Clock, wall
+
+LEAST_MS = 0.2
+"""A timing is at least this long, so that half a microsecond of the events' resolution is nothing."""
+MOST_CALLS = 200
+COLD_BYTES = 256 << 20
+"""More than any L2 cache."""
+REASONS = {0x1: "idle", 0x2: "clocks set by an application", 0x4: "power cap", 0x8: "hardware slowdown",
+           0x10: "sync boost", 0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown",
+           0x80: "hardware power brake", 0x100: "display clocks"}
+"""Bits of NVML's reasons for a lower clock."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how things are timed."""
+
+    device: torch.device
+    name: str
+    clock: Callable[[], Clock]
+    """A new clock for one comparison; it keeps what it timed alive."""
+    graph: Callable[[Call], Call] | None
+    """Turns a call into the replay of its recording; None: no CUDA graphs."""
+    dry: bool = False
+
+    def synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def environment(self) -> dict[str, Any]:
+        """Everything a figure depends on besides the model."""
+        found = environment()
+        return {**found, "dry": self.dry, "device": self.name, "libraries": libraries(), "state": state()}
+
+
+def require_gpu(what: str) -> Machine:
+    """This machine's CUDA device. Raises `NmsparseError` without one."""
+    if why := no_cuda():
+        raise NmsparseError(f"{what} needs an NVIDIA GPU, and {why}.", "run it on a machine with one (docs/gpu.md)")
+    return Machine(torch.device("cuda"), torch.cuda.get_device_name(), events, record)
+
+
+def dry_machine() -> Machine:
+    """The same control flow on a processor; nothing that is timed with it means anything."""
+    return Machine(torch.device("cpu"), "dry run", lambda: wall, None, dry=True)
+
+
+def events(cold: bool = False) -> Clock:
+    """Time on the stream, per call. The number of calls between two events is settled at the first timing of a call."""
+    counts: dict[int, tuple[Call, int]] = {}
+    flush = torch.empty(COLD_BYTES, dtype=torch.uint8, device="cuda") if cold else None
+
+    def clock(call: Call) -> float:
+        if id(call) not in counts:
+            call()  # the first one may load a kernel
+            once = max(_between_events(call, 1), 1e-3)
+            counts[id(call)] = call, 1 if cold else min(MOST_CALLS, math.ceil(LEAST_MS / once))
+        if flush is not None:
+            flush.zero_()
+        return _between_events(call, counts[id(call)][1])
+
+    return clock
+
+
+def _between_events(call: Call, calls: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / calls
+
+
+def libraries() -> dict[str, Any]:
+    """Versions that kernels come from."""
+    backend = getattr(torch.backends, "cusparselt", None)
+    return {"cuda": torch.version.cuda, "cusparselt": backend.version() if backend is not None else None,
+            "cusparselt_loaded": _loaded_cusparselt(), "cudnn": torch.backends.cudnn.version(),
+            "cublas": _cublas_version(), "driver": _driver()}
+
+
+def _loaded_cusparselt() -> str | None:
+    """The file that is really loaded; PyTorch only tells what it was built with."""
+    return next((line.split()[-1] for line in _maps() if "libcusparseLt" in line), None)
+
+
+def _maps() -> list[str]:
+    try:
+        with open("/proc/self/maps") as file:
+            return file.read().splitlines()
+    except OSError:
+        return []
+
+
+def _cublas_version() -> int | None:
+    path = next((line.split()[-1] for line in _maps() if "libcublasLt.so" in line), None)
+    try:
+        found = ctypes.CDLL(path).cublasLtGetVersion if path else None
+    except (OSError, AttributeError):
+        return None
+    if found is None:
+        return None
+    found.restype = ctypes.c_size_t
+    return int(found())
+
+
+def _driver() -> str | None:
+    with _nvml() as nvml:
+        return _text(nvml.nvmlSystemGetDriverVersion()) if nvml is not None else None
+
+
+def state() -> dict[str, Any]:
+    """Clocks, power, temperature and what holds the clocks down, now; or why nobody can say."""
+    with _nvml() as nvml:
+        if nvml is None:
+            return {"unavailable": "no NVIDIA GPU, or the package nvidia-ml-py is not installed"}
+        handle = nvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+        reasons = _ask(nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", handle)
+        asked: dict[str, Any] = {
+            "sm_mhz": _ask(nvml, "nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_SM),
+            "memory_mhz": _ask(nvml, "nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_MEM),
+            "most_sm_mhz": _ask(nvml, "nvmlDeviceGetMaxClockInfo", handle, nvml.NVML_CLOCK_SM),
+            "power_mw": _ask(nvml, "nvmlDeviceGetPowerUsage", handle),
+            "power_limit_mw": _ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle),
+            "temperature_c": _ask(nvml, "nvmlDeviceGetTemperature", handle, nvml.NVML_TEMPERATURE_GPU)}
+        held = [text for bit, text in REASONS.items() if reasons is not None and reasons & bit]
+        return {**asked, "throttle_reasons": held if reasons is not None else None}
+
+
+def _ask(nvml: Any, name: str, *arguments: Any) -> Any:
+    """None where this GPU or driver does not tell."""
+    try:
+        return getattr(nvml, name)(*arguments)
+    except (nvml.NVMLError, AttributeError):
+        return None
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+@contextmanager
+def _nvml() -> Iterator[Any]:
+    """NVML, or None where there is none."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # the package raises types of its own, and its absence is one of them
+        yield None
+        return
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def transient(call: Call, machine: Machine) -> int | None:
+    """Bytes that one call takes at most beyond what is allocated already; None where nobody counts."""
+    if machine.device.type != "cuda":
+        return None
+    machine.synchronise()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    machine.synchronise()
+    return torch.cuda.max_memory_allocated() - before
