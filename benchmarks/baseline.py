@@ -22,12 +22,13 @@ from safetensors.torch import load_file
 
 from nmsparse_deploy import models
 from nmsparse_deploy.data.text import TokenSample, check_disjoint, evaluation_sample, load_text
-from nmsparse_deploy.find.prune import compute_dtype, prune
+from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.measure.evaluate import perplexity
-from nmsparse_deploy.recipe.recipe import Prune, validate
+from nmsparse_deploy.recipe import Prune, validate
 from nmsparse_deploy.registry import METHODS
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.system.environment import environment, now
+from nmsparse_deploy.system.hardware import compute_dtype
 
 TOKENS, CONTEXT = 32768, 1024
 ROWS: dict[str, dict[str, Any]] = {

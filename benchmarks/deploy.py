@@ -16,9 +16,9 @@ import torch
 from files import write_json
 
 from nmsparse_deploy.errors import NmsparseError
-from nmsparse_deploy.masks import Mask, MaskSet, tensor_hash
+from nmsparse_deploy.masks import Mask, MaskSet, project, tensor_hash
 from nmsparse_deploy.models.discovery import discover
-from nmsparse_deploy.pattern import TWO_FOUR, project
+from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.prove import verify_onnx
 from nmsparse_deploy.ship.engine import agreement
 from nmsparse_deploy.ship.onnx import LinkMap, export_onnx

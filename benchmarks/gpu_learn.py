@@ -102,7 +102,7 @@ def learn(given: argparse.Namespace) -> int:
 def slice_of(job: str, given: argparse.Namespace, end: float) -> dict[str, Any]:
     """One slice of one job; writes `JOB.json`."""
     from nmsparse_deploy.find.prune import prune
-    from nmsparse_deploy.recipe.recipe import Prune, validate
+    from nmsparse_deploy.recipe import Prune, validate
     from nmsparse_deploy.system.environment import environment, now
     from nmsparse_deploy.system.gpu_clock import libraries
 

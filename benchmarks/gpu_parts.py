@@ -151,9 +151,9 @@ def _release(machine: Any) -> None:
 def magnitude(loaded: Any) -> Any:
     """A 2:4 mask for every target, by magnitude."""
     from nmsparse_deploy import models
-    from nmsparse_deploy.masks import Mask, MaskSet
+    from nmsparse_deploy.masks import Mask, MaskSet, project
     from nmsparse_deploy.models.discovery import discover
-    from nmsparse_deploy.pattern import TWO_FOUR, project
+    from nmsparse_deploy.pattern import TWO_FOUR
 
     found = discover(loaded.module, models.sample_inputs(loaded))
     return MaskSet({target.name: Mask.pack(project(loaded.module.get_parameter(target.name).detach().abs(), TWO_FOUR,

@@ -85,11 +85,12 @@ def masked_step(module: Any, batches: list[Any], distill: float) -> Any:
     from nmsparse_deploy.find.learn.mask_parametrization import Site
     from nmsparse_deploy.find.learn.step_context import Moment
     from nmsparse_deploy.find.learn.subjects import WholeModel
+    from nmsparse_deploy.masks import project
     from nmsparse_deploy.models.base import to_rows
     from nmsparse_deploy.models.discovery import discover
     from nmsparse_deploy.models.objective import Objective
-    from nmsparse_deploy.pattern import TWO_FOUR, project
-    from nmsparse_deploy.recipe.learn_settings import MaskLLM
+    from nmsparse_deploy.pattern import TWO_FOUR
+    from nmsparse_deploy.recipe import MaskLLM
     from nmsparse_deploy.registry import LEARNERS
 
     spec = MaskLLM(steps=100, distill=distill).settled("global")

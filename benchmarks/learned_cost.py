@@ -25,13 +25,14 @@ from nmsparse_deploy.find.learn.step_context import Moment
 from nmsparse_deploy.find.learn.subjects import WholeModel
 from nmsparse_deploy.find.methods.maskllm import LEARNED, bytes_per_weight
 from nmsparse_deploy.find.plan.make_plan import make_plan
-from nmsparse_deploy.find.prune import compute_dtype
+from nmsparse_deploy.masks import project
 from nmsparse_deploy.measure.bench import interleave, ratio, summarise
 from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.models.objective import Objective
-from nmsparse_deploy.pattern import TWO_FOUR, project
-from nmsparse_deploy.recipe.recipe import Prune, validate
+from nmsparse_deploy.pattern import TWO_FOUR
+from nmsparse_deploy.recipe import Prune, validate
 from nmsparse_deploy.system.environment import environment, now
+from nmsparse_deploy.system.hardware import compute_dtype
 from nmsparse_deploy.system.memory import give_back, used
 
 ROOT = Path(__file__).parent.parent

@@ -26,7 +26,7 @@ from oneshot import BASELINE, ROOT, recipe, row, spec_of, table
 from nmsparse_deploy import models
 from nmsparse_deploy.data.text import evaluation_sample, load_text
 from nmsparse_deploy.find.prune import prune
-from nmsparse_deploy.recipe.recipe import Prune, fingerprint, validate
+from nmsparse_deploy.recipe import Prune, fingerprint, validate
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.system.environment import environment, now
 

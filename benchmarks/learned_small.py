@@ -30,7 +30,7 @@ from nmsparse_deploy.data.text import TokenSample, evaluation_sample
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.measure.evaluate import perplexity
-from nmsparse_deploy.recipe.recipe import Prune, fingerprint, validate
+from nmsparse_deploy.recipe import Prune, fingerprint, validate
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.system.environment import environment, now
 from nmsparse_deploy.system.memory import start_stretch, stretch_peak_mb

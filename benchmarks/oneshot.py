@@ -27,7 +27,7 @@ from gap import gap_closed, gap_ends
 from nmsparse_deploy import models
 from nmsparse_deploy.data.text import TokenSample, evaluation_sample, load_text
 from nmsparse_deploy.find.prune import prune
-from nmsparse_deploy.recipe.recipe import Prune, Recipe, fingerprint, validate
+from nmsparse_deploy.recipe import Prune, Recipe, fingerprint, validate
 from nmsparse_deploy.system.environment import environment, now
 
 ROOT = Path(__file__).parent.parent

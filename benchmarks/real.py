@@ -24,8 +24,8 @@ from oneshot import recipe, refined
 
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.find.prune_block import needs
-from nmsparse_deploy.pipeline import evaluate
-from nmsparse_deploy.recipe.recipe import Evaluate, Prune, fingerprint, validate
+from nmsparse_deploy.measure.evaluate.stage import evaluate
+from nmsparse_deploy.recipe import Evaluate, Prune, fingerprint, validate
 from nmsparse_deploy.registry import METHODS
 from nmsparse_deploy.system.environment import environment, now
 

@@ -39,7 +39,7 @@ def cli_reference() -> str:
 
 
 def recipe_schema() -> str:
-    from nmsparse_deploy.recipe.recipe import Recipe
+    from nmsparse_deploy.recipe import Recipe
 
     return json.dumps(Recipe.model_json_schema(), indent=1) + "\n"
 
@@ -224,7 +224,7 @@ def steps_table() -> str:
 def published_table() -> str:
     """What others measured, what was measured here (results/published/NAME.json, a run's evaluate.json), by recipe."""
     from nmsparse_deploy.models import short_name
-    from nmsparse_deploy.recipe.recipe import Recipe
+    from nmsparse_deploy.recipe import Recipe
 
     rows = []
     for path in sorted((ROOT / "recipes").rglob("*.yaml"), key=lambda path: path.stem):

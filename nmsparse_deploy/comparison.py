@@ -18,8 +18,8 @@ import torch
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.measure.evaluate.result import bootstrap_interval
-from nmsparse_deploy.pipeline import evaluate
-from nmsparse_deploy.recipe.recipe import DEFAULT_MODEL, Evaluate, Prune, Recipe, validate
+from nmsparse_deploy.measure.evaluate.stage import evaluate
+from nmsparse_deploy.recipe import DEFAULT_MODEL, Evaluate, Prune, Recipe, validate
 from nmsparse_deploy.registry import check_method
 from nmsparse_deploy.runs.run_dir import RUNS, RunDir
 from nmsparse_deploy.system.environment import environment, now

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from nmsparse_deploy.errors import CheckFailed, UsageError
-from nmsparse_deploy.pattern import Pattern, parse_pattern
+from nmsparse_deploy.pattern import STRETCH, NMPattern, Pattern, Scope, Unstructured, parse_pattern
 
 FORMAT = "nmsparse-masks-1"
 """The one metadata key of a mask file; one, because safetensors writes several in random order."""
@@ -105,3 +105,58 @@ def _read(name: str, row: dict, bits: np.ndarray) -> Mask:
     if bits.dtype != np.uint8 or bits.size != -(-int(np.prod(shape)) // 8):
         raise ValueError(f"'{name}' holds {bits.size} bytes, which do not fit its shape {shape}")
     return Mask(bits, shape, int(row["axis"]), parse_pattern(row["pattern"]), str(row["dense"]))
+
+
+def project(scores: torch.Tensor, pattern: Pattern, axis: int = -1, scope: Scope = "layer") -> torch.Tensor:
+    """Keep the `keep` highest scores of every group along `axis`; equal scores keep the lowest index.
+
+    An unstructured pattern keeps exactly `round(density * count)` of the values that compete in `scope`; there an index
+    counts along the rows, row after row. Returns a bool mask of the shape of `scores`, True = keep. Raises `ValueError`
+    when the axis is not divisible by the group or a score is NaN.
+    """
+    if scores.shape[axis] % pattern.alignment:
+        raise ValueError(f"axis {axis} of shape {tuple(scores.shape)} is not divisible by {pattern.alignment}")
+    if torch.isnan(scores).any():
+        raise ValueError("scores contain NaN")
+    lines = scores.movedim(axis, -1)
+    if isinstance(pattern, Unstructured):
+        kept = [_highest(contest, pattern.kept(contest.shape[-1])).view(part.shape)
+                for part, contest in _contests(lines, scope)]
+        return torch.cat(kept, -1).movedim(-1, axis)
+    groups = lines.unflatten(-1, (-1, pattern.group))
+    order = groups.argsort(dim=-1, descending=True, stable=True)[..., : pattern.keep]
+    mask = torch.zeros(groups.shape, dtype=torch.bool, device=scores.device).scatter_(-1, order, True)
+    return mask.flatten(-2).movedim(-1, axis)
+
+
+def _contests(lines: torch.Tensor, scope: Scope) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The parts of `lines` side by side, each with its values as `[contests, competitors]`."""
+    if scope == "row":
+        return [(lines, lines.reshape(-1, lines.shape[-1]))]
+    parts = lines.split(STRETCH, -1) if scope == "stretch" else (lines,)
+    return [(part, part.reshape(1, -1)) for part in parts]
+
+
+def _highest(contests: torch.Tensor, keep: int) -> torch.Tensor:
+    """Which `keep` values of every row are the highest, by one threshold a row; sorting a whole layer is far slower."""
+    if not keep:
+        return torch.zeros_like(contests, dtype=torch.bool)
+    threshold = contests.kthvalue(contests.shape[-1] - keep + 1, dim=-1, keepdim=True).values
+    above, level = contests > threshold, contests == threshold
+    places = keep - above.sum(-1, keepdim=True)
+    return above | (level & (level.cumsum(-1, dtype=torch.int32) <= places))
+
+
+def mask_follows(mask: torch.Tensor, pattern: Pattern, axis: int = -1, scope: Scope | None = None) -> bool:
+    """Does a bool mask keep exactly `keep` of every group along `axis`?
+
+    An unstructured one has to keep the exact count in every contest of `scope`; where the scope is not known, a count
+    in all that the rounding of some scope allows.
+    """
+    lines = mask.movedim(axis, -1)
+    if isinstance(pattern, NMPattern):
+        return bool((lines.unflatten(-1, (-1, pattern.group)).sum(-1) == pattern.keep).all())
+    if scope is None:
+        return pattern.allows(int(mask.sum()), lines[..., 0].numel(), lines.shape[-1])
+    return all(bool((contest.sum(-1) == pattern.kept(contest.shape[-1])).all())
+               for _, contest in _contests(lines, scope))

@@ -8,7 +8,7 @@ import pytest
 
 from nmsparse_deploy.comparison import compare, load
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.recipe.recipe import Evaluate, validate
+from nmsparse_deploy.recipe import Evaluate, validate
 from tests.find.test_prune import spec
 
 

@@ -231,7 +231,7 @@ def test_a_finished_job_is_scored_once_and_kept_with_the_results(tmp_path, monke
 
 
 def test_the_learning_jobs_are_valid_recipes():
-    from nmsparse_deploy.recipe.recipe import Prune, validate
+    from nmsparse_deploy.recipe import Prune, validate
 
     for jobs in (gpu_learn.JOBS, gpu_learn.DRY):
         for job in jobs.values():

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from nmsparse_deploy.errors import CheckFailed, UsageError
-from nmsparse_deploy.masks import FORMAT, Mask, MaskSet, tensor_hash
-from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, project
+from nmsparse_deploy.masks import FORMAT, Mask, MaskSet, project, tensor_hash
+from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
 
 
 def mask_set(weight: torch.Tensor, name: str = "w") -> MaskSet:

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, check, group_origin, mask_follows, project
+from nmsparse_deploy.masks import mask_follows, project
+from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
+from nmsparse_deploy.prove.group_counter import check, group_origin
 
 PATTERNS = [NMPattern.parse(text) for text in ("1:2", "1:4", "2:4", "3:4", "4:8", "2:8", "2:3", "8:16")]
 

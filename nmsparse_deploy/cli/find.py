@@ -21,7 +21,7 @@ def inspect(model: Model = DEMO, pattern: str = "2:4", include: Include = [], ex
             samples: Annotated[int, typer.Option(help="with --cost")] = 64,
             length: Annotated[int, typer.Option(help="with --cost")] = 512) -> None:
     """Show what would be pruned, in which fusion groups, and why the rest stays dense; or what it would cost."""
-    from nmsparse_deploy.pipeline import inspect as api
+    from nmsparse_deploy.find.inspect import inspect as api
 
     say_default(model)
     if cost:
@@ -65,7 +65,7 @@ def plan(model: Model = DEMO,
     """Decide which fusion groups get the pattern, under exactly one constraint."""
     from nmsparse_deploy.find.plan.file import check_name, save
     from nmsparse_deploy.find.plan.stage import plan as api
-    from nmsparse_deploy.recipe.recipe import Allocate, validate
+    from nmsparse_deploy.recipe import Allocate, validate
 
     spec = validate(Allocate, {
         "max_ppl_increase": max_ppl_increase, "min_speedup": min_speedup, "budget": budget, "pattern": pattern,
@@ -118,7 +118,7 @@ def prune(model: Model = DEMO,
           out: Out = None, force: Force = False) -> None:
     """Find a mask, apply it, verify it, and save the pruned model with its masks."""
     from nmsparse_deploy.find.prune import prune as api
-    from nmsparse_deploy.recipe.recipe import Prune, validate
+    from nmsparse_deploy.recipe import Prune, validate
     from nmsparse_deploy.system.memory import parse_size
 
     limit = parse_size(max_memory) if max_memory else None
@@ -165,8 +165,8 @@ def import_(model: Annotated[str, typer.Argument(help="the dense model; or a spa
 
 
 def _show_cost(model: str, settings: dict[str, Any]) -> None:
-    from nmsparse_deploy.pipeline import predict_cost
-    from nmsparse_deploy.recipe.recipe import Prune, validate
+    from nmsparse_deploy.find.inspect import predict_cost
+    from nmsparse_deploy.recipe import Prune, validate
 
     spec = validate(Prune, settings)
     cost = predict_cost(model, spec, output.progress)

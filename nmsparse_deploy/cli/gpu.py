@@ -66,7 +66,7 @@ def bench_gpu(run: Path | None, batch: int, length: int, rounds: int, precision:
 
 
 def export_torch(run: Path | None, precision: list[str], rows: list[int]) -> None:
-    from nmsparse_deploy.recipe.recipe import Pack, validate
+    from nmsparse_deploy.recipe import Pack, validate
     from nmsparse_deploy.runs.run_dir import RunDir
     from nmsparse_deploy.ship.torch_sparse.stage import export_torch as api
     from nmsparse_deploy.ship.torch_sparse.stage import told

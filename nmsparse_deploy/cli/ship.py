@@ -24,7 +24,7 @@ def verify(target: Annotated[Path | None, typer.Argument(
     if target is not None and target.suffix in (".engine", ".plan"):
         _show_engine(target, counters)
         return
-    from nmsparse_deploy.pipeline import verify_any
+    from nmsparse_deploy.ship.verify_run import verify_any
 
     reports, missing = verify_any(target, pattern, expect, output.progress)
     failures = [failure for report in reports for failure in report.failures()]
@@ -55,9 +55,9 @@ def export(run: Run = None,
     if torch_model:
         export_torch(run, precision, rows)
         return
-    from nmsparse_deploy.pipeline import export as api
-    from nmsparse_deploy.recipe.recipe import Export, validate
+    from nmsparse_deploy.recipe import Export, validate
     from nmsparse_deploy.runs.run_dir import RunDir
+    from nmsparse_deploy.ship.onnx.stage import export as api
     from nmsparse_deploy.ship.onnx.stage import told
 
     opened = RunDir.open(run)
@@ -68,7 +68,7 @@ def export(run: Run = None,
     if not trt:
         output.result({"run": str(opened.path), "files": files}, lines)
         return
-    from nmsparse_deploy.recipe.recipe import Build
+    from nmsparse_deploy.recipe import Build
     from nmsparse_deploy.ship.tensorrt.stage import build as build_api
 
     for line in lines:
@@ -87,7 +87,7 @@ def build(run: Run = None,
           route: Annotated[str | None, typer.Option(help="build-route knobs for a third engine, if listed")] = None,
           allow_fp32: Annotated[bool, typer.Option("--allow-fp32", help="build from a graph in fp32")] = False) -> None:
     """Build TensorRT engines with and without sparse weights, and show which layers got sparse kernels."""
-    from nmsparse_deploy.recipe.recipe import Build, validate
+    from nmsparse_deploy.recipe import Build, validate
     from nmsparse_deploy.runs.run_dir import RunDir
     from nmsparse_deploy.ship.tensorrt.stage import build as api
     from nmsparse_deploy.ship.tensorrt.stage import parse_shapes
@@ -123,8 +123,8 @@ def evaluate(run: Run = None,
              limit: Annotated[int | None, typer.Option(
                  help="only so many windows, images or documents, with --protocol and --task")] = None) -> None:
     """The dense and the pruned model on the same held-out data: perplexity, accuracy, similarity or denoising."""
-    from nmsparse_deploy.pipeline import evaluate as api
-    from nmsparse_deploy.recipe.recipe import Evaluate, validate
+    from nmsparse_deploy.measure.evaluate.stage import evaluate as api
+    from nmsparse_deploy.recipe import Evaluate, validate
     from nmsparse_deploy.runs.run_dir import RunDir
 
     spec = validate(Evaluate, {"data": data, "tokens": tokens, "context": context, "continuation": continuation,
@@ -150,8 +150,8 @@ def bench(run: Run = None, batch: int = 1, length: Annotated[int, typer.Option(h
           device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one")] = "auto",
           precision: Annotated[str, typer.Option(help="on a GPU: fp16, bf16, int8 or fp8")] = "fp16") -> None:
     """Time the dense and the pruned model side by side on this machine; on a GPU in all arms, with kernel names."""
-    from nmsparse_deploy.pipeline import bench as api
-    from nmsparse_deploy.recipe.recipe import Bench, validate
+    from nmsparse_deploy.measure.bench.cpu import bench as api
+    from nmsparse_deploy.recipe import Bench, validate
     from nmsparse_deploy.runs.run_dir import RunDir
 
     if use_gpu(device):

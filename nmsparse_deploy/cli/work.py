@@ -17,8 +17,8 @@ def report(run: Run = None,
                help="OWNER/NAME: then publish weights, model card and masks there")] = None,
            private: Annotated[bool, typer.Option("--private", help="with --push-to-hub")] = False) -> None:
     """Write the report (HTML, Markdown, JSON) and the model card of everything a run holds."""
-    from nmsparse_deploy.pipeline import publish
-    from nmsparse_deploy.pipeline import report as api
+    from nmsparse_deploy.measure.report.stage import publish
+    from nmsparse_deploy.measure.report.stage import report as api
     from nmsparse_deploy.runs.run_dir import RunDir
 
     opened = RunDir.open(run)
@@ -43,7 +43,7 @@ def compare(recipes: Annotated[list[str], typer.Argument(
     """Prune one model by several recipes and put accuracy beside cost; finished runs are kept."""
     from nmsparse_deploy.comparison import compare as api
     from nmsparse_deploy.comparison import load
-    from nmsparse_deploy.recipe.recipe import Evaluate, validate
+    from nmsparse_deploy.recipe import Evaluate, validate
 
     spec = validate(Evaluate, {"data": data, "tokens": tokens, "context": context, "continuation": 0})
     result = api(load(recipes), model, spec, out, output.progress)
@@ -61,7 +61,7 @@ def run(recipe: Annotated[Path, typer.Argument(help="YAML file, see recipes/")],
         force: Force = False,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="validate and price it, and stop")] = False) -> None:
     """Run every stage of a recipe."""
-    from nmsparse_deploy.recipe.recipe import Recipe
+    from nmsparse_deploy.recipe import Recipe
 
     loaded = Recipe.load(recipe)
     if dry_run:
@@ -78,7 +78,7 @@ def demo(model: Annotated[str, typer.Option(help="demo (a language model) or vit
          force: Force = False) -> None:
     """Prune a packaged model to 2:4, prove it, export it, compare it with its dense twin, and report."""
     from nmsparse_deploy.pipeline import run_recipe
-    from nmsparse_deploy.recipe.recipe import CLOSED_FORM, Recipe
+    from nmsparse_deploy.recipe import CLOSED_FORM, Recipe
 
     folder = out or Path("runs") / (DEMO if model == DEMO else f"{DEMO}-{model}")
     _finish_run(run_recipe(Recipe(model=model, prune=CLOSED_FORM), folder, force, output.progress))
@@ -125,7 +125,7 @@ def list_() -> None:
 
 def _show_price(recipe: Any, path: Path) -> None:
     """What pruning would take; a recipe of a model that nothing is known of is still a valid one."""
-    from nmsparse_deploy.pipeline import price
+    from nmsparse_deploy.find.inspect import price
 
     cost = price(recipe, output.progress)
     lines = [f"{path} is valid."]

@@ -15,9 +15,9 @@ import torch
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.cost import Rates, estimate, footprint
 from nmsparse_deploy.find.offload import load_fitting, planned, whole_model
-from nmsparse_deploy.find.prune import compute_dtype
 from nmsparse_deploy.pattern import NMPattern
-from nmsparse_deploy.recipe.recipe import CLOSED_FORM, Prune, validate
+from nmsparse_deploy.recipe import CLOSED_FORM, Prune, validate
+from nmsparse_deploy.system.hardware import compute_dtype
 from nmsparse_deploy.system.memory import free
 from nmsparse_deploy.system.progress import Progress, silent
 

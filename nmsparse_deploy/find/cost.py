@@ -19,9 +19,7 @@ from nmsparse_deploy.find.prune_block import needs
 from nmsparse_deploy.models.base import LoadedModel, Target
 from nmsparse_deploy.models.streamed import SHARD
 from nmsparse_deploy.pattern import NMPattern
-from nmsparse_deploy.recipe.learn_settings import Learn, MaskPro
-from nmsparse_deploy.recipe.recipe import Prune
-from nmsparse_deploy.recipe.refine_steps import Reconstruct, Refit, Training
+from nmsparse_deploy.recipe import Learn, MaskPro, Prune, Reconstruct, Refit, Training
 from nmsparse_deploy.registry import LEARNERS, METHODS, REFINEMENTS
 from nmsparse_deploy.system.memory import used
 

@@ -27,14 +27,14 @@ import torch
 from nmsparse_deploy import models
 from nmsparse_deploy.errors import CheckFailed, NmsparseError, UsageError, first_line
 from nmsparse_deploy.find.plan.make_plan import Plan, PlanRow, by_fusion
-from nmsparse_deploy.find.prune import NOT_CHECKED
-from nmsparse_deploy.masks import Mask, MaskSet, tensor_hash
+from nmsparse_deploy.masks import Mask, MaskSet, mask_follows, tensor_hash
 from nmsparse_deploy.models.adapters.timm import read_state
 from nmsparse_deploy.models.base import LoadedModel, Target
 from nmsparse_deploy.models.discovery import discover
-from nmsparse_deploy.pattern import NMPattern, mask_follows
+from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.prove import verify_checkpoint
-from nmsparse_deploy.recipe.recipe import Prune, fingerprint
+from nmsparse_deploy.prove.report import NOT_CHECKED
+from nmsparse_deploy.recipe import Prune, fingerprint
 from nmsparse_deploy.runs.run_dir import RUNS, RunDir
 from nmsparse_deploy.system.memory import peak_memory_mb
 from nmsparse_deploy.system.progress import Progress, silent

@@ -17,7 +17,7 @@ from nmsparse_deploy.find.plan.make_plan import Plan, make_plan
 from nmsparse_deploy.models.base import LoadedModel
 from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.pattern import parse_pattern
-from nmsparse_deploy.recipe.recipe import Prune
+from nmsparse_deploy.recipe import Prune
 from nmsparse_deploy.system import memory
 from nmsparse_deploy.system.memory import megabytes
 from nmsparse_deploy.system.progress import Progress, silent

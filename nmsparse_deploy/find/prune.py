@@ -32,15 +32,17 @@ from nmsparse_deploy.find.methods.base import LayerResult, Method
 from nmsparse_deploy.find.offload import Opened, open_model
 from nmsparse_deploy.find.plan.make_plan import Plan
 from nmsparse_deploy.find.prune_block import PrunedBlock, needs, prune_block
-from nmsparse_deploy.masks import Mask, MaskSet, tensor_hash
+from nmsparse_deploy.masks import Mask, MaskSet, mask_follows, tensor_hash
 from nmsparse_deploy.models.base import LoadedModel, from_rows, to_rows
 from nmsparse_deploy.models.permutations import ORDER, Permutations, from_tensors, to_tensors
-from nmsparse_deploy.pattern import Scope, mask_follows, parse_pattern
+from nmsparse_deploy.pattern import Scope, parse_pattern
 from nmsparse_deploy.prove import VerifyReport, verify_checkpoint
-from nmsparse_deploy.recipe.recipe import DEFAULT_MODEL, Prune, fingerprint
+from nmsparse_deploy.prove.report import NOT_CHECKED
+from nmsparse_deploy.recipe import DEFAULT_MODEL, Prune, fingerprint
 from nmsparse_deploy.registry import METHODS, REFINEMENTS
 from nmsparse_deploy.runs.run_dir import RUNS, RunDir
 from nmsparse_deploy.system.distributed import ALONE, Processes, here
+from nmsparse_deploy.system.hardware import compute_dtype
 from nmsparse_deploy.system.memory import give_back, peak_memory_mb, run_peak, start_run
 from nmsparse_deploy.system.progress import Progress, silent
 
@@ -146,21 +148,6 @@ def _check_scales_fit(plan: Plan, spec: Prune) -> None:
                              f"leave it out, or leave the layer dense with --exclude '{row.target.name}'")
 
 
-def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """bf16 where the processor multiplies it natively, fp32 elsewhere."""
-    if wanted != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[wanted]
-    fast = device.type == "cuda" or "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
-    return torch.bfloat16 if fast else torch.float32
-
-
-def _cpu_flags() -> str:
-    try:
-        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-    except (OSError, StopIteration):
-        return ""
-
-
 def _unreached(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Experts that too few calibration tokens reached, among all matrices of experts; nothing without experts."""
     stacks = [row["experts"] for row in rows if "experts" in row]
@@ -176,9 +163,6 @@ SCALES = "|scales"
 
 ACTIVATIONS = "activations"
 """In the run folder while hidden states are on disk."""
-
-NOT_CHECKED = ({"place": "engine", "why": "no TensorRT engine was built here"},)
-"""Steps of the chain that this machine could not take; they are counted, not hidden."""
 
 
 def _is_weight(key: str) -> bool:

@@ -23,8 +23,7 @@ from nmsparse_deploy.find.refine.base import Block, BlockResult, Layer, RefineBl
 from nmsparse_deploy.find.refine.permute import Orders, permute
 from nmsparse_deploy.models.base import to_rows
 from nmsparse_deploy.models.objective import unlabelled
-from nmsparse_deploy.recipe.recipe import Prune
-from nmsparse_deploy.recipe.refine_steps import Step
+from nmsparse_deploy.recipe import Prune, Step
 from nmsparse_deploy.registry import METHODS, REFINEMENTS
 from nmsparse_deploy.system.memory import start_stretch, stretch_peak_mb
 

@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from nmsparse_deploy.masks import MaskSet
-from nmsparse_deploy.pattern import ELEMENT_TYPES, TWO_FOUR, NMPattern, Pattern
+from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, Pattern
+from nmsparse_deploy.prove.group_counter import ELEMENT_TYPES
 from nmsparse_deploy.prove.report import TensorCheck, VerifyReport
 from nmsparse_deploy.prove.rows import foreign_check, masked_check, unmatched
 from nmsparse_deploy.prove.scan import Scanner, countable

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nmsparse_deploy.masks import Mask, MaskSet
-from nmsparse_deploy.pattern import ELEMENT_TYPES, TORCH_ELEMENTS
+from nmsparse_deploy.prove.group_counter import ELEMENT_TYPES, TORCH_ELEMENTS
 from nmsparse_deploy.prove.report import Place, TensorCheck, VerifyReport
 from nmsparse_deploy.prove.rows import masked_check, unmatched
 from nmsparse_deploy.prove.scan import MemoryBytes, Scanner

@@ -14,8 +14,9 @@ import numpy as np
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.masks import Mask, MaskSet
-from nmsparse_deploy.pattern import ELEMENT_TYPES, TWO_FOUR, NMPattern, Pattern
+from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, Pattern
 from nmsparse_deploy.prove.checkpoint import nothing_sparse, unmatched_globs
+from nmsparse_deploy.prove.group_counter import ELEMENT_TYPES
 from nmsparse_deploy.prove.onnx_graph import OnnxGraph, Untraced, WeightUse
 from nmsparse_deploy.prove.onnx_tensor import dtype_name, element_name, source_of, stored_bytes
 from nmsparse_deploy.prove.report import TensorCheck, VerifyReport, shape_verdict

@@ -6,7 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from nmsparse_deploy.pattern import TWO_FOUR, GroupCount, NMPattern, Pattern, Unstructured
+from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, Pattern, Unstructured
+from nmsparse_deploy.prove.group_counter import GroupCount
 
 Place = Literal["torch", "file", "onnx"]
 
@@ -160,3 +161,7 @@ def judge(count: GroupCount, pattern: NMPattern) -> Literal["sparse", "near miss
     share = 1 - count.bad / count.groups
     spread = math.sqrt(q * (1 - q) / count.groups)
     return "near miss" if share > (1 + q) / 2 and share > q + 6 * spread else "dense"
+
+
+NOT_CHECKED = ({"place": "engine", "why": "no TensorRT engine was built here"},)
+"""Steps of the chain that this machine could not take; they are counted, not hidden."""

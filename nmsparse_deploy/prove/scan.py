@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from nmsparse_deploy.errors import NmsparseError, from_os_error
-from nmsparse_deploy.pattern import ElementType, GroupCount, GroupCounter, NMPattern, Pattern
+from nmsparse_deploy.pattern import NMPattern, Pattern
+from nmsparse_deploy.prove.group_counter import ElementType, GroupCount, GroupCounter
 from nmsparse_deploy.prove.report import judge
 
 CHUNK = 1 << 20

@@ -32,7 +32,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from nmsparse_deploy.errors import NmsparseError, UsageError
-from nmsparse_deploy.recipe.recipe import differences
+from nmsparse_deploy.recipe import differences
 from nmsparse_deploy.system.environment import environment, now
 
 FORMAT = 1

@@ -19,10 +19,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from nmsparse_deploy import models
+from nmsparse_deploy.data.calibration_sample import draw
+from nmsparse_deploy.data.self_generated import GENERATED
+from nmsparse_deploy.data.text import MIX
 from nmsparse_deploy.errors import CheckFailed, NmsparseError
-from nmsparse_deploy.models.base import Target
+from nmsparse_deploy.models.base import LoadedModel, Target
+from nmsparse_deploy.recipe import Calibration
+from nmsparse_deploy.runs.run_dir import RunDir
+from nmsparse_deploy.ship.quantise import BASE, FORMATS, WINDOWS, Range, calibrate
 from nmsparse_deploy.system.progress import Progress, silent
 
 BASE = "fp16"
@@ -130,3 +138,15 @@ def calibrate(module: nn.Module, targets: Sequence[Target], batches: Iterable[Ma
         if not all(np.isfinite(seen)):
             raise NmsparseError(f"The activations of '{path}' are not finite, so they have no range to quantise.")
     return {path: Range(*seen) for path, seen in found.items()}
+
+
+def activation_ranges(run: RunDir, loaded: LoadedModel, targets: list[Target], progress: Progress) -> dict[str, Range]:
+    """What the layers read and write on the run's calibration sample."""
+    spec = Calibration(**run.manifest()["recipe"]["calibration"])
+    if GENERATED in spec.data.split(MIX):  # by the dense model, and kept
+        inputs = {"input_ids": load_file(run / "calibration.safetensors")["ids"][:WINDOWS].long()}
+    else:
+        few = spec.model_copy(update={"samples": min(max(spec.samples, 1), WINDOWS)})
+        inputs = draw(loaded, few, progress).inputs
+    loaded.module.float()
+    return calibrate(loaded.module, targets, models.batches(loaded, inputs, spec.batch), progress)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
-from nmsparse_deploy import models, pipeline
+import nmsparse_deploy as nms
+from nmsparse_deploy import models
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.masks import MaskSet
-from nmsparse_deploy.pattern import check
-from nmsparse_deploy.recipe.recipe import Evaluate, Export, Prune, validate
+from nmsparse_deploy.prove.group_counter import check
+from nmsparse_deploy.recipe import Evaluate, Export, Prune, validate
 from tests.fixtures import pico
 from tests.fixtures import small_vision as small
 
@@ -43,10 +44,10 @@ def test_a_vision_transformer(pictures, photos, tmp_path):
     manifest = run.manifest()["stages"]["prune"]
     assert manifest["layers"] == 12 and manifest["calibration"]["ids"][0].startswith("colours/train/")
     assert all(row["relative_error"] < 1 for row in run.read_json("layers.json"))
-    (row,) = pipeline.export(run, Export(precisions=("fp32",)))
+    (row,) = nms.export(run, Export(precisions=("fp32",)))
     assert row["agreement"]["max_abs"] < 1e-3 and row["links"] == 12
-    assert all(report.ok for report in pipeline.verify(run))
-    data = pipeline.evaluate(run, Evaluate(data=str(pictures), images=18, probe=30, photos=str(photos), onnx=True))
+    assert all(report.ok for report in nms.verify(run))
+    data = nms.evaluate(run, Evaluate(data=str(pictures), images=18, probe=30, photos=str(photos), onnx=True))
     dense, pruned = by_name(data, "dense"), by_name(data, "pruned")
     graph = by_name(data, "pruned, ONNX fp32")
     assert dense.keys() < pruned.keys() == graph.keys()
@@ -64,7 +65,7 @@ def test_a_vision_transformer(pictures, photos, tmp_path):
 def test_evaluation_images_must_not_be_calibrated_on(pictures, photos, tmp_path):
     run = prune(str(small.dinov2(tmp_path / "dino")), spec(pictures, "wanda"), tmp_path / "run")
     with pytest.raises(NmsparseError, match="were calibrated on"):
-        pipeline.evaluate(run, Evaluate(data=str(pictures / "train"), images=36, probe=2, photos=""))
+        nms.evaluate(run, Evaluate(data=str(pictures / "train"), images=36, probe=2, photos=""))
     assert not (run / "evaluate.json").exists()
 
 
@@ -75,12 +76,12 @@ def test_a_classifier_keeps_its_head(pictures, photos, tmp_path, onnx):
     holds(run, module)
     assert module.config.id2label[0] == "blue"
     if onnx:
-        pipeline.export(run, Export(precisions=("fp32",)))
-    data = pipeline.evaluate(run, Evaluate(data=str(pictures), images=18, probe=18, photos=str(photos), onnx=onnx))
+        nms.export(run, Export(precisions=("fp32",)))
+    data = nms.evaluate(run, Evaluate(data=str(pictures), images=18, probe=18, photos=str(photos), onnx=onnx))
     for label in ("pruned", "pruned, ONNX fp32")[: 1 + onnx]:
         assert {"head_top1@colours-32px", "kl@colours-32px", "same_top1@photos-32px"} <= by_name(data, label).keys()
     with pytest.raises(UsageError, match="64 x 64"):
-        pipeline.evaluate(run, Evaluate(data=str(pictures), size=64, photos=""))
+        nms.evaluate(run, Evaluate(data=str(pictures), size=64, photos=""))
 
 
 def test_a_convolutional_network_groups_along_its_input_channels(pictures, photos, tmp_path):
@@ -93,15 +94,15 @@ def test_a_convolutional_network_groups_along_its_input_channels(pictures, photo
     weight = module.get_parameter(kernels[0])
     groups = weight.permute(0, 2, 3, 1).reshape(-1, 4)  # [M, R, S, C]: the channels of one kernel position
     assert int((groups != 0).sum(1).max()) == 2
-    (row,) = pipeline.export(run, Export(precisions=("fp32",)))
-    assert row["agreement"]["max_abs"] < 1e-3 and all(report.ok for report in pipeline.verify(run))
-    data = pipeline.evaluate(run, Evaluate(data=str(pictures), images=6, probe=12, photos=str(photos), size=32))
+    (row,) = nms.export(run, Export(precisions=("fp32",)))
+    assert row["agreement"]["max_abs"] < 1e-3 and all(report.ok for report in nms.verify(run))
+    data = nms.evaluate(run, Evaluate(data=str(pictures), images=6, probe=12, photos=str(photos), size=32))
     assert "token_cosine@photos-224px" in by_name(data, "pruned")
 
 
 def test_pictures_without_classes_still_give_agreement(pictures, photos, tmp_path):
     run = prune(str(small.dinov2(tmp_path / "dino")), spec(pictures, "magnitude"), tmp_path / "run")
-    data = pipeline.evaluate(run, Evaluate(data=str(photos), photos=""))
+    data = nms.evaluate(run, Evaluate(data=str(photos), photos=""))
     assert by_name(data, "pruned").keys() == {"pooled_cosine@photos-56px", "token_cosine@photos-56px"}
     assert data["difference"] is None and data["held_out"]["images_compared"] is None
 
@@ -116,9 +117,9 @@ def rated(folder):
 def test_a_text_encoder(texts, tmp_path):
     run = prune(str(small.bert(tmp_path / "bert")), spec(texts["calibration"]), tmp_path / "run")
     holds(run, AutoModel.from_pretrained(run / "model"))
-    (row,) = pipeline.export(run, Export(precisions=("fp32",)))
-    assert row["agreement"]["max_abs"] < 1e-3 and all(report.ok for report in pipeline.verify(run))
-    data = pipeline.evaluate(run, Evaluate(data=str(rated(tmp_path)), onnx=True))
+    (row,) = nms.export(run, Export(precisions=("fp32",)))
+    assert row["agreement"]["max_abs"] < 1e-3 and all(report.ok for report in nms.verify(run))
+    data = nms.evaluate(run, Evaluate(data=str(rated(tmp_path)), onnx=True))
     dense, pruned, graph = (by_name(data, label) for label in ("dense", "pruned", "pruned, ONNX fp32"))
     assert -1 <= dense["sts_spearman@pairs"]["value"] <= 1 and dense["sts_spearman@pairs"]["standard_error"] > 0
     assert graph["pooled_cosine@pairs"]["value"] == pytest.approx(pruned["pooled_cosine@pairs"]["value"], abs=1e-4)
@@ -128,7 +129,7 @@ def test_a_text_encoder(texts, tmp_path):
 
 def test_encoders_are_calibrated_on_whole_sequences(texts, tmp_path):
     from nmsparse_deploy.data.calibration_sample import draw
-    from nmsparse_deploy.recipe.recipe import Calibration
+    from nmsparse_deploy.recipe import Calibration
 
     loaded = models.load(str(small.bert(tmp_path / "bert")))
     sample = draw(loaded, Calibration(data=str(texts["calibration"]), samples=3, length=999))
@@ -146,7 +147,7 @@ def test_a_sentence_of_the_calibration_text_is_not_held_out(texts, tmp_path):
     file = tmp_path / "stolen.tsv"
     file.write_text("\n".join([f"{stolen}\tnew\t1", "one\ttwo\t2", "three\tfour\t3"]))
     with pytest.raises(NmsparseError, match="lies in the calibration text"):
-        pipeline.evaluate(run, Evaluate(data=str(file)))
+        nms.evaluate(run, Evaluate(data=str(file)))
 
 
 def test_the_same_bits_after_a_resume(pictures, tmp_path):

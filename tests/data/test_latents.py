@@ -15,7 +15,7 @@ from nmsparse_deploy.data.latents import class_numbers, noised
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.models.denoising import Noising
 from nmsparse_deploy.models.preprocess import Preprocess
-from nmsparse_deploy.recipe.recipe import Calibration
+from nmsparse_deploy.recipe import Calibration
 from tests.fixtures import small_diffusion as small
 from tests.fixtures.small_vision import labelled
 

@@ -8,14 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from nmsparse_deploy import models, pipeline
+import nmsparse_deploy as nms
+from nmsparse_deploy import models
 from nmsparse_deploy.data import calibration_sample as sampling
 from nmsparse_deploy.data import self_generated as module
 from nmsparse_deploy.data.self_generated import CERTAIN, GENERATED, generated, write
 from nmsparse_deploy.data.text import calibration_sample, load_text
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.find.prune import prune
-from nmsparse_deploy.recipe.recipe import Calibration, Export, Prune
+from nmsparse_deploy.recipe import Calibration, Export, Prune
 from tests.fixtures import pico
 
 
@@ -128,7 +129,7 @@ def test_a_run_on_its_own_text_is_verified_and_exported_in_8_bits(writer, tmp_pa
     assert torch.equal(ids.long(), write(models.load(writer.source), 6, 32, 0, torch.float32))
     assert run.manifest()["stages"]["prune"]["calibration"]["source"] == GENERATED
     pytest.importorskip("onnxscript")
-    [row] = pipeline.export(run, Export(precisions=("int8",), cache=False))
+    [row] = nms.export(run, Export(precisions=("int8",), cache=False))
     assert row["quantisation"]["gemms"]
 
 

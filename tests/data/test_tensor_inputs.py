@@ -10,7 +10,7 @@ from nmsparse_deploy import models
 from nmsparse_deploy.data.calibration_sample import draw
 from nmsparse_deploy.data.tensor_inputs import prepared
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.recipe.recipe import Calibration
+from nmsparse_deploy.recipe import Calibration
 from tests.fixtures import pico
 from tests.fixtures.zoo import FAMILIES
 

@@ -13,7 +13,7 @@ from nmsparse_deploy.find.plan.make_plan import make_plan
 from nmsparse_deploy.models import load, sample_inputs
 from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.pattern import TWO_FOUR
-from nmsparse_deploy.recipe.recipe import Prune, validate
+from nmsparse_deploy.recipe import Prune, validate
 
 SLOW = Rates(torch.float32, compute=1e9, single=1e9, double=1e9)
 

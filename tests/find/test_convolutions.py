@@ -11,7 +11,8 @@ from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.find.calibration.layer_stats import StatsAccumulator
 from nmsparse_deploy.models.base import from_rows, to_rows
 from nmsparse_deploy.models.discovery import discover
-from nmsparse_deploy.pattern import NMPattern, check
+from nmsparse_deploy.pattern import NMPattern
+from nmsparse_deploy.prove.group_counter import check
 from nmsparse_deploy.registry import METHODS
 
 GEOMETRIES = [{}, {"stride": 2}, {"padding": 1}, {"dilation": 2}, {"stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)}]

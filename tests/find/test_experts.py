@@ -16,11 +16,12 @@ from nmsparse_deploy.find.methods.base import relative_error
 from nmsparse_deploy.find.plan.make_plan import make_plan
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.find.prune_block import prune_block
-from nmsparse_deploy.masks import MaskSet
+from nmsparse_deploy.masks import MaskSet, project
 from nmsparse_deploy.models.base import from_rows, to_rows
 from nmsparse_deploy.models.discovery import discover
-from nmsparse_deploy.pattern import TWO_FOUR, check, project
-from nmsparse_deploy.recipe.recipe import Prune, validate
+from nmsparse_deploy.pattern import TWO_FOUR
+from nmsparse_deploy.prove.group_counter import check
+from nmsparse_deploy.recipe import Prune, validate
 from nmsparse_deploy.registry import METHODS
 from tests.fixtures import pico
 

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from nmsparse_deploy import models, pipeline
+import nmsparse_deploy as nms
+from nmsparse_deploy import models
 from nmsparse_deploy.errors import CheckFailed, NmsparseError, UsageError
 from nmsparse_deploy.find.import_masks import import_result, mask_of
-from nmsparse_deploy.masks import MaskSet
+from nmsparse_deploy.masks import MaskSet, mask_follows, project
 from nmsparse_deploy.measure.report.build import build_report
-from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, mask_follows, project
+from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
 from nmsparse_deploy.runs.load import load_dense
 from nmsparse_deploy.runs.run_dir import RunDir
 from tests.fixtures import pico
@@ -74,7 +75,7 @@ def test_every_form_of_a_mask_gives_the_same_run(dense, truth, tmp_path, kind):
 
 def test_an_imported_run_is_what_the_other_verbs_take(dense, truth, tmp_path):
     run = import_result(str(dense), save_masks(tmp_path, truth, "npz"), out=tmp_path / "run").run
-    assert all(report.ok for report in pipeline.verify(RunDir.open(run.path)))
+    assert all(report.ok for report in nms.verify(RunDir.open(run.path)))
     assert load_dense(run).module is not None
     assert build_report(run).is_file()
 
@@ -100,7 +101,7 @@ def test_a_sparse_checkpoint_beside_its_dense_twin_gives_the_mask_and_keeps_its_
 
 def test_a_sparse_checkpoint_alone_has_no_dense_twin(dense, truth, tmp_path):
     run = import_result(str(sparse_copy(dense, truth, tmp_path / "sparse")), out=tmp_path / "run").run
-    assert all(report.ok for report in pipeline.verify(run))
+    assert all(report.ok for report in nms.verify(run))
     with pytest.raises(NmsparseError, match="dense twin is not known"):
         load_dense(run)
 

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from nmsparse_deploy.errors import CheckFailed, NmsparseError, UsageError
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.masks import MaskSet
-from nmsparse_deploy.pattern import check
 from nmsparse_deploy.prove import verify_checkpoint
-from nmsparse_deploy.recipe.recipe import Prune, validate
+from nmsparse_deploy.prove.group_counter import check
+from nmsparse_deploy.recipe import Prune, validate
 from nmsparse_deploy.registry import METHODS
 from tests import ROOT
 from tests.find.methods.test_methods import METHODS_HERE

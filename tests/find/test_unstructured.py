@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from nmsparse_deploy import pipeline
+import nmsparse_deploy as nms
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.methods.base import Method
 from nmsparse_deploy.find.methods.hessian import inverse_factor
@@ -22,11 +22,11 @@ from nmsparse_deploy.find.methods.sparsegpt import prune_layer
 from nmsparse_deploy.find.plan.make_plan import make_plan
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.find.refine.base import Refinement
-from nmsparse_deploy.masks import Mask, MaskSet, tensor_hash
+from nmsparse_deploy.masks import Mask, MaskSet, mask_follows, project, tensor_hash
 from nmsparse_deploy.models.discovery import discover
-from nmsparse_deploy.pattern import STRETCH, TWO_FOUR, NMPattern, Unstructured, mask_follows, parse_pattern, project
+from nmsparse_deploy.pattern import STRETCH, TWO_FOUR, NMPattern, Unstructured, parse_pattern
 from nmsparse_deploy.prove import verify_checkpoint, verify_module
-from nmsparse_deploy.recipe.recipe import Export, Prune, validate
+from nmsparse_deploy.recipe import Export, Prune, validate
 from nmsparse_deploy.registry import METHODS, REFINEMENTS
 from tests.cli.test_cli import run as command
 from tests.find.methods.test_methods import layer
@@ -233,7 +233,7 @@ def test_pruned_and_verified(name, runs, odd_dir):
         assert torch.equal(weight == 0, ~mask.unpack()) and not torch.signbit(weight[weight == 0]).any()
         if name != "sparsegpt":
             assert torch.equal(weight, mask.apply(dense[key]))
-    for report in (*pipeline.verify(run), verify_module(model, masks)):
+    for report in (*nms.verify(run), verify_module(model, masks)):
         assert report.ok and report.checked == 14 and report.zero_share == pytest.approx(0.5, abs=0.01)
         assert "50.0% zeros" in report.summary() and "groups" not in report.summary()
     assert {row["shape_verdict"] for row in run.read_json("plan.json")["rows"]} == {"sparse tensor cores cannot run it"}
@@ -269,14 +269,14 @@ def test_a_mask_that_keeps_too_much_fails_verification(runs):
 def test_every_later_stage(runs, texts, capfd):
     """Export, evaluate, bench and report of an unstructured run; each says what it is not."""
     run = runs["wanda"]
-    rows = pipeline.export(run, Export(precisions=("fp32",)))
-    assert rows[0]["links"] == 14 and pipeline.verify(run)[1].ok and pipeline.verify(run)[1].checked == 14
+    rows = nms.export(run, Export(precisions=("fp32",)))
+    assert rows[0]["links"] == 14 and nms.verify(run)[1].ok and nms.verify(run)[1].checked == 14
     code, out, _ = command(capfd, "--json", "evaluate", run.path, "--data", texts["held_out"], "--tokens", 128, "--context",
                            64, "--continuation", 0)
     assert code == 0 and json.loads(out)["ratio"]
     code, out, _ = command(capfd, "--json", "bench", run.path, "--rounds", 3, "--length", 16)
     assert code == 0 and json.loads(out)["predicted"] == []
-    page = pipeline.report(run)
+    page = nms.report(run)
     html, markdown = page.read_text(), page.with_name("report.md").read_text()
     facts = json.loads(page.with_name("report.json").read_text())
     assert "unstructured:0.5, which no sparse tensor core runs, with wanda" in facts["headline"]["verdict"]
@@ -294,7 +294,7 @@ def test_spoiled_graphs_are_noticed(runs, tmp_path):
 
     source = runs["wanda"] / "onnx/fp32"
     if not source.exists():
-        pipeline.export(runs["wanda"], Export(precisions=("fp32",)))
+        nms.export(runs["wanda"], Export(precisions=("fp32",)))
     model = onnx.load(source / "model.onnx")
     link, masks = LinkMap.load(source / "model.link.json").by_parameter(), MaskSet.load(runs["wanda"] / "masks.safetensors")
     row = link["model.layers.0.mlp.up_proj.weight"][0]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.masks import MaskSet
-from nmsparse_deploy.recipe.recipe import Prune
+from nmsparse_deploy.recipe import Prune
 from tests.fixtures import pico
 
 NAMES = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",

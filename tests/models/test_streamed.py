@@ -22,7 +22,7 @@ from nmsparse_deploy.find.cost import Footprint
 from nmsparse_deploy.find.offload import open_model
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.models.discovery import discover
-from nmsparse_deploy.recipe.recipe import Prune, validate
+from nmsparse_deploy.recipe import Prune, validate
 from nmsparse_deploy.system import memory
 from tests import ROOT
 from tests.find.test_prune import mask_bytes, spec

@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nmsparse_deploy import models, pipeline
+import nmsparse_deploy as nms
+from nmsparse_deploy import models
 from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.models.adapters import timm as vision
-from nmsparse_deploy.pattern import check
-from nmsparse_deploy.recipe.recipe import Evaluate, Export, Prune, validate
+from nmsparse_deploy.prove.group_counter import check
+from nmsparse_deploy.recipe import Evaluate, Export, Prune, validate
 
 
 def test_without_timm_the_extra_is_named(monkeypatch):
@@ -77,9 +78,9 @@ def test_a_checkpoint_is_pruned_and_timm_loads_the_run(timm, checkpoint, picture
 
 def test_a_folder_through_the_whole_chain(folder, pictures, photos, tmp_path):
     run = prune(str(folder), spec(pictures), tmp_path / "run")
-    (row,) = pipeline.export(run, Export(precisions=("fp32",)))
-    assert row["agreement"]["max_abs"] < 1e-3 and all(report.ok for report in pipeline.verify(run))
-    data = pipeline.evaluate(run, Evaluate(data=str(pictures), images=9, probe=12, photos=str(photos), onnx=True))
+    (row,) = nms.export(run, Export(precisions=("fp32",)))
+    assert row["agreement"]["max_abs"] < 1e-3 and all(report.ok for report in nms.verify(run))
+    data = nms.evaluate(run, Evaluate(data=str(pictures), images=9, probe=12, photos=str(photos), onnx=True))
     found = {r["metric"]: r["value"] for r in data["results"]["pruned"]}
     graph = {r["metric"]: r["value"] for r in data["results"]["pruned, ONNX fp32"]}
     assert "token_cosine@photos-32px" in found and graph.keys() == found.keys() - {"token_cosine@photos-32px"}

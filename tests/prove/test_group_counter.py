@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmsparse_deploy.pattern import (
+from nmsparse_deploy.pattern import NMPattern
+from nmsparse_deploy.prove.group_counter import (
     ELEMENT_TYPES,
     TORCH_ELEMENTS,
     GroupCount,
     GroupCounter,
-    NMPattern,
     check,
     group_origin,
 )

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, check
+from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
+from nmsparse_deploy.prove.group_counter import check
 from nmsparse_deploy.prove.report import gemm_shape, judge, shape_verdict
 
 

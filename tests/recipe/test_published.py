@@ -10,13 +10,14 @@ import pytest
 import torch
 import yaml
 
-from nmsparse_deploy import models, pipeline
+from nmsparse_deploy import models
 from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.cost import Rates
+from nmsparse_deploy.find.inspect import predict_cost, price
 from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.models.shapes import shapes
-from nmsparse_deploy.recipe.recipe import Prune, Recipe, fingerprint, validate
+from nmsparse_deploy.recipe import Prune, Recipe, fingerprint, validate
 from tests import ROOT
 from tests.fixtures import pico
 
@@ -41,7 +42,7 @@ def test_every_recipe_is_priced_without_the_model(path):
     recipe = Recipe.load(path)
     if recipe.model.startswith("timm:"):
         pytest.importorskip("timm")
-    cost = pipeline.price(recipe)
+    cost = price(recipe)
     assert "not_priced" not in cost and cost["status"] == "predicted"
     assert cost["seconds"] > 0 or recipe.prune.method == "magnitude"
     assert cost["memory_mb"] > 0 and cost["disk_mb"] > 0
@@ -67,7 +68,7 @@ def test_shapes_are_discovered_as_the_model_is(make, tmp_path):
 
 def test_a_price_is_that_of_the_loaded_model(llama_dir):
     spec = validate(Prune, {"method": "sparsegpt", "calibration": {"samples": 8, "length": 64}})
-    real, bare = pipeline.predict_cost(str(llama_dir), spec), pipeline.price(Recipe(model=str(llama_dir), prune=spec))
+    real, bare = predict_cost(str(llama_dir), spec), price(Recipe(model=str(llama_dir), prune=spec))
     known = {"forward_gflop", "gram_gflop", "factor_gflop", "sweep_gflop", "tokens", "disk_mb"}
     assert {key: real[key] for key in known} == {key: bare[key] for key in known}
 

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.recipe.recipe import CLOSED_FORM, Calibration, Prune, Recipe, differences, fingerprint, validate
+from nmsparse_deploy.recipe import CLOSED_FORM, Calibration, Prune, Recipe, differences, fingerprint, validate
 from tests import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nmsparse_deploy.errors import CheckFailed, NmsparseError
+from nmsparse_deploy.masks import project
 from nmsparse_deploy.models.base import Target
-from nmsparse_deploy.pattern import TWO_FOUR, check, project
+from nmsparse_deploy.pattern import TWO_FOUR
+from nmsparse_deploy.prove.group_counter import check
 from nmsparse_deploy.ship.quantise import FORMATS, Format, calibrate, quantise_weight, scale_of
 
 EVERY = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)

@@ -19,7 +19,7 @@ import torch
 
 from nmsparse_deploy.errors import MissingExtra, UsageError
 from nmsparse_deploy.models.preprocess import Preprocess
-from nmsparse_deploy.recipe.learn_settings import Augment
+from nmsparse_deploy.recipe import Augment
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -20,11 +20,11 @@ from nmsparse_deploy.find.learn.subjects import Batch, WholeModel
 from nmsparse_deploy.find.learn.whole_model import recomputed
 from nmsparse_deploy.find.plan.make_plan import Plan
 from nmsparse_deploy.find.refine.base import Whole
-from nmsparse_deploy.masks import Mask
+from nmsparse_deploy.masks import Mask, mask_follows
 from nmsparse_deploy.models.base import LoadedModel, from_rows, to_rows
 from nmsparse_deploy.models.objective import Objective, objective
-from nmsparse_deploy.pattern import NMPattern, mask_follows
-from nmsparse_deploy.recipe.recipe import Prune
+from nmsparse_deploy.pattern import NMPattern
+from nmsparse_deploy.recipe import Prune
 from nmsparse_deploy.registry import REFINEMENTS
 from nmsparse_deploy.system.progress import Progress
 

@@ -16,7 +16,7 @@ from nmsparse_deploy.find.learn.mask_parametrization import Site
 from nmsparse_deploy.find.learn.step_context import Moment, digest
 from nmsparse_deploy.find.learn.subjects import Batch, Model
 from nmsparse_deploy.models.objective import Objective
-from nmsparse_deploy.recipe.refine_steps import Training
+from nmsparse_deploy.recipe import Training
 
 
 def believable(classes: int) -> float:

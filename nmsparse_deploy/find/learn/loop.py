@@ -36,7 +36,7 @@ from nmsparse_deploy.find.learn.mask_parametrization import detach, showing
 from nmsparse_deploy.find.learn.sharded import put, shard, shell, whole
 from nmsparse_deploy.find.learn.step_context import Moment, order, rate_factor
 from nmsparse_deploy.models.discovery import find_blocks
-from nmsparse_deploy.recipe.refine_steps import Training
+from nmsparse_deploy.recipe import Training
 from nmsparse_deploy.system.distributed import here
 from nmsparse_deploy.system.memory import start_stretch, stretch_peak_mb
 from nmsparse_deploy.system.progress import Progress, silent

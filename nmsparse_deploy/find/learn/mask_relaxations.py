@@ -35,7 +35,8 @@ from torch.autograd.function import once_differentiable
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.learn.mask_parametrization import Law
 from nmsparse_deploy.find.learn.step_context import Linear, Moment
-from nmsparse_deploy.pattern import NMPattern, project
+from nmsparse_deploy.masks import project
+from nmsparse_deploy.pattern import NMPattern
 
 FEW = 10
 """Candidates that get a logit each; beyond, one number per weight is cheaper."""

@@ -28,8 +28,7 @@ from nmsparse_deploy.find.refine.base import Block, BlockResult
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.models.base import to_rows
 from nmsparse_deploy.pattern import NMPattern
-from nmsparse_deploy.recipe.learn_settings import Learn
-from nmsparse_deploy.recipe.recipe import Prune
+from nmsparse_deploy.recipe import Learn, Prune
 from nmsparse_deploy.registry import LEARNERS, METHODS
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.system.distributed import here

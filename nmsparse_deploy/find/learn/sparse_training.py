@@ -24,7 +24,8 @@ import torch
 
 from nmsparse_deploy.find.learn.mask_parametrization import Law
 from nmsparse_deploy.find.learn.step_context import Moment, digest
-from nmsparse_deploy.pattern import NMPattern, project
+from nmsparse_deploy.masks import project
+from nmsparse_deploy.pattern import NMPattern
 
 BELOW = 0.99
 """Where a pruned weight starts at most, as a share of the smallest kept one of its group."""

@@ -17,7 +17,7 @@ from nmsparse_deploy.find.learn.losses import classification, divergence, next_t
 from nmsparse_deploy.find.learn.mask_parametrization import Site, showing
 from nmsparse_deploy.find.learn.step_context import Moment
 from nmsparse_deploy.models.objective import Objective
-from nmsparse_deploy.recipe.refine_steps import Training
+from nmsparse_deploy.recipe import Training
 
 Batch = Mapping[str, Any]
 """Keyword arguments of a forward pass."""

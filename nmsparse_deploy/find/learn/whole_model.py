@@ -33,7 +33,7 @@ from nmsparse_deploy.find.prune_block import prune_block
 from nmsparse_deploy.models.base import LoadedModel, to_rows
 from nmsparse_deploy.models.objective import Objective, objective
 from nmsparse_deploy.pattern import NMPattern
-from nmsparse_deploy.recipe.recipe import Prune
+from nmsparse_deploy.recipe import Prune
 from nmsparse_deploy.registry import METHODS
 from nmsparse_deploy.system.distributed import here
 from nmsparse_deploy.system.progress import Progress

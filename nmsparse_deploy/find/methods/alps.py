@@ -26,7 +26,8 @@ from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.methods.base import LayerResult, Method
 from nmsparse_deploy.find.methods.hessian import normalised
 from nmsparse_deploy.find.methods.least_squares import conjugate_gradients
-from nmsparse_deploy.pattern import NMPattern, project
+from nmsparse_deploy.masks import project
+from nmsparse_deploy.pattern import NMPattern
 
 DAMPING = 0.01
 ITERATIONS = 60

@@ -12,7 +12,8 @@ import torch
 from nmsparse_deploy.errors import MissingExtra
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats, Need
 from nmsparse_deploy.find.methods.grid import Grid
-from nmsparse_deploy.pattern import Pattern, Scope, project
+from nmsparse_deploy.masks import project
+from nmsparse_deploy.pattern import Pattern, Scope
 
 
 @dataclass(frozen=True)

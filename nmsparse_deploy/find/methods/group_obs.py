@@ -25,7 +25,8 @@ from nmsparse_deploy.find.methods.base import LayerResult, Method
 from nmsparse_deploy.find.methods.grid import Grid
 from nmsparse_deploy.find.methods.hessian import inverse_factor
 from nmsparse_deploy.find.methods.sweep import COLUMNS, Freeze, sweep
-from nmsparse_deploy.pattern import NMPattern, project
+from nmsparse_deploy.masks import project
+from nmsparse_deploy.pattern import NMPattern
 
 DAMPING = 0.01
 ENUMERATED = 70

@@ -14,7 +14,8 @@ import torch
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.methods import group_obs
 from nmsparse_deploy.find.methods.base import LayerResult, Method
-from nmsparse_deploy.pattern import NMPattern, project
+from nmsparse_deploy.masks import project
+from nmsparse_deploy.pattern import NMPattern
 
 
 def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: NMPattern,

@@ -25,7 +25,8 @@ import torch
 
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.methods.base import LayerResult, Method
-from nmsparse_deploy.pattern import NMPattern, project
+from nmsparse_deploy.masks import project
+from nmsparse_deploy.pattern import NMPattern
 
 ENUMERATED = 2000
 """Try all tiles when there are no more row-wise candidates than this."""

@@ -28,7 +28,7 @@ from nmsparse_deploy.find.learn.mask_parametrization import Law, Site
 from nmsparse_deploy.find.learn.mask_relaxations import Annealing, Choice, Scores, form_for
 from nmsparse_deploy.find.learn.step_context import Linear
 from nmsparse_deploy.pattern import NMPattern
-from nmsparse_deploy.recipe.learn_settings import MaskLLM
+from nmsparse_deploy.recipe import MaskLLM
 
 
 def make(spec: MaskLLM) -> MaskLearner:

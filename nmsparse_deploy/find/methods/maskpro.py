@@ -35,8 +35,9 @@ from nmsparse_deploy.find.learn.learner import BEST, Learned, MaskLearner, Subje
 from nmsparse_deploy.find.learn.mask_parametrization import Law, Site, move_to, showing
 from nmsparse_deploy.find.learn.plackett_luce import as_mask, sample, score
 from nmsparse_deploy.find.learn.step_context import Moment
-from nmsparse_deploy.pattern import NMPattern, project
-from nmsparse_deploy.recipe.learn_settings import MaskPro
+from nmsparse_deploy.masks import project
+from nmsparse_deploy.pattern import NMPattern
+from nmsparse_deploy.recipe import MaskPro
 
 SMOOTHING = 0.99
 DEEPEST = 40.0

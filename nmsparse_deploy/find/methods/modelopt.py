@@ -20,7 +20,8 @@ from torch import nn
 from nmsparse_deploy.errors import CheckFailed, MissingExtra, NmsparseError
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.methods.base import LayerResult, Method
-from nmsparse_deploy.pattern import NMPattern, project
+from nmsparse_deploy.masks import project
+from nmsparse_deploy.pattern import NMPattern
 
 PACKAGE, EXTRA = "modelopt", "modelopt"
 PATTERN = "2:4"

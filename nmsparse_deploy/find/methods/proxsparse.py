@@ -31,9 +31,9 @@ from nmsparse_deploy.find.learn.mask_parametrization import Law, Site, original
 from nmsparse_deploy.find.learn.prox import prox
 from nmsparse_deploy.find.learn.sharded import put, whole
 from nmsparse_deploy.find.learn.step_context import Moment
+from nmsparse_deploy.masks import project
 from nmsparse_deploy.models.base import to_rows
-from nmsparse_deploy.pattern import project
-from nmsparse_deploy.recipe.learn_settings import ProxSparse
+from nmsparse_deploy.recipe import ProxSparse
 
 FUSED = 3
 """Query, key and value stored as one: three times as many outputs as inputs. Each has a size of its own."""

@@ -19,7 +19,8 @@ from nmsparse_deploy.find.learn.prox import prox
 from nmsparse_deploy.find.methods.base import LayerResult, Method
 from nmsparse_deploy.find.methods.hessian import normalised
 from nmsparse_deploy.find.methods.least_squares import conjugate_gradients
-from nmsparse_deploy.pattern import NMPattern, project
+from nmsparse_deploy.masks import project
+from nmsparse_deploy.pattern import NMPattern
 
 DAMPING = 0.01
 FIRST, GROWTH = 0.01, 1.1

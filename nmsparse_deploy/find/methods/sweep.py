@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 
 from nmsparse_deploy.find.methods.grid import Grid
-from nmsparse_deploy.pattern import STRETCH, NMPattern, Pattern, project
+from nmsparse_deploy.masks import project
+from nmsparse_deploy.pattern import STRETCH, NMPattern, Pattern
 
 COLUMNS = STRETCH
 

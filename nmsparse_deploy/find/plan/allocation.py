@@ -24,7 +24,7 @@ from nmsparse_deploy.find.plan.latency import Latency, saving_for, speedup
 from nmsparse_deploy.find.plan.make_plan import PlanRow
 from nmsparse_deploy.find.plan.sensitivity import Rise
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, Pattern
-from nmsparse_deploy.recipe.recipe import DENSE, Allocate
+from nmsparse_deploy.recipe import DENSE, Allocate
 
 
 @dataclass(frozen=True)

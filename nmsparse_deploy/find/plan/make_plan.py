@@ -11,7 +11,7 @@ from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.models.base import Discovery, Skipped, Target
 from nmsparse_deploy.pattern import NMPattern, Pattern
 from nmsparse_deploy.prove import shape_verdict
-from nmsparse_deploy.recipe.recipe import decided
+from nmsparse_deploy.recipe import decided
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,14 @@ from nmsparse_deploy.find.plan.latency import Latency, Source, source
 from nmsparse_deploy.find.plan.make_plan import Plan, PlanRow, by_fusion, make_plan
 from nmsparse_deploy.find.plan.mixed_ratios import mixed_ratios
 from nmsparse_deploy.find.plan.sensitivity import Rise, direct, from_curvature, hutchinson, together
-from nmsparse_deploy.find.prune import compute_dtype
 from nmsparse_deploy.models.base import LoadedModel
 from nmsparse_deploy.models.discovery import discover, trace_inputs
 from nmsparse_deploy.models.objective import Objective, objective
 from nmsparse_deploy.models.roofline import count_flops
 from nmsparse_deploy.pattern import Pattern, Unstructured, parse_pattern
-from nmsparse_deploy.recipe.recipe import DEFAULT_MODEL, Allocate
+from nmsparse_deploy.recipe import DEFAULT_MODEL, Allocate
 from nmsparse_deploy.registry import METHODS
+from nmsparse_deploy.system.hardware import compute_dtype
 from nmsparse_deploy.system.progress import Progress, silent
 
 Batches = list[dict[str, Any]]

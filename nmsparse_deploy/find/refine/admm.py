@@ -22,8 +22,9 @@ import torch
 from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.methods.hessian import FP64_WIDTH
 from nmsparse_deploy.find.refine.base import Layer, Refinement
-from nmsparse_deploy.pattern import NMPattern, project
-from nmsparse_deploy.recipe.refine_steps import Admm
+from nmsparse_deploy.masks import project
+from nmsparse_deploy.pattern import NMPattern
+from nmsparse_deploy.recipe import Admm
 
 SOFT = 0.75
 """Share of the iterations in which the mask is still moving: 15 of the paper's 20."""

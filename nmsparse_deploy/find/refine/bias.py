@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from nmsparse_deploy.find.refine.base import Block, BlockResult, Layer, Refinement
-from nmsparse_deploy.recipe.refine_steps import Bias
+from nmsparse_deploy.recipe import Bias
 
 
 def corrected(bias: torch.Tensor, layer: Layer) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 
 from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.refine.base import Layer, Refinement
-from nmsparse_deploy.recipe.refine_steps import Dsnot
+from nmsparse_deploy.recipe import Dsnot
 
 
 def balance(layer: Layer, cycles: int, threshold: float) -> torch.Tensor:

@@ -24,7 +24,7 @@ from nmsparse_deploy.find.learn.mask_parametrization import Law, LawOf, Site
 from nmsparse_deploy.find.learn.sparse_training import Adapters, Fixed, SrSte, SSte
 from nmsparse_deploy.find.learn.step_context import Moment
 from nmsparse_deploy.find.refine.base import Refinement, Whole
-from nmsparse_deploy.recipe.refine_steps import Finetune
+from nmsparse_deploy.recipe import Finetune
 
 
 class Tuner(MaskLearner):

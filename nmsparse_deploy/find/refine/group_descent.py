@@ -27,7 +27,7 @@ from nmsparse_deploy.find.methods.sweep import COLUMNS
 from nmsparse_deploy.find.refine.base import Layer, Refinement
 from nmsparse_deploy.find.refine.swap import WORTH, best_swaps, precise, strongest
 from nmsparse_deploy.pattern import NMPattern
-from nmsparse_deploy.recipe.refine_steps import GroupDescent
+from nmsparse_deploy.recipe import GroupDescent
 
 Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """`choose(w, c, kept, fixed, block, worth)`: a better mask `[R, group]` of one group, where it wins more than `worth`.

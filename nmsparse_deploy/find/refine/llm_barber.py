@@ -26,7 +26,7 @@ from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.refine.base import Block, BlockResult, Layer, Refinement
 from nmsparse_deploy.find.refine.units import Unit, units
 from nmsparse_deploy.pattern import NMPattern, Pattern
-from nmsparse_deploy.recipe.refine_steps import LlmBarber
+from nmsparse_deploy.recipe import LlmBarber
 
 Call = tuple[nn.Module, torch.Tensor, torch.Tensor]
 """One call of a layer: the layer, its input, and the gradient of the loss at its output."""

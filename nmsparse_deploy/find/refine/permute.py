@@ -25,9 +25,10 @@ from torch import nn
 
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.plan.make_plan import PlanRow, by_fusion
+from nmsparse_deploy.masks import project
 from nmsparse_deploy.models.base import to_rows
 from nmsparse_deploy.models.permutable_channels import PermutationSpace, Run, find_spaces, reorder
-from nmsparse_deploy.pattern import NMPattern, project
+from nmsparse_deploy.pattern import NMPattern
 
 ROUNDS = 100
 SMALLEST = 1e-6

@@ -23,7 +23,7 @@ from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.refine.base import Block, BlockResult, Refinement
 from nmsparse_deploy.find.refine.units import Unit, units
 from nmsparse_deploy.models.base import from_rows, to_rows
-from nmsparse_deploy.recipe.refine_steps import Reconstruct
+from nmsparse_deploy.recipe import Reconstruct
 
 
 def refine(block: Block, step: Reconstruct) -> BlockResult:

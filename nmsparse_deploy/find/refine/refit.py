@@ -26,7 +26,7 @@ from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.methods.least_squares import conjugate_gradients
 from nmsparse_deploy.find.refine.base import Layer, Refinement
-from nmsparse_deploy.recipe.refine_steps import Refit
+from nmsparse_deploy.recipe import Refit
 
 STEPS = 20
 DAMPING = 0.01

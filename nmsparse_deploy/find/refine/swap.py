@@ -19,7 +19,7 @@ import torch
 from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.methods.hessian import FP64_WIDTH
 from nmsparse_deploy.find.refine.base import Layer, Refinement
-from nmsparse_deploy.recipe.refine_steps import Swap
+from nmsparse_deploy.recipe import Swap
 
 CELLS = 1 << 18
 """Pairs priced at once: few enough that they stay in a processor's cache."""

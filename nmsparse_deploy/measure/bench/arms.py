@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from nmsparse_deploy.masks import project
 from nmsparse_deploy.models.base import Target, to_rows
 from nmsparse_deploy.models.input_trace import group_axis
-from nmsparse_deploy.pattern import Unstructured, project
+from nmsparse_deploy.pattern import Unstructured
 from nmsparse_deploy.ship.quantise import BASE, FORMATS, Range, scale_of
 from nmsparse_deploy.ship.torch_sparse.kernel_choice import Decision
 from nmsparse_deploy.ship.torch_sparse.linear import Linear, encoded, make, replace

@@ -24,7 +24,7 @@ from nmsparse_deploy.models import input_name
 from nmsparse_deploy.models import load as load_model
 from nmsparse_deploy.models.adapters.diffusers import LABELS, conditions
 from nmsparse_deploy.models.base import LoadedModel
-from nmsparse_deploy.recipe.recipe import AUTO, Evaluate
+from nmsparse_deploy.recipe import AUTO, Evaluate
 from nmsparse_deploy.system.progress import Progress, silent
 
 DATA = "fashion-mnist"

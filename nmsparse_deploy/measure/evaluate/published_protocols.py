@@ -17,7 +17,7 @@ from nmsparse_deploy.measure.evaluate.protocols import PROTOCOLS, protocol_perpl
 from nmsparse_deploy.measure.evaluate.result import EvalResult
 from nmsparse_deploy.models import check_length
 from nmsparse_deploy.models.base import LoadedModel
-from nmsparse_deploy.recipe.recipe import Evaluate
+from nmsparse_deploy.recipe import Evaluate
 from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime
 from nmsparse_deploy.system.progress import Progress, silent
 

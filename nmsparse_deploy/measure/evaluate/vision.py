@@ -18,7 +18,7 @@ from nmsparse_deploy.measure.evaluate.saliency_maps import map_agreement, strips
 from nmsparse_deploy.models import input_name
 from nmsparse_deploy.models.base import LoadedModel
 from nmsparse_deploy.models.packaged import visual_saliency as saliency
-from nmsparse_deploy.recipe.recipe import AUTO, Evaluate
+from nmsparse_deploy.recipe import AUTO, Evaluate
 from nmsparse_deploy.system.progress import Progress, silent
 
 DATA = "fashion-mnist"

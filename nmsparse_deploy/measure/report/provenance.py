@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from nmsparse_deploy.measure.report.stages import Stages
-from nmsparse_deploy.recipe.recipe import Calibration, Prune
+from nmsparse_deploy.recipe import Calibration, Prune
 
 
 def provenance(stages: Stages) -> dict[str, Any]:

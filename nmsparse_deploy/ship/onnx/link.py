@@ -20,7 +20,7 @@ from torch import nn
 
 from nmsparse_deploy.errors import CheckFailed, UsageError
 from nmsparse_deploy.models.base import Target
-from nmsparse_deploy.pattern import TORCH_ELEMENTS
+from nmsparse_deploy.prove.group_counter import TORCH_ELEMENTS
 
 if TYPE_CHECKING:
     from nmsparse_deploy.prove.onnx_graph import OnnxGraph, WeightUse

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from nmsparse_deploy import models
-from nmsparse_deploy.data.calibration_sample import draw
-from nmsparse_deploy.data.self_generated import GENERATED
-from nmsparse_deploy.data.text import MIX
 from nmsparse_deploy.errors import CheckFailed, MissingExtra, NmsparseError
 from nmsparse_deploy.masks import MaskSet
-from nmsparse_deploy.models.base import LoadedModel, Target
+from nmsparse_deploy.models.base import LoadedModel
 from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.pattern import TWO_FOUR
-from nmsparse_deploy.recipe.recipe import Calibration, Export
+from nmsparse_deploy.recipe import Export
+from nmsparse_deploy.runs.load import load_pruned
 from nmsparse_deploy.runs.run_dir import GRAPH, RunDir
 from nmsparse_deploy.ship.engine import agreement, compared
 from nmsparse_deploy.ship.onnx import ExportResult, LinkMap, export_onnx
@@ -26,9 +24,11 @@ from nmsparse_deploy.ship.onnx.cached import CacheGraph, check_steps, export_cac
 from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime
 from nmsparse_deploy.ship.onnx.qdq import insert_qdq
 from nmsparse_deploy.ship.onnx.share import share_weights
-from nmsparse_deploy.ship.quantise import BASE, FORMATS, WINDOWS, Range, calibrate
+from nmsparse_deploy.ship.quantise import BASE, FORMATS, Range, activation_ranges
 from nmsparse_deploy.ship.tensorrt.rtx import TensorRtRtx
-from nmsparse_deploy.system.progress import Progress
+from nmsparse_deploy.ship.verify_run import verify
+from nmsparse_deploy.system.memory import peak_memory_mb
+from nmsparse_deploy.system.progress import Progress, silent
 
 
 def export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str, spec: Export,
@@ -64,18 +64,6 @@ def export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str,
         row["cached"] = {"graphs": sorted(graphs), "agreement": _steps(graphs, loaded, eight)}
     row["tensorrt_rtx"] = {name: _compiled(file, progress) for name, file in {GRAPH: path, **graphs}.items()}
     return row
-
-
-def activation_ranges(run: RunDir, loaded: LoadedModel, targets: list[Target], progress: Progress) -> dict[str, Range]:
-    """What the layers read and write on the run's calibration sample."""
-    spec = Calibration(**run.manifest()["recipe"]["calibration"])
-    if GENERATED in spec.data.split(MIX):  # by the dense model, and kept
-        inputs = {"input_ids": load_file(run / "calibration.safetensors")["ids"][:WINDOWS].long()}
-    else:
-        few = spec.model_copy(update={"samples": min(max(spec.samples, 1), WINDOWS)})
-        inputs = draw(loaded, few, progress).inputs
-    loaded.module.float()
-    return calibrate(loaded.module, targets, models.batches(loaded, inputs, spec.batch), progress)
 
 
 def _quantise(folder: Path, result: ExportResult, cached: tuple[CacheGraph, ...], precision: str, spec: Export,
@@ -134,8 +122,6 @@ def _compiled(path: Path, progress: Progress) -> dict[str, Any]:
         return {"refused": error.message}
 
 
-
-
 def told(row: dict[str, Any], path: str) -> list[str]:
     """What `export_one` recorded, as lines."""
     lines = [f"{path}: {sum(row['files'].values()) / 1e6:.0f} MB, {row['links']} weights linked and verified; "
@@ -153,3 +139,24 @@ def told(row: dict[str, Any], path: str) -> list[str]:
         return [*lines, f"  not checked here: TensorRT-RTX ({found['hint']})"]
     return lines + [f"  {name}: {found.get('summary') or found.get('refused') or found.get('not_checked')}"
                     for name, found in compiled.items()]
+
+
+def export(run: RunDir, spec: Export = Export(), progress: Progress = silent) -> list[dict[str, Any]]:  # noqa: B008
+    """Export the run's model to ONNX in every asked precision, verify each graph, and compare it with the model.
+
+    Raises `CheckFailed` when an exported graph does not hold the masks.
+    """
+    start = time.perf_counter()
+    masks = MaskSet.load(run / "masks.safetensors")
+    loaded = load_pruned(run)
+    with run.lock():
+        ranges: dict[str, Range] = {}
+        rows = [export_one(run, loaded, masks, precision, spec, ranges, progress) for precision in spec.precisions]
+        run.write_json("export.json", {"files": rows})
+        reports = verify(run, progress)
+        bad = [report for report in reports if not report.ok]
+        if bad:
+            raise CheckFailed(f"An exported graph fails verification: {bad[0].summary()}")
+        run.finish("export", time.perf_counter() - start, spec=spec.model_dump(mode="json"),
+                   peak_memory_mb=peak_memory_mb())
+    return rows

@@ -24,7 +24,7 @@ import numpy as np
 from nmsparse_deploy.errors import CheckFailed, UsageError
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.prove import VerifyReport, verify_onnx
-from nmsparse_deploy.recipe.recipe import Build
+from nmsparse_deploy.recipe import Build
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.ship.evidence import EngineEvidence
 from nmsparse_deploy.ship.ladder import Counters, Kernels, Sources, climb

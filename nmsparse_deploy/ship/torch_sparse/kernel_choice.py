@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 
 from nmsparse_deploy.errors import NmsparseError
-from nmsparse_deploy.pattern import TWO_FOUR, project
+from nmsparse_deploy.masks import project
+from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.ship.quantise import BASE
 from nmsparse_deploy.ship.torch_sparse.linear import MOST, Codes, EightBit, Linear, SparseCodes, make
 from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels, shape_fits

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from nmsparse_deploy.errors import CheckFailed
-from nmsparse_deploy.pattern import TWO_FOUR, project
+from nmsparse_deploy.masks import project
+from nmsparse_deploy.pattern import TWO_FOUR
 
 PLACES_PER_BYTE = 4
 """Two bits each."""

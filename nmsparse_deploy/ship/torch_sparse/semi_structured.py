@@ -21,7 +21,8 @@ from typing import Any, Protocol
 import torch
 
 from nmsparse_deploy.errors import first_line
-from nmsparse_deploy.pattern import TWO_FOUR, project
+from nmsparse_deploy.masks import project
+from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.ship.torch_sparse.packed import Packed, pack, unpack
 from nmsparse_deploy.system.doctor import SPARSE_CAPABILITY, no_cuda
 

@@ -15,7 +15,7 @@ from nmsparse_deploy.find.learn.checkpoint import Checkpoints
 from nmsparse_deploy.find.learn.loop import fit
 from nmsparse_deploy.find.methods.maskllm import LEARNED
 from nmsparse_deploy.find.prune import prune
-from nmsparse_deploy.recipe.recipe import Prune, validate
+from nmsparse_deploy.recipe import Prune, validate
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.system.distributed import Processes
 from tests.fixtures import pico

@@ -15,8 +15,9 @@ from nmsparse_deploy.find.learn.loop import fit
 from nmsparse_deploy.find.learn.mask_parametrization import Site, masks
 from nmsparse_deploy.find.learn.step_context import Moment, digest
 from nmsparse_deploy.find.methods.maskllm import LEARNED
+from nmsparse_deploy.masks import project
 from nmsparse_deploy.models.denoising import Denoising
-from nmsparse_deploy.pattern import TWO_FOUR, project
+from nmsparse_deploy.pattern import TWO_FOUR
 from tests.fixtures.toy_learner import settings
 
 diffusers = pytest.importorskip("diffusers")

@@ -10,9 +10,9 @@ from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.learn.finetune_model import in_fp32
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.masks import MaskSet
-from nmsparse_deploy.pattern import check
 from nmsparse_deploy.prove import verify_checkpoint
-from nmsparse_deploy.recipe.recipe import Calibration, Prune, fingerprint, validate
+from nmsparse_deploy.prove.group_counter import check
+from nmsparse_deploy.recipe import Calibration, Prune, fingerprint, validate
 from tests.fixtures import pico
 
 WAYS = ["fixed", "sr-ste", "s-ste", "adapters"]

@@ -13,8 +13,7 @@ from nmsparse_deploy.find.learn.augment import Augmentation, seeded
 from nmsparse_deploy.find.learn.images import believable, class_numbers
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.models.preprocess import Preprocess
-from nmsparse_deploy.recipe.learn_settings import Augment
-from nmsparse_deploy.recipe.recipe import Prune, Recipe, validate
+from nmsparse_deploy.recipe import Augment, Prune, Recipe, validate
 from tests import ROOT
 from tests.fixtures import small_vision as small
 

@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.masks import MaskSet
-from nmsparse_deploy.pattern import NMPattern, check
-from nmsparse_deploy.recipe.recipe import Prune, validate
+from nmsparse_deploy.pattern import NMPattern
+from nmsparse_deploy.prove.group_counter import check
+from nmsparse_deploy.recipe import Prune, validate
 from nmsparse_deploy.registry import LEARNERS
 from tests.fixtures import pico
 

@@ -15,8 +15,8 @@ from nmsparse_deploy.find.learn.mask_relaxations import Annealing, Choice
 from nmsparse_deploy.find.learn.prior_selection import best_prior, held_out_loss
 from nmsparse_deploy.find.learn.step_context import Linear, Moment, order, rate_factor
 from nmsparse_deploy.find.methods.maskllm import LEARNED
-from nmsparse_deploy.masks import tensor_hash
-from nmsparse_deploy.pattern import TWO_FOUR, mask_follows
+from nmsparse_deploy.masks import mask_follows, tensor_hash
+from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.runs.run_dir import RunDir
 from tests.fixtures.toy_learner import NAME, Killed, Planted, settings
 

@@ -15,9 +15,10 @@ from nmsparse_deploy.find.learn.step_context import Moment
 from nmsparse_deploy.find.learn.subjects import WholeModel, split
 from nmsparse_deploy.find.methods.maskllm import LEARNED
 from nmsparse_deploy.find.plan.make_plan import make_plan
+from nmsparse_deploy.masks import project
 from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.models.objective import Objective
-from nmsparse_deploy.pattern import TWO_FOUR, project
+from nmsparse_deploy.pattern import TWO_FOUR
 from tests.fixtures import pico
 from tests.fixtures.toy_learner import settings
 

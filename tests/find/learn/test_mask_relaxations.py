@@ -21,7 +21,8 @@ from nmsparse_deploy.find.learn.mask_relaxations import (
     relaxed,
 )
 from nmsparse_deploy.find.learn.step_context import Linear, Moment
-from nmsparse_deploy.pattern import NMPattern, mask_follows, project
+from nmsparse_deploy.masks import mask_follows, project
+from nmsparse_deploy.pattern import NMPattern
 
 PATTERNS = [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(2, 8), NMPattern(3, 4), NMPattern(1, 2)]
 FLAT = Annealing(Linear(100, 500), Linear(1, 0.05), 0.83, noise=False)

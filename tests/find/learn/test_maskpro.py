@@ -15,7 +15,7 @@ from nmsparse_deploy.find.learn.step_context import Moment
 from nmsparse_deploy.find.methods import maskpro
 from nmsparse_deploy.find.methods.maskpro import PolicyGradient, magnitude_for, stays
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
-from nmsparse_deploy.recipe.learn_settings import MaskPro
+from nmsparse_deploy.recipe import MaskPro
 from tests.fixtures.toy_learner import Toy, interrupted
 
 SHORT = MaskPro(steps=12, evaluate_every=4, checkpoint_every=4, flips=20)

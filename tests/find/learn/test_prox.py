@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmsparse_deploy.find.learn.prox import prox
-from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, project
+from nmsparse_deploy.masks import project
+from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
 
 PATTERNS = [NMPattern.parse(text) for text in ("2:4", "1:4", "3:4", "1:2", "2:8", "4:8")]
 seeds, strengths = st.integers(0, 2**31), st.floats(0.01, 3.0)

@@ -12,8 +12,9 @@ from nmsparse_deploy.find.learn.mask_parametrization import Site, detach
 from nmsparse_deploy.find.learn.prox import prox
 from nmsparse_deploy.find.learn.step_context import Moment
 from nmsparse_deploy.find.methods.proxsparse import Prox, Support, frozen
-from nmsparse_deploy.pattern import NMPattern, mask_follows, project
-from nmsparse_deploy.recipe.learn_settings import ProxSparse
+from nmsparse_deploy.masks import mask_follows, project
+from nmsparse_deploy.pattern import NMPattern
+from nmsparse_deploy.recipe import ProxSparse
 from tests.fixtures.toy_learner import Toy, interrupted
 
 SHORT = ProxSparse(steps=12, evaluate_every=4, checkpoint_every=4, batch=16)

@@ -16,8 +16,10 @@ from nmsparse_deploy.find.learn.sparse_training import Adapters, Fixed, SrSte, S
 from nmsparse_deploy.find.learn.step_context import Moment
 from nmsparse_deploy.find.refine.base import Whole
 from nmsparse_deploy.find.refine.finetune import Tuner, refine
-from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, check, mask_follows, project
-from nmsparse_deploy.recipe.refine_steps import Finetune
+from nmsparse_deploy.masks import mask_follows, project
+from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
+from nmsparse_deploy.prove.group_counter import check
+from nmsparse_deploy.recipe import Finetune
 from tests.fixtures.toy_learner import Toy, interrupted
 
 WAYS = ["fixed", "sr-ste", "s-ste", "adapters"]

@@ -20,8 +20,9 @@ from nmsparse_deploy.find.plan.make_plan import make_plan
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.models.discovery import discover
-from nmsparse_deploy.pattern import TWO_FOUR, check
-from nmsparse_deploy.recipe.recipe import Prune, Recipe, fingerprint, validate
+from nmsparse_deploy.pattern import TWO_FOUR
+from nmsparse_deploy.prove.group_counter import check
+from nmsparse_deploy.recipe import Prune, Recipe, fingerprint, validate
 from tests import ROOT
 from tests.fixtures import pico
 

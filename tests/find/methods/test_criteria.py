@@ -13,7 +13,8 @@ from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.methods import alps, isc, magnitude_2d, ria, sparsegpt
 from nmsparse_deploy.find.methods.hessian import dampen
-from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, mask_follows, project
+from nmsparse_deploy.masks import mask_follows, project
+from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
 from nmsparse_deploy.registry import METHODS
 from tests.find.methods.test_methods import energy, exact_refit, layer, seeds
 

@@ -20,10 +20,11 @@ from nmsparse_deploy.find.methods.hessian import dampen, inverse_factor
 from nmsparse_deploy.find.methods.sparsegpt import freezer
 from nmsparse_deploy.find.methods.sweep import sweep
 from nmsparse_deploy.find.prune import prune
-from nmsparse_deploy.masks import MaskSet
+from nmsparse_deploy.masks import MaskSet, mask_follows, project
 from nmsparse_deploy.models.base import to_rows
-from nmsparse_deploy.pattern import TWO_FOUR, check, mask_follows, project
-from nmsparse_deploy.recipe.recipe import Prune, fingerprint, validate
+from nmsparse_deploy.pattern import TWO_FOUR
+from nmsparse_deploy.prove.group_counter import check
+from nmsparse_deploy.recipe import Prune, fingerprint, validate
 from nmsparse_deploy.registry import METHODS
 from tests.find.methods.test_methods import PATTERNS, energy, layer
 from tests.find.test_prune import Stop, mask_bytes, spec, stop_at

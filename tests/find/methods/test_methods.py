@@ -16,7 +16,9 @@ from nmsparse_deploy.find.methods.base import relative_error
 from nmsparse_deploy.find.methods.hessian import dampen, inverse_factor
 from nmsparse_deploy.find.methods.sparsegpt import freezer, prune_layer
 from nmsparse_deploy.find.methods.sweep import sweep
-from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, check, mask_follows, project
+from nmsparse_deploy.masks import mask_follows, project
+from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
+from nmsparse_deploy.prove.group_counter import check
 from nmsparse_deploy.registry import METHODS
 
 METHODS_HERE = [name for name in METHODS.names() if METHODS.load(name).package is None]

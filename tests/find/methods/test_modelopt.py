@@ -11,8 +11,9 @@ from nmsparse_deploy.errors import CheckFailed, MissingExtra, NmsparseError, Usa
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.methods import modelopt, sparsegpt
 from nmsparse_deploy.find.prune import prune
-from nmsparse_deploy.pattern import TWO_FOUR, mask_follows, project
-from nmsparse_deploy.recipe.recipe import Prune, validate
+from nmsparse_deploy.masks import mask_follows, project
+from nmsparse_deploy.pattern import TWO_FOUR
+from nmsparse_deploy.recipe import Prune, validate
 from tests.find.methods.test_methods import layer
 from tests.fixtures import pico
 

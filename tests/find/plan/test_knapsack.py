@@ -24,7 +24,7 @@ from nmsparse_deploy.find.plan.mixed_ratios import mixed_ratios
 from nmsparse_deploy.find.plan.sensitivity import Rise
 from nmsparse_deploy.models.base import Discovery, Target
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
-from nmsparse_deploy.recipe.recipe import Allocate, Prune, fingerprint, validate
+from nmsparse_deploy.recipe import Allocate, Prune, fingerprint, validate
 from nmsparse_deploy.runs.run_dir import RunDir
 
 # --- the knapsack ----------------------------------------------------------------------------------------------------

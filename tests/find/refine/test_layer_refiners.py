@@ -20,10 +20,10 @@ from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.find.refine import admm, bias, dsnot, group_descent, swap
 from nmsparse_deploy.find.refine.base import Block, Layer
-from nmsparse_deploy.masks import MaskSet
-from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, check, mask_follows, project
-from nmsparse_deploy.recipe.recipe import Prune, validate
-from nmsparse_deploy.recipe.refine_steps import Admm, AnyStep, Bias, Dsnot, GroupDescent, Swap
+from nmsparse_deploy.masks import MaskSet, mask_follows, project
+from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
+from nmsparse_deploy.prove.group_counter import check
+from nmsparse_deploy.recipe import Admm, AnyStep, Bias, Dsnot, GroupDescent, Prune, Swap, validate
 from nmsparse_deploy.registry import METHODS, REFINEMENTS
 from tests.find.test_prune import Stop, mask_bytes, spec, stop_at
 from tests.fixtures import pico

@@ -20,11 +20,10 @@ from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.find.refine.base import Block, Layer
 from nmsparse_deploy.find.refine.llm_barber import rebuild, refine, squared_gradients
 from nmsparse_deploy.find.refine.units import units
-from nmsparse_deploy.masks import MaskSet
+from nmsparse_deploy.masks import MaskSet, mask_follows, project
 from nmsparse_deploy.models.base import to_rows
-from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, Unstructured, mask_follows, project
-from nmsparse_deploy.recipe.recipe import Prune, validate
-from nmsparse_deploy.recipe.refine_steps import LlmBarber
+from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, Unstructured
+from nmsparse_deploy.recipe import LlmBarber, Prune, validate
 from tests.find.test_prune import Stop, mask_bytes, spec, stop_at
 from tests.fixtures import pico
 

@@ -26,7 +26,7 @@ from transformers import (
     ViTModel,
 )
 
-from nmsparse_deploy import pipeline
+import nmsparse_deploy as nms
 from nmsparse_deploy.errors import CheckFailed, UsageError
 from nmsparse_deploy.find.calibration.block_walk import BlockWalk
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
@@ -38,8 +38,9 @@ from nmsparse_deploy.models.base import to_rows
 from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.models.permutable_channels import find_spaces
 from nmsparse_deploy.models.permutations import Permutations
-from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, check
-from nmsparse_deploy.recipe.recipe import Evaluate, Prune, fingerprint, validate
+from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
+from nmsparse_deploy.prove.group_counter import check
+from nmsparse_deploy.recipe import Evaluate, Prune, fingerprint, validate
 from nmsparse_deploy.runs.load import load_dense, load_pruned
 from tests.find.test_prune import Stop, mask_bytes, spec, stop_at
 from tests.fixtures import pico
@@ -381,7 +382,7 @@ def test_end_to_end(changes, llama_dir, texts, tmp_path):
         assert check(pruned[name], mask.pattern, mask.axis).bad == 0 and (pruned[name][~mask.unpack()] == 0).all()
         if wanted.method != "sparsegpt":
             assert torch.equal(pruned[name], mask.apply(dense.get_parameter(name)))
-    assert all(report.ok for report in pipeline.verify(run))
+    assert all(report.ok for report in nms.verify(run))
     original = pico.llama()
     ids = torch.arange(32).view(2, 16)
     with torch.no_grad():
@@ -424,9 +425,9 @@ def test_producers_that_stay_dense_and_biases_move_along(texts, tmp_path):
 
 def test_evaluate_compares_with_the_permuted_twin(llama_dir, texts, tmp_path):
     run = prune(str(llama_dir), permuted(texts, "wanda"), tmp_path / "run")
-    data = pipeline.evaluate(run, Evaluate(data=str(texts["held_out"]), tokens=128, context=32, continuation=0))
+    data = nms.evaluate(run, Evaluate(data=str(texts["held_out"]), tokens=128, context=32, continuation=0))
     plain = prune(str(llama_dir), spec(texts, "wanda"), tmp_path / "plain")
-    other = pipeline.evaluate(plain, Evaluate(data=str(texts["held_out"]), tokens=128, context=32, continuation=0))
+    other = nms.evaluate(plain, Evaluate(data=str(texts["held_out"]), tokens=128, context=32, continuation=0))
     assert data["results"]["dense"]["value"] == pytest.approx(other["results"]["dense"]["value"], rel=1e-3)
     assert not (plain / "permutations.safetensors").exists()
 

@@ -24,8 +24,9 @@ from nmsparse_deploy.find.refine import reconstruct
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.models.residual_stream import EXIT, find_middle, parameters_before, residual_writers
-from nmsparse_deploy.pattern import TWO_FOUR, check
-from nmsparse_deploy.recipe.recipe import Prune, validate
+from nmsparse_deploy.pattern import TWO_FOUR
+from nmsparse_deploy.prove.group_counter import check
+from nmsparse_deploy.recipe import Prune, validate
 from nmsparse_deploy.registry import METHODS
 from tests.find.test_prune import Stop, mask_bytes, spec, stop_at
 from tests.fixtures import pico

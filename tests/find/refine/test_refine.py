@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.find.refine.refit import refit
-from nmsparse_deploy.masks import MaskSet
-from nmsparse_deploy.pattern import TWO_FOUR, project
-from nmsparse_deploy.recipe.recipe import Prune, validate
+from nmsparse_deploy.masks import MaskSet, project
+from nmsparse_deploy.pattern import TWO_FOUR
+from nmsparse_deploy.recipe import Prune, validate
 from tests.find.test_prune import Stop, mask_bytes, spec, stop_at
 
 seeds = st.integers(0, 2**31)

@@ -9,7 +9,7 @@ import torch
 
 from nmsparse_deploy import models
 from nmsparse_deploy.errors import NmsparseError
-from nmsparse_deploy.masks import Mask, MaskSet
+from nmsparse_deploy.masks import Mask, MaskSet, project
 from nmsparse_deploy.measure.bench.arms import (
     AUTO,
     CONTROL,
@@ -25,7 +25,7 @@ from nmsparse_deploy.measure.bench.arms import (
 from nmsparse_deploy.measure.bench.model_arms import Job, bench_arms
 from nmsparse_deploy.models.base import LoadedModel
 from nmsparse_deploy.models.discovery import discover
-from nmsparse_deploy.pattern import TWO_FOUR, project
+from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.ship.evidence import NOT_SPARSE
 from nmsparse_deploy.ship.torch_sparse.kernel_choice import Decision, Verdict
 from nmsparse_deploy.ship.torch_sparse.linear import Sparse

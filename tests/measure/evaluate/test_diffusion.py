@@ -11,15 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmsparse_deploy import models, pipeline
+import nmsparse_deploy as nms
+from nmsparse_deploy import models
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.measure.evaluate.denoise import draw, predict, starting_noise
 from nmsparse_deploy.measure.evaluate.diffusion import by_timestep, evaluate_diffusion, held_out
 from nmsparse_deploy.measure.evaluate.frechet import frechet_distance
-from nmsparse_deploy.pattern import TWO_FOUR, check
-from nmsparse_deploy.recipe.recipe import Evaluate, Prune, validate
+from nmsparse_deploy.pattern import TWO_FOUR
+from nmsparse_deploy.prove.group_counter import check
+from nmsparse_deploy.recipe import Evaluate, Prune, validate
 from tests.fixtures import small_diffusion as small
 from tests.fixtures import small_vision as vision
 
@@ -124,11 +126,11 @@ def test_a_run_is_pruned_evaluated_and_reported(tmp_path, pictures):
     module = diffusers.DiTTransformer2DModel.from_pretrained(run / "model")
     masks = MaskSet.load(run / "masks.safetensors").masks
     assert len(masks) == 12 and all(check(module.get_parameter(name).data, TWO_FOUR).bad == 0 for name in masks)
-    found = pipeline.evaluate(run, validate(Evaluate, {"data": pictures, **QUICK}))
+    found = nms.evaluate(run, validate(Evaluate, {"data": pictures, **QUICK}))
     assert found["held_out"]["images_compared"] == 6
     metrics = {row["metric"].partition("@")[0]: row["value"] for row in found["results"]["pruned"]}
     assert metrics["prediction_shift"] > 0 and metrics["sample_shift"] > 0
-    page = pipeline.report(run).read_text()
+    page = nms.report(run).read_text()
     assert "samples from the same noise" in page and "denoising_mse" in page
 
 
@@ -136,7 +138,7 @@ def test_pictures_that_were_calibrated_on_are_no_evaluation(tmp_path, pictures):
     source = str(small.family("DiT", tmp_path / "dit"))
     run = prune(source, spec(pictures, "wanda"), tmp_path / "run")
     with pytest.raises(NmsparseError, match="calibrated on"):
-        pipeline.evaluate(run, validate(Evaluate, {"data": f"{pictures}/train", **QUICK, "images": 36}))
+        nms.evaluate(run, validate(Evaluate, {"data": f"{pictures}/train", **QUICK, "images": 36}))
 
 
 def test_the_features_of_a_vision_model_compare_drawn_with_real_pictures(tmp_path, dit, pictures):
@@ -153,7 +155,7 @@ def test_masks_are_learned_through_denoising(tmp_path, pictures, method, learn):
     source = str(small.family("DiT", tmp_path / "dit"))
     quick = {"steps": 3, "evaluate_every": 2, "checkpoint_every": 2, "priors": ["magnitude"], **learn}
     run = prune(source, spec(pictures, method, learn=quick), tmp_path / "run")
-    assert all(report.ok for report in pipeline.verify(run))
+    assert all(report.ok for report in nms.verify(run))
 
 
 def test_a_model_that_reads_text_is_judged_on_other_latents_than_it_was_calibrated_on(tmp_path):
@@ -163,8 +165,8 @@ def test_a_model_that_reads_text_is_judged_on_other_latents_than_it_was_calibrat
     run = prune(source, spec(str(seen), "wanda"), tmp_path / "run")
     assert run.manifest()["stages"]["prune"]["calibration"]["unconditional"] == 3
     with pytest.raises(NmsparseError, match="calibrated on"):
-        pipeline.evaluate(run, validate(Evaluate, {"data": str(seen), **QUICK}))
-    found = pipeline.evaluate(run, validate(Evaluate, {"data": str(fresh), **QUICK}))
+        nms.evaluate(run, validate(Evaluate, {"data": str(seen), **QUICK}))
+    found = nms.evaluate(run, validate(Evaluate, {"data": str(fresh), **QUICK}))
     assert found["held_out"]["images_compared"] == 6 and len(found["images"]) == 1
     assert {row["metric"].partition("@")[0] for row in found["results"]["pruned"]} == {
         "denoising_mse", "prediction_shift", "sample_shift"}

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from nmsparse_deploy import pipeline
+import nmsparse_deploy as nms
 from nmsparse_deploy.data.text import TokenSample
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.measure.bench import interleave, ratio, summarise
 from nmsparse_deploy.measure.evaluate import EvalResult, paired_ratio, perplexity
-from nmsparse_deploy.recipe.recipe import Evaluate, Prune, validate
+from nmsparse_deploy.recipe import Evaluate, Prune, validate
 from tests.fixtures import pico
 from tests.fixtures.zoo import FAMILIES
 
@@ -54,14 +54,14 @@ def test_encoder_decoder_runs_are_evaluated_and_speech_is_refused(tmp_path):
                                                                 "length": 16}})
     run = prune(str(tmp_path / "t5"), spec, tmp_path / "run")
     held = validate(Evaluate, {"data": str(pico.text(tmp_path, "b.txt", 2)), "tokens": 64, "context": 16})
-    found = pipeline.evaluate(run, held)
+    found = nms.evaluate(run, held)
     assert {found["results"][label]["metric"] for label in ("dense", "pruned")} == {"conditional_ppl@8"}
     assert found["ratio"]["ratio"] != 1.0 and found["continuations"] == {}
-    assert "conditional_ppl@8" in pipeline.report(run).read_text()
+    assert "conditional_ppl@8" in nms.report(run).read_text()
     FAMILIES["Whisper"].build(tmp_path / "whisper")
     speech = prune(str(tmp_path / "whisper"), Prune(method="magnitude"), tmp_path / "speech")
     with pytest.raises(NmsparseError, match="reads input_features"):
-        pipeline.evaluate(speech)
+        nms.evaluate(speech)
 
 
 def fake(losses) -> EvalResult:

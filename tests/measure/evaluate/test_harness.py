@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from nmsparse_deploy import models, pipeline
+import nmsparse_deploy as nms
+from nmsparse_deploy import models
 from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.find.prune import prune
-from nmsparse_deploy.recipe.recipe import Evaluate, Export, Prune, validate
+from nmsparse_deploy.recipe import Evaluate, Export, Prune, validate
 from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -63,7 +64,7 @@ def run(llama_dir, texts, tmp_path_factory):
     spec = validate(Prune, {"method": "wanda", "compute": "fp32", "calibration": {
         "data": str(texts["calibration"]), "samples": 4, "length": 32}})
     found = prune(str(llama_dir), spec, tmp_path_factory.mktemp("harness") / "run")
-    pipeline.export(found, Export(precisions=("fp32",)))
+    nms.export(found, Export(precisions=("fp32",)))
     return found
 
 
@@ -128,19 +129,19 @@ def test_the_whole_evaluation(run, tasks, capfd):
     for rows in data["results"].values():
         assert [row["metric"] for row in rows] == ["acc@pico_choice-first5", "acc_norm@pico_choice-first5"]
         assert rows[0]["samples"] == 5
-    assert pipeline.report(run).is_file() and "acc@pico" in (run / "report/report.md").read_text().replace("\\", "")
+    assert nms.report(run).is_file() and "acc@pico" in (run / "report/report.md").read_text().replace("\\", "")
     assert "--task" in (run / "report/report.md").read_text()
 
 
 def test_protocols_and_tasks_in_one_evaluation(run, texts):
     spec = Evaluate(protocols=("ptb",), data=str(texts["held_out"]), paper_context=64, limit=3)
-    data = pipeline.evaluate(run, spec)
+    data = nms.evaluate(run, spec)
     assert data["results"]["pruned"][0]["metric"] == "ptb_ppl@64-first3" and data["ratio"]["low"] <= data["ratio"]["ratio"]
     assert data["held_out"]["runs_compared"] > 0
     with pytest.raises(NmsparseError, match="share a run"):
-        pipeline.evaluate(run, Evaluate(protocols=("ptb",), data=str(texts["calibration"]), paper_context=64))
+        nms.evaluate(run, Evaluate(protocols=("ptb",), data=str(texts["calibration"]), paper_context=64))
     with pytest.raises(UsageError, match="longer than the 256"):
-        pipeline.evaluate(run, Evaluate(protocols=("ptb",), data=str(texts["held_out"])))
+        nms.evaluate(run, Evaluate(protocols=("ptb",), data=str(texts["held_out"])))
 
 
 def test_bad_tasks_are_one_sentence(both, tmp_path):

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from nmsparse_deploy import models, pipeline
+import nmsparse_deploy as nms
+from nmsparse_deploy import models
 from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.measure.evaluate.imagenet import class_numbers, data_settings, printed
-from nmsparse_deploy.recipe.recipe import Evaluate, Prune, validate
+from nmsparse_deploy.recipe import Evaluate, Prune, validate
 from tests.fixtures import small_vision as small
 
 timm = pytest.importorskip("timm")
@@ -76,7 +77,7 @@ def test_the_figures_are_those_of_timms_pipeline(timm_run, images, capfd):
 
 
 def test_fewer_images_are_spread_and_named(timm_run, images):
-    data = pipeline.evaluate(timm_run, Evaluate(protocols=("imagenet",), data=str(images), limit=6))
+    data = nms.evaluate(timm_run, Evaluate(protocols=("imagenet",), data=str(images), limit=6))
     row = data["results"]["dense"][0]
     assert row["metric"] == "imagenet_top1-of6" and row["samples"] == 6
     (pictures,) = {found["protocol"]["images"] for found in data["results"]["dense"]} | {6}
@@ -85,7 +86,7 @@ def test_fewer_images_are_spread_and_named(timm_run, images):
 
 def test_a_transformers_classifier_by_its_labels(images, tmp_path):
     run = prune(str(small.classifier(tmp_path / "model")), validate(Prune, {"method": "magnitude"}), tmp_path / "run")
-    data = pipeline.evaluate(run, Evaluate(protocols=("imagenet",), data=str(images)))
+    data = nms.evaluate(run, Evaluate(protocols=("imagenet",), data=str(images)))
     told = data["timm"]["pruned"]
     assert told["img_size"] == 32 and told["model"] == "model" and 0 <= told["top1"] <= 100
 
@@ -99,29 +100,29 @@ def test_pictures_that_were_calibrated_on_are_refused(timm_run, images, tmp_path
             for file in (images / split / name).iterdir():
                 shutil.copy(file, tmp_path / "mixed/val" / name / f"again-{file.name}")
     with pytest.raises(NmsparseError, match="were calibrated on"):
-        pipeline.evaluate(timm_run, Evaluate(protocols=("imagenet",), data=str(tmp_path / "mixed")))
+        nms.evaluate(timm_run, Evaluate(protocols=("imagenet",), data=str(tmp_path / "mixed")))
 
 
 def test_a_damaged_picture_is_not_replaced_by_the_next(timm_run, images, tmp_path):
     shutil.copytree(images, tmp_path / "broken")
     next((tmp_path / "broken/val/red").iterdir()).write_bytes(b"no picture")
     with pytest.raises(NmsparseError, match="is damaged"):
-        pipeline.evaluate(timm_run, Evaluate(protocols=("imagenet",), data=str(tmp_path / "broken")))
+        nms.evaluate(timm_run, Evaluate(protocols=("imagenet",), data=str(tmp_path / "broken")))
 
 
 def test_folders_that_are_not_the_models_classes(timm_run, images, tmp_path):
     shutil.copytree(images / "val" / "red", tmp_path / "two/val/red")
     shutil.copytree(images / "val" / "blue", tmp_path / "two/val/blue")
     with pytest.raises(UsageError, match="2 folders of images, the model's head has 3 classes"):
-        pipeline.evaluate(timm_run, Evaluate(protocols=("imagenet",), data=str(tmp_path / "two")))
+        nms.evaluate(timm_run, Evaluate(protocols=("imagenet",), data=str(tmp_path / "two")))
     with pytest.raises(UsageError, match="no folder of images"):
-        pipeline.evaluate(timm_run, Evaluate(protocols=("imagenet",), data=str(tmp_path / "nothing")))
+        nms.evaluate(timm_run, Evaluate(protocols=("imagenet",), data=str(tmp_path / "nothing")))
     with pytest.raises(UsageError, match="needs a folder"):
-        pipeline.evaluate(timm_run, Evaluate(protocols=("imagenet",)))
+        nms.evaluate(timm_run, Evaluate(protocols=("imagenet",)))
     with pytest.raises(UsageError, match="does not suit"):
-        pipeline.evaluate(timm_run, Evaluate(protocols=("c4",)))
+        nms.evaluate(timm_run, Evaluate(protocols=("c4",)))
     with pytest.raises(UsageError, match="for language models"):
-        pipeline.evaluate(timm_run, Evaluate(tasks=("piqa",)))
+        nms.evaluate(timm_run, Evaluate(tasks=("piqa",)))
 
 
 def test_wordnet_ids_are_known_to_an_imagenet_head():

@@ -7,11 +7,12 @@ import os
 import pytest
 import torch
 
-from nmsparse_deploy import models, pipeline
+import nmsparse_deploy as nms
+from nmsparse_deploy import models
 from nmsparse_deploy.data.images import evaluation_images
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.models.packaged import visual_saliency as saliency
-from nmsparse_deploy.recipe.recipe import Evaluate, Export, Prune, Recipe
+from nmsparse_deploy.recipe import Evaluate, Export, Prune, Recipe
 from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime
 from tests import ROOT
 
@@ -54,7 +55,7 @@ def test_the_tokens_of_the_converted_vit_are_those_of_the_graph(tmp_path):
 def test_the_vit_through_every_stage(tmp_path):
     recipe = Recipe.load(ROOT / "recipes/vit.yaml")
     spec = recipe.evaluate.model_copy(update={"images": 200, "probe": 600})
-    run = pipeline.run_recipe(recipe.model_copy(update={
+    run = nms.run_recipe(recipe.model_copy(update={
         "prune": Prune(calibration=recipe.prune.calibration.model_copy(update={"samples": 32})),
         "export": Export(precisions=("fp32",)), "evaluate": spec, "bench": None}), tmp_path / "vit")
     data = run.read_json("evaluate.json")
@@ -70,11 +71,11 @@ def test_the_sentence_encoder(tmp_path):
     recipe = Recipe.load(ROOT / "recipes/minilm.yaml")
     calibration = recipe.prune.calibration.model_copy(update={"samples": 128})
     run = prune("minilm", Prune(calibration=calibration), tmp_path / "minilm")
-    data = pipeline.evaluate(run, Evaluate(data="word-pairs"))
+    data = nms.evaluate(run, Evaluate(data="word-pairs"))
     dense, pruned = by_name(data, "dense"), by_name(data, "pruned")
     assert dense["sts_spearman@wordsim353"] == pytest.approx(0.729, abs=0.01)  # its published neighbourhood
     assert pruned["sts_spearman@wordsim353"] > 0.6
-    (row,) = pipeline.export(run, Export(precisions=("fp32",)))
+    (row,) = nms.export(run, Export(precisions=("fp32",)))
     assert row["agreement"]["max_abs"] < 1e-3 and row["links"] == 36
 
 

@@ -15,13 +15,14 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from nmsparse_deploy import models, pipeline
+import nmsparse_deploy as nms
+from nmsparse_deploy import models
 from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.errors import CheckFailed, NmsparseError, UsageError
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.measure.report.card import model_card
 from nmsparse_deploy.measure.report.hub import published
-from nmsparse_deploy.recipe.recipe import Prune, validate
+from nmsparse_deploy.recipe import Prune, validate
 from tests.fixtures import pico
 from tests.fixtures.run_folder import make_run
 from tests.measure.report.test_report_views import HOSTILE
@@ -147,14 +148,14 @@ def test_a_broken_run_is_not_published(hub, native, tmp_path):
     state["model.layers.0.mlp.up_proj.weight"] = torch.ones_like(state["model.layers.0.mlp.up_proj.weight"])
     save_file(state, weights, {"format": "pt"})
     with pytest.raises(CheckFailed, match="not published"):
-        pipeline.publish(RunDir(tmp_path / "run"), "me/pico")
+        nms.publish(RunDir(tmp_path / "run"), "me/pico")
     assert not hub.commits
 
 
 def test_without_a_token_nothing_is_tried(monkeypatch, hub, native):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(NmsparseError, match="no Hugging Face token") as caught:
-        pipeline.publish(native, "me/pico")
+        nms.publish(native, "me/pico")
     assert "hf auth login" in caught.value.hint and not hub.commits
 
 
@@ -171,7 +172,7 @@ def refused(status: int) -> Exception:
 def test_a_hub_that_refuses(monkeypatch, hub, native, error, kind, sentence):
     monkeypatch.setattr(FakeApi, "refuses", error)
     with pytest.raises(kind, match=re.escape(sentence)) as caught:
-        pipeline.publish(native, "me/pico")
+        nms.publish(native, "me/pico")
     assert "\n" not in caught.value.message and not hub.commits
     assert (native / "model/README.md").is_file()  # the card stays
 

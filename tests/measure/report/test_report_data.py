@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.masks import Mask, MaskSet
+from nmsparse_deploy.masks import Mask, MaskSet, project
 from nmsparse_deploy.measure.report import plots
 from nmsparse_deploy.measure.report.build import build_report, summary
 from nmsparse_deploy.measure.report.layers import masks
 from nmsparse_deploy.measure.report.text import clean, interval, number, with_error, within
-from nmsparse_deploy.pattern import NMPattern, project
-from nmsparse_deploy.recipe.recipe import Recipe, fingerprint
+from nmsparse_deploy.pattern import NMPattern
+from nmsparse_deploy.recipe import Recipe, fingerprint
 from nmsparse_deploy.runs.run_dir import RunDir
 from tests.fixtures.run_folder import (
     Page,

@@ -7,7 +7,8 @@ import onnx
 import pytest
 import torch
 
-from nmsparse_deploy.pattern import TWO_FOUR, check
+from nmsparse_deploy.pattern import TWO_FOUR
+from nmsparse_deploy.prove.group_counter import check
 from nmsparse_deploy.prove.onnx_graph import OnnxGraph
 from nmsparse_deploy.ship.onnx.cached import DECODE, PREFILL, check_steps, export_cached
 from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime

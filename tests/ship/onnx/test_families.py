@@ -7,7 +7,8 @@ import onnx
 import pytest
 import torch
 
-from nmsparse_deploy.pattern import TWO_FOUR, check
+from nmsparse_deploy.pattern import TWO_FOUR
+from nmsparse_deploy.prove.group_counter import check
 from nmsparse_deploy.prove.onnx_graph import OnnxGraph
 from nmsparse_deploy.ship.engine import agreement
 from nmsparse_deploy.ship.onnx import LinkMap

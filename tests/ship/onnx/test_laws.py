@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from nmsparse_deploy.errors import CheckFailed, MissingExtra, NmsparseError, UsageError
-from nmsparse_deploy.masks import Mask, MaskSet, tensor_hash
+from nmsparse_deploy.masks import Mask, MaskSet, project, tensor_hash
 from nmsparse_deploy.models.base import Target
-from nmsparse_deploy.pattern import TWO_FOUR, project
+from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.prove import verify_onnx
 from nmsparse_deploy.prove.onnx_graph import OnnxGraph
 from nmsparse_deploy.ship.onnx import LinkMap, export_onnx

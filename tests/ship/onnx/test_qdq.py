@@ -9,8 +9,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from nmsparse_deploy.errors import NmsparseError
-from nmsparse_deploy.masks import Mask, MaskSet
-from nmsparse_deploy.pattern import TWO_FOUR, project
+from nmsparse_deploy.masks import Mask, MaskSet, project
+from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.prove import verify_onnx
 from nmsparse_deploy.prove.onnx_graph import OnnxGraph
 from nmsparse_deploy.ship.onnx.link import LinkMap, LinkRow

@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from nmsparse_deploy import pipeline
+import nmsparse_deploy as nms
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.measure.report.build import build_report
-from nmsparse_deploy.recipe.recipe import Calibration, Export, Prune
+from nmsparse_deploy.recipe import Calibration, Export, Prune
 from nmsparse_deploy.ship.onnx.stage import told
 
 pytest.importorskip("onnxscript")
@@ -31,7 +31,7 @@ def exported(llama_dir, texts, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builtins, "__import__", without)
-        (row,) = pipeline.export(run, Export(precisions=("int8",), cache=True))
+        (row,) = nms.export(run, Export(precisions=("int8",), cache=True))
     return run, row
 
 

@@ -177,7 +177,7 @@ def test_without_tensorrt_the_graph_stays(arguments, pruned, capfd):
 def test_export_with_engines_is_one_document(pruned, install, capfd, monkeypatch):
     install(11)
     # a machine that only says it has a GPU cannot trace; the exported files are there already
-    monkeypatch.setattr("nmsparse_deploy.pipeline.export", lambda run, *rest: run.read_json("export.json")["files"])
+    monkeypatch.setattr("nmsparse_deploy.ship.onnx.stage.export", lambda run, *rest: run.read_json("export.json")["files"])
     code, out, _ = run(capfd, "--json", "export", pruned, "--precision", "fp16", "--trt")
     document = json.loads(out)
     assert code == 0 and document["files"][0]["precision"] == "fp16" and len(document["engines"]) == 2

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nmsparse_deploy.pattern import TWO_FOUR, project
+from nmsparse_deploy.masks import project
+from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.ship.quantise import FORMATS, quantise_weight
 from nmsparse_deploy.ship.torch_sparse.linear import Dense, EightBit, encoded, make
 from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, StandIn, standing_in

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nmsparse_deploy.errors import CheckFailed
-from nmsparse_deploy.pattern import TWO_FOUR, project
+from nmsparse_deploy.masks import project
+from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.ship.torch_sparse.packed import Packed, pack, packable, stored_share, unpack
 
 DTYPES = (torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn)

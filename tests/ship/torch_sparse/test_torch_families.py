@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from nmsparse_deploy import models
-from nmsparse_deploy.masks import Mask, MaskSet
+from nmsparse_deploy.masks import Mask, MaskSet, project
 from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.models.meta_model import description
-from nmsparse_deploy.pattern import TWO_FOUR, project
+from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.ship.torch_sparse.artefact import TorchSparse, write
 from tests.fixtures.zoo import FAMILIES
 

@@ -14,7 +14,7 @@ from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.models import load
-from nmsparse_deploy.recipe.recipe import Pack
+from nmsparse_deploy.recipe import Pack
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.ship.torch_sparse.artefact import DECISIONS, FILE, Artefact, TorchSparse
 from nmsparse_deploy.ship.torch_sparse.linear import Sparse

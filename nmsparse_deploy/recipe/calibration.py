@@ -1,0 +1,24 @@
+"""The section `calibration:` of a recipe."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from nmsparse_deploy.recipe.refine_steps import Frozen
+
+AUTO = "auto"
+"""Data that suits the model's family: text, or pictures. What it came to is recorded with the run."""
+
+
+class Calibration(Frozen):
+    """Which data the statistics come from.
+
+    `data` is a packaged set's name, a text file, a folder of texts or images, an archive of images, or `generated` for
+    text that the model writes itself; `A+B` takes as many samples of each.
+    """
+
+    data: str = AUTO
+    samples: int = Field(64, ge=0)
+    length: int = Field(512, ge=8, description="tokens per sample (text only)")
+    batch: int = Field(4, ge=1)
+    seed: int = 0

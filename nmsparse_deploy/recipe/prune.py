@@ -1,0 +1,184 @@
+"""The section `prune:` of a recipe: how the mask is found, and how the weights that stay are refined."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.pattern import TWO_FOUR, Pattern, Unstructured, parse_pattern
+from nmsparse_deploy.recipe.calibration import Calibration
+from nmsparse_deploy.recipe.learn_settings import AnyLearn
+from nmsparse_deploy.recipe.refine_steps import AnyStep, Finetune, Frozen, Refit
+from nmsparse_deploy.registry import LEARNERS, METHODS, REFINEMENTS, check_method
+
+
+class Prune(Frozen):
+    """How the mask is found, and how the weights that stay are refined."""
+
+    method: str = "sparsegpt"
+    pattern: str = "2:4"
+    permute: bool = Field(False, description="first reorder the channels that are free to move, for better groups")
+    calibration: Calibration = Calibration()
+    wbits: Literal[4, 8] | None = Field(None, description="round kept weights to this many bits")
+    wgroup: int | None = Field(None, ge=1, description="columns that share a scale, with wbits; left out: a whole row")
+    learn: AnyLearn | None = Field(None, description="settings of a learned method; filled in when there is one")
+    refine: tuple[AnyStep, ...] = Field((), description="applied in order after the mask is chosen")
+    sequential: bool = Field(False, description="a layer's statistics see the pruned layers before it in its block; "
+                                                "about twice the forward passes")
+    include: tuple[str, ...] = Field((), description="globs on parameter names; empty = everything prunable")
+    exclude: tuple[str, ...] = ()
+    patterns: dict[str, str] | None = Field(None, description="parameter name -> keep:group, dense, or dense: why; "
+                                            "what is not named gets `pattern`")
+    compute: Literal["auto", "fp32", "bf16"] = Field("auto", description="dtype of forward passes; statistics are fp32")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _section_of_the_method(cls, data: Any) -> Any:
+        """`learn` need not repeat the method's name, and is there whenever the method learns."""
+        if not isinstance(data, dict):
+            return data
+        method, section = data.get("method"), data.get("learn")
+        if method not in LEARNERS.entries:
+            if section is not None:
+                name = method or cls.model_fields["method"].default
+                raise UsageError(f"The section learn belongs to a learned method, and '{name}' is none.",
+                                 f"one of: {', '.join(LEARNERS.names())}")
+            return data
+        if section is None or (isinstance(section, dict) and "name" not in section):
+            return {**data, "learn": {"name": method, **(section or {})}}
+        return data
+
+    @property
+    def finetune(self) -> Finetune | None:
+        """The step that trains the whole model, if there is one."""
+        return next((step for step in self.refine if isinstance(step, Finetune)), None)
+
+    @property
+    def walked(self) -> int:
+        """Calibration samples that pass from block to block; what trains the whole model reads all of them."""
+        samples = self.calibration.samples
+        return min(self.finetune.prior_samples or samples, samples) if self.finetune else samples
+
+    @property
+    def rounds_last(self) -> bool:
+        """Does `wbits` take a sweep of its own on the finished mask, because the method's own is not the last word?"""
+        return self.wbits is not None and (bool(self.refine) or not METHODS.load(self.method).quantises)
+
+    @field_validator("patterns")
+    @classmethod
+    def _valid_patterns(cls, named: dict[str, str] | None) -> dict[str, str] | None:
+        for text in (named or {}).values():
+            decided(text)
+        return named
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        if name in REFINEMENTS.names():
+            raise UsageError(f"'{name}' refines a mask; type --method wanda --refine {name}.")
+        return check_method(name)
+
+    @field_validator("refine", mode="before")
+    @classmethod
+    def _known_refinements(cls, steps: Any) -> Any:
+        for step in steps if isinstance(steps, (list, tuple)) else ():
+            if isinstance(step, dict):
+                REFINEMENTS.check(str(step.get("name")))
+        return steps
+
+    @field_validator("pattern")
+    @classmethod
+    def _valid_pattern(cls, text: str) -> str:
+        return str(parse_pattern(text))
+
+    @model_validator(mode="after")
+    def _finds_the_pattern(self) -> Prune:
+        """What needs groups, or knows one pattern only, refuses others before anything is loaded."""
+        named = [decided(text)[0] for text in (self.patterns or {}).values()]
+        asked = [p for p in (parse_pattern(self.pattern), *named) if p is not None]
+        other = next((p for p in asked if p != TWO_FOUR), None)  # 2:4 every method finds; it need not be loaded to ask
+        if other is not None and self.method in METHODS.entries and (only := METHODS.load(self.method).only):
+            raise UsageError(f"The method '{self.method}' finds {only} masks only, not {other}.")
+        loose = next((p for p in asked if isinstance(p, Unstructured)), None)
+        if loose is not None:
+            able = [name for name in METHODS.names() if METHODS.load(name).scope]
+            _refuse_others("method", [self.method], able, str(loose))
+            found = {name: REFINEMENTS.load(name) for name in REFINEMENTS.names()}
+            able = [name for name, step in found.items() if step.changes == "weights" or step.unstructured]
+            _refuse_others("refinement", [step.name for step in self.refine], able, str(loose))
+            if self.permute:
+                raise UsageError(f"Permuting channels makes better groups, and {loose} has none.",
+                                 "leave out --permute")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_model_last(self) -> Prune:
+        """What trains the whole model comes after everything else, once."""
+        if any(isinstance(step, Finetune) for step in self.refine[:-1]):
+            raise UsageError("finetune trains the whole pruned model; it comes once, after all other refinements.")
+        last = self.finetune
+        if last is not None and last.batch is not None and last.batch % self.calibration.batch:
+            raise UsageError(f"finetune's batch {last.batch} is not a multiple of calibration.batch "
+                             f"{self.calibration.batch}, the samples that pass at a time.")
+        if last is not None and last.moves_mask:
+            named = [decided(text)[0] for text in (self.patterns or {}).values()]
+            if any(isinstance(p, Unstructured) for p in (parse_pattern(self.pattern), *named)):
+                raise UsageError(f"finetune with {last.how} chooses within groups, and the pattern has none.",
+                                 "how: fixed")
+            if self.permute:
+                raise UsageError(f"finetune with {last.how} brings back dense weights, which permuting moves.",
+                                 "how: fixed, or leave out --permute")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_learned(self) -> Prune:
+        if self.learn is None:
+            return self
+        if self.learn.name != self.method:
+            raise UsageError(f"The section learn is that of '{self.learn.name}', the method is '{self.method}'.")
+        if self.learn.batch is not None and self.learn.batch % self.calibration.batch:
+            raise UsageError(f"learn.batch {self.learn.batch} is not a multiple of calibration.batch "
+                             f"{self.calibration.batch}, the samples that pass at a time.")
+        if self.permute and self.learn.objective == "global":
+            raise UsageError("Permuted channels are learned a block at a time.", "--objective block")
+        if self.permute and self.learn.prior_files:
+            raise UsageError("A mask file does not fit channels in another order.", "leave out --permute")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_rounded(self) -> Prune:
+        if self.wbits is None:
+            if self.wgroup is not None:
+                raise UsageError(f"wgroup {self.wgroup} shares the scales of wbits, which is not set.", "--wbits 4")
+            return self
+        if self.learn is not None:
+            raise UsageError(f"A mask that '{self.method}' learned is not rounded to {self.wbits} bits here.",
+                             "leave out --wbits, and round at export with --precision int8 or fp8")
+        if self.finetune:
+            raise UsageError(f"'{self.finetune.name}' would move weights off the {self.wbits}-bit grid; leave out "
+                             "--refine or --wbits.")
+        unit = parse_pattern(self.pattern).stretch
+        if self.wgroup is not None and self.wgroup % unit:
+            raise UsageError(f"wgroup {self.wgroup} is not a multiple of {unit}, the columns pruned at a time.")
+        return self
+
+
+def _refuse_others(kind: str, asked: list[str], able: list[str], pattern: str) -> None:
+    for name in asked:
+        if name not in able:
+            raise UsageError(f"The {kind} '{name}' works in N:M groups only; for {pattern} take {' or '.join(able)}.")
+
+
+DENSE = "dense"
+
+
+def decided(text: str) -> tuple[Pattern | None, str]:
+    """A value of `Prune.patterns`: its pattern (None = dense), and why. Raises `UsageError`."""
+    head, _, why = text.partition(":")
+    return (None, why.strip()) if head.strip() == DENSE else (parse_pattern(text), "")
+
+
+CLOSED_FORM = Prune(method="group-obs", refine=(Refit(),), sequential=True)
+"""Recommended where nothing else is asked for: no back-propagation, minutes for a small model (docs/methods.md)."""
