@@ -31,8 +31,9 @@ demo: setup  ## prune a real model to 2:4, prove it, export it, compare it, repo
 test: setup lint  ## the fast tests (under 10 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not matrix and not gpu'
 
-lint: setup  ## ruff, mypy, generated files are current
+lint: setup  ## ruff, mypy, the floors of the house, generated files are current
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 	$(BIN)/python docs/generate.py --check
 

@@ -30,7 +30,6 @@ from nmsparse_deploy.errors import CheckFailed, NmsparseError
 from nmsparse_deploy.models.base import LoadedModel, Target
 from nmsparse_deploy.recipe import Calibration
 from nmsparse_deploy.runs.run_dir import RunDir
-from nmsparse_deploy.ship.quantise import BASE, FORMATS, WINDOWS, Range, calibrate
 from nmsparse_deploy.system.progress import Progress, silent
 
 BASE = "fp16"
