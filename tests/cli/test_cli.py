@@ -169,8 +169,8 @@ def test_ctrl_c_keeps_finished_blocks(llama_dir, texts, tmp_path):
     command = [sys.executable, "-m", "nmsparse_deploy", "prune", str(llama_dir), *small(texts), "--out", "run"]
     script = f"""
 import os, signal, sys
-import nmsparse_deploy.prune
-prune = sys.modules["nmsparse_deploy.prune"]
+import nmsparse_deploy.find.prune
+prune = sys.modules["nmsparse_deploy.find.prune"]
 original = prune._Stage._commit
 def slow(self, name, pruned):
     if pruned.number == 1:

@@ -102,8 +102,8 @@ def test_killed_process_resumes_to_the_same_bits(llama_dir, texts, tmp_path):
     script = textwrap.dedent(f"""
         import os, signal
         from pathlib import Path
-        from nmsparse_deploy import rundir
-        from nmsparse_deploy.prune import prune
+        from nmsparse_deploy.runs import run_dir as rundir
+        from nmsparse_deploy.find.prune import prune
         from nmsparse_deploy.recipe import Prune
         whole = rundir._sync
         def sync(path):

@@ -66,7 +66,7 @@ def test_a_model_is_pruned_by_its_name_and_only_its_weights_are_fetched(source, 
 
 def test_a_model_that_was_never_here_is_streamed_at_once(folders, tmp_path):
     """Its files are downloaded without being loaded, so what is larger than memory can be named by its hub name."""
-    ask = "from nmsparse_deploy.opening import load_fitting as load; print(load('a/llama', limit=10**12).streamed)"
+    ask = "from nmsparse_deploy.find.offload import load_fitting as load; print(load('a/llama', limit=10**12).streamed)"
     with hub(folders) as (address, asked):
         done = python(address, tmp_path, "-c", ask)
     assert done.stdout.strip() == "True", done.stderr

@@ -149,9 +149,11 @@ def test_killed_in_the_middle_and_resumed(texts, tmp_path, streaming):
     script = textwrap.dedent(f"""
         import os, signal
         from pathlib import Path
-        from nmsparse_deploy import memory, opening, rundir
-        from nmsparse_deploy.cost import Footprint
-        from nmsparse_deploy.prune import prune
+        from nmsparse_deploy.find import offload as opening
+        from nmsparse_deploy.runs import run_dir as rundir
+        from nmsparse_deploy.system import memory
+        from nmsparse_deploy.find.cost import Footprint
+        from nmsparse_deploy.find.prune import prune
         from nmsparse_deploy.recipe import Prune
         opening.footprint = lambda *_: Footprint(10**15, 10**15, 0)
         memory.free = lambda: 1

@@ -27,9 +27,9 @@ SCRIPT = """
     from pathlib import Path
     import torch
     from safetensors.torch import save_file
-    from nmsparse_deploy import block
-    from nmsparse_deploy.processes import here
-    from nmsparse_deploy.prune import prune
+    from nmsparse_deploy.find import prune_block as block
+    from nmsparse_deploy.system.distributed import here
+    from nmsparse_deploy.find.prune import prune
     from nmsparse_deploy.recipe import Prune
 
     model, spec, out = sys.argv[1:]

@@ -249,7 +249,7 @@ def test_a_missing_exporter_is_a_sentence(tmp_path, monkeypatch):
 
 
 def test_an_export_prints_nothing(tmp_path):
-    code = ("import sys, torch; from pathlib import Path; from nmsparse_deploy.export import export_onnx\n"
+    code = ("import sys, torch; from pathlib import Path; from nmsparse_deploy.ship.onnx import export_onnx\n"
             "m = torch.nn.Linear(8, 8); i = {'input': torch.ones(2, 3, 8)}\n"
             "export_onnx(m, i, Path(sys.argv[1]), 'm', [])")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
