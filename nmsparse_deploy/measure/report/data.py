@@ -9,10 +9,10 @@ from nmsparse_deploy.measure.report.engines import engines
 from nmsparse_deploy.measure.report.layers import layers
 from nmsparse_deploy.measure.report.packed import gpu_arms, packed
 from nmsparse_deploy.measure.report.stages import Stages
-from nmsparse_deploy.measure.report.text import clean
 from nmsparse_deploy.measure.report.verdict import headline
 from nmsparse_deploy.models import short_name
 from nmsparse_deploy.pattern import TWO_FOUR, parse_pattern
+from nmsparse_deploy.runs.wording import clean
 
 FORMAT = "nmsparse-report-1"
 

@@ -6,7 +6,7 @@ import base64
 from typing import Any
 
 from nmsparse_deploy.measure.report.stages import Stages
-from nmsparse_deploy.measure.report.text import counted
+from nmsparse_deploy.runs.wording import counted
 
 FIRST = ("dense", "pruned")
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.measure.report.text import clean
 from nmsparse_deploy.runs.run_dir import RunDir
+from nmsparse_deploy.runs.wording import clean
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nmsparse_deploy.measure.report.engines import lines as engine_lines
-from nmsparse_deploy.measure.report.text import interval, listed, megabytes, number, plural, with_error, within
+from nmsparse_deploy.runs.wording import interval, listed, megabytes, number, plural, with_error, within
 
 NOT_EVALUATED = "what it costs in accuracy was not measured"
 NO_SPEED = "no speed-up from sparsity was measured here"

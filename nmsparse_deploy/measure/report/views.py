@@ -9,7 +9,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from nmsparse_deploy.measure.report import plots, text
+from nmsparse_deploy.measure.report import plots
+from nmsparse_deploy.runs import wording as text
 
 TEMPLATES = Path(__file__).parent / "templates"
 FILTERS = {"number": text.number, "megabytes": text.megabytes, "seconds": text.seconds, "shape": text.shape,

@@ -11,10 +11,10 @@ from nmsparse_deploy.masks import Mask, MaskSet, project
 from nmsparse_deploy.measure.report import plots
 from nmsparse_deploy.measure.report.build import build_report, summary
 from nmsparse_deploy.measure.report.layers import masks
-from nmsparse_deploy.measure.report.text import clean, interval, number, with_error, within
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import Recipe, fingerprint
 from nmsparse_deploy.runs.run_dir import RunDir
+from nmsparse_deploy.runs.wording import clean, interval, number, with_error, within
 from tests.fixtures.run_folder import (
     Page,
     make_run,

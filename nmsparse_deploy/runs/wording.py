@@ -1,4 +1,4 @@
-"""How the report writes numbers and strings: one form for every view, so that the views cannot disagree."""
+"""How figures and texts are written: one form for every page, so that no two pages disagree."""
 
 from __future__ import annotations
 
