@@ -17,6 +17,7 @@ from typing import Any
 from curves import Panel, svg
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))  # `benchmarks` is not installed
 os.environ["COLUMNS"] = os.environ["TERMINAL_WIDTH"] = "100"
 
 
@@ -72,18 +73,18 @@ TITLES = {"bbc": "BBC news", "wikitext2": "WikiText-2 test"}
 
 
 def measured(names: tuple[str, ...] | None = None) -> str:
-    """The rows of the frozen baseline and of the one-shot benchmark, best last; all of them, or those with `names`."""
+    """Return the rows of the baseline and of the one-shot benchmark, best last; all of them, or those in `names`."""
+    from benchmarks.gap import gap_closed, gap_ends
+
     baseline, oneshot = (json.loads((ROOT / f"results/{name}-smollm2-135m.json").read_text())
                          for name in ("baseline", "oneshot"))
-    texts = baseline["protocol"]["texts"]
-    ends = {text: {end: math.log(oneshot["ends"][text][end]) for end in ("dense", "sparsegpt")} for text in texts}
+    texts, ends = baseline["protocol"]["texts"], gap_ends(baseline)
     rows, every = [], baseline["rows"] + oneshot["rows"]
     lines = [line for line in baseline["table"] + oneshot["table"] if names is None or line["method"] in names]
     for line in sorted(lines, key=lambda line: -line[texts[0]]["ppl"]):
         dense, cells = line["method"] == "dense", [line["method"]]
         for text in texts:
-            spread, end = line[text]["seed_spread"], ends[text]
-            share = (end["sparsegpt"] - math.log(line[text]["ppl"])) / (end["sparsegpt"] - end["dense"])
+            spread, share = line[text]["seed_spread"], gap_closed(math.log(line[text]["ppl"]), ends[text])
             closed = f" ({share:.2f})" if share > 0 and not dense else ""
             around = f" ± {100 * spread:.1f} %" if spread is not None else ""
             cells.append(f"{line[text]['ppl']:.1f}{around}{closed}")

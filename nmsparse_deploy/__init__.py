@@ -2,10 +2,9 @@
 
 The public API has the same verbs as the command line:
 
-    from pathlib import Path
     import nmsparse_deploy as nms
     run = nms.prune("demo", nms.Prune(method="sparsegpt", pattern="2:4"))
-    reports = nms.verify(run)
+    assert all(report.ok for report in nms.verify(run))
 
 Nothing is imported until it is used.
 """
@@ -13,7 +12,47 @@ Nothing is imported until it is used.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what an editor and a type checker see of the names below
+    from nmsparse_deploy.comparison import compare as compare
+    from nmsparse_deploy.errors import CheckFailed as CheckFailed
+    from nmsparse_deploy.errors import NmsparseError as NmsparseError
+    from nmsparse_deploy.errors import UsageError as UsageError
+    from nmsparse_deploy.find.import_masks import import_result as import_result
+    from nmsparse_deploy.find.inspect import inspect as inspect
+    from nmsparse_deploy.find.plan.stage import plan as plan
+    from nmsparse_deploy.find.prune import prune as prune
+    from nmsparse_deploy.masks import Mask as Mask
+    from nmsparse_deploy.masks import MaskSet as MaskSet
+    from nmsparse_deploy.masks import project as project
+    from nmsparse_deploy.measure.bench.cpu import bench as bench
+    from nmsparse_deploy.measure.bench.stages import bench_run as bench_run
+    from nmsparse_deploy.measure.bench.stages import crossover as crossover
+    from nmsparse_deploy.measure.evaluate.stage import evaluate as evaluate
+    from nmsparse_deploy.measure.report.stage import publish as publish
+    from nmsparse_deploy.measure.report.stage import report as report
+    from nmsparse_deploy.pattern import NMPattern as NMPattern
+    from nmsparse_deploy.pattern import Unstructured as Unstructured
+    from nmsparse_deploy.pattern import parse_pattern as parse_pattern
+    from nmsparse_deploy.pipeline import run_recipe as run_recipe
+    from nmsparse_deploy.prove.group_counter import check as check
+    from nmsparse_deploy.recipe import Allocate as Allocate
+    from nmsparse_deploy.recipe import Bench as Bench
+    from nmsparse_deploy.recipe import Build as Build
+    from nmsparse_deploy.recipe import Calibration as Calibration
+    from nmsparse_deploy.recipe import Evaluate as Evaluate
+    from nmsparse_deploy.recipe import Export as Export
+    from nmsparse_deploy.recipe import Pack as Pack
+    from nmsparse_deploy.recipe import Prune as Prune
+    from nmsparse_deploy.recipe import Recipe as Recipe
+    from nmsparse_deploy.runs.run_dir import RunDir as RunDir
+    from nmsparse_deploy.ship.evidence import EngineEvidence as EngineEvidence
+    from nmsparse_deploy.ship.onnx.stage import export as export
+    from nmsparse_deploy.ship.tensorrt.stage import build as build
+    from nmsparse_deploy.ship.tensorrt.stage import verify_engine as verify_engine
+    from nmsparse_deploy.ship.torch_sparse.stage import export_torch as export_torch
+    from nmsparse_deploy.ship.verify_run import verify as verify
 
 _PUBLIC = {
     "NMPattern": "pattern", "Unstructured": "pattern", "parse_pattern": "pattern", "project": "masks",
@@ -24,7 +63,8 @@ _PUBLIC = {
     "Pack": "recipe",
     "RunDir": "runs.run_dir",
     "prune": "find.prune", "plan": "find.plan.stage",
-    "inspect": "find.inspect", "verify": "ship.verify_run", "export": "ship.onnx.stage",
+    "inspect": "find.inspect", "import_result": "find.import_masks",
+    "verify": "ship.verify_run", "export": "ship.onnx.stage",
     "evaluate": "measure.evaluate.stage", "bench": "measure.bench.cpu",
     "report": "measure.report.stage", "publish": "measure.report.stage",
     "run_recipe": "pipeline", "compare": "comparison",
@@ -37,6 +77,10 @@ __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("nmsparse-deploy")
     if name not in _PUBLIC:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     value = globals()[name] = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
