@@ -31,6 +31,18 @@ def tensor_hash(weight: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
+def normalise_zeros(weight: torch.Tensor) -> int:
+    """Write +0.0 over every -0.0 of `weight`, in place; return how many there were.
+
+    Other pruning tools leave -0.0 (`weight * mask`), and so does rounding a tiny negative value to fewer bits.
+    """
+    negative = (weight == 0) & torch.signbit(weight)
+    count = int(negative.sum())
+    if count:
+        weight.masked_fill_(negative, 0.0)
+    return count
+
+
 @dataclass(frozen=True)
 class Mask:
     """One packed mask. `bits` holds one bit per value of the row-major weight, lowest bit first."""

@@ -27,7 +27,7 @@ import torch
 from nmsparse_deploy import models
 from nmsparse_deploy.errors import CheckFailed, NmsparseError, UsageError, first_line
 from nmsparse_deploy.find.plan.make_plan import Plan, PlanRow, by_fusion
-from nmsparse_deploy.masks import Mask, MaskSet, mask_follows, tensor_hash
+from nmsparse_deploy.masks import Mask, MaskSet, mask_follows, normalise_zeros, tensor_hash
 from nmsparse_deploy.models.adapters.timm import read_state
 from nmsparse_deploy.models.base import LoadedModel, Target
 from nmsparse_deploy.models.discovery import discover
@@ -109,16 +109,17 @@ def import_result(model: str, masks: Path | None = None, sparse: str | None = No
     spec = Prune(method="magnitude", pattern=str(wanted))
     recipe = {"model": model, **spec.model_dump(mode="json"), "method": "imported",
               "imported": {"masks": str(masks) if masks else None, "sparse": sparse}}
-    _apply(pruned, kept)
+    normalised = _apply(pruned, kept)
     run = RunDir.create(path, recipe, fingerprint(f"{model} {masks} {sparse}", spec), force=True)
     with run.lock():
-        rows = _write(run, pruned, kept, targets, hashes, wanted, recipe)
+        rows = _write(run, pruned, kept, targets, hashes, normalised, wanted, recipe)
         run.write_json("plan.json", plan.to_json())
         report = verify_checkpoint(run / "model", MaskSet.load(run / "masks.safetensors"))
         run.write_json("verify.json", {"reports": [report.to_json()], "not_checked": list(NOT_CHECKED)})
         if not report.ok:
             raise CheckFailed(f"The imported model fails verification: {report.summary()}")
         run.finish("prune", time.perf_counter() - start, layers=len(rows), peak_memory_mb=peak_memory_mb(),
+                   negative_zeros_normalised=sum(normalised.values()),
                    provenance=dense.provenance, compute="none", calibration=None, ambiguous=ambiguous)
     groups = sum(mask.numel() // wanted.group for mask in kept.values())
     partial = sum(len({row.pattern for row in rows}) > 1 for rows in by_fusion(plan.rows).values())
@@ -274,16 +275,21 @@ def _same_model(sparse: str, dense: LoadedModel, progress: Progress) -> LoadedMo
 
 
 @torch.no_grad()
-def _apply(loaded: LoadedModel, kept: Mapping[str, torch.Tensor]) -> None:
+def _apply(loaded: LoadedModel, kept: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Bake the masks; return how many kept values of each weight were -0.0."""
+    normalised = {}
     for name, mask in kept.items():
         weight = loaded.module.get_parameter(name)
         if not bool(torch.isfinite(weight).all()):
             raise NmsparseError(f"The weight '{name}' of '{loaded.source}' contains NaN or Inf.")
         weight.copy_(torch.where(mask, weight, torch.zeros((), dtype=weight.dtype)))
+        normalised[name] = normalise_zeros(weight)
+    return normalised
 
 
 def _write(run: RunDir, pruned: LoadedModel, kept: Mapping[str, torch.Tensor], targets: Mapping[str, Target],
-           hashes: Mapping[str, str], pattern: NMPattern, recipe: dict[str, Any]) -> list[dict[str, Any]]:
+           hashes: Mapping[str, str], normalised: Mapping[str, int], pattern: NMPattern,
+           recipe: dict[str, Any]) -> list[dict[str, Any]]:
     """Weights, masks and their records."""
     masks = {name: Mask.pack(mask.contiguous(), targets[name].axis, pattern, hashes[name])
              for name, mask in kept.items()}
@@ -294,7 +300,8 @@ def _write(run: RunDir, pruned: LoadedModel, kept: Mapping[str, torch.Tensor], t
     with run.replacing("masks.safetensors") as file:
         MaskSet(masks, info).save(file)
     rows = [{"name": name, "block": targets[name].block, "axis": mask.axis, "pattern": str(pattern),
-             "shape": mask.shape, "dense_hash": mask.dense_hash, "relative_error": None, "seconds": 0.0,
-             "peak_memory_mb": 0} for name, mask in masks.items()]
+             "shape": mask.shape, "dense_hash": mask.dense_hash, "relative_error": None,
+             "negative_zeros_normalised": normalised[name], "seconds": 0.0, "peak_memory_mb": 0}
+            for name, mask in masks.items()]
     run.write_json("layers.json", rows)
     return rows

@@ -32,7 +32,7 @@ from nmsparse_deploy.find.methods.base import LayerResult, Method
 from nmsparse_deploy.find.offload import Opened, open_model
 from nmsparse_deploy.find.plan.make_plan import Plan
 from nmsparse_deploy.find.prune_block import PrunedBlock, needs, prune_block
-from nmsparse_deploy.masks import Mask, MaskSet, mask_follows, tensor_hash
+from nmsparse_deploy.masks import Mask, MaskSet, mask_follows, normalise_zeros, tensor_hash
 from nmsparse_deploy.models.base import LoadedModel, from_rows, to_rows
 from nmsparse_deploy.models.permutations import ORDER, Permutations, from_tensors, to_tensors
 from nmsparse_deploy.pattern import Scope, parse_pattern
@@ -234,6 +234,7 @@ class _Stage:
             raise CheckFailed(f"The saved model fails verification: {report.summary()}")
         self.opened.check(run_peak(), "Saving and verifying")
         self.run.finish("prune", seconds, layers=len(rows), peak_memory_mb=peak_memory_mb(),
+                        negative_zeros_normalised=sum(row["negative_zeros_normalised"] for row in rows),
                         memory={**self.opened.to_json(), "peak_bytes": run_peak()},
                         provenance=self.loaded.provenance, compute=str(self.compute).removeprefix("torch."),
                         calibration=self.sample.to_json() if self.sample else None, **_unreached(rows),
@@ -309,6 +310,7 @@ class _Stage:
                                     self.progress)
         for row in rows:
             row["relative_error"] = None
+            row["negative_zeros_normalised"] += normalise_zeros(self.loaded.module.get_parameter(row["name"]).detach())
             kept, mask = found[row["name"]], masks[row["name"]]
             bits = from_rows(kept, mask.shape, mask.axis)
             self.moved[row["name"]] = Mask.pack(bits, mask.axis, mask.pattern, mask.dense_hash)
@@ -334,7 +336,7 @@ class _Stage:
             parameter = self.loaded.module.get_parameter(key).detach()
             if not mask_follows(layer.result.mask, layer.pattern, scope=scope):
                 raise CheckFailed(f"The recipe broke the pattern {layer.pattern} on '{key}'.")
-            weight = layer.stored(parameter.dtype)
+            weight, negative_zeros = layer.baked(parameter.dtype)
             mask = Mask.pack(from_rows(layer.result.mask, layer.shape, layer.axis), layer.axis, layer.pattern,
                              tensor_hash(parameter))
             if layer.result.grid is not None:
@@ -345,6 +347,7 @@ class _Stage:
             tensors |= {key: weight.cpu(), key + MASK: torch.from_numpy(mask.bits)}
             records.append({"name": key, "block": pruned.number, "axis": mask.axis, "pattern": str(mask.pattern),
                             "shape": mask.shape, "dense_hash": mask.dense_hash, "relative_error": error,
+                            "negative_zeros_normalised": negative_zeros,
                             "seconds": round(pruned.seconds[key], 3), "peak_memory_mb": pruned.peaks[key],
                             **layer.reached()})
         with self.run.replacing(name) as temporary:

@@ -18,6 +18,7 @@ from nmsparse_deploy.find.learn.checkpoint import Checkpoints
 from nmsparse_deploy.find.learn.learner import Subject
 from nmsparse_deploy.find.learn.loop import Outcome
 from nmsparse_deploy.find.methods.base import LayerResult, error_over, stacked
+from nmsparse_deploy.masks import normalise_zeros
 from nmsparse_deploy.models.base import from_rows
 from nmsparse_deploy.pattern import NMPattern, Pattern
 from nmsparse_deploy.system.progress import Progress
@@ -73,8 +74,13 @@ class Layer:
                             "by_magnitude": [number for number, own in enumerate(stats) if own.white]}}
 
     def stored(self, dtype: torch.dtype) -> torch.Tensor:
-        """The present weight in the shape and dtype of the parameter, pruned values exactly +0.0."""
-        return from_rows(self.weight, self.shape, self.axis).to(dtype)
+        """The present weight in the shape and dtype of the parameter, every zero of it exactly +0.0."""
+        return self.baked(dtype)[0]
+
+    def baked(self, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
+        """Return the weight as `stored` does, and how many kept values were -0.0."""
+        weight = from_rows(self.weight, self.shape, self.axis).to(dtype)
+        return weight, normalise_zeros(weight)
 
 
 @dataclass(frozen=True)
