@@ -27,7 +27,7 @@ from nmsparse_deploy.system.progress import Progress, silent
 
 
 def load(names: Sequence[str]) -> dict[str, Prune]:
-    """Recipe files by their stem, or method names with `+refinement` parts (`wanda+refit`), to prune sections.
+    """Turn recipe files (by their stem) or method names with `+refinement` parts (`wanda+refit`) into prune sections.
 
     Raises `UsageError` for a name that is neither, and for two recipes of one name.
     """
@@ -81,13 +81,13 @@ def compare(recipes: dict[str, Prune], model: str = DEFAULT_MODEL, spec: Evaluat
 
 
 def _headline(found: dict[str, Any] | list[dict[str, Any]]) -> dict[str, Any]:
-    """The first metric of a model's results: perplexity, accuracy or similarity."""
+    """Return the first metric of a model's results: perplexity, accuracy or similarity."""
     row = found[0] if isinstance(found, list) else found
     return {key: row[key] for key in ("metric", "value", "standard_error", "samples", "per_sample")}
 
 
 def _against(row: dict[str, Any], reference: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
-    """The share of the reference's gap to dense that a recipe closes, with a paired interval where it is a mean."""
+    """Return the share of the reference's gap to dense that a recipe closes, and for a mean a paired interval."""
     gap = _loss(reference) - _loss(dense)
     share = (_loss(reference) - _loss(row)) / gap if gap else 0.0
     pairs = [b - a for a, b in zip(reference["per_sample"], row["per_sample"])]
@@ -98,7 +98,7 @@ def _against(row: dict[str, Any], reference: dict[str, Any], dense: dict[str, An
 
 
 def _loss(row: dict[str, Any]) -> float:
-    """Smaller is better: log-perplexity, or minus a score."""
+    """Return a figure that is better when smaller: log-perplexity, or minus a score."""
     return math.log(row["value"]) if "ppl" in row["metric"] else -float(row["value"])
 
 

@@ -182,9 +182,9 @@ def _show_engine(engine: Path, counters: Path | None) -> None:
     from nmsparse_deploy.ship.tensorrt.stage import verify_engine
 
     found = verify_engine(engine, counters, output.progress)
-    rows = [(layer.name, f"{layer.k}x{layer.n}", layer.dtype, layer.rung or "none", layer.reason or "",
+    rows = [(layer.name, f"{layer.k}x{layer.n}", layer.dtype, layer.level or "none", layer.reason or "",
              layer.why_not) for layer in found.layers]
-    output.table(found.to_json(), ("weight", "K x N", "type", "rung", "stopped because", ""), rows, [found.verdict])
+    output.table(found.to_json(), ("weight", "K x N", "type", "evidence", "stopped because", ""), rows, [found.verdict])
     if found.problems:
         raise CheckFailed(found.problems[0])
 

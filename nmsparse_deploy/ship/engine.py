@@ -25,11 +25,11 @@ class Engine(Protocol):
         ...
 
     def inspect(self) -> dict[str, Any]:
-        """JSON-able evidence of what really runs: versions, providers, and whether sparse kernels can be chosen."""
+        """Return JSON-able evidence of what really runs: versions, providers, whether sparse kernels can be chosen."""
         ...
 
     def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        """Outputs by name. bf16 outputs come back as float32."""
+        """Return outputs by name. bf16 outputs come back as float32."""
         ...
 
 
@@ -94,7 +94,7 @@ def _rows(values: Tensor) -> torch.Tensor:
 
 
 def compared(row: Mapping[str, Any]) -> str:
-    """An agreement, or why there is none, in words."""
+    """Return an agreement, or why there is none, in words."""
     if "not_checked" in row:
         return f"not run here: {row['not_checked']}"
     same = f", same top token at {row['argmax_share']:.1%}" if row["argmax_share"] is not None else ""

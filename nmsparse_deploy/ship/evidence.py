@@ -2,8 +2,8 @@
 
 The ladder: the stored weight has the pattern; its whole fusion group has it, in a shape that kernels exist for; the
 builder found it eligible; the builder chose a sparse kernel for it; the finished engine holds that kernel; the kernel
-was seen to run; the hardware counted sparse instructions. A rung is reached when there is raw text that says so, and
-nothing above the highest rung is ever claimed.
+was seen to run; the hardware counted sparse instructions. A level is reached when there is raw text that says so, and
+nothing above the highest level is ever claimed.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Rung = Literal["pattern", "shape", "eligible", "chosen", "tactic", "observed", "counted"]
-RUNGS: tuple[Rung, ...] = ("pattern", "shape", "eligible", "chosen", "tactic", "observed", "counted")
-KERNEL_RUNGS: tuple[Rung, ...] = ("tactic", "observed", "counted")
+Level = Literal["pattern", "shape", "eligible", "chosen", "tactic", "observed", "counted"]
+LEVELS: tuple[Level, ...] = ("pattern", "shape", "eligible", "chosen", "tactic", "observed", "counted")
+KERNEL_LEVELS: tuple[Level, ...] = ("tactic", "observed", "counted")
 """From here on a sparse kernel was seen by its name."""
 Reason = Literal["not in pattern", "fusion partner dense", "shape", "not eligible", "dense was faster",
                  "built without sparse weights", "not checked", "unknown"]
-CLAIMS: dict[Rung, str] = {
+CLAIMS: dict[Level, str] = {
     "counted": "issued sparse instructions, as counted by the hardware",
     "observed": "ran on sparse tensor-core kernels",
     "tactic": "have a sparse tensor-core kernel in the engine, which was not watched running"}
@@ -28,7 +28,7 @@ NOT_SPARSE = "not due to sparse tensor cores"
 
 @dataclass(frozen=True)
 class LayerEvidence:
-    """One multiplication of the graph. `proofs` holds the raw text for every rung that was reached."""
+    """One multiplication of the graph. `proofs` holds the raw text for every level that was reached."""
 
     node: str
     parameter: str | None
@@ -36,28 +36,28 @@ class LayerEvidence:
     n: int
     dtype: str
     flops: int
-    proofs: dict[Rung, str]
+    proofs: dict[Level, str]
     reason: Reason | None
-    """Why the rung after the highest was not reached; None on the last one."""
+    """Why the level after the highest was not reached; None on the last one."""
     why_not: str
     merged_with: tuple[str, ...] = ()
     """Other nodes that read the same tensor."""
 
     @property
-    def rung(self) -> Rung | None:
-        return next((rung for rung in reversed(RUNGS) if rung in self.proofs), None)
+    def level(self) -> Level | None:
+        return next((level for level in reversed(LEVELS) if level in self.proofs), None)
 
     @property
     def sparse(self) -> bool:
-        """Was a sparse kernel seen for it?"""
-        return any(rung in self.proofs for rung in KERNEL_RUNGS)
+        """Tell whether a sparse kernel was seen for it."""
+        return any(level in self.proofs for level in KERNEL_LEVELS)
 
     @property
     def name(self) -> str:
         return self.parameter or self.node
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "rung": self.rung, "merged_with": list(self.merged_with)}
+        return {**asdict(self), "rung": self.level, "merged_with": list(self.merged_with)}
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,13 @@ class EngineEvidence:
     unplaced_kernels: int = 0
     problems: tuple[str, ...] = ()
 
-    def count(self, rung: Rung) -> int:
-        return sum(rung in layer.proofs for layer in self.layers)
+    def count(self, level: Level) -> int:
+        return sum(level in layer.proofs for layer in self.layers)
 
-    def share(self, rung: Rung) -> float:
-        """Share of the FLOPs of these multiplications in layers with that rung."""
+    def share(self, level: Level) -> float:
+        """Return the share of the FLOPs of these multiplications in layers with that level."""
         total = sum(layer.flops for layer in self.layers)
-        return sum(layer.flops for layer in self.layers if rung in layer.proofs) / total if total else 0.0
+        return sum(layer.flops for layer in self.layers if level in layer.proofs) / total if total else 0.0
 
     @property
     def sparse_seen(self) -> bool:
@@ -93,24 +93,24 @@ class EngineEvidence:
 
     @property
     def verdict(self) -> str:
-        """What may be said about speed, in one sentence."""
+        """Return what may be said about speed, in one sentence."""
         everything = len(self.layers)
         if not self.sparse_weights:
             return f"Built without sparse weights: whatever its speed, it is {NOT_SPARSE}."
         if not self.sparse_seen:
             return (f"No sparse kernel was seen in {everything} GEMMs ({self.count('eligible')} eligible, "
                     f"{self.count('chosen')} chosen): any difference in speed is {NOT_SPARSE}.")
-        for rung, what in CLAIMS.items():
-            if self.count(rung):
-                return f"{self.count(rung)} of {everything} GEMMs ({self.share(rung):.0%} of their FLOPs) {what}."
+        for level, what in CLAIMS.items():
+            if self.count(level):
+                return f"{self.count(level)} of {everything} GEMMs ({self.share(level):.0%} of their FLOPs) {what}."
         return (f"{self.unplaced_kernels} sparse kernels were seen, but none could be tied to one of {everything} "
                 "GEMMs, so it is not known which of them run sparse.")
 
     def summary(self) -> dict[str, Any]:
-        """Counts and shares by rung, and why layers stopped where they did."""
+        """Return counts and shares by level, and why layers stopped where they did."""
         reasons = Counter(layer.reason for layer in self.layers if layer.reason)
         return {"gemms": len(self.layers), "flop_basis": self.flop_basis,
-                "rungs": {rung: {"layers": self.count(rung), "flop_share": self.share(rung)} for rung in RUNGS},
+                "rungs": {level: {"layers": self.count(level), "flop_share": self.share(level)} for level in LEVELS},
                 "reasons": dict(reasons.most_common()), "sparse_seen": self.sparse_seen, "verdict": self.verdict}
 
     def to_json(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from nmsparse_deploy.pattern import TWO_FOUR, parse_pattern
 from nmsparse_deploy.prove import TensorCheck, shape_verdict
-from nmsparse_deploy.ship.evidence import RUNGS, EngineEvidence, LayerEvidence, Reason, Rung
+from nmsparse_deploy.ship.evidence import LEVELS, EngineEvidence, LayerEvidence, Level, Reason
 from nmsparse_deploy.ship.onnx.gemms import Gemm
 from nmsparse_deploy.ship.tensorrt.log import BuildLog, EngineLayer, is_sparse_kernel, layer_nodes, nodes_of
 
@@ -44,7 +44,7 @@ class Sources:
 
 
 def climb(engine: str, artefact: str, gemms: Sequence[Gemm], sources: Sources) -> EngineEvidence:
-    """The evidence for every multiplication of `gemms`."""
+    """Gather the evidence for every multiplication of `gemms`."""
     ladder = _Ladder(gemms, sources)
     exact = all(gemm.flops is not None for gemm in gemms)
     rows = tuple(ladder.row(gemm, gemm.flops if exact and gemm.flops else 2 * gemm.k * gemm.n) for gemm in gemms)
@@ -74,7 +74,7 @@ class _Ladder:
         self.unplaced_kernels = self._unplaced_kernels()
 
     def _resolve(self, kind: str) -> dict[str, str]:
-        """node -> the builder's line that names it."""
+        """Return by node the builder's line that names it."""
         found: dict[str, str] = {}
         names = self.sources.log.names(kind) if self.sources.log else {}
         for name, raw in names.items():
@@ -85,7 +85,7 @@ class _Ladder:
         return found
 
     def _unplaced_kernels(self) -> list[str]:
-        """Sparse kernels, in the plan or running, that belong to no single multiplication."""
+        """Return sparse kernels, in the plan or running, that belong to no single multiplication."""
         placed = {layer.tactic for layers in self.holding.values() for layer in layers if self._one_product(layer)}
         in_plan = {layer.tactic for layer in self.sources.layers or () if layer.sparse} - placed
         ran = {name for name in self.sources.kernels or {} if is_sparse_kernel(name)}
@@ -93,7 +93,7 @@ class _Ladder:
         return sorted(in_plan | ran)
 
     def _one_product(self, layer: EngineLayer) -> bool:
-        """Are the multiplications of a layer one merged GEMM, so that its kernel is the kernel of each?"""
+        """Tell whether the multiplications of a layer are one merged GEMM, so that its kernel is the kernel of each."""
         return len({self.gemms[node].reads for node in layer_nodes(layer, self.gemms)}) == 1
 
     def row(self, gemm: Gemm, flops: int) -> LayerEvidence:
@@ -103,14 +103,14 @@ class _Ladder:
         steps["observed"] = self._observed(gemm) if sparse else WhyNot("unknown", "no kernel of it is known as sparse")
         seen = isinstance(steps["observed"], str)
         steps["counted"] = self._counted(gemm) if seen else WhyNot("unknown", "its kernel was not seen to run")
-        proofs: dict[Rung, str] = {rung: step for rung in RUNGS if isinstance(step := steps[rung], str)}
+        proofs: dict[Level, str] = {level: step for level in LEVELS if isinstance(step := steps[level], str)}
         if "pattern" not in proofs and sparse:
             self.problems.append(f"The engine has a sparse kernel for '{gemm.node}', whose weight is not proven to be "
                                  f"{TWO_FOUR}.")
         if "pattern" not in proofs:
             proofs = {}
-        top = max((RUNGS.index(rung) for rung in proofs), default=-1)
-        stop = steps[RUNGS[top + 1]] if top + 1 < len(RUNGS) else None
+        top = max((LEVELS.index(level) for level in proofs), default=-1)
+        stop = steps[LEVELS[top + 1]] if top + 1 < len(LEVELS) else None
         reason, text = stop if isinstance(stop, WhyNot) else (None, "")
         others = tuple(other.node for other in self.group[gemm.reads] if other.node != gemm.node)
         return LayerEvidence(gemm.node, gemm.parameter, gemm.k, gemm.n, gemm.dtype, flops, proofs, reason, text, others)
@@ -140,7 +140,7 @@ class _Ladder:
         return WhyNot("shape", what) if verdict == INELIGIBLE else what
 
     def _listed(self, gemm: Gemm, kind: str) -> str | WhyNot:
-        """Does the builder's `eligible` or `chosen` list name it?"""
+        """Return the line of the builder's `eligible` or `chosen` list that names it."""
         log = self.sources.log
         if not self.sources.sparse_weights:
             return WhyNot("built without sparse weights", "the builder was not allowed to use sparse kernels")
@@ -198,7 +198,7 @@ class _Ladder:
 
 
 def _by_tactic(layers: Sequence[EngineLayer], kernels: Kernels) -> dict[str, dict[str, int]]:
-    """tactic -> the kernels that ran for it: those whose name holds the tactic's, each for its longest tactic."""
+    """Return by tactic the kernels that ran for it: those whose name holds it, each for its longest tactic."""
     tactics = sorted({layer.tactic for layer in layers if layer.tactic not in HIDDEN}, key=len, reverse=True)
     found: dict[str, dict[str, int]] = defaultdict(dict)
     for name, count in kernels.items():

@@ -1,8 +1,8 @@
 """Eight bits after pruning: the two number formats, and what has to be known about the activations.
 
-    s_row = max |w| / most per output,   s_x = max |x| / most per tensor,   Q(v) = saturate(round(v / s))
+    s_row = max |w| / max_value per output,   s_x = max |x| / max_value per tensor,   Q(v) = saturate(round(v / s))
 
-where most = 127 (INT8) or 448 (FP8, E4M3).
+where max_value = 127 (INT8) or 448 (FP8, E4M3).
 
 Everything is symmetric, so zero stays zero and the pattern lives on in the stored codes. Weights are quantised after
 pruning and refitting, never before. `export/qdq.py` writes the graph.
@@ -49,11 +49,11 @@ class Format:
     name: str
     element: str
     """As link maps and checks name it."""
-    most: float
+    max_value: float
 
     def codes(self, scaled: np.ndarray) -> np.ndarray:
-        """The nearest values of the format, saturated; never minus zero."""
-        clipped = np.clip(scaled, -self.most, self.most)
+        """Return the nearest values of the format, saturated; never minus zero."""
+        clipped = np.clip(scaled, -self.max_value, self.max_value)
         if self.element == "I8":
             return np.rint(clipped).astype(np.int8)
         import ml_dtypes
@@ -78,30 +78,30 @@ class Quantised:
     """Weights that were not zero and have the code zero."""
 
 
-def quantise_weight(weight: np.ndarray, axis: int, form: Format, most: float | None = None) -> Quantised:
-    """Quantise a matrix whose reduction axis is `axis`: a scale for every output, or one for values up to `most`.
+def quantise_weight(weight: np.ndarray, axis: int, form: Format, max_value: float | None = None) -> Quantised:
+    """Quantise a matrix whose reduction axis is `axis`: a scale for every output, or one for values up to `max_value`.
 
     Raises `CheckFailed` when a zero would move.
     """
     values = weight.astype(np.float32)
-    outputs = 1 - axis % 2 if most is None else None
-    largest = np.abs(values).max(axis=axis, keepdims=True) if most is None else np.array(most)
+    outputs = 1 - axis % 2 if max_value is None else None
+    largest = np.abs(values).max(axis=axis, keepdims=True) if max_value is None else np.array(max_value)
     # What is stored is what is divided by, so the rounding of the scale itself costs nothing.
-    scales = _stored(np.where(largest > 0, largest / form.most, 1.0))
+    scales = _stored(np.where(largest > 0, largest / form.max_value, 1.0))
     codes = form.codes(values / scales.astype(np.float32))
     zero, moved = codes.view(np.uint8) == 0, values == 0
     if (moved & ~zero).any():
         raise CheckFailed("Quantisation moved a zero of a pruned weight.")
-    return Quantised(codes, scales.reshape(-1) if most is None else scales, outputs, int((zero & ~moved).sum()))
+    return Quantised(codes, scales.reshape(-1) if max_value is None else scales, outputs, int((zero & ~moved).sum()))
 
 
 def scale_of(largest: float, form: Format) -> np.ndarray:
-    """The one scale of an activation."""
-    return _stored(np.array(largest / form.most if largest > 0 else 1.0))
+    """Return the one scale of an activation."""
+    return _stored(np.array(largest / form.max_value if largest > 0 else 1.0))
 
 
 def _stored(scales: np.ndarray) -> np.ndarray:
-    """Scales in the base precision, none of them zero."""
+    """Return scales in the base precision, none of them zero."""
     return np.clip(scales, np.finfo(np.float16).smallest_subnormal, np.finfo(np.float16).max).astype(np.float16)
 
 
@@ -116,7 +116,7 @@ class Range:
 @torch.no_grad()
 def calibrate(module: nn.Module, targets: Sequence[Target], batches: Iterable[Mapping[str, Any]],
               progress: Progress = silent) -> dict[str, Range]:
-    """Ranges by module path, over `batches` of keyword arguments. Raises `NmsparseError` when one is not finite."""
+    """Return ranges by module path over `batches` of keyword arguments. Raises `NmsparseError` if one is not finite."""
     found: dict[str, tuple[float, float]] = {}
 
     def see(path: str, read: torch.Tensor, wrote: torch.Tensor) -> None:
@@ -140,7 +140,7 @@ def calibrate(module: nn.Module, targets: Sequence[Target], batches: Iterable[Ma
 
 
 def activation_ranges(run: RunDir, loaded: LoadedModel, targets: list[Target], progress: Progress) -> dict[str, Range]:
-    """What the layers read and write on the run's calibration sample."""
+    """Return what the layers read and write on the run's calibration sample."""
     spec = Calibration(**run.manifest()["recipe"]["calibration"])
     if GENERATED in spec.data.split(MIX):  # by the dense model, and kept
         inputs = {"input_ids": load_file(run / "calibration.safetensors")["ids"][:WINDOWS].long()}

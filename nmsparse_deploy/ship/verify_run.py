@@ -31,7 +31,7 @@ def verify(run: RunDir, progress: Progress = silent) -> list[VerifyReport]:
 
 
 def not_checked(run: RunDir) -> list[dict[str, str]]:
-    """Steps of the chain that were not taken; a run with engines has its evidence in `engines.json`."""
+    """Return steps of the chain that were not taken; a run with engines has its evidence in `engines.json`."""
     return [] if (run / "engines.json").is_file() else list(NOT_CHECKED)
 
 

@@ -23,22 +23,22 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Is this the process that writes?"""
+        """Tell whether this is the process that writes."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all processes have come here."""
+        """Wait until all processes have come here."""
         if self.world > 1:
             torch.distributed.barrier()
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` becomes the sum of the tensors that the processes give; the same bits in each."""
+        """Turn `tensor` into the sum of the tensors that the processes give; the same bits in each."""
         if self.world > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process gives, in every one of them."""
+        """Return what each process gives, in every one of them."""
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
@@ -51,7 +51,7 @@ ALONE = Processes()
 
 @cache
 def here() -> Processes:
-    """Joins the others on the first call: over gloo on the CPU, over nccl on GPUs."""
+    """Join the others on the first call: over gloo on the CPU, over nccl on GPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     from accelerate import PartialState

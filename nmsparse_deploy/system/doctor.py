@@ -36,7 +36,7 @@ def examine() -> list[Finding]:
 
 
 def next_command(findings: list[Finding]) -> str:
-    """The one command that makes most sense now."""
+    """Return the one command that makes most sense now."""
     problems = [f.hint for f in findings if f.state == "problem" and f.hint]
     return problems[0] if problems else "nmsparse-deploy prune"
 
@@ -56,7 +56,7 @@ def _torch() -> Finding:
 
 
 def no_cuda() -> str | None:
-    """Why PyTorch cannot use a GPU here, or None where it can."""
+    """Return why PyTorch cannot use a GPU here, or None where it can."""
     import torch
 
     if torch.cuda.is_available():

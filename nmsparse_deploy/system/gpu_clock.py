@@ -22,9 +22,9 @@ from nmsparse_deploy.system.doctor import no_cuda
 from nmsparse_deploy.system.environment import environment
 from nmsparse_deploy.system.timing import Call, Clock, wall
 
-LEAST_MS = 0.2
+MIN_MS = 0.2
 """A timing is at least this long, so that half a microsecond of the events' resolution is nothing."""
-MOST_CALLS = 200
+MAX_CALLS = 200
 COLD_BYTES = 256 << 20
 """More than any L2 cache."""
 REASONS = {0x1: "idle", 0x2: "clocks set by an application", 0x4: "power cap", 0x8: "hardware slowdown",
@@ -50,25 +50,25 @@ class Machine:
             torch.cuda.synchronize()
 
     def environment(self) -> dict[str, Any]:
-        """Everything a figure depends on besides the model."""
+        """Return everything a figure depends on besides the model."""
         found = environment()
         return {**found, "dry": self.dry, "device": self.name, "libraries": libraries(), "state": state()}
 
 
 def require_gpu(what: str) -> Machine:
-    """This machine's CUDA device. Raises `NmsparseError` without one."""
+    """Return this machine's CUDA device. Raises `NmsparseError` without one."""
     if why := no_cuda():
         raise NmsparseError(f"{what} needs an NVIDIA GPU, and {why}.", "run it on a machine with one (docs/gpu.md)")
     return Machine(torch.device("cuda"), torch.cuda.get_device_name(), events, record)
 
 
 def dry_machine() -> Machine:
-    """The same control flow on a processor; nothing that is timed with it means anything."""
+    """Return a stand-in on a processor with the same control flow; nothing that is timed with it means anything."""
     return Machine(torch.device("cpu"), "dry run", lambda: wall, None, dry=True)
 
 
 def events(cold: bool = False) -> Clock:
-    """Time on the stream, per call. The number of calls between two events is settled at the first timing of a call."""
+    """Make a clock of the stream, per call. How many calls lie between two events is settled at its first timing."""
     counts: dict[int, tuple[Call, int]] = {}
     flush = torch.empty(COLD_BYTES, dtype=torch.uint8, device="cuda") if cold else None
 
@@ -76,7 +76,7 @@ def events(cold: bool = False) -> Clock:
         if id(call) not in counts:
             call()  # the first one may load a kernel
             once = max(_between_events(call, 1), 1e-3)
-            counts[id(call)] = call, 1 if cold else min(MOST_CALLS, math.ceil(LEAST_MS / once))
+            counts[id(call)] = call, 1 if cold else min(MAX_CALLS, math.ceil(MIN_MS / once))
         if flush is not None:
             flush.zero_()
         return _between_events(call, counts[id(call)][1])
@@ -95,7 +95,7 @@ def _between_events(call: Call, calls: int) -> float:
 
 
 def libraries() -> dict[str, Any]:
-    """Versions that kernels come from."""
+    """Return versions that kernels come from."""
     backend = getattr(torch.backends, "cusparselt", None)
     return {"cuda": torch.version.cuda, "cusparselt": backend.version() if backend is not None else None,
             "cusparselt_loaded": _loaded_cusparselt(), "cudnn": torch.backends.cudnn.version(),
@@ -103,7 +103,7 @@ def libraries() -> dict[str, Any]:
 
 
 def _loaded_cusparselt() -> str | None:
-    """The file that is really loaded; PyTorch only tells what it was built with."""
+    """Return the file that is really loaded; PyTorch only tells what it was built with."""
     return next((line.split()[-1] for line in _maps() if "libcusparseLt" in line), None)
 
 
@@ -133,7 +133,7 @@ def _driver() -> str | None:
 
 
 def state() -> dict[str, Any]:
-    """Clocks, power, temperature and what holds the clocks down, now; or why nobody can say."""
+    """Read clocks, power, temperature and what holds the clocks down, now; or why nobody can say."""
     with _nvml() as nvml:
         if nvml is None:
             return {"unavailable": "no NVIDIA GPU, or the package nvidia-ml-py is not installed"}
@@ -151,7 +151,7 @@ def state() -> dict[str, Any]:
 
 
 def _ask(nvml: Any, name: str, *arguments: Any) -> Any:
-    """None where this GPU or driver does not tell."""
+    """Ask NVML; None where this GPU or driver does not tell."""
     try:
         return getattr(nvml, name)(*arguments)
     except (nvml.NVMLError, AttributeError):
@@ -164,7 +164,7 @@ def _text(value: Any) -> str:
 
 @contextmanager
 def _nvml() -> Iterator[Any]:
-    """NVML, or None where there is none."""
+    """Open NVML, or give None where there is none."""
     try:
         import pynvml
 
@@ -179,7 +179,7 @@ def _nvml() -> Iterator[Any]:
 
 
 def transient(call: Call, machine: Machine) -> int | None:
-    """Bytes that one call takes at most beyond what is allocated already; None where nobody counts."""
+    """Measure the bytes that one call takes at most beyond what is allocated already; None where nobody counts."""
     if machine.device.type != "cuda":
         return None
     machine.synchronise()

@@ -21,14 +21,14 @@ Clock = Callable[[Call], float]
 
 
 def wall(call: Call) -> float:
-    """The clock of a processor: nothing goes on when the call returns."""
+    """Time on a processor: nothing goes on when the call returns."""
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
 
 
 @dataclass(frozen=True)
-class Arm:
+class TimedArm:
     """One timed variant. Times are in milliseconds per call."""
 
     name: str
@@ -52,7 +52,7 @@ class BenchResult:
 
     where: str
     shape: dict[str, int]
-    arms: tuple[Arm, ...]
+    arms: tuple[TimedArm, ...]
     ratios: dict[str, dict[str, float]]
     verdict: str
     predicted: tuple[dict[str, Any], ...]
@@ -76,19 +76,20 @@ def interleave(calls: Mapping[str, Call], rounds: int, warmup: int = 2, seed: in
     return times
 
 
-def summarise(name: str, kernel: str, times: Sequence[float]) -> Arm:
+def summarise(name: str, kernel: str, times: Sequence[float]) -> TimedArm:
     ordered = sorted(times)
     mean = statistics.fmean(times)
 
     def at(share: float) -> float:
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
-    return Arm(name, kernel, statistics.median(times), at(0.1), at(0.9), len(times), tuple(round(t, 4) for t in times),
-               mean, ordered[0], at(0.95), at(0.99), statistics.pstdev(times) / mean if mean else 0.0)
+    return TimedArm(name, kernel, statistics.median(times), at(0.1), at(0.9), len(times),
+                    tuple(round(t, 4) for t in times), mean, ordered[0], at(0.95), at(0.99),
+                    statistics.pstdev(times) / mean if mean else 0.0)
 
 
 def ratio(base: Sequence[float], other: Sequence[float], seed: int = 0, draws: int = 1000) -> dict[str, float]:
-    """Speed-up of `other` over `base` (ratio of medians) with a 95 % bootstrap interval over paired rounds."""
+    """Return the speed-up of `other` over `base` (ratio of medians) with a 95 % bootstrap interval of paired rounds."""
     generator = random.Random(seed)
     count = len(base)
     ratios = []

@@ -8,7 +8,7 @@ import torch
 from nmsparse_deploy.ship.tensorrt.log import is_sparse_kernel
 from nmsparse_deploy.ship.torch_sparse.kernel_choice import time_pair, twins
 from nmsparse_deploy.ship.torch_sparse.packed import stored_share
-from nmsparse_deploy.ship.torch_sparse.profile_kernels import watch
+from nmsparse_deploy.ship.torch_sparse.profile_kernels import profile_kernels
 from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, kernels
 from nmsparse_deploy.system.cuda_graphs import record
 from nmsparse_deploy.system.gpu_clock import require_gpu
@@ -97,7 +97,7 @@ def test_the_kernel_is_sparse_by_name_and_only_in_the_sparse_layer(device, preci
             with torch.inference_mode():
                 module(x)
 
-        found, _ = watch(call, module, ["0"])
+        found, _ = profile_kernels(call, module, ["0"])
         assert any(map(is_sparse_kernel, found["0"])) is sparse, found
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nmsparse_deploy.prove import TensorCheck
-from nmsparse_deploy.ship.evidence import RUNGS
+from nmsparse_deploy.ship.evidence import LEVELS
 from nmsparse_deploy.ship.ladder import Sources, climb
 from nmsparse_deploy.ship.onnx.gemms import Gemm
 from nmsparse_deploy.ship.tensorrt.log import EngineLayer, parse_log
@@ -48,7 +48,7 @@ def evidence(sources: Sources = FULL, gemms=GEMMS):
 
 def test_every_rung_has_its_raw_text():
     found, by = evidence()
-    assert [by[node].rung for node in ("q", "k", "v", "up", "down")] == ["counted"] * 3 + ["eligible", "observed"]
+    assert [by[node].level for node in ("q", "k", "v", "up", "down")] == ["counted"] * 3 + ["eligible", "observed"]
     assert by["q"].proofs["pattern"] == "w_q: 512 groups of 2:4 along axis 0, 0 bad, sha256 beef"
     assert by["q"].proofs["shape"] == "64 x 96 (3 merged): recommended"
     assert by["v"].proofs["eligible"].startswith("(Sparsity) Found 3") and by["v"].proofs["tactic"] == "{raw of qkv}"
@@ -61,8 +61,8 @@ def test_every_rung_has_its_raw_text():
 
 def test_counts_and_shares_of_flops():
     found, _ = evidence()
-    assert [found.count(rung) for rung in RUNGS] == [5, 5, 5, 4, 4, 4, 3]
-    assert [found.share(rung) for rung in ("pattern", "chosen", "counted")] == [1.0, 0.6, 0.2]
+    assert [found.count(level) for level in LEVELS] == [5, 5, 5, 4, 4, 4, 3]
+    assert [found.share(level) for level in ("pattern", "chosen", "counted")] == [1.0, 0.6, 0.2]
     assert found.verdict == "3 of 5 GEMMs (20% of their FLOPs) issued sparse instructions, as counted by the hardware."
     seen = evidence(replace(FULL, counters=None))[0]
     assert seen.verdict == "4 of 5 GEMMs (60% of their FLOPs) ran on sparse tensor-core kernels."
@@ -73,10 +73,10 @@ def test_counts_and_shares_of_flops():
 @pytest.mark.parametrize("source", ["log", "layers", "kernels", "counters"])
 def test_what_nobody_looked_at_is_said(source):
     _, by = evidence(replace(FULL, **{source: None}))
-    rungs = {"log": (), "layers": ("tactic", "observed", "counted"), "kernels": ("observed", "counted"),
+    levels = {"log": (), "layers": ("tactic", "observed", "counted"), "kernels": ("observed", "counted"),
              "counters": ("counted",)}[source]
-    assert not any(rung in layer.proofs for layer in by.values() for rung in rungs)
-    if rungs:
+    assert not any(level in layer.proofs for layer in by.values() for level in levels)
+    if levels:
         assert by["q"].reason == "not checked"
 
 
@@ -84,29 +84,29 @@ def test_without_a_sparse_kernel_speed_is_not_due_to_sparsity():
     dense = [replace(layer, tactic=DENSE) for layer in LAYERS]
     found, by = evidence(replace(FULL, layers=dense, kernels={DENSE: 3}))
     assert not found.sparse_seen and "not due to sparse tensor cores" in found.verdict
-    assert by["q"].rung == "chosen" and by["q"].why_not == f"the engine holds the dense kernel {DENSE}"
+    assert by["q"].level == "chosen" and by["q"].why_not == f"the engine holds the dense kernel {DENSE}"
     assert "5 eligible, 4 chosen" in found.verdict
 
 
 def test_chosen_in_the_log_alone_is_no_sparse_kernel():
     found, by = evidence(replace(FULL, layers=None, kernels=None, counters=None))
-    assert by["q"].rung == "chosen" and "not due to sparse tensor cores" in found.verdict
+    assert by["q"].level == "chosen" and "not due to sparse tensor cores" in found.verdict
 
 
 def test_the_twin_without_sparse_weights():
     found, by = evidence(replace(FULL, sparse_weights=False, log=parse_log(""), layers=(UP_LAYER,), kernels={DENSE: 1}))
     assert {layer.reason for layer in by.values()} == {"built without sparse weights"}
-    assert "not due to sparse tensor cores" in found.verdict and {layer.rung for layer in by.values()} == {"shape"}
+    assert "not due to sparse tensor cores" in found.verdict and {layer.level for layer in by.values()} == {"shape"}
 
 
 def test_one_dense_member_stops_its_whole_fusion_group():
     checks = {**FULL.checks, "k": check(K, skipped="not in the link map")}
     _, by = evidence(replace(FULL, checks=checks, log=parse_log(""), layers=(), kernels={}, counters=None))
-    assert by["k"].rung is None and by["k"].reason == "not in pattern"
+    assert by["k"].level is None and by["k"].reason == "not in pattern"
     for node in ("q", "v"):
-        assert by[node].rung == "pattern" and by[node].reason == "fusion partner dense"
+        assert by[node].level == "pattern" and by[node].reason == "fusion partner dense"
         assert "'k.weight' reads the same tensor" in by[node].why_not
-    assert by["up"].rung == "shape"
+    assert by["up"].level == "shape"
 
 
 @pytest.mark.parametrize("changes,words", [
@@ -115,7 +115,7 @@ def test_one_dense_member_stops_its_whole_fusion_group():
     ({"pattern": "unstructured:0.5"}, "unstructured:0.5 is not 2:4")])
 def test_why_a_weight_is_not_in_the_pattern(changes, words):
     _, by = evidence(replace(FULL, checks={**FULL.checks, "up": check(UP, **changes)}))
-    assert by["up"].rung is None and by["up"].reason == "not in pattern" and words in by["up"].why_not
+    assert by["up"].level is None and by["up"].reason == "not in pattern" and words in by["up"].why_not
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "2:8", "1:2"])
@@ -127,7 +127,7 @@ def test_patterns_that_imply_it_count(pattern):
 def test_an_unsuitable_shape_stops_at_the_pattern():
     narrow = replace(UP, k=36)
     _, by = evidence(replace(FULL, log=None, layers=None), (*GEMMS[:3], narrow, DOWN))
-    assert by["up"].rung == "pattern" and by["up"].reason == "shape" and "36 x 32" in by["up"].why_not
+    assert by["up"].level == "pattern" and by["up"].reason == "shape" and "36 x 32" in by["up"].why_not
 
 
 def test_not_eligible_is_said_only_when_every_name_is_understood():
@@ -147,7 +147,7 @@ def test_a_sparse_kernel_of_a_layer_with_two_products_belongs_to_neither():
     both = EngineLayer("__myl_fused_myl0_4", "fusion", SPARSE + "_silu", ("up", "down"), "{}")
     found, by = evidence(replace(FULL, layers=(MERGED, both), kernels=None, counters=None))
     assert by["q"].sparse and not by["up"].sparse and not by["down"].sparse
-    assert by["down"].rung == "chosen" and "holds several multiplications" in by["down"].why_not
+    assert by["down"].level == "chosen" and "holds several multiplications" in by["down"].why_not
     assert found.unplaced_kernels == 1 and found.unplaced == (SPARSE + "_silu",)
 
 
@@ -161,19 +161,19 @@ def test_a_hidden_kernel_that_runs_sparse_is_counted_and_given_to_nobody():
 def test_a_kernel_that_ran_less_often_than_its_layers_proves_none_of_them():
     twice = (MERGED, replace(DOWN_LAYER, tactic=SPARSE))
     _, by = evidence(replace(FULL, layers=twice, kernels={SPARSE + "_x": 1}))
-    assert by["q"].rung == by["down"].rung == "tactic" and "ran 1 times for 2 layers" in by["q"].why_not
-    assert evidence(replace(FULL, layers=twice, kernels={SPARSE + "_x": 2}))[1]["q"].rung == "observed"
+    assert by["q"].level == by["down"].level == "tactic" and "ran 1 times for 2 layers" in by["q"].why_not
+    assert evidence(replace(FULL, layers=twice, kernels={SPARSE + "_x": 2}))[1]["q"].level == "observed"
 
 
 def test_the_longest_tactic_owns_a_kernel():
     """`..._gelu` holds the name of the plain kernel; it must not prove that the plain one ran."""
     _, by = evidence(replace(FULL, kernels={SPARSE + "_gelu_execute": 2}))
-    assert by["down"].rung == "observed" and by["q"].rung == "tactic"
+    assert by["down"].level == "observed" and by["q"].level == "tactic"
 
 
 def test_a_sparse_kernel_for_a_dense_weight_is_a_problem():
     found, by = evidence(replace(FULL, checks={**FULL.checks, "down": check(DOWN, skipped="dense")}))
-    assert by["down"].rung is None and by["down"].proofs == {} and "'down'" in found.problems[0]
+    assert by["down"].level is None and by["down"].proofs == {} and "'down'" in found.problems[0]
 
 
 @pytest.mark.parametrize("on,off,counted", [(12, 0, True), (12, 3, False), (0, 0, False), (0, 5, False)])
@@ -201,6 +201,6 @@ def test_taking_sources_away_never_raises_a_claim(parts):
     for node, layer in some.items():
         assert set(layer.proofs) <= set(full[node].proofs)
         assert ("pattern" in layer.proofs) or not layer.proofs
-        assert (layer.reason is None) == (layer.rung == "counted")
-        for rung, part in (("tactic", "layers"), ("eligible", "log"), ("observed", "kernels"), ("counted", "counters")):
-            assert rung not in layer.proofs or parts[part]
+        assert (layer.reason is None) == (layer.level == "counted")
+        for level, part in (("tactic", "layers"), ("eligible", "log"), ("observed", "kernels"), ("counted", "counters")):
+            assert level not in layer.proofs or parts[part]

@@ -48,19 +48,19 @@ def test_the_error_is_at_most_half_a_step(form, seed, axis):
     scales = np.expand_dims(result.scales.astype(np.float32), axis)
     # Steps of INT8 are even; FP8 has three bits of mantissa above its smallest normal number.
     step = 1.0 if form.element == "I8" else np.maximum(np.abs(weight / scales) * 2**-3, 2.0**-9)
-    saturated = np.abs(weight / scales) > form.most
+    saturated = np.abs(weight / scales) > form.max_value
     error = np.abs(values(result, axis) - weight) / scales
-    assert (error <= np.where(saturated, form.most * 2**-10, step / 2 + 1e-3)).all()
+    assert (error <= np.where(saturated, form.max_value * 2**-10, step / 2 + 1e-3)).all()
 
 
 @EVERY
 def test_the_largest_weight_of_every_output_uses_the_whole_range(form):
     weight = np.diag([1e-3, 1.0, 100.0]).astype(np.float16)
     codes = quantise_weight(weight, 1, form).codes.astype(np.float32)
-    assert (np.diag(codes) > form.most * 0.95).all()
-    shared = quantise_weight(weight, 1, form, most=100.0)
+    assert (np.diag(codes) > form.max_value * 0.95).all()
+    shared = quantise_weight(weight, 1, form, max_value=100.0)
     assert shared.scales.shape == () and shared.axis is None
-    assert shared.codes.astype(np.float32)[2, 2] > form.most * 0.95
+    assert shared.codes.astype(np.float32)[2, 2] > form.max_value * 0.95
 
 
 @EVERY

@@ -2,14 +2,14 @@
 
 from nmsparse_deploy.system.timing import (
     CPU_SENTENCE,
-    Arm,
     BenchResult,
     Call,
     Clock,
+    TimedArm,
     interleave,
     ratio,
     summarise,
     wall,
 )
 
-__all__ = ["CPU_SENTENCE", "Arm", "BenchResult", "Call", "Clock", "interleave", "ratio", "summarise", "wall"]
+__all__ = ["CPU_SENTENCE", "BenchResult", "Call", "Clock", "TimedArm", "interleave", "ratio", "summarise", "wall"]

@@ -13,7 +13,7 @@ one over pruned-dense.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,18 +25,18 @@ from nmsparse_deploy.models.base import Target, to_rows
 from nmsparse_deploy.models.input_trace import group_axis
 from nmsparse_deploy.pattern import Unstructured
 from nmsparse_deploy.ship.quantise import BASE, FORMATS, Range, scale_of
-from nmsparse_deploy.ship.torch_sparse.kernel_choice import Decision
-from nmsparse_deploy.ship.torch_sparse.linear import Linear, encoded, make, replace
+from nmsparse_deploy.ship.torch_sparse.kernel_choice import GemmDecision
+from nmsparse_deploy.ship.torch_sparse.linear import KernelLinear, encoded, make, replace
 from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels, shape_fits
 from nmsparse_deploy.system.gpu_clock import Machine
-from nmsparse_deploy.system.timing import Arm, Call, interleave, ratio, summarise
+from nmsparse_deploy.system.timing import Call, TimedArm, interleave, ratio, summarise
 
 DENSE, PRUNED, SPARSE, AUTO, CONTROL = "dense", "pruned-dense", "pruned-sparse", "auto", "unstructured"
 HALF = Unstructured(0.5)
 
 
 @dataclass(frozen=True)
-class Site:
+class ArmLayer:
     """An ordinary layer that has a 2:4 mask: where the arms differ."""
 
     parameter: str
@@ -49,8 +49,9 @@ class Site:
     """Why sparse kernels cannot run it; None where they can."""
 
 
-def sites(module: nn.Module, targets: Sequence[Target], masked: Mapping[str, Any], precision: str) -> list[Site]:
-    """The layers that the arms differ in. What is not an ordinary layer stays dense in all of them."""
+def arm_layers(module: nn.Module, targets: Sequence[Target], masked: Collection[str],
+               precision: str) -> list[ArmLayer]:
+    """Return the layers that the arms differ in. What is not an ordinary layer stays dense in all of them."""
     found = []
     for target in targets:
         layer: Any = module.get_submodule(target.module)
@@ -58,14 +59,14 @@ def sites(module: nn.Module, targets: Sequence[Target], masked: Mapping[str, Any
                 or layer.weight.ndim != 2:
             continue
         fits = shape_fits(precision, target.k, target.n)
-        found.append(Site(target.name, target.module, target.axis, target.k, target.n, layer.bias is not None,
+        found.append(ArmLayer(target.name, target.module, target.axis, target.k, target.n, layer.bias is not None,
                           None if fits else f"the kernels do not take {target.k} x {target.n} in {precision}"))
     return found
 
 
-def make_arms(module: nn.Module, found: Sequence[Site], masks: Mapping[str, torch.Tensor], precision: str,
+def make_arms(module: nn.Module, found: Sequence[ArmLayer], masks: Mapping[str, torch.Tensor], precision: str,
               ranges: Mapping[str, Range], settings: Mapping[str, dict[int, Setting]]) -> dict[str, nn.Module]:
-    """The arms of a dense `module`, which is on its device in 16 bits, without `auto`.
+    """Return the arms of a dense `module`, which is on its device in 16 bits, without `auto`.
 
     `masks` are bool, in the weights' layout; `settings` of the sparse kernels are by parameter.
     """
@@ -79,7 +80,7 @@ def make_arms(module: nn.Module, found: Sequence[Site], masks: Mapping[str, torc
         read = _read(ranges.get(site.layer), precision, parameter.device)
 
         def layer(values: torch.Tensor, sparse: bool, bias: torch.Tensor | None = bias, read: Any = read,
-                  name: str = site.parameter) -> Linear:
+                  name: str = site.parameter) -> KernelLinear:
             codes, scales = encoded(values, precision, read)
             return make(codes, bias, sparse, base, scales, settings.get(name))
 
@@ -93,8 +94,8 @@ def make_arms(module: nn.Module, found: Sequence[Site], masks: Mapping[str, torc
     return arms
 
 
-def make_auto(arms: Mapping[str, nn.Module], found: Sequence[Site], decisions: Sequence[Decision]) -> nn.Module:
-    """Of the pruned arms, layer by layer, the one that was decided for."""
+def make_auto(arms: Mapping[str, nn.Module], found: Sequence[ArmLayer], decisions: Sequence[GemmDecision]) -> nn.Module:
+    """Return a model whose every layer is that of the pruned arm that was decided for."""
     kept = {name for one in decisions for name in one.weights if one.keep == "sparse"}
     auto = _sharing(arms[PRUNED])
     for site in found:
@@ -103,7 +104,7 @@ def make_auto(arms: Mapping[str, nn.Module], found: Sequence[Site], decisions: S
 
 
 def _sharing(module: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers are those of the original."""
+    """Return a copy whose parameters and buffers are those of the original."""
     shared: dict[int, Any] = {id(value): value for value in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, shared)
 
@@ -122,7 +123,7 @@ class Phase:
     replayed: bool
     """Through a CUDA graph?"""
     shape: dict[str, int]
-    arms: tuple[Arm, ...]
+    arms: tuple[TimedArm, ...]
     over_dense: dict[str, dict[str, float]]
     over_pruned: dict[str, dict[str, float]]
 
@@ -143,7 +144,7 @@ def time_phase(name: str, calls: Mapping[str, Call], shape: dict[str, int], mach
 
 
 def prefill(arms: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> dict[str, Call]:
-    """A whole forward pass in every arm."""
+    """Return a call for every arm: a whole forward pass."""
     return {name: _forward(module, dict(inputs)) for name, module in arms.items()}
 
 
@@ -156,7 +157,7 @@ def _forward(module: nn.Module, inputs: dict[str, Any]) -> Call:
 
 
 def decode(arms: Mapping[str, nn.Module], ids: torch.Tensor) -> dict[str, Call]:
-    """One more token after `ids` in every arm: reads the cache of a prefill, and leaves it as it was."""
+    """Return a call for every arm: one more token after `ids`, on the cache of a prefill, which stays as it was."""
     return {name: _step(module, ids) for name, module in arms.items()}
 
 
@@ -173,14 +174,14 @@ def _step(module: nn.Module, ids: torch.Tensor) -> Call:
 
 
 def _same(cache: Any) -> Any:
-    """A cache of its own on the same keys and values: what is appended to it is new memory."""
+    """Return a cache of its own on the same keys and values: what is appended to it is new memory."""
     found = copy.copy(cache)
     found.layers = [copy.copy(layer) for layer in cache.layers]
     return found
 
 
-def bound(decisions: Sequence[Decision], rows: Mapping[str, int], dense_ms: float) -> dict[str, float] | None:
-    """What the GEMMs' own speed-ups allow for the model (Amdahl): `1 / (1 - f + f / s)` with the share `f` of its time.
+def bound(decisions: Sequence[GemmDecision], rows: Mapping[str, int], dense_ms: float) -> dict[str, float] | None:
+    """Return what the GEMMs' own speed-up `s` allows for the model (Amdahl): `1 / (1 - f + f / s)`, `f` their share.
 
     None when the GEMMs were not timed at the rows that they have here.
     """

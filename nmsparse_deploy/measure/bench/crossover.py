@@ -46,12 +46,12 @@ class Line:
 
     @property
     def teraflops(self) -> float | None:
-        """Of the sparse product, counted as if it were dense."""
+        """Return the rate of the sparse product, counted as if it were dense."""
         return None if self.sparse_us is None else 2 * self.rows * self.k * self.n / self.sparse_us / 1e6
 
 
 def shapes_of(targets: Iterable[Target]) -> dict[Shape, list[str]]:
-    """The GEMM shapes `(k, n)` of a model with the parameters that have them: every matrix, and every fusion group."""
+    """Return the GEMM shapes `(k, n)` of matrices and of fusion groups, with the parameters that have them."""
     found: dict[Shape, list[str]] = {}
     groups: dict[str, list[Target]] = {}
     for target in targets:
@@ -65,7 +65,7 @@ def shapes_of(targets: Iterable[Target]) -> dict[Shape, list[str]]:
 
 
 def parse_shape(text: str) -> Shape:
-    """`4096x14336` as `(k, n)`. Raises `UsageError`."""
+    """Read `4096x14336` as `(k, n)`. Raises `UsageError`."""
     k, _, n = text.partition("x")
     if not (k.isdecimal() and n.isdecimal() and int(k) and int(n)):
         raise UsageError(f"'{text}' is no shape.", "write K x N as --shape 4096x14336")
@@ -86,7 +86,7 @@ def crossover(shapes: Iterable[Shape], rows: Sequence[int], precisions: Sequence
 
 def _shape(shape: Shape, rows: Sequence[int], precision: str, machine: Machine, rounds: int,
            until: float) -> Iterator[Line]:
-    """One shape in one precision; its weight is made once."""
+    """Yield the lines of one shape in one precision; its weight is made once."""
     try:
         pair = None if time.monotonic() > until else twins(*shape, precision, machine.device)
     except (NmsparseError, RuntimeError) as error:
@@ -107,7 +107,7 @@ def _shape(shape: Shape, rows: Sequence[int], precision: str, machine: Machine, 
 
 
 def first_win(lines: Iterable[Line]) -> int | None:
-    """The smallest number of rows from which on sparse wins beyond noise at every one measured; None: nowhere."""
+    """Return the smallest number of rows from which on sparse wins beyond noise wherever it was measured, or None."""
     found = None
     for line in sorted(lines, key=lambda one: -one.rows):
         if line.low is None or line.low <= 1:
@@ -117,7 +117,7 @@ def first_win(lines: Iterable[Line]) -> int | None:
 
 
 def tables(lines: Sequence[Line], machine: Machine) -> dict[str, dict[str, Any]]:
-    """A latency table for every precision that ran, and what did not run."""
+    """Return a latency table for every precision that ran, and what did not run."""
     found = {}
     for precision in dict.fromkeys(line.precision for line in lines):
         mine = [line for line in lines if line.precision == precision]
@@ -134,7 +134,7 @@ def _row(line: Line) -> dict[str, Any]:
 
 
 def wins(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """By shape: from how many rows on sparse wins, and the most that it gains."""
+    """Return by shape from how many rows on sparse wins, and the most that it gains."""
     shapes: dict[Shape, list[Line]] = {}
     for line in lines:
         shapes.setdefault((line.k, line.n), []).append(line)
@@ -149,7 +149,7 @@ def wins(lines: Sequence[Line]) -> list[dict[str, Any]]:
 
 
 def markdown(lines: Sequence[Line], machine: Machine) -> str:
-    """The tables as a page."""
+    """Return the tables as a page."""
     parts = [f"# Sparse against dense on {machine.name}", ""]
     if machine.dry:
         parts += ["**Dry run: nothing here was measured on a GPU.**", ""]
@@ -177,7 +177,7 @@ def _cell(line: Line | None) -> str:
 
 
 def plot(lines: Sequence[Line], machine: Machine) -> str | None:
-    """Speed-up over rows as SVG, a panel for every precision; None when nothing was timed."""
+    """Draw speed-up over rows as SVG, a panel for every precision; None when nothing was timed."""
     from io import StringIO
 
     from matplotlib.figure import Figure

@@ -21,14 +21,14 @@ from nmsparse_deploy.measure.bench.arms import (
     DENSE,
     PRUNED,
     SPARSE,
+    ArmLayer,
     Phase,
-    Site,
+    arm_layers,
     bound,
     decode,
     make_arms,
     make_auto,
     prefill,
-    sites,
     time_phase,
 )
 from nmsparse_deploy.models.base import LoadedModel
@@ -38,8 +38,8 @@ from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.prove import TensorCheck, verify_tensors
 from nmsparse_deploy.ship.evidence import NOT_SPARSE, EngineEvidence
 from nmsparse_deploy.ship.quantise import BASE, FORMATS, calibrate
-from nmsparse_deploy.ship.torch_sparse.kernel_choice import ROUNDS, Decision, decide_all
-from nmsparse_deploy.ship.torch_sparse.profile_kernels import Gemm, evidence, watch
+from nmsparse_deploy.ship.torch_sparse.kernel_choice import ROUNDS, GemmDecision, decide_all
+from nmsparse_deploy.ship.torch_sparse.profile_kernels import LayerGemm, evidence, profile_kernels
 from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels
 from nmsparse_deploy.system.gpu_clock import Machine, transient
 from nmsparse_deploy.system.progress import Progress, silent
@@ -65,13 +65,13 @@ class Workload:
     name: str
     modules: Mapping[str, nn.Module]
     calls: Mapping[str, Call]
-    decisions: tuple[Decision, ...]
+    decisions: tuple[GemmDecision, ...]
     rows: Mapping[str, int]
 
 
 def bench_arms(dense: LoadedModel, masks: MaskSet, job: Job, machine: Machine,
                progress: Progress = silent) -> dict[str, Any]:
-    """All arms of a dense model and its masks: phases, decisions, memory, evidence and what may be concluded.
+    """Time all arms of a dense model and its masks: phases, decisions, memory, evidence and what may be concluded.
 
     The model stays on the machine's device. Raises `NmsparseError` where sparse kernels cannot run the precision.
     """
@@ -87,7 +87,7 @@ def bench_arms(dense: LoadedModel, masks: MaskSet, job: Job, machine: Machine,
     traced = trace_inputs(dense.module, found.blocks, inputs)
     flops = count_flops(dense.module, inputs)
     kept = {name: mask for name, mask in masks.masks.items() if mask.pattern.implies(TWO_FOUR)}
-    places = sites(dense.module, found.targets, kept, job.precision)
+    places = arm_layers(dense.module, found.targets, kept, job.precision)
     if not places:
         raise NmsparseError("No ordinary layer of this model has a 2:4 mask, so the arms would all be the same.")
     rows = {PREFILL: {site.parameter: traced[site.parameter].rows for site in places}}
@@ -119,10 +119,10 @@ def bench_arms(dense: LoadedModel, masks: MaskSet, job: Job, machine: Machine,
             "after": machine.environment()["state"]}
 
 
-def _decided(places: Sequence[Site], rows: Mapping[str, int], job: Job, machine: Machine,
-             progress: Progress) -> tuple[Decision, ...]:
-    """Every shape is timed at the rows that this workload gives it."""
-    found: list[Decision] = []
+def _decided(places: Sequence[ArmLayer], rows: Mapping[str, int], job: Job, machine: Machine,
+             progress: Progress) -> tuple[GemmDecision, ...]:
+    """Time every shape at the rows that this workload gives it."""
+    found: list[GemmDecision] = []
     for count in sorted(set(rows.values())):
         shapes: dict[tuple[int, int, bool], list[str]] = {}
         for site in places:
@@ -132,7 +132,7 @@ def _decided(places: Sequence[Site], rows: Mapping[str, int], job: Job, machine:
     return tuple(found)
 
 
-def _settings(decisions: Mapping[str, Sequence[Decision]]) -> dict[str, dict[int, Setting]]:
+def _settings(decisions: Mapping[str, Sequence[GemmDecision]]) -> dict[str, dict[int, Setting]]:
     found: dict[str, dict[int, Setting]] = {}
     for made in decisions.values():
         for one in made:
@@ -141,7 +141,7 @@ def _settings(decisions: Mapping[str, Sequence[Decision]]) -> dict[str, dict[int
     return found
 
 
-def _workload(name: str, arms: Mapping[str, nn.Module], places: Sequence[Site], decisions: tuple[Decision, ...],
+def _workload(name: str, arms: Mapping[str, nn.Module], places: Sequence[ArmLayer], decisions: tuple[GemmDecision, ...],
               rows: Mapping[str, int], inputs: Mapping[str, Any]) -> Workload:
     modules = {**arms, AUTO: make_auto(arms, places, decisions)}
     calls = prefill(modules, inputs) if name == PREFILL else decode(modules, inputs["input_ids"])
@@ -150,7 +150,7 @@ def _workload(name: str, arms: Mapping[str, nn.Module], places: Sequence[Site], 
 
 def _phases(work: Sequence[Workload], shape: dict[str, int], machine: Machine, rounds: int,
             progress: Progress) -> tuple[list[Phase], dict[str, str]]:
-    """Every workload, enqueued plainly and then replayed; what cannot be recorded as a graph says why."""
+    """Time every workload, enqueued plainly and then replayed; what cannot be recorded as a graph says why."""
     phases, failed = [], {}
     for replayed in (False, True) if machine.graph is not None else (False,):
         for one in work:
@@ -165,8 +165,8 @@ def _phases(work: Sequence[Workload], shape: dict[str, int], machine: Machine, r
     return phases, failed
 
 
-def _checks(module: nn.Module, places: Sequence[Site], kept: Mapping[str, Any]) -> dict[str, TensorCheck]:
-    """The pattern of what the pruned arms hold."""
+def _checks(module: nn.Module, places: Sequence[ArmLayer], kept: Mapping[str, Any]) -> dict[str, TensorCheck]:
+    """Check the pattern of what the pruned arms hold."""
     held = {}
     for site in places:
         layer: Any = module.get_submodule(site.layer)
@@ -175,19 +175,19 @@ def _checks(module: nn.Module, places: Sequence[Site], kept: Mapping[str, Any]) 
     return {check.tensor: check for check in verify_tensors(held, masks, PRUNED).checks}
 
 
-def _evidence(arm: str, work: Workload, places: Sequence[Site], precision: str,
+def _evidence(arm: str, work: Workload, places: Sequence[ArmLayer], precision: str,
               checks: Mapping[str, TensorCheck]) -> EngineEvidence:
     decided = {name: one for one in work.decisions for name in one.weights}
     dense = {name: one.why for name, one in decided.items() if one.keep == "dense"} if arm == AUTO else {}
-    layers, every = watch(work.calls[arm], work.modules[arm], [site.layer for site in places])
-    gemms = [Gemm(site.parameter, site.layer, site.k, site.n, site.why_not, dense.get(site.parameter))
+    layers, every = profile_kernels(work.calls[arm], work.modules[arm], [site.layer for site in places])
+    gemms = [LayerGemm(site.parameter, site.layer, site.k, site.n, site.why_not, dense.get(site.parameter))
              for site in places]
     rows = {site.layer: work.rows[site.parameter] for site in places}
     return evidence(f"{work.name}, {arm}", "torch", gemms, precision, rows, checks, layers, every)
 
 
-def _weights(arms: Mapping[str, nn.Module], places: Sequence[Site]) -> dict[str, int]:
-    """Bytes of the weights in which the arms differ."""
+def _weights(arms: Mapping[str, nn.Module], places: Sequence[ArmLayer]) -> dict[str, int]:
+    """Return bytes of the weights in which the arms differ."""
     found: dict[str, int] = {}
     for arm, module in arms.items():
         layers: list[Any] = [module.get_submodule(site.layer) for site in places]
@@ -196,13 +196,13 @@ def _weights(arms: Mapping[str, nn.Module], places: Sequence[Site]) -> dict[str,
 
 
 def _median(phases: Sequence[Phase], name: str) -> float:
-    """Of the dense arm, replayed where it was; 0 where it was not timed."""
+    """Return the dense arm's median, replayed where it was; 0 where it was not timed."""
     found = [arm.median_ms for phase in phases if phase.name == name for arm in phase.arms if arm.name == DENSE]
     return found[-1] if found else 0.0
 
 
 def verdict(phases: Sequence[Phase], seen: Mapping[str, Mapping[str, EngineEvidence]], dry: bool) -> str:
-    """What was won, in one sentence a workload, never without what was seen running."""
+    """Return what was won, in one sentence a workload, never without what was seen running."""
     parts = []
     for phase in phases:
         for arm in (SPARSE, AUTO):

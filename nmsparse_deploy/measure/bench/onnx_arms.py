@@ -28,7 +28,7 @@ ARMS: dict[str, dict[str, Any]] = {
 def onnx_phases(graphs: Sequence[Path], inputs: Mapping[str, Tensor], shape: dict[str, int], rounds: int,
                 arms: Mapping[str, Mapping[str, Any]] = ARMS,
                 progress: Progress = silent) -> tuple[list[Phase], dict[str, str]]:
-    """A phase for every graph with the arms that run here, and why the others do not, by graph and arm."""
+    """Time every graph in the arms that run here; returns its phases, and by graph and arm why others do not run."""
     phases, failed = [], {}
     for graph in graphs:
         name, calls = f"ONNX {graph.parent.name}", {}

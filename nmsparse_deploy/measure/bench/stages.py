@@ -44,7 +44,7 @@ def crossover(model: str | None, shapes: Sequence[Shape] = (), rows: Sequence[in
 
 
 def write_crossover(lines: Sequence[Line], out: Path, machine: Machine) -> None:
-    """`PRECISION.json` for every precision, `crossover.md` and `crossover.svg`, each by rename."""
+    """Write `PRECISION.json` for every precision, `crossover.md` and `crossover.svg`, each by rename."""
     out.mkdir(parents=True, exist_ok=True)
     texts = {f"{name}.json": json.dumps(data, indent=1) + "\n" for name, data in tables(lines, machine).items()}
     texts["crossover.md"] = markdown(lines, machine)

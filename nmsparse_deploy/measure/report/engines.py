@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from nmsparse_deploy.measure.report.stages import Stages
-from nmsparse_deploy.ship.evidence import RUNGS
+from nmsparse_deploy.ship.evidence import LEVELS
 
 MEANING = {"pattern": "the stored weight is 2:4",
            "shape": "its whole fusion group is, in a shape that kernels exist for",
            "eligible": "the builder found it eligible", "chosen": "the builder chose a sparse kernel for it",
            "tactic": "the engine holds a sparse kernel for it", "observed": "that kernel was seen running",
            "counted": "the hardware counted sparse instructions"}
-"""What each rung of the ladder says."""
+"""What each level of evidence says."""
 SHOWN = ("node", "parameter", "k", "n", "dtype", "rung", "reason", "why_not")
 
 
@@ -27,8 +27,8 @@ def engines(stages: Stages) -> list[dict[str, Any]] | None:
 def _engine(row: dict[str, Any]) -> dict[str, Any]:
     found, settings, made = row["evidence"], row["settings"], row["environment"]
     shapes = "; ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in settings["shapes"].items())
-    ladder = [{"rung": rung, "meaning": MEANING[rung], "layers": found["rungs"][rung]["layers"],
-               "flop_share": float(found["rungs"][rung]["flop_share"])} for rung in RUNGS]
+    ladder = [{"rung": level, "meaning": MEANING[level], "layers": found["rungs"][level]["layers"],
+               "flop_share": float(found["rungs"][level]["flop_share"])} for level in LEVELS]
     return {"name": row["name"], "path": row["path"], "onnx": row["onnx"], "bytes": row["bytes"],
             "seconds": row["seconds"], "sparse_weights": found["sparse_weights"], "verdict": found["verdict"],
             "gemms": found["gemms"], "flop_basis": found["flop_basis"], "ladder": ladder, "reasons": found["reasons"],

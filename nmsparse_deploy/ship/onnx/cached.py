@@ -73,7 +73,7 @@ def _takes(module: nn.Module, name: str) -> bool:
 
 
 def _inputs(module: nn.Module, ids: torch.Tensor, past: int) -> dict[str, torch.Tensor]:
-    """Ids, a mask over everything up to them, and their positions."""
+    """Return ids, a mask over everything up to them, and their positions."""
     batch, length = ids.shape
     given = {"input_ids": ids, "attention_mask": torch.ones(batch, past + length, dtype=torch.int64)}
     if _takes(module, "position_ids"):
@@ -82,14 +82,14 @@ def _inputs(module: nn.Module, ids: torch.Tensor, past: int) -> dict[str, torch.
 
 
 def tokens(module: nn.Module, batch: int, length: int) -> dict[str, torch.Tensor]:
-    """Inputs of a prefill over made-up ids."""
+    """Return inputs of a prefill over made-up ids."""
     config: Any = module.config
     ids = torch.arange(batch * length).view(batch, length) % config.get_text_config().vocab_size
     return _inputs(module, ids, 0)
 
 
 def step(module: nn.Module, ids: torch.Tensor, past: int) -> dict[str, torch.Tensor]:
-    """Inputs of a decode step over `ids` `[batch, 1]`, but for the cache."""
+    """Return inputs of a decode step over `ids` `[batch, 1]`, but for the cache."""
     return _inputs(module, ids, past)
 
 
@@ -127,7 +127,7 @@ def _cache_of(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str
 
 
 def _shapes(sample: Mapping[str, torch.Tensor], past: Mapping[str, torch.Tensor]) -> tuple[dict[int, Any], ...]:
-    """Which axes vary: the batch, and the sequence of a prefill or the past of a step."""
+    """Tell which axes vary: the batch, and the sequence of a prefill or the past of a step."""
     batch = torch.export.Dim("batch")
     if not past:
         sequence = torch.export.Dim("sequence")
@@ -139,7 +139,7 @@ def _shapes(sample: Mapping[str, torch.Tensor], past: Mapping[str, torch.Tensor]
 
 @torch.no_grad()
 def check_steps(module: nn.Module, sessions: Mapping[str, Any], ids: torch.Tensor, steps: int = 4) -> Agreement:
-    """Logits of a prefill and `steps` decode steps against one pass of `module` over all of `ids` `[batch, length]`."""
+    """Compare a prefill and `steps` decode steps with one pass of `module` over all of `ids` `[batch, length]`."""
     reference = module(input_ids=ids).logits
     start = ids.shape[1] - steps
     given = _inputs(module, ids[:, :start], 0)

@@ -26,7 +26,7 @@ def unroll_experts(module: nn.Module) -> list[str]:
 
 def _every_token(self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor,
                  top_k_weights: torch.Tensor) -> torch.Tensor:
-    """`hidden_states` `[T, hidden]`, `top_k_index` and `top_k_weights` `[T, k]`."""
+    """Mix the experts: `hidden_states` `[T, hidden]`, `top_k_index` and `top_k_weights` `[T, k]`."""
     x = hidden_states.expand(self.num_experts, *hidden_states.shape)
     x = _times(self, "gate_up_proj" if self.has_gate else "up_proj", x)
     x = _times(self, "down_proj", self._apply_gate(x) if self.has_gate else self.act_fn(x))
@@ -38,7 +38,7 @@ def _every_token(self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tens
 
 
 def _times(experts: Any, name: str, x: torch.Tensor) -> torch.Tensor:
-    """`x` `[E, T, in]` times the stack `name`, plus its biases."""
+    """Multiply `x` `[E, T, in]` by the stack `name`, and add its biases."""
     weight, bias = getattr(experts, name), getattr(experts, f"{name}_bias", None)
     product = torch.bmm(x, weight if experts.is_transposed else weight.transpose(1, 2))
     return product if bias is None else product + bias.unsqueeze(1)

@@ -57,7 +57,7 @@ class GraphInput:
 
 
 def graph_inputs(path: Path) -> tuple[GraphInput, ...]:
-    """The inputs that a caller has to give."""
+    """Return the inputs that a caller has to give."""
     graph = _load(path).graph
     stored = {tensor.name for tensor in graph.initializer}
     return tuple(GraphInput(value.name, tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or "?"
@@ -67,8 +67,8 @@ def graph_inputs(path: Path) -> tuple[GraphInput, ...]:
 
 def fixed_shapes(inputs: Sequence[GraphInput], batch: int, length: int,
                  given: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """The one shape of every input that an engine is built for: `given`, or `batch` for a free first axis and `length`
-    for a free second axis of a matrix. Raises `UsageError` for an input that this does not settle.
+    """Return the one shape of every input that an engine is built for: `given`, or `batch` for a free first axis and
+    `length` for a free second axis of a matrix. Raises `UsageError` for an input that this does not settle.
     """
     unknown = sorted(set(given) - {value.name for value in inputs})
     if unknown:
@@ -90,8 +90,8 @@ def _fixed(value: GraphInput, batch: int, length: int, given: Sequence[int] | No
 
 
 def gemms(path: Path, link: LinkMap | None, shapes: Mapping[str, Sequence[int]]) -> tuple[Gemm, ...]:
-    """Every multiplication by a stored weight that sums over something, in the order of the nodes, with FLOPs at the
-    input `shapes`."""
+    """Return every multiplication by a stored weight that sums over something, in the order of the nodes, with FLOPs at
+    the input `shapes`."""
     graph = OnnxGraph(path)
     model = _load(path)
     parameters = {row.node: row.parameter for row in link.rows} if link else {}
@@ -108,7 +108,7 @@ def gemms(path: Path, link: LinkMap | None, shapes: Mapping[str, Sequence[int]])
 
 
 def _computed_in(use: WeightUse) -> str:
-    """A float weight behind Q and DQ is multiplied as 8-bit integers."""
+    """Return the type of the product: a float weight behind Q and DQ is multiplied as 8-bit integers."""
     return "I8" if QUANTIZE in use.path else use.dtype
 
 
@@ -121,7 +121,7 @@ def _name(name: str, outputs: Sequence[str]) -> str:
 
 
 def _reads(graph: GraphProto) -> dict[str, str]:
-    """node -> the computed tensor that it multiplies, followed back through what compilers see through."""
+    """Return by node the computed tensor that it multiplies, followed back through what compilers see through."""
     constant = {tensor.name for tensor in graph.initializer}
     origin: dict[str, str] = {}
     reads: dict[str, str] = {}
@@ -137,7 +137,7 @@ def _reads(graph: GraphProto) -> dict[str, str]:
 
 
 def _sizes(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Number of values of every tensor whose shape follows from the input shapes: what the exporter noted, with
+    """Count the values of every tensor whose shape follows from the input shapes: what the exporter noted, with
     numbers for the names of free axes, and what ONNX's shape inference finds."""
     import onnx
 
@@ -168,7 +168,7 @@ def _known(values: Iterable[ValueInfoProto], named: Mapping[str, int]) -> dict[s
 
 
 def _product(text: str, named: Mapping[str, int]) -> int | None:
-    """`batch` or `batch*sequence` as a number."""
+    """Read `batch` or `batch*sequence` as a number."""
     parts = [named.get(part, int(part) if part.isdecimal() else None) for part in text.split("*")]
     return None if None in parts else math.prod(part for part in parts if part is not None)
 

@@ -55,7 +55,7 @@ class LinkMap:
         return tuple(row for row in self.rows if row.parameter == parameter)
 
     def by_parameter(self) -> dict[str, list[dict[str, Any]]]:
-        """The rows as `verify_onnx` takes them."""
+        """Return the rows as `verify_onnx` takes them."""
         return {name: [asdict(row) for row in self.of(name)] for name in dict.fromkeys(r.parameter for r in self.rows)}
 
     def as_dict(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class LinkMap:
 
 
 def link(path: Path, module: nn.Module, targets: Sequence[Target]) -> LinkMap:
-    """The link map of `path`, which was exported from exactly this (cast) `module`.
+    """Return the link map of `path`, which was exported from exactly this (cast) `module`.
 
     Raises `CheckFailed` for a target without a proven row, or with a use whose values are not the parameter's.
     """
@@ -99,7 +99,7 @@ def link(path: Path, module: nn.Module, targets: Sequence[Target]) -> LinkMap:
 
 
 def _candidates(target: Target, uses: dict[str, list[WeightUse]]) -> list[WeightUse]:
-    """Uses in the target's own module, or, when that is not called, in the nearest module around it that has any."""
+    """Return uses in the target's own module, or where that is not called in the nearest one around it that has any."""
     place = target.module
     while target.watched and place and place not in uses:
         place = place.rpartition(".")[0]
@@ -107,7 +107,7 @@ def _candidates(target: Target, uses: dict[str, list[WeightUse]]) -> list[Weight
 
 
 def _rows(graph: OnnxGraph, target: Target, own: dict[str, torch.Tensor], uses: list[WeightUse]) -> Iterator[LinkRow]:
-    """One row per use in the target's own module whose values are the target's."""
+    """Yield one row per use in the target's own module whose values are the target's."""
     parameter = own[target.name]
     bits, axis, found = _tensor_bits(parameter), target.axis % parameter.ndim, False
     for use in uses:
@@ -128,7 +128,7 @@ def _rows(graph: OnnxGraph, target: Target, own: dict[str, torch.Tensor], uses: 
 
 
 def _own_tensors(module: nn.Module, target: Target) -> dict[str, torch.Tensor]:
-    """The parameters and buffers that lie directly in the target's module, by full name."""
+    """Return the parameters and buffers that lie directly in the target's module, by full name."""
     prefix = f"{target.module}." if target.module else ""
     try:
         child = module.get_submodule(target.module)
@@ -142,12 +142,12 @@ def _own_tensors(module: nn.Module, target: Target) -> dict[str, torch.Tensor]:
 
 
 def _innermost(scopes: Sequence[str], modules: set[str]) -> str:
-    """The deepest module a node belongs to; the last scopes of a node name operators, not modules."""
+    """Return the deepest module a node belongs to; the last scopes of a node name operators, not modules."""
     return next((scope for scope in reversed(scopes) if scope in modules), "")
 
 
 def _tensor_bits(tensor: torch.Tensor) -> np.ndarray:
-    """The values as unsigned integers: bf16 has no NumPy type, and bits tell minus zero from zero."""
+    """Return the values as unsigned integers: bf16 has no NumPy type, and bits tell minus zero from zero."""
     tensor = tensor.detach()
     return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]).numpy().view(
         f"u{tensor.itemsize}")

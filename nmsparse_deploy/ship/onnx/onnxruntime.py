@@ -75,7 +75,7 @@ class OnnxRuntime:
         return cls(session, chosen, ort.__version__)
 
     def inspect(self) -> dict[str, Any]:
-        """`sparse_kernels` is None where they were allowed, because nothing here sees whether one was chosen."""
+        """Return evidence; `sparse_kernels` is None where they were allowed: nothing here sees if one was chosen."""
         reason = "TensorRT was allowed to use sparse tactics, and this provider does not say which it chose" if (
             self._settings["sparse"]) else "no sparse GEMM kernels are in use here; the zeros are multiplied"
         return {"engine": "onnxruntime", "version": self._version,
@@ -84,7 +84,7 @@ class OnnxRuntime:
                 "sparse_kernels": None if self._settings["sparse"] else False, "reason": reason}
 
     def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        """Outputs by name. Floating-point inputs are converted to the type of the graph's inputs."""
+        """Return outputs by name. Floating-point inputs are converted to the type of the graph's inputs."""
         feed = self._feed(batch)
         names = [value.name for value in self._session.get_outputs()]
         try:
@@ -93,7 +93,7 @@ class OnnxRuntime:
             raise NmsparseError(f"ONNX Runtime could not run this batch: {first_line(error)}.") from error
 
     def bound(self, batch: Mapping[str, Tensor]) -> Callable[[], None]:
-        """A call that runs `batch` with inputs and outputs where the provider works; it returns when all is done.
+        """Return a call that runs `batch` with inputs and outputs where the provider works; it waits until all is done.
 
         It has run once already, so what cannot run is a `NmsparseError` here.
         """
@@ -123,7 +123,7 @@ class OnnxRuntime:
 
 
 def _providers(chosen: Mapping[str, Any]) -> list[Any]:
-    """What runs the graph, with its options, and for TensorRT what runs the nodes that it leaves."""
+    """Return what runs the graph, with its options, and for TensorRT what runs the nodes that it leaves."""
     if chosen["provider"] != "tensorrt":
         return [PROVIDERS[chosen["provider"]]]
     return [(PROVIDERS["tensorrt"], {"trt_sparsity_enable": chosen["sparse"]}), PROVIDERS["cuda"]]

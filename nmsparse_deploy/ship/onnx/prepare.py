@@ -20,7 +20,7 @@ OUTPUTS = ("logits", "last_hidden_state", "sample")
 
 
 def cast_copy(module: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
-    """A copy on the CPU with all floating-point parameters in `dtype`, and warnings about what the cast lost.
+    """Return a copy on the CPU with all floating-point parameters in `dtype`, and warnings about what the cast lost.
 
     Only what has to change is copied: a tensor that has the right type already is shared with `module`. Buffers that
     are not part of the state dict are tables computed at load time (rotary frequencies); libraries keep them in full
@@ -59,11 +59,11 @@ def _cast(name: str, value: torch.Tensor, dtype: torch.dtype, lost: dict[str, in
     if not value.is_floating_point() or value.dtype == dtype or not value.numel():
         return value
     low, high = (float(v) for v in torch.aminmax(value))
-    most = torch.finfo(dtype).max
-    if not (-most <= low and high <= most):  # also true of NaN
+    max_value = torch.finfo(dtype).max
+    if not (-max_value <= low and high <= max_value):  # also true of NaN
         worst = low if abs(low) > abs(high) else high
         raise NmsparseError(f"'{name}' holds the value {worst:g}, which does not fit {str(dtype)[6:]} (at most "
-                            f"{most:g}).", "export with --precision bf16 or fp32")
+                            f"{max_value:g}).", "export with --precision bf16 or fp32")
     # A tiny negative weight becomes -0.0, which a byte-wise check does not take for a zero; adding 0.0 makes it +0.0.
     cast = value.to(dtype).add_(0.0)
     zeros = int(torch.count_nonzero(value) - torch.count_nonzero(cast))
@@ -108,7 +108,7 @@ def _pick(result: Any, output: str | None) -> tuple[str, torch.Tensor]:
 
 
 def trace_inputs(inputs: Mapping[str, torch.Tensor], dtype: torch.dtype, dynamic: bool) -> dict[str, torch.Tensor]:
-    """The sample as the tracer wants it: floats in `dtype`, and no axis of length 1 that is meant to vary.
+    """Return the sample as the tracer wants it: floats in `dtype`, and no axis of length 1 that is meant to vary.
 
     Tracing treats a length of 1 as a constant, so a batch of one is doubled.
     """
@@ -123,7 +123,7 @@ def trace_inputs(inputs: Mapping[str, torch.Tensor], dtype: torch.dtype, dynamic
 
 
 def dynamic_shapes(inputs: Mapping[str, torch.Tensor]) -> tuple[dict[int, Any], ...]:
-    """Which axes vary: the first of everything is the batch, the second of a 2-D input of tokens the sequence.
+    """Tell which axes vary: the first of everything is the batch, the second of a 2-D input of tokens the sequence.
 
     A decoder's sequence is another one than its encoder's, and so is that of the text a diffusion model reads.
     """

@@ -28,7 +28,7 @@ from nmsparse_deploy.ship.quantise import FORMATS, Format, Range, quantise_weigh
 if TYPE_CHECKING:
     import onnx
 
-LEAST_OPSET = 19
+MIN_OPSET = 19
 """The first in which scales may be fp16 and codes FP8."""
 
 
@@ -93,14 +93,14 @@ class _Rewrite:
             groups[self._activation_of(self.nodes[row.node])[1]].append(row)
         found = dict(ranges)
         for group in groups.values():
-            most = max(float(np.abs(self._read(row.tensor)).max()) for row in group)
+            max_value = max(float(np.abs(self._read(row.tensor)).max()) for row in group)
             wrote = max(ranges[row.module].wrote for row in group)
-            self.shared |= {row.tensor: max(most, self.shared.get(row.tensor, 0.0)) for row in group}
+            self.shared |= {row.tensor: max(max_value, self.shared.get(row.tensor, 0.0)) for row in group}
             found |= {row.module: replace(ranges[row.module], wrote=wrote) for row in group}
         return found
 
     def _activation_of(self, node: onnx.NodeProto) -> tuple[int, str]:
-        """Which input of a multiplication is computed, and its name."""
+        """Return which input of a multiplication is computed, and its name."""
         return next((i, given) for i, given in enumerate(node.input[:2]) if not self._is_stored(given))
 
     def _read(self, name: str) -> np.ndarray:
@@ -109,7 +109,7 @@ class _Rewrite:
         return numpy_helper.to_array(self.weights[name])
 
     def row(self, row: LinkRow, seen: Range, requantise: bool) -> LinkRow:
-        """Rewrite one multiplication; the row of what is stored now."""
+        """Rewrite one multiplication; returns the row of what is stored now."""
         node = self.nodes[row.node]
         name, digest = self._weight(row)
         slot, given = self._activation_of(node)
@@ -119,7 +119,7 @@ class _Rewrite:
         return replace(row, tensor=name, dtype=self.form.element, sha256=digest)
 
     def _is_stored(self, name: str) -> bool:
-        """A weight, or what was made of one (by a transposition)."""
+        """Return a weight, or what was made of one (by a transposition)."""
         if name in self.weights or name in self.made:
             return True
         maker = next((n for n in self.model.graph.node if name in n.output), None)
@@ -142,7 +142,7 @@ class _Rewrite:
         return self.made[row.tensor]
 
     def _activation(self, name: str, largest: float) -> str:
-        """The quantised twin of an activation, made once."""
+        """Return the quantised twin of an activation, made once."""
         if name not in self.activations:
             self.activations[name] = f"{name}_dequantized"
             self.before[name] += self._pair(name, name, self.activations[name], largest)
@@ -179,7 +179,7 @@ class _Rewrite:
         return node
 
     def _zero(self) -> str:
-        """The zero point of every activation; it says which type the codes have."""
+        """Return the zero point of every activation; it says which type the codes have."""
         if "zero" not in self.weights:
             self._store("zero", self.form.codes(np.zeros(())))
         return "zero"
@@ -194,7 +194,7 @@ class _Rewrite:
         self.weights[name] = tensor
 
     def finished(self) -> onnx.ModelProto:
-        """The model with every new node right behind what it reads."""
+        """Return the model with every new node right behind what it reads."""
         given = [node for value in self.model.graph.input for node in self.before.pop(value.name, [])]
         nodes = [*self.first, *given]
         for node in self.model.graph.node:
@@ -208,6 +208,6 @@ class _Rewrite:
         return self.model
 
     def _following(self, name: str) -> list[onnx.NodeProto]:
-        """New nodes behind a tensor, and those behind what they make."""
+        """Yield new nodes behind a tensor, and those behind what they make."""
         made = self.before.pop(name, [])
         return [*made, *(more for node in made for out in node.output for more in self._following(out))]

@@ -50,7 +50,7 @@ def _external(model: object) -> list[TensorProto]:
 
 
 def _place(tensor: TensorProto) -> tuple[str, int, int]:
-    """File, offset and length."""
+    """Return file, offset and length."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     return entries["location"], int(entries.get("offset", 0)), int(entries["length"])
 
@@ -63,7 +63,7 @@ def _bytes(folder: Path, tensor: TensorProto) -> bytes:
 
 
 def _digest(folder: Path, tensor: TensorProto) -> bytes:
-    """Type, shape and bytes: what makes two stored tensors one."""
+    """Return type, shape and bytes: what makes two stored tensors one."""
     about = f"{tensor.data_type} {list(tensor.dims)} ".encode()
     return hashlib.sha256(about + _bytes(folder, tensor)).digest()
 

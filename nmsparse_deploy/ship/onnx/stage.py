@@ -82,7 +82,7 @@ def _quantise(folder: Path, result: ExportResult, cached: tuple[CacheGraph, ...]
 
 @torch.no_grad()
 def _agreement(path: Path, loaded: LoadedModel, eight: bool) -> dict[str, Any]:
-    """ONNX Runtime against PyTorch in fp32 on other shapes than the traced ones, or why they could not be compared."""
+    """Compare ONNX Runtime with PyTorch in fp32 on other shapes than the traced ones, or say why that is impossible."""
     inputs = models.sample_inputs(loaded, batch=1, length=48)
     reference = loaded.module.float()(**inputs)
     try:
@@ -98,7 +98,7 @@ def _agreement(path: Path, loaded: LoadedModel, eight: bool) -> dict[str, Any]:
 
 
 def _steps(graphs: dict[str, Path], loaded: LoadedModel, eight: bool) -> dict[str, Any]:
-    """Prefill and decode steps against one pass over the whole text."""
+    """Compare prefill and decode steps with one pass over the whole text."""
     try:
         sessions = {name: _session(path, eight) for name, path in graphs.items()}
         return asdict(check_steps(loaded.module.float(), sessions, models.sample_inputs(loaded, 2, 16)["input_ids"]))
@@ -112,7 +112,7 @@ def _session(path: Path, eight: bool) -> OnnxRuntime:
 
 
 def _compiled(path: Path, progress: Progress) -> dict[str, Any]:
-    """What TensorRT-RTX makes of a graph, why it refuses it, or that it is not here to ask."""
+    """Return what TensorRT-RTX makes of a graph, why it refuses it, or that it is not here to ask."""
     progress(f"compiling {path.parent.name}/{path.name} with TensorRT-RTX", 0, 0)
     try:
         return TensorRtRtx.build(path).inspect()
@@ -123,7 +123,7 @@ def _compiled(path: Path, progress: Progress) -> dict[str, Any]:
 
 
 def told(row: dict[str, Any], path: str) -> list[str]:
-    """What `export_one` recorded, as lines."""
+    """Return what `export_one` recorded, as lines."""
     lines = [f"{path}: {sum(row['files'].values()) / 1e6:.0f} MB, {row['links']} weights linked and verified; "
              f"{compared(row['agreement'])}"]
     if "quantisation" in row:

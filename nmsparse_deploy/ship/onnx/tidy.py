@@ -41,7 +41,7 @@ def tidy(path: Path) -> onnx.ModelProto:
 
 
 def fix_numeric_dims(model: onnx.ModelProto) -> int:
-    """Symbolic axes that are *named* "32" become the number 32, or a compiler takes them for dynamic ones.
+    """Turn symbolic axes that are *named* "32" into the number 32, or a compiler takes them for dynamic ones.
 
     Returns how many there were.
     """
@@ -136,8 +136,8 @@ def tensor_specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...
 
 
 def fixed_axes(specs: Iterable[TensorSpec], asked: Mapping[str, Collection[int]]) -> list[str]:
-    """Sentences about axes that were asked to vary and came out as a number, and inputs that are gone: both happen
-    without a word from the tracer."""
+    """Return sentences about axes that were asked to vary and came out as a number, and inputs that are gone: both
+    happen without a word from the tracer."""
     by_name = {spec.name: spec for spec in specs}
     gone = [f"The graph has no input '{name}': the model ignores it." for name in asked if name not in by_name]
     fixed = [(name, axis, spec.shape[axis]) for name, spec in by_name.items() for axis in asked.get(name, ())]
@@ -146,6 +146,6 @@ def fixed_axes(specs: Iterable[TensorSpec], asked: Mapping[str, Collection[int]]
 
 
 def dynamic_dims(*specs: Iterable[TensorSpec]) -> tuple[str, ...]:
-    """Names of the axes that may vary, in order of appearance."""
+    """Return names of the axes that may vary, in order of appearance."""
     names = [axis for group in specs for spec in group for axis in spec.shape if isinstance(axis, str)]
     return tuple(dict.fromkeys(names))

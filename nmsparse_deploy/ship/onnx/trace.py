@@ -53,7 +53,7 @@ class ExportResult:
 
     @property
     def size_note(self) -> str:
-        """ONNX stores every zero: no claim about a smaller file can be made."""
+        """Say that ONNX stores every zero: no claim about a smaller file can be made."""
         return (f"The ONNX files take {sum(self.files.values()) / 1e6:.1f} MB, the dense weights "
                 f"{self.dense_bytes / 1e6:.1f} MB: ONNX stores the zeros, so pruning saves nothing here.")
 
@@ -152,7 +152,7 @@ def _trace(module: nn.Module, sample: Mapping[str, torch.Tensor], opset: int, sh
 
 
 def _has_batch_norm(module: nn.Module) -> bool:
-    """The exporter's optimizer folds a batch norm into the convolution before it: other values than were verified."""
+    """Tell whether there is a batch norm, which the exporter's optimizer would fold into the convolution before it."""
     return any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules())
 
 
@@ -179,7 +179,7 @@ def _require(*packages: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter logs and warns about packages that nobody asked for; real failures are exceptions."""
+    """Silence the exporter, which logs and warns about packages that nobody asked for; real failures are exceptions."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

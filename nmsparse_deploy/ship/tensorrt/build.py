@@ -43,7 +43,7 @@ class Settings:
 
 
 def refuse_fp32(onnx: Path, weights: Sequence[Gemm]) -> None:
-    """Raises `UsageError` for a graph whose weights are all in 32 bits: its engine would have no sparse kernels."""
+    """Raise `UsageError` for a graph whose weights are all in 32 bits: its engine would have no sparse kernels."""
     if not any(gemm.low_precision for gemm in weights):
         raise UsageError(f"No weight of '{onnx}' is in fp16, bf16, fp8 or int8: networks are strongly typed, so its "
                          "engine would compute in fp32 and have no sparse kernels worth the name.",
@@ -127,7 +127,7 @@ def _first_error(parser: Any) -> str:
 
 
 def network_flags(trt: Any) -> int:
-    """Strong typing, which TensorRT 11 has always and TensorRT 10 by a flag. Raises `NmsparseError` for older ones."""
+    """Return the flag of strong typing, which TensorRT 11 has always. Raises `NmsparseError` where there is none."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     if flag is not None:
         return 1 << int(flag)
@@ -179,7 +179,7 @@ def _inspect(trt: Any, logger: Any, made: Path, settings: Settings) -> dict[str,
 
 
 def environment(trt: Any) -> dict[str, Any]:
-    """What this build depends on beside the graph and the settings."""
+    """Return what this build depends on beside the graph and the settings."""
     import torch
 
     device = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -84,7 +84,7 @@ class TensorRT:
                 "outputs": self._outputs, "cuda_graph": self._cuda_graph, "sparse_kernels": "see its evidence"}
 
     def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        """Outputs by name, as float32 where NumPy lacks the type. Inputs are converted to the types of the engine."""
+        """Return outputs by name, as float32 where NumPy lacks the type. Inputs are cast to the types of the engine."""
         self.prepare(batch)()
         self._stream.synchronize()
         outputs = {name: self._buffers[name] for name in self._outputs}
@@ -110,7 +110,7 @@ class TensorRT:
         return self._replay
 
     def observe(self, batch: Mapping[str, Tensor]) -> dict[str, int]:
-        """How often each kernel ran in one pass, by name, as the CUDA profiler saw it after a warm-up."""
+        """Count how often each kernel ran in one pass, by name, as the CUDA profiler saw it after a warm-up."""
         call = self.prepare(batch)
         call()
         self._stream.synchronize()
@@ -121,13 +121,13 @@ class TensorRT:
         return dict(Counter(event.name for event in on_device))
 
     def _allocate(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Buffers for these input shapes, and their addresses for TensorRT."""
+        """Make buffers for these input shapes, and give TensorRT their addresses."""
         self._graph, self._buffers = None, {}
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
-                least, best, most = self._engine.get_tensor_profile_shape(name, 0)
-                raise UsageError(f"The engine was built for '{name}' from {tuple(least)} to {tuple(most)}, best "
-                                 f"{tuple(best)}, not for {shape}.", "build one for this shape")
+                minimum, optimum, maximum = self._engine.get_tensor_profile_shape(name, 0)
+                raise UsageError(f"The engine was built for '{name}' from {tuple(minimum)} to {tuple(maximum)}, best "
+                                 f"{tuple(optimum)}, not for {shape}.", "build one for this shape")
         self._context.infer_shapes()
         for name in (*self._inputs, *self._outputs):
             shape, kind = tuple(self._context.get_tensor_shape(name)), self._engine.get_tensor_dtype(name).name
@@ -141,7 +141,7 @@ class TensorRT:
             raise NmsparseError(f"TensorRT could not run '{self.path}' on this batch.")
 
     def _capture(self) -> Any:
-        """One enqueue as a CUDA graph; a pass before it lets TensorRT allocate, which a capture does not allow."""
+        """Capture one enqueue as a CUDA graph; a pass before it lets TensorRT allocate, which captures do not allow."""
         self._enqueue()
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -35,7 +35,7 @@ _PROFILE = re.compile(r" \[profile \d+\]$")
 
 
 def is_sparse_kernel(name: str) -> bool:
-    """Is this the name of a sparse tensor-core kernel? Give it tactic or kernel names, never names of layers."""
+    """Tell whether a tactic or kernel name is that of a sparse tensor-core kernel. Never give it names of layers."""
     return bool(SPARSE_KERNEL.search(name))
 
 
@@ -70,7 +70,7 @@ class BuildLog:
     errors: tuple[str, ...]
 
     def names(self, kind: str) -> dict[str, str]:
-        """Layer names that are listed as `eligible` or `chosen` in any pass, with the line that says so."""
+        """Return layer names that are listed as `eligible` or `chosen` in any pass, with the line that says so."""
         found: dict[str, str] = {}
         for line in self.lines(kind):
             for name in line.names:
@@ -127,7 +127,7 @@ class EngineLayer:
 
 
 def parse_inspector(text: str, source: str = "This") -> tuple[EngineLayer, ...]:
-    """Layers of the inspector's JSON. Raises `UsageError` when it is no such thing; `source` names the file."""
+    """Read the layers of the inspector's JSON. Raises `UsageError` when it is none; `source` names the file."""
     try:
         layers = json.loads(text)["Layers"]
         return tuple(_inspected(layer) for layer in layers)
@@ -146,18 +146,18 @@ def _inspected(layer: Any) -> EngineLayer:
 
 
 def layers_in_log(text: str) -> tuple[EngineLayer, ...]:
-    """The layer list that a build with detailed profiling prints as its last verbose message."""
+    """Return the layer list that a build with detailed profiling prints as its last verbose message."""
     return tuple(EngineLayer(row["name"], row["kind"], row["tactic"], onnx_nodes(row["metadata"] or ""), row[0])
                  for row in _LISTED.finditer(text))
 
 
 def onnx_nodes(metadata: str) -> tuple[str, ...]:
-    """Names in `[ONNX Layer: a][ONNX Layer: b]`."""
+    """Return names in `[ONNX Layer: a][ONNX Layer: b]`."""
     return tuple(_ONNX.findall(metadata))
 
 
 def nodes_of(name: str, layers: Collection[EngineLayer], known: Collection[str]) -> tuple[str, ...]:
-    """The ONNX nodes, of those `known`, behind the name of a layer; empty when the name does not say.
+    """Return the ONNX nodes, of those `known`, behind the name of a layer; empty when the name does not say.
 
     A name is an ONNX node's, an engine layer's, or the names of fused nodes joined by `+` with the compiler's suffix.
     """
@@ -170,7 +170,7 @@ def nodes_of(name: str, layers: Collection[EngineLayer], known: Collection[str])
 
 
 def layer_nodes(layer: EngineLayer, known: Collection[str]) -> tuple[str, ...]:
-    """The `known` ONNX nodes in a layer: from its metadata, or where it has none from its name."""
+    """Return the `known` ONNX nodes in a layer: from its metadata, or where it has none from its name."""
     return tuple(node for node in layer.nodes or (layer.name, *_parts(layer.name)) if node in known)
 
 

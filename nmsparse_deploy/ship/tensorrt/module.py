@@ -20,14 +20,14 @@ SEVERITIES = {"VERBOSE": "V", "INFO": "I", "WARNING": "W", "ERROR": "E", "INTERN
 
 
 def require_cuda(what: str) -> None:
-    """Raises `NmsparseError` without a CUDA device. Ask before anything else: without one, TensorRT may crash."""
+    """Raise `NmsparseError` without a CUDA device. Ask before anything else: without one, TensorRT may crash."""
     if why := no_cuda():
         raise NmsparseError(f"{what} needs an NVIDIA GPU: {why}.",
                             f"run it on a machine with one, after pip install 'nmsparse-deploy[{extra()}]'")
 
 
 def load_tensorrt(what: str) -> Any:
-    """The `tensorrt` module. Raises `MissingExtra` without it, `NmsparseError` when its libraries do not load."""
+    """Import `tensorrt`. Raises `MissingExtra` without it, `NmsparseError` when its libraries do not load."""
     try:
         import tensorrt
     except ModuleNotFoundError as error:
@@ -39,7 +39,7 @@ def load_tensorrt(what: str) -> Any:
 
 
 def extra() -> str:
-    """TensorRT 11, unless ONNX Runtime's own TensorRT provider is here, which loads TensorRT 10."""
+    """Return the extra of TensorRT 11, unless ONNX Runtime's own TensorRT provider is here, which loads TensorRT 10."""
     providers = find_spec("onnxruntime")
     folders = providers.submodule_search_locations if providers else None
     shared = (Path(folder) / "capi" / "libonnxruntime_providers_tensorrt.so" for folder in folders or ())
@@ -48,7 +48,7 @@ def extra() -> str:
 
 @cache
 def recorder(trt: Any) -> Any:
-    """The one logger of this process: TensorRT goes on writing to the first that it was given."""
+    """Return the one logger of this process: TensorRT goes on writing to the first that it was given."""
 
     class Recorder(trt.ILogger):
         def __init__(self) -> None:
@@ -65,7 +65,7 @@ def recorder(trt: Any) -> Any:
 
         @contextmanager
         def writing_to(self, path: Path) -> Iterator[None]:
-            """Every message goes to `path`, one severity letter in front; raises what was kept when it ends well."""
+            """Write every message to `path`, one severity letter in front; raises what was kept when it ends well."""
             self.kept = None
             with open(path, "w", encoding="utf-8", errors="backslashreplace") as self.file:
                 try:
@@ -83,7 +83,7 @@ def recorder(trt: Any) -> Any:
 
 
 def monitor(trt: Any, logger: Any, name: str, progress: Progress) -> Any:
-    """Progress of the build's outermost phases; stops the build once something was kept from being raised."""
+    """Return a monitor of the build's outermost phases that stops it once something was kept from being raised."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """TensorRT-RTX without a GPU: does the graph parse and compile, and what becomes of every GEMM?
 
 Its compiler is the family of TensorRT's own and runs on any machine, and its verbose log lists the layers of the plan.
-It chooses no kernels before it sees a GPU and never says whether one is sparse, so the rung that a layer reaches here
-is "compiles". A plan is never deserialised: without a GPU that can end the process.
+It chooses no kernels before it sees a GPU and never says whether one is sparse, so the evidence for a layer ends at
+"compiles" here. A plan is never deserialised: without a GPU that can end the process.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 
 from nmsparse_deploy.errors import CheckFailed, MissingExtra, NmsparseError, UsageError
 from nmsparse_deploy.ship.engine import Tensor
-from nmsparse_deploy.ship.tensorrt.rtx_layers import LISTED, Layer, layers
+from nmsparse_deploy.ship.tensorrt.rtx_layers import LISTED, PlanLayer, layers
 
 EXTRA = "trt-rtx"
 PACKAGE = "tensorrt-rtx-cu13"
-RUNG = "compiles"
+LEVEL = "compiles"
 SIZES = {"batch": 1, "sequence": 128, "decoder_sequence": 128, "text": 128, "past": 128}
 """What an axis that may vary is compiled for."""
 WIDE = "Float"
@@ -42,7 +42,7 @@ class FusedGemm:
 
     @property
     def eight_bit(self) -> bool:
-        """Are both operands and the result 8 bits wide?"""
+        """Tell whether both operands and the result are 8 bits wide."""
         return all(kind in ("Int8", "FP8") for kind in (*self.inputs, *self.outputs))
 
 
@@ -63,13 +63,12 @@ class Compiled:
     """ONNX nodes with a weight that no layer of the plan names."""
     wide: tuple[str, ...]
     """ONNX nodes with a weight whose GEMM reads fp32 though the graph stores something narrower."""
-    rung: str = RUNG
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "eight_bit_gemms": sum(gemm.eight_bit for gemm in self.gemms)}
+        return {**asdict(self), "rung": LEVEL, "eight_bit_gemms": sum(gemm.eight_bit for gemm in self.gemms)}
 
     def summary(self) -> str:
-        """One sentence."""
+        """Return what became of the graph in one sentence."""
         merged = f", {len(self.merged)} of them merged from {sum(map(len, self.merged))}" if self.merged else ""
         parts = [f"compiles to {len(self.gemms)} GEMMs{merged}"]
         parts += [f"{len(self.generated)} products of one row became generated code"] if self.generated else []
@@ -117,13 +116,13 @@ class TensorRtRtx:
                 "reason": "compiled without a GPU: kernels are chosen where the plan is loaded"}
 
     def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        """Raises `NmsparseError`: a plan is compiled here, never loaded."""
+        """Raise `NmsparseError`: a plan is compiled here, never loaded."""
         raise NmsparseError("A TensorRT-RTX plan is only compiled here, never run.",
                             "run the ONNX file in ONNX Runtime instead")
 
 
 def load() -> Any:
-    """The library. Raises `MissingExtra`."""
+    """Import the library. Raises `MissingExtra`."""
     try:
         import tensorrt_rtx
     except ImportError as error:
@@ -131,7 +130,7 @@ def load() -> Any:
     return tensorrt_rtx
 
 
-def judge(artefact: Path, found: Sequence[Layer], version: str, plan_bytes: int, sizes: dict[str, int]) -> Compiled:
+def judge(artefact: Path, found: Sequence[PlanLayer], version: str, plan_bytes: int, sizes: dict[str, int]) -> Compiled:
     """Tie the layers of a plan to the multiplications by a stored weight in the graph it was made from."""
     from nmsparse_deploy.prove.onnx_graph import OnnxGraph
 
@@ -177,7 +176,7 @@ class _Log:
 
 
 def _first_error(parser: Any, lines: Sequence[tuple[str, str]]) -> str:
-    """TensorRT-RTX's own words for what went wrong, in one line."""
+    """Return TensorRT-RTX's own words for what went wrong, in one line."""
     errors = [parser.get_error(i) for i in range(parser.num_errors)] if parser else []
     told = [f"node '{error.node_name()}' ({error.node_operator()}): {error.desc()}" for error in errors]
     told += [message for severity, message in lines if severity in ("ERROR", "INTERNAL_ERROR")]
@@ -186,7 +185,7 @@ def _first_error(parser: Any, lines: Sequence[tuple[str, str]]) -> str:
 
 
 def _profile(builder: Any, network: Any, artefact: Path, sizes: Mapping[str, int]) -> Any:
-    """One narrow profile: every axis at its one size."""
+    """Return one narrow profile: every axis at its one size."""
     import onnx
 
     from nmsparse_deploy.ship.onnx.tidy import tensor_specs
@@ -202,7 +201,7 @@ def _profile(builder: Any, network: Any, artefact: Path, sizes: Mapping[str, int
 
 
 def size_of(axis: int | str, sizes: Mapping[str, int], tensor: str) -> int:
-    """The length of an axis: a number, a name, or a sum of them (`past + 1`). Raises `UsageError`."""
+    """Return the length of an axis: a number, a name, or a sum of them (`past + 1`). Raises `UsageError`."""
     if isinstance(axis, int):
         return axis
     total = 0

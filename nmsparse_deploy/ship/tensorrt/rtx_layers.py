@@ -30,7 +30,7 @@ class LayerTensor:
 
 
 @dataclass(frozen=True)
-class Layer:
+class PlanLayer:
     """One layer of a plan."""
 
     name: str
@@ -52,21 +52,21 @@ _ONNX = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _TACTIC = re.compile(r"TacticName: (.*?), StreamId")
 
 
-def layers(text: str) -> list[Layer]:
-    """The layers that a log message lists; lines of another form are not layers."""
+def layers(text: str) -> list[PlanLayer]:
+    """Return the layers that a log message lists; lines of another form are not layers."""
     return [_layer(found) for line in text.splitlines() if (found := _LINE.match(line.strip()))]
 
 
-def _layer(found: re.Match[str]) -> Layer:
+def _layer(found: re.Match[str]) -> PlanLayer:
     rest = found["rest"]
     tactic = _TACTIC.search(rest)
-    return Layer(found["name"], found["kind"], _tensors(rest, "Inputs", "Constants"),
+    return PlanLayer(found["name"], found["kind"], _tensors(rest, "Inputs", "Constants"),
                  _tensors(rest, "Constants", "Outputs"), _tensors(rest, "Outputs", "TacticName"),
                  tactic[1] if tactic else "", tuple(_ONNX.findall(rest)))
 
 
 def _tensors(rest: str, start: str, stop: str) -> tuple[LayerTensor, ...]:
-    """What lies between two headings of a line."""
+    """Return what lies between two headings of a line."""
     part = rest.partition(f"{start}: ")[2].partition(f"{stop}: ")[0]
     return tuple(LayerTensor(t["name"], tuple(int(n) for n in t["shape"].split(",") if n), t["dtype"])
                  for t in _TENSOR.finditer(part))

@@ -50,7 +50,7 @@ class Sidecar:
 
     @classmethod
     def load(cls, engine: Path) -> Sidecar:
-        """The sidecar of an engine file. Raises `UsageError` when it is missing or damaged."""
+        """Return the sidecar of an engine file. Raises `UsageError` when it is missing or damaged."""
         path = engine.with_suffix(".json")
         if not path.is_file():
             raise UsageError(f"'{engine}' has no '{path.name}' beside it, so nothing ties it to an ONNX file.",
@@ -68,7 +68,7 @@ class Sidecar:
         return Path(os.path.normpath(engine.parent / self.onnx[0].path))
 
     def check(self, engine: Path) -> None:
-        """Raises `CheckFailed` unless the engine and the ONNX files are, byte for byte, those of the build."""
+        """Raise `CheckFailed` unless the engine and the ONNX files are, byte for byte, those of the build."""
         if engine.stat().st_size != self.engine.bytes:
             raise CheckFailed(f"'{engine}' has {engine.stat().st_size:,} bytes, but {self.engine.bytes:,} were built: "
                               "it is truncated or another file.", "nmsparse-deploy build makes it again")
@@ -89,7 +89,7 @@ def identify(path: Path, seen_from: Path) -> FileId:
 
 
 def onnx_files(graph: Path) -> Sequence[Path]:
-    """An ONNX file and the files that hold its weights."""
+    """Return an ONNX file and the files that hold its weights."""
     import onnx
 
     tensors = onnx.load(str(graph), load_external_data=False).graph.initializer

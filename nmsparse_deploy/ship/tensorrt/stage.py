@@ -72,7 +72,7 @@ def build(run: RunDir, spec: Build = Build(), progress: Progress = silent) -> li
 
 
 def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """`NAME=1x3x224x224` as data. Raises `UsageError` for anything else."""
+    """Read `NAME=1x3x224x224`. Raises `UsageError` for anything else."""
     found = {}
     for text in texts:
         name, _, sizes = text.rpartition("=")
@@ -107,13 +107,13 @@ def _build_arm(run: RunDir, onnx: Path, folder: Path, name: str, settings: Setti
 
 
 def _watch(engine: Path, settings: Settings) -> Kernels:
-    """Zeros of the right shape: which kernels run does not depend on the values."""
+    """Run zeros of the right shape: which kernels run does not depend on the values."""
     batch = {name: np.zeros(tuple(shape), np.float32) for name, shape in settings.shapes.items()}
     return TensorRT.build(engine).observe(batch)
 
 
 def _record(run: RunDir, rows: list[dict[str, Any]]) -> None:
-    """Engines of other graphs and shapes stay in the list."""
+    """Write `engines.json`, in which engines of other graphs and shapes stay."""
     held = run.read_json("engines.json")["engines"] if (run / "engines.json").is_file() else []
     made = {row["path"] for row in rows}
     run.write_json("engines.json", {"engines": [row for row in held if row["path"] not in made] + rows,
@@ -121,7 +121,7 @@ def _record(run: RunDir, rows: list[dict[str, Any]]) -> None:
 
 
 def verify_engine(engine: Path, counters: Path | None = None, progress: Progress = silent) -> EngineEvidence:
-    """The evidence for an engine file, read again from what the build left beside it; nothing is loaded or run.
+    """Read the evidence for an engine file again from what the build left beside it; nothing is loaded or run.
 
     The graph must be, byte for byte, what the engine was built from, and is verified again: against the masks of its
     run where it lies in one, else by its values. `counters` is the CSV output of Nsight Compute. Raises `UsageError`
@@ -166,7 +166,7 @@ def _kernels(engine: Path, text: str) -> Kernels:
 
 
 def read_counters(path: Path) -> Counters:
-    """The table of metrics of `ncu --csv`: kernel -> counter -> value, added up over launches."""
+    """Read the table of metrics of `ncu --csv`: by kernel and counter the value, added up over launches."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line[:1] == '"']
         found: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))

@@ -42,7 +42,7 @@ PARTS = ("values", "places", "scale", "read")
 
 
 @dataclass(frozen=True)
-class Choice:
+class KernelChoice:
     """Whether a GEMM runs on sparse kernels, and how, by the rows of what it reads."""
 
     sparse: bool
@@ -62,7 +62,7 @@ class Entry:
 
     @property
     def k(self) -> int:
-        """As `to_rows` has it: a convolution reduces over its kernel as well."""
+        """Return the reduction length as `to_rows` has it: a convolution reduces over its kernel as well."""
         return int(np.prod(self.shape[1:])) if len(self.shape) > 3 else self.shape[self.axis]
 
     @property
@@ -121,13 +121,13 @@ def _size(values: torch.Tensor) -> int:
 
 
 def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Those that belong to a checkpoint."""
+    """Return the buffers that belong to a checkpoint."""
     stored, parameters = module.state_dict(), {name for name, _ in module.named_parameters(remove_duplicate=False)}
     return {name: value for name, value in stored.items() if name not in parameters and isinstance(value, torch.Tensor)}
 
 
 def _tied(module: nn.Module, owned: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Second names of a parameter -> the first."""
+    """Return the first name of a parameter by its second ones."""
     first = {id(value): name for name, value in owned.items()}
     return {name: first[id(value)] for name, value in module.named_parameters(remove_duplicate=False)
             if first[id(value)] != name}
@@ -140,7 +140,7 @@ def _stays(implies: bool, shape: tuple[int, ...]) -> str:
 
 
 def _layer(module: nn.Module, target: Target | None) -> str | None:
-    """The path of an ordinary layer: called as such, a matrix, its weight its own."""
+    """Return the path of an ordinary layer: called as such, a matrix, its weight its own."""
     if target is None or target.watched or target.experts > 1:
         return None
     layer = module.get_submodule(target.module)
@@ -185,7 +185,7 @@ class Artefact:
         return _Reading(self.folder / FILE)
 
     def rows(self, name: str, device: torch.device) -> tuple[torch.Tensor, EightBit | None]:
-        """One weight as `[n, k]` with its zeros, and its scales in 8 bits."""
+        """Return one weight as `[n, k]` with its zeros, and its scales in 8 bits."""
         with self._file() as file:
             held = {part: file.get_tensor(f"{name}.{part}") for part in ("values", "places")}
             packed, entry = Packed(held["values"].to(device), held["places"].to(device)), self.entries[name]
@@ -197,20 +197,20 @@ class Artefact:
             return rows, EightBit(*(file.get_tensor(f"{name}.{part}").to(device) for part in ("scale", "read")))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The packed weights in the layout of their masks, as codes in 8 bits, for verification."""
+        """Return the packed weights in the layout of their masks, as codes in 8 bits, for verification."""
         return {name: from_rows(self.rows(name, torch.device("cpu"))[0], entry.shape, entry.axis)
                 for name, entry in self.entries.items()}
 
     def dense(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Of these, the parameters that are stored as they are."""
+        """Return those of `names` that are stored as they are."""
         with self._file() as file:
             return {name: file.get_tensor(name) for name in names if name in self.plain}
 
-    def choices(self, mode: Mode, device: torch.device) -> dict[str, Choice]:
-        """What runs sparse. `auto` follows the decisions. Raises `UsageError` when they were made on another GPU."""
+    def choices(self, mode: Mode, device: torch.device) -> dict[str, KernelChoice]:
+        """Decide what runs sparse. `auto` follows the decisions. Raises `UsageError` when they are of another GPU."""
         able = {name: entry for name, entry in self.entries.items() if entry.why_not is None}
         if mode != "auto":
-            return {name: Choice(mode == "sparse", {}) for name in able}
+            return {name: KernelChoice(mode == "sparse", {}) for name in able}
         made = self.decisions()
         if made is None:
             raise UsageError(f"The GEMMs of '{self.folder}' were not timed yet.",
@@ -219,10 +219,10 @@ class Artefact:
         if made["gpu"] != here:
             raise UsageError(f"The decisions of '{self.folder}' were made on {made['gpu']}, and this is {here}.",
                              "nmsparse-deploy export --torch times them again")
-        found: dict[str, Choice] = {}
+        found: dict[str, KernelChoice] = {}
         for row in made["gemms"]:
             settings = {int(rows): Setting(**one) for rows, one in (row.get("settings") or {}).items()}
-            found |= {name: Choice(row["keep"] == "sparse", settings) for name in row["weights"] if name in able}
+            found |= {name: KernelChoice(row["keep"] == "sparse", settings) for name in row["weights"] if name in able}
         return found
 
     def decisions(self) -> dict[str, Any] | None:
@@ -234,7 +234,7 @@ class Artefact:
                 from error
 
     def load(self, mode: Mode, device: torch.device) -> LoadedModel:
-        """The model on `device`, with compressed weights where `mode` says sparse."""
+        """Load the model on `device`, with compressed weights where `mode` says sparse."""
         choices = self.choices(mode, device)
         if any(choice.sparse for choice in choices.values()) and (why := kernels().why_not(self.precision)):
             raise NmsparseError(f"Sparse kernels cannot run {self.precision} here: {why}.",
@@ -254,7 +254,7 @@ class Artefact:
             raise UsageError(f"'{self.folder / FILE}' does not fit its config.json: {error}.") from error
         for path, name in layers.items():
             rows, scales = self.rows(name, device)
-            choice = choices.get(name, Choice(False, {}))
+            choice = choices.get(name, KernelChoice(False, {}))
             bias = held.get(f"{path}.bias")
             replace(loaded.module, path, make(rows, bias, choice.sparse, self.base, scales, dict(choice.settings)))
         held_here = (*loaded.module.named_parameters(), *loaded.module.named_buffers())
@@ -300,7 +300,7 @@ class TorchSparse:
 
     @classmethod
     def build(cls, artefact: Path, settings: Mapping[str, Any] | None = None) -> Self:
-        """Raises `UsageError` for an unknown setting, `NmsparseError` where sparse kernels cannot run."""
+        """Load a packed model. Raises `UsageError` for an unknown setting, `NmsparseError` without sparse kernels."""
         unknown = set(settings or {}) - set(cls.SETTINGS)
         if unknown:
             raise UsageError(f"torch-sparse has no setting '{min(unknown)}'; it has {', '.join(cls.SETTINGS)}.")
@@ -316,7 +316,7 @@ class TorchSparse:
                 **self.settings, "gemms": {name: type(layer).__name__ for name, layer in self.layers().items()}}
 
     def layers(self) -> dict[str, nn.Module]:
-        """The layers that were put in place, by parameter name."""
+        """Return the layers that were put in place, by parameter name."""
         return {name: self.loaded.module.get_submodule(entry.layer) for name, entry in self.artefact.entries.items()
                 if entry.layer}
 
@@ -332,7 +332,7 @@ class TorchSparse:
                 for name, value in named.items() if isinstance(value, torch.Tensor)}
 
     def _replayed(self, inputs: dict[str, torch.Tensor]) -> Any:
-        """The recording for these shapes, with these values in its inputs."""
+        """Replay the recording for these shapes, with these values in its inputs."""
         key = tuple((name, tuple(value.shape), value.dtype) for name, value in sorted(inputs.items()))
         if key not in self._recorded:
             held = {name: value.clone() for name, value in inputs.items()}

@@ -17,7 +17,7 @@ from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.masks import project
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.ship.quantise import BASE
-from nmsparse_deploy.ship.torch_sparse.linear import MOST, Codes, EightBit, Linear, SparseCodes, make
+from nmsparse_deploy.ship.torch_sparse.linear import MAX_VALUE, Codes, EightBit, KernelLinear, SparseCodes, make
 from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels, shape_fits
 from nmsparse_deploy.system.gpu_clock import Machine
 from nmsparse_deploy.system.progress import Progress, silent
@@ -58,7 +58,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Decision:
+class GemmDecision:
     """What one GEMM runs on, and why. `weights` are the parameters that it stands for: all of its shape."""
 
     k: int
@@ -76,14 +76,14 @@ class Decision:
 
 
 def judge(rows: int, times: Times) -> Verdict:
-    """The paired speed-up at one number of rows."""
+    """Return the paired speed-up at one number of rows."""
     found = ratio(times.dense, times.sparse)
     dense, sparse = (1e3 * statistics.median(one) for one in (times.dense, times.sparse))
     return Verdict(rows, dense, sparse, found["speedup"], found["low"], found["high"])
 
 
 def settle(verdicts: Sequence[Verdict]) -> tuple[Keep, str]:
-    """What to keep, and why in a few words. A pure function of what was timed."""
+    """Return what to keep, and why in a few words. A pure function of what was timed."""
     losing = [one for one in verdicts if one.word == "loses"]
     winning = [one for one in verdicts if one.word == "wins"]
     if losing:
@@ -95,16 +95,16 @@ def settle(verdicts: Sequence[Verdict]) -> tuple[Keep, str]:
     return "sparse", f"sparse is faster at {best.rows} rows ({best.speedup:.2f}x)"
 
 
-def decide(shape: tuple[int, int], precision: str, weights: Sequence[str], times: Mapping[int, Times]) -> Decision:
-    """The decision for one shape `(k, n)` from its timings by rows."""
+def decide(shape: tuple[int, int], precision: str, weights: Sequence[str], times: Mapping[int, Times]) -> GemmDecision:
+    """Decide for one shape `(k, n)` from its timings by rows."""
     verdicts = tuple(judge(rows, one) for rows, one in sorted(times.items()))
     keep, why = settle(verdicts)
-    return Decision(*shape, precision, tuple(weights), keep, why, verdicts,
+    return GemmDecision(*shape, precision, tuple(weights), keep, why, verdicts,
                     {rows: one.setting for rows, one in times.items()})
 
 
 def decide_all(shapes: Mapping[tuple[int, int, bool], Sequence[str]], precision: str, rows: Sequence[int],
-               machine: Machine, rounds: int = ROUNDS, progress: Progress = silent) -> list[Decision]:
+               machine: Machine, rounds: int = ROUNDS, progress: Progress = silent) -> list[GemmDecision]:
     """Time every shape `(k, n, has a bias)` once at all `rows`; same shapes take the same time, whatever they hold.
 
     Raises `NmsparseError` where the kernels do not take a shape or precision.
@@ -122,12 +122,12 @@ def decide_all(shapes: Mapping[tuple[int, int, bool], Sequence[str]], precision:
 class Twins:
     """The same random 2:4 weight as dense and as sparse layer."""
 
-    dense: Linear
-    sparse: Linear
+    dense: KernelLinear
+    sparse: KernelLinear
     out: torch.dtype
 
     def reads(self, rows: int) -> torch.Tensor:
-        """What both multiply at this number of rows: in 8 bits the codes, which are there already for both."""
+        """Return what both multiply at this number of rows: in 8 bits the codes, which are there already for both."""
         device = self.sparse.weight.device
         drawn = torch.randn(rows, self.sparse.in_features, generator=torch.Generator(device).manual_seed(rows),
                             device=device).to(self.out)
@@ -135,7 +135,7 @@ class Twins:
 
 
 def twins(k: int, n: int, precision: str, device: torch.device, biased: bool = False) -> Twins:
-    """Layers of one shape. Raises `NmsparseError` where the kernels do not take it."""
+    """Make layers of one shape. Raises `NmsparseError` where the kernels do not take it."""
     why = kernels().why_not(precision)
     if why is None and not shape_fits(precision, k, n):
         why = f"the kernels do not take the shape {k} x {n}"
@@ -147,17 +147,17 @@ def twins(k: int, n: int, precision: str, device: torch.device, biased: bool = F
     weight = torch.where(project(weight.abs(), TWO_FOUR), weight, 0.0)
     bias = torch.zeros(n, dtype=out, device=device) if biased else None
     scales = None
-    if dtype in MOST:
-        scale = weight.abs().max() / MOST[dtype]
-        scales = EightBit(scale.reshape(1), torch.full((1,), USUAL / MOST[dtype], device=device))
-        scaled = (weight / scale).clamp(-MOST[dtype], MOST[dtype])
+    if dtype in MAX_VALUE:
+        scale = weight.abs().max() / MAX_VALUE[dtype]
+        scales = EightBit(scale.reshape(1), torch.full((1,), USUAL / MAX_VALUE[dtype], device=device))
+        scaled = (weight / scale).clamp(-MAX_VALUE[dtype], MAX_VALUE[dtype])
         weight = torch.where(weight != 0, scaled.round() if dtype == torch.int8 else scaled, 0.0).to(dtype)
     return Twins(make(weight, bias, False, out, scales), make(weight, bias, True, out, scales), out)
 
 
 @torch.inference_mode()
 def time_pair(pair: Twins, rows: int, machine: Machine, rounds: int = ROUNDS) -> Times:
-    """Dense against sparse at one number of rows; of the settings that the library's search offers, the fastest."""
+    """Time dense against sparse at one number of rows, with the fastest setting that the library's search offers."""
     x, layer = pair.reads(rows), pair.sparse
     alpha = layer.alpha if isinstance(layer, SparseCodes) else None
     settings = kernels().search(x, layer.weight, layer.out_features, layer.bias if alpha is None else None, alpha,
@@ -178,13 +178,13 @@ def _sparse(layer: Any, x: torch.Tensor, setting: Setting) -> Call:
 
 
 def _product(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """The multiplication alone: without encoding what is read."""
+    """Multiply alone: without encoding what is read."""
     found: torch.Tensor = layer.multiply(x) if isinstance(layer, Codes) else layer.rows(x)
     return found
 
 
 def replayed(calls: Mapping[str, Call], machine: Machine, rounds: int) -> dict[str, list[float]]:
-    """Interleaved times of single products as CUDA graphs, where there are any: kernels, not the host's work."""
+    """Time single products, interleaved, as CUDA graphs where there are any: kernels, not the host's work."""
     if machine.graph is None:
         return interleave(calls, rounds, clock=machine.clock())
     recorded = {name: machine.graph(call) for name, call in calls.items()}
@@ -203,8 +203,8 @@ def _repeated(call: Call) -> Call:
     return calls
 
 
-def as_file(decisions: Sequence[Decision], machine: Machine, rows: Sequence[int]) -> dict[str, Any]:
-    """What `decisions.json` holds."""
+def as_file(decisions: Sequence[GemmDecision], machine: Machine, rows: Sequence[int]) -> dict[str, Any]:
+    """Return what `decisions.json` holds."""
     kept = sum(one.keep == "sparse" for one in decisions)
     return {"gpu": machine.name if not machine.dry else "cpu", "rows": list(rows), "kernels": kernels().name,
             "dry": machine.dry, "kept_sparse": kept, "shapes": len(decisions),

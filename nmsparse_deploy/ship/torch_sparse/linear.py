@@ -18,9 +18,9 @@ from torch import nn
 from nmsparse_deploy.ship.quantise import FORMATS, MINUS_ZERO
 from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels, product
 
-MOST = {DTYPES[name]: form.most for name, form in FORMATS.items()}
+MAX_VALUE = {DTYPES[name]: form.max_value for name, form in FORMATS.items()}
 """The largest value of a format."""
-LEAST_SCALE = 2.0**-24
+MIN_SCALE = 2.0**-24
 """The smallest number of fp16 that is not zero."""
 INT_MM_ROWS = 32
 """`_int_mm` takes more than 16 rows, and a multiple of 8."""
@@ -39,7 +39,7 @@ class EightBit:
     read: torch.Tensor
 
 
-class Linear(nn.Module):
+class KernelLinear(nn.Module):
     """What all of them share: shapes, bias, and flattening the leading axes."""
 
     weight: torch.Tensor
@@ -62,7 +62,7 @@ class Linear(nn.Module):
         return int(self.weight.nbytes)
 
 
-class Dense(Linear):
+class Dense(KernelLinear):
     """An ordinary layer; a class of its own so that all arms call the same things."""
 
     def __init__(self, rows: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -73,7 +73,7 @@ class Dense(Linear):
         return F.linear(x, self.weight, self.bias)
 
 
-class Sparse(Linear):
+class Sparse(KernelLinear):
     """A 2:4 weight in the kernels' own order. `settings` are by rows; other rows get the library's default."""
 
     def __init__(self, rows: torch.Tensor, bias: torch.Tensor | None,
@@ -87,7 +87,7 @@ class Sparse(Linear):
         return product(x.contiguous(), self.weight, self.out_features, self.bias, None, x.dtype, setting)
 
 
-class Codes(Linear):
+class Codes(KernelLinear):
     """8-bit codes of a weight; subclasses multiply them. `out` is the dtype of everything around.
 
     `alpha` `[n]` (fp32) is what a product of codes is multiplied by: the weight's scale times `read`.
@@ -110,11 +110,11 @@ class Codes(Linear):
         return y if self.bias is None else y + self.bias
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The codes of what is read, and in INT8 what every row is multiplied by afterwards, `[rows, 1]`."""
-        values, most = x.float(), MOST[self.kind]
+        """Return the codes of what is read, and in INT8 what every row is multiplied by afterwards, `[rows, 1]`."""
+        values, max_value = x.float(), MAX_VALUE[self.kind]
         if self.kind != torch.int8:
-            return (values / self.read).clamp(-most, most).to(self.kind), None
-        scales = (values.abs().amax(1, keepdim=True) / most).clamp(min=LEAST_SCALE)
+            return (values / self.read).clamp(-max_value, max_value).to(self.kind), None
+        scales = (values.abs().amax(1, keepdim=True) / max_value).clamp(min=MIN_SCALE)
         return (values / scales).round().to(self.kind), scales / self.read
 
     def multiply(self, codes: torch.Tensor) -> torch.Tensor:
@@ -154,8 +154,8 @@ class DenseCodes(Codes):
 
 
 def make(rows: torch.Tensor, bias: torch.Tensor | None, sparse: bool, out: torch.dtype,
-         scales: EightBit | None = None, settings: dict[int, Setting] | None = None) -> Linear:
-    """The layer for a weight `[n, k]`, which is given as codes where `scales` are."""
+         scales: EightBit | None = None, settings: dict[int, Setting] | None = None) -> KernelLinear:
+    """Make the layer for a weight `[n, k]`, which is given as codes where `scales` are."""
     rows = (rows if scales else rows.to(out)).contiguous()
     if scales is not None:
         return SparseCodes(rows, scales, bias, out, settings) if sparse else DenseCodes(rows, scales, bias, out)
@@ -164,7 +164,7 @@ def make(rows: torch.Tensor, bias: torch.Tensor | None, sparse: bool, out: torch
 
 def encoded(rows: torch.Tensor, precision: str,
             read: torch.Tensor | None = None) -> tuple[torch.Tensor, EightBit | None]:
-    """A weight in a precision, with its scales in 8 bits; `read` is then the scale of what the layer reads.
+    """Encode a weight in a precision, with its scales in 8 bits; `read` is then the scale of what the layer reads.
 
     Codes and scales are those of `quant.quantise_weight`, computed where the weight is: a billion weights take NumPy
     too long.
@@ -172,18 +172,18 @@ def encoded(rows: torch.Tensor, precision: str,
     dtype = DTYPES[precision]
     if dtype.itemsize > 1:
         return rows.to(dtype), None
-    values, most = rows.float(), MOST[dtype]
+    values, max_value = rows.float(), MAX_VALUE[dtype]
     largest = values.abs().amax(1 if dtype == torch.int8 else (0, 1)).reshape(-1)
     largest = largest if dtype == torch.int8 else largest.double()
-    scale = torch.where(largest > 0, largest / most, 1.0).clamp(LEAST_SCALE, torch.finfo(torch.float16).max)
+    scale = torch.where(largest > 0, largest / max_value, 1.0).clamp(MIN_SCALE, torch.finfo(torch.float16).max)
     scale = scale.half().float()
-    scaled = (values / scale[:, None]).clamp(-most, most)
+    scaled = (values / scale[:, None]).clamp(-max_value, max_value)
     codes = scaled.round().to(dtype) if dtype == torch.int8 else _no_minus_zero(scaled.to(dtype))
     return codes, EightBit(scale, torch.ones(1, device=rows.device) if read is None else read)
 
 
 def _no_minus_zero(codes: torch.Tensor) -> torch.Tensor:
-    """A tiny negative value rounds to minus zero."""
+    """Replace minus zero, which a tiny negative value rounds to."""
     bits = codes.view(torch.uint8)
     return torch.where(bits == MINUS_ZERO, torch.zeros_like(bits), bits).view(codes.dtype)
 

@@ -41,13 +41,13 @@ class Packed:
 
 
 def stored_share(dtype: torch.dtype) -> float:
-    """Bytes of a packed matrix relative to the dense one: 9/16 for 16 bits, 10/16 for 8."""
+    """Return bytes of a packed matrix relative to the dense one: 9/16 for 16 bits, 10/16 for 8."""
     bits = 8 * dtype.itemsize
     return TWO_FOUR.density + TWO_FOUR.keep * (8 / PLACES_PER_BYTE) / (TWO_FOUR.group * bits)
 
 
 def packable(k: int, n: int) -> bool:
-    """Do the places of a row fill whole bytes?"""
+    """Tell whether the places of a row fill whole bytes."""
     return n > 0 and k > 0 and k // TWO_FOUR.group * TWO_FOUR.keep % PLACES_PER_BYTE == 0 and k % TWO_FOUR.group == 0
 
 
@@ -72,7 +72,7 @@ def pack(rows: torch.Tensor) -> Packed:
 
 
 def unpack(packed: Packed) -> torch.Tensor:
-    """The matrix with its zeros. Raises `CheckFailed` when two values of a group claim the same place."""
+    """Unpack the matrix with its zeros. Raises `CheckFailed` when two values of a group claim the same place."""
     n, k = packed.shape
     bits = packed.values.view(_BITS[packed.values.element_size()]).view(n, -1, TWO_FOUR.keep)
     shifts = torch.arange(0, 8, 8 // PLACES_PER_BYTE, device=bits.device)

@@ -18,16 +18,16 @@ from torch import nn
 
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.prove import TensorCheck, shape_verdict
-from nmsparse_deploy.ship.evidence import EngineEvidence, LayerEvidence, Reason, Rung
+from nmsparse_deploy.ship.evidence import EngineEvidence, LayerEvidence, Level, Reason
 from nmsparse_deploy.ship.tensorrt.log import is_sparse_kernel
 
 RANGE = "nmsparse gemm "
-KernelsOf = Mapping[str, Mapping[str, int]]
-"""layer path -> kernel -> how often it ran."""
+KernelCounts = Mapping[str, int]
+"""How often each kernel ran, by its name."""
 
 
 @dataclass(frozen=True)
-class Gemm:
+class LayerGemm:
     """What is known about a multiplication before it runs."""
 
     parameter: str
@@ -40,9 +40,9 @@ class Gemm:
     """Why the dense kernel was chosen; None where the sparse one was."""
 
 
-def watch(call: Callable[[], Any], module: nn.Module, paths: Iterable[str]) -> tuple[dict[str, dict[str, int]],
-                                                                                      dict[str, int]]:
-    """Run `call` once to warm up and once watched: kernels by layer, and all kernels."""
+def profile_kernels(call: Callable[[], Any], module: nn.Module,
+                    paths: Iterable[str]) -> tuple[dict[str, KernelCounts], KernelCounts]:
+    """Run `call` once to warm up and once profiled; returns the kernels of every layer, and all kernels."""
     call()
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
@@ -56,15 +56,15 @@ def watch(call: Callable[[], Any], module: nn.Module, paths: Iterable[str]) -> t
     return by_layer(events), all_kernels(events)
 
 
-def all_kernels(events: Iterable[Any]) -> dict[str, int]:
-    """Every kernel of a profile by name."""
+def all_kernels(events: Iterable[Any]) -> KernelCounts:
+    """Count every kernel of a profile by name."""
     device = torch.autograd.DeviceType.CUDA
     seen = Counter(event.name for event in events if event.device_type == device)
     return {name: count for name, count in seen.items() if not name.startswith(RANGE)}
 
 
-def by_layer(events: Iterable[Any]) -> dict[str, dict[str, int]]:
-    """The kernels below every range, by the layer that it names."""
+def by_layer(events: Iterable[Any]) -> dict[str, KernelCounts]:
+    """Count the kernels below every range, by the layer that it names."""
     found: dict[str, Counter[str]] = {}
     for event in events:
         if event.name.startswith(RANGE) and event.device_type == torch.autograd.DeviceType.CPU:
@@ -81,7 +81,7 @@ def _below(event: Any) -> Iterator[str]:
 
 @contextmanager
 def _named(module: nn.Module, paths: Iterable[str]) -> Iterator[None]:
-    """A named range around every call of these layers."""
+    """Put a named range around every call of these layers."""
     ranges: dict[str, Any] = {}
 
     def enter(path: str) -> None:
@@ -103,10 +103,10 @@ def _named(module: nn.Module, paths: Iterable[str]) -> Iterator[None]:
             handle.remove()
 
 
-def evidence(engine: str, artefact: str, gemms: Iterable[Gemm], precision: str, rows: Mapping[str, int],
-             checks: Mapping[str, TensorCheck], kernels: KernelsOf | None,
-             ran: Mapping[str, int] | None = None) -> EngineEvidence:
-    """The ladder of a PyTorch model.
+def evidence(engine: str, artefact: str, gemms: Iterable[LayerGemm], precision: str, rows: Mapping[str, int],
+             checks: Mapping[str, TensorCheck], kernels: Mapping[str, KernelCounts] | None,
+             ran: KernelCounts | None = None) -> EngineEvidence:
+    """Gather the evidence for a PyTorch model.
 
     `rows` are those of what a layer reads, by layer path; `kernels` None means that nobody watched; `ran` are all
     kernels of the pass, of which sparse ones outside every layer are told.
@@ -118,18 +118,18 @@ def evidence(engine: str, artefact: str, gemms: Iterable[Gemm], precision: str, 
                           unplaced_kernels=len(stray))
 
 
-def _layer(gemm: Gemm, precision: str, rows: Mapping[str, int], check: TensorCheck | None,
-           kernels: KernelsOf | None) -> LayerEvidence:
-    proofs: dict[Rung, str] = {}
+def _layer(gemm: LayerGemm, precision: str, rows: Mapping[str, int], check: TensorCheck | None,
+           kernels: Mapping[str, KernelCounts] | None) -> LayerEvidence:
+    proofs: dict[Level, str] = {}
     reason, text = _climb(gemm, check, kernels, proofs)
     flops = 2 * gemm.k * gemm.n * rows.get(gemm.layer, 1)
     return LayerEvidence(gemm.layer, gemm.parameter, gemm.k, gemm.n, precision, flops, proofs, reason,
                          text)
 
 
-def _climb(gemm: Gemm, check: TensorCheck | None, kernels: KernelsOf | None,
-           proofs: dict[Rung, str]) -> tuple[Reason | None, str]:
-    """Fill `proofs` rung by rung; returns why the next one was not reached."""
+def _climb(gemm: LayerGemm, check: TensorCheck | None, kernels: Mapping[str, KernelCounts] | None,
+           proofs: dict[Level, str]) -> tuple[Reason | None, str]:
+    """Fill `proofs` level by level; returns why the next one was not reached."""
     if check is None or not check.ok:
         return "not in pattern", check.problems[0] if check else "its weight was not verified"
     proofs["pattern"] = f"{check.tensor}: {check.groups} groups of {check.pattern} along axis {check.axis}, 0 bad"

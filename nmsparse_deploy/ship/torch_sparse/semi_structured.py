@@ -28,9 +28,9 @@ from nmsparse_deploy.system.doctor import SPARSE_CAPABILITY, no_cuda
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """What sparse tensor cores multiply, by the names of this tool."""
-LEAST_WEIGHT = {2: (16, 16), 1: (32, 32)}
+WEIGHT_MULTIPLES = {2: (16, 16), 1: (32, 32)}
 """Bytes of a value -> what n and k have to be multiples of."""
-LEAST_ROWS = {2: 8, 1: 16}
+ROW_MULTIPLE = {2: 8, 1: 16}
 """Bytes of a value -> what the rows of x are padded to a multiple of."""
 CAPABILITY = {"fp8": (8, 9)}
 """Where `SPARSE_CAPABILITY` is not enough: FP8 came with Ada."""
@@ -55,11 +55,11 @@ class Kernels(Protocol):
     name: str
 
     def why_not(self, precision: str) -> str | None:
-        """Why this precision cannot run here, or None."""
+        """Return why this precision cannot run here, or None."""
         ...
 
     def compress(self, rows: torch.Tensor) -> torch.Tensor:
-        """A 2:4 matrix `[n, k]` in the library's own order."""
+        """Bring a 2:4 matrix `[n, k]` into the library's own order."""
         ...
 
     def multiply(self, x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None,
@@ -67,14 +67,14 @@ class Kernels(Protocol):
 
     def search(self, x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None,
                alpha: torch.Tensor | None, out: torch.dtype) -> list[Setting]:
-        """Settings worth timing, the default one among them; at least one."""
+        """Return settings worth timing, the default one among them; at least one."""
         ...
 
 
 def shape_fits(precision: str, k: int, n: int) -> bool:
-    """Does cuSPARSELt take a weight of this shape?"""
-    least_n, least_k = LEAST_WEIGHT[DTYPES[precision].itemsize]
-    return n % least_n == 0 and k % least_k == 0
+    """Tell whether cuSPARSELt takes a weight of this shape."""
+    multiple_n, multiple_k = WEIGHT_MULTIPLES[DTYPES[precision].itemsize]
+    return n % multiple_n == 0 and k % multiple_k == 0
 
 
 class CuSparseLt:
@@ -118,7 +118,7 @@ class CuSparseLt:
 
 
 def _padded(x: torch.Tensor) -> torch.Tensor:
-    missing = -len(x) % LEAST_ROWS[x.element_size()]
+    missing = -len(x) % ROW_MULTIPLE[x.element_size()]
     if not missing:
         return x
     # 8-bit floats cannot be concatenated everywhere; their bytes can.
@@ -127,7 +127,7 @@ def _padded(x: torch.Tensor) -> torch.Tensor:
 
 
 def _searched(arguments: tuple[Any, ...]) -> Setting | None:
-    """What the library's own search finds, with its split of k where PyTorch tells."""
+    """Return what the library's own search finds, with its split of k where PyTorch tells."""
     transposed = arguments[-1]
     whole = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
     try:
@@ -199,13 +199,13 @@ _active: list[Kernels] = [CuSparseLt()]
 
 
 def kernels() -> Kernels:
-    """What runs sparse products in this process."""
+    """Return what runs sparse products in this process."""
     return _active[-1]
 
 
 @contextmanager
 def standing_in(other: Kernels) -> Iterator[Kernels]:
-    """Inside, `other` runs them."""
+    """Let `other` run sparse products inside the block."""
     _active.append(other)
     try:
         yield other
@@ -217,7 +217,7 @@ def standing_in(other: Kernels) -> Iterator[Kernels]:
 def sparse_linear(x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None,
                   alpha: torch.Tensor | None, out: torch.dtype, algorithm: int, split_k: int, split_k_mode: int,
                   transposed: bool) -> torch.Tensor:
-    """One product as a compiler sees it: a call whose inside it leaves alone."""
+    """Multiply as a compiler sees it: in a call whose inside it leaves alone."""
     setting = Setting(algorithm, split_k, split_k_mode, transposed)
     return kernels().multiply(x, weight, n, bias, alpha, out, setting).contiguous()
 
@@ -230,7 +230,7 @@ def _(x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None, 
 
 def product(x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None, alpha: torch.Tensor | None,
             out: torch.dtype, setting: Setting) -> torch.Tensor:
-    """`x Wᵀ` of `[rows, k]`; compilers get the opaque call, everybody else the kernels without its overhead."""
+    """Multiply `x` `[rows, k]` by Wᵀ: compilers get the opaque call, all others the kernels without its overhead."""
     if torch.compiler.is_compiling():
         found: torch.Tensor = sparse_linear(x, weight, n, bias, alpha, out, setting.algorithm, setting.split_k,
                                             setting.split_k_mode, setting.transposed)

@@ -87,20 +87,19 @@ def _one(run: RunDir, loaded: LoadedModel, masks: MaskSet, targets: list[Target]
 
 
 def packed_models(run: RunDir) -> list[Path]:
-    """Folders of the run's packed models."""
+    """Return folders of the run's packed models."""
     return sorted(file.parent for file in (run / FOLDER).glob(f"*/{FILE}"))
 
 
 def verify_packed(folder: Path, masks: MaskSet) -> VerifyReport:
-    """Every mask against what a packed model really stores."""
+    """Check every mask against what a packed model really stores."""
     artefact = Artefact(folder)
     plain = artefact.dense([name for name in masks.masks if name not in artefact.entries])
     return verify_tensors({**artefact.tensors(), **plain}, masks, str(folder), "file")
 
 
 def decide(folder: Path, spec: Pack, machine: Machine, progress: Progress = silent) -> dict[str, Any]:
-    """Sparse or dense for every GEMM of a packed model; what `decisions.json` holds. Raises `NmsparseError` where
-    sparse kernels cannot run."""
+    """Decide sparse or dense for every GEMM of a packed model. Raises `NmsparseError` without sparse kernels."""
     artefact = Artefact(folder)
     why = kernels().why_not(artefact.precision)
     if why is not None:
@@ -116,7 +115,7 @@ def decide(folder: Path, spec: Pack, machine: Machine, progress: Progress = sile
 
 @torch.no_grad()
 def _agreement(folder: Path, loaded: LoadedModel) -> dict[str, Any]:
-    """The packed model on ordinary kernels against the run's model in fp32, on this machine's processor."""
+    """Compare the packed model on ordinary kernels with the run's model in fp32, on this machine's processor."""
     module = loaded.module.float().cpu()
     inputs = models.sample_inputs(loaded, batch=1, length=48)
     reference = module(**inputs)
@@ -132,7 +131,7 @@ def _agreement(folder: Path, loaded: LoadedModel) -> dict[str, Any]:
 
 
 def told(row: dict[str, Any], path: Path) -> list[str]:
-    """A record in sentences."""
+    """Return a record in sentences."""
     lines = [f"{path}: {row['weights']} weights packed to {row['packed_bytes'] / 1e6:.1f} MB, {row['share']:.1%} of "
              f"their {row['dense_bytes'] / 1e6:.1f} MB in {row['precision']}; {row['verified']} verified"
              if row["weights"] else f"{path}: no weight could be packed"]

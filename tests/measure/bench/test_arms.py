@@ -16,18 +16,18 @@ from nmsparse_deploy.measure.bench.arms import (
     DENSE,
     PRUNED,
     SPARSE,
+    arm_layers,
     bound,
     decode,
     make_arms,
     make_auto,
-    sites,
 )
 from nmsparse_deploy.measure.bench.model_arms import Job, bench_arms
 from nmsparse_deploy.models.base import LoadedModel
 from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.ship.evidence import NOT_SPARSE
-from nmsparse_deploy.ship.torch_sparse.kernel_choice import Decision, Verdict
+from nmsparse_deploy.ship.torch_sparse.kernel_choice import GemmDecision, Verdict
 from nmsparse_deploy.ship.torch_sparse.linear import Sparse
 from nmsparse_deploy.ship.torch_sparse.semi_structured import CuSparseLt, StandIn, standing_in
 from nmsparse_deploy.system.gpu_clock import Machine, dry_machine
@@ -46,10 +46,10 @@ def magnitude(model: LoadedModel) -> MaskSet:
 
 @pytest.fixture(scope="module", params=("llama", "gpt2"))
 def made(request):
-    """A model, its sites and its arms on stand-in kernels."""
+    """A model, its arm_layers and its arms on stand-in kernels."""
     model = loaded(getattr(pico, request.param)().half())
     masks = magnitude(model)
-    found = sites(model.module, discover(model.module, models.sample_inputs(model)).targets, masks.masks, "fp16")
+    found = arm_layers(model.module, discover(model.module, models.sample_inputs(model)).targets, masks.masks, "fp16")
     with standing_in(StandIn()):
         arms = make_arms(model.module, found, {name: mask.unpack() for name, mask in masks.masks.items()}, "fp16", {}, {})
         yield model, masks, found, arms
@@ -93,7 +93,7 @@ def test_the_arms_share_what_they_do_not_differ_in(made):
 def test_auto_takes_each_layer_from_the_arm_that_was_decided_for(made):
     _, _, found, arms = made
     kept = {found[0].parameter, found[3].parameter}
-    decisions = [Decision(1, 1, "fp16", (site.parameter,), "sparse" if site.parameter in kept else "dense", "")
+    decisions = [GemmDecision(1, 1, "fp16", (site.parameter,), "sparse" if site.parameter in kept else "dense", "")
                  for site in found]
     auto = make_auto(arms, found, decisions)
     for site in found:
@@ -113,7 +113,7 @@ def test_a_decoding_step_can_be_repeated(made):
 
 def test_amdahl_needs_the_times_at_these_rows():
     verdict = Verdict(32, 100.0, 50.0, 2.0, 1.9, 2.1)
-    made = [Decision(1, 1, "fp16", ("a", "b"), "sparse", "", (verdict,))]
+    made = [GemmDecision(1, 1, "fp16", ("a", "b"), "sparse", "", (verdict,))]
     found = bound(made, {"a": 32, "b": 32}, 0.4)
     assert found == {"gemm_share": 0.5, "gemm_speedup": 2.0, "bound": pytest.approx(4 / 3)}
     assert bound(made, {"a": 32, "b": 64}, 0.4) is None and bound([], {}, 0.4) is None

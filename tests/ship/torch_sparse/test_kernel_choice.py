@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.ship.torch_sparse.kernel_choice import (
     MANY,
-    Decision,
+    GemmDecision,
     Times,
     Verdict,
     decide,
@@ -136,7 +136,7 @@ def test_a_shape_that_kernels_do_not_take_is_refused():
 def test_decisions_name_every_weight_once():
     with standing_in(StandIn()):
         made = decide_all({(64, 32, False): ["a", "b"], (32, 64, True): ["c"]}, "fp16", [16], dry_machine(), 5)
-    assert [one.weights for one in made] == [("a", "b"), ("c",)] and all(isinstance(one, Decision) for one in made)
+    assert [one.weights for one in made] == [("a", "b"), ("c",)] and all(isinstance(one, GemmDecision) for one in made)
 
 
 def test_short_products_are_recorded_in_a_row_and_counted_once():

@@ -39,7 +39,7 @@ def test_a_layer_is_the_product_up_to_its_rounding(precision, biased):
     rows, x = weight(), torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(1)).half()
     bias = torch.linspace(-1, 1, 32).half() if biased else None
     out = torch.bfloat16 if precision == "bf16" else torch.float16
-    read = x.abs().max().float() / FORMATS[precision].most if precision in FORMATS else None
+    read = x.abs().max().float() / FORMATS[precision].max_value if precision in FORMATS else None
     codes, scales = encoded(rows, precision, read)
     wanted = torch.nn.functional.linear(x.float(), rows, None if bias is None else bias.float())
     with standing_in(StandIn()):

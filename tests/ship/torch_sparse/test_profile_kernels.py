@@ -9,7 +9,14 @@ from torch import nn
 
 from nmsparse_deploy.prove import TensorCheck
 from nmsparse_deploy.ship.evidence import NOT_SPARSE
-from nmsparse_deploy.ship.torch_sparse.profile_kernels import RANGE, Gemm, all_kernels, by_layer, evidence, watch
+from nmsparse_deploy.ship.torch_sparse.profile_kernels import (
+    RANGE,
+    LayerGemm,
+    all_kernels,
+    by_layer,
+    evidence,
+    profile_kernels,
+)
 
 SPARSE = "sm90_xmma_sparse_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x64_cusparselt"
 DENSE = "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT"
@@ -35,8 +42,8 @@ def test_a_kernel_belongs_to_the_layer_whose_range_holds_it():
     assert all_kernels(profile()) == {SPARSE: 2, DENSE: 1}
 
 
-def gemm(name, layer, **more) -> Gemm:
-    return Gemm(name, layer, 64, 64, **more)
+def gemm(name, layer, **more) -> LayerGemm:
+    return LayerGemm(name, layer, 64, 64, **more)
 
 
 def check(name, ok=True) -> TensorCheck:
@@ -53,7 +60,7 @@ def test_each_rung_needs_its_own_proof():
     gemms = [gemm("a", "a"), gemm("b", "b"), gemm("broken", "c"), gemm("narrow", "d", why_not="too narrow"),
              gemm("slow", "e", kept_dense="sparse is slower")]
     found, rows = climb(gemms, by_layer(profile()))
-    assert {name: (row.rung, row.reason) for name, row in rows.items()} == {
+    assert {name: (row.level, row.reason) for name, row in rows.items()} == {
         "a": ("observed", "not checked"), "b": ("chosen", "unknown"), "broken": (None, "not in pattern"),
         "narrow": ("pattern", "shape"), "slow": ("eligible", "dense was faster")}
     assert DENSE in rows["b"].why_not and SPARSE in rows["a"].proofs["observed"]
@@ -63,19 +70,19 @@ def test_each_rung_needs_its_own_proof():
 
 def test_nothing_is_claimed_without_a_sparse_kernel():
     unwatched, rows = climb([gemm("a", "a")], None)
-    assert rows["a"].rung == "chosen" and rows["a"].reason == "not checked" and NOT_SPARSE in unwatched.verdict
+    assert rows["a"].level == "chosen" and rows["a"].reason == "not checked" and NOT_SPARSE in unwatched.verdict
     dense, _ = climb([gemm("b", "b")], by_layer(profile()))
     assert NOT_SPARSE in dense.verdict
 
 
 def test_a_sparse_kernel_outside_every_layer_is_told_and_proves_no_layer():
     found, rows = climb([gemm("b", "b")], {"b": {DENSE: 1}}, {SPARSE: 4, DENSE: 1})
-    assert found.unplaced == (SPARSE,) and rows["b"].rung == "chosen"
+    assert found.unplaced == (SPARSE,) and rows["b"].level == "chosen"
 
 
 def test_a_real_profile_has_a_range_for_every_layer_and_leaves_no_hooks():
     module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-    layers, every = watch(lambda: module(torch.ones(2, 8)), module, ["0", "2"])
+    layers, every = profile_kernels(lambda: module(torch.ones(2, 8)), module, ["0", "2"])
     assert set(layers) == {"0", "2"}
     assert every == {} or torch.cuda.is_available()
     assert not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())
