@@ -8,7 +8,7 @@ MODEL  ?= demo
 PINS   := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints/cpu.txt)
 TORCH  := $(if $(PINS),torch==2.13.0,torch)
 
-.PHONY: help setup demo test lint docs bench matrix gpu-bundle gpu-proof gpu-learn clean
+.PHONY: help setup demo test lint docs site bench matrix gpu-bundle gpu-proof gpu-learn clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/' | sort
@@ -40,6 +40,13 @@ lint: setup  ## ruff, mypy, the floors of the house, generated files are current
 docs: setup  ## write the generated parts of README.md and docs/
 	$(BIN)/python docs/generate.py
 
+site: $(VENV)/.docs docs  ## build the documentation into site/, strictly and without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(VENV)/.done
+	$(BIN)/python -m pip install --quiet $(PINS) -e '.[docs]'
+	@touch $@
+
 bench: setup  ## speed of verify, of the sweep, of pruning the demo model, of --help; prints JSON
 	$(BIN)/python benchmarks/run.py
 
@@ -59,4 +66,4 @@ gpu-learn:  ## needs a CUDA device: a slice of the longer learning runs, 8 minut
 	$(GPU_PYTHON) -m benchmarks.gpu_learn
 
 clean:  ## remove what the targets made, but not the runs
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

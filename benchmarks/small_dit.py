@@ -4,7 +4,8 @@
 `--runs` is kept), prunes it to 2:4 on 256 training pictures, three seeds of the calibration sample, and tells for every
 recipe the error of its predictions on held-out pictures by timestep, how far samples from the same noise move, and how
 far samples are from real pictures: the Frechet distance on the 64 features of a small classifier of Fashion-MNIST. That
-is not FID, and compares nothing outside this file. Beside the JSON: a sheet of samples, and the plot by timestep.
+is not FID, and compares nothing outside this file. Two images, a sheet of samples and the plot by timestep, go into
+`--images`.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--images", type=Path, help="folder of the two images; left out: beside the JSON")
     parser.add_argument("--runs", type=Path, default=Path("runs/dit-small"))
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--drawn", type=int, default=DRAWN)
@@ -141,11 +143,11 @@ def main() -> None:
                         f"{REAL} real test pictures; not FID"},
         **environment(), "table": table(rows), "rows": rows}
     write_json(options.out, result)
-    sheet([found[:CLASSES] for found in sheets.values()]).save(options.out.with_suffix(".png"))
+    image = (options.images or options.out.parent) / options.out.stem
+    sheet([found[:CLASSES] for found in sheets.values()]).save(f"{image}.png")
     parts = [{"from": row["from"], "to": row["to"], **{name: found[place]["error"] for name, found in lines.items()}}
              for place, row in enumerate(lines["dense"])]
-    by_timestep_plot(parts, list(lines), "mean squared error of the prediction").save(
-        options.out.with_name(f"{options.out.stem}-timesteps.png"))
+    by_timestep_plot(parts, list(lines), "mean squared error of the prediction").save(f"{image}-timesteps.png")
     for line in result["table"]:
         print({key: value for key, value in line.items() if value is not None}, flush=True)
 

@@ -1,4 +1,4 @@
-"""Write what can be generated: the CLI reference, the recipe schema, the tables of README.md and docs.
+"""Write what can be generated: the reference pages, the recipe schema, the tables of README.md and docs.
 
 `python docs/generate.py` writes, `--check` fails when something is stale.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from curves import Panel, svg
+from reference import api_page, recipe_page
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # `benchmarks` is not installed
@@ -37,12 +38,6 @@ def cli_reference() -> str:
         page = "\n".join(line.rstrip() for line in text.strip().splitlines())
         parts += [f"## {title}", "", "```text", page, "```", ""]
     return "\n".join(parts)
-
-
-def recipe_schema() -> str:
-    from nmsparse_deploy.recipe import Recipe
-
-    return json.dumps(Recipe.model_json_schema(), indent=1) + "\n"
 
 
 def methods_table() -> str:
@@ -256,7 +251,7 @@ def dit_table() -> str:
     """One-shot recipes on the small diffusion transformer."""
     path = ROOT / "results/dit-small.json"
     if not path.is_file():
-        return "Not measured yet: `python benchmarks/small_dit.py --out results/dit-small.json`."
+        return "Not measured yet: `python benchmarks/small_dit.py --out results/dit-small.json --images docs`."
     rows = []
     for line in json.loads(path.read_text())["table"]:
         cells = [line["method"]]
@@ -341,7 +336,12 @@ def fill(text: str) -> str:
 
 
 def main() -> int:
-    wanted = {ROOT / "docs/cli.md": cli_reference(), ROOT / "docs/recipe.schema.json": recipe_schema()}
+    import nmsparse_deploy as nms
+
+    schema = nms.Recipe.model_json_schema()
+    wanted = {ROOT / "docs/cli.md": cli_reference(), ROOT / "docs/recipe.md": recipe_page(schema),
+              ROOT / "docs/recipe.schema.json": json.dumps(schema, indent=1) + "\n",
+              ROOT / "docs/api.md": api_page(nms._PUBLIC)}
     if plot := small_plot():
         wanted[ROOT / "docs/learned-small.svg"] = plot
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
