@@ -20,7 +20,7 @@ from nmsparse_deploy.masks import Mask, MaskSet, project, tensor_hash
 from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.prove import verify_onnx
-from nmsparse_deploy.ship.engine import agreement
+from nmsparse_deploy.prove.agreement import agreement
 from nmsparse_deploy.ship.onnx import LinkMap, export_onnx
 from nmsparse_deploy.ship.onnx.cached import check_steps, export_cached
 from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime

@@ -19,10 +19,11 @@ from nmsparse_deploy.prove.checkpoint import nothing_sparse, unmatched_globs
 from nmsparse_deploy.prove.group_counter import ELEMENT_TYPES
 from nmsparse_deploy.prove.onnx_graph import OnnxGraph, Untraced, WeightUse
 from nmsparse_deploy.prove.onnx_tensor import dtype_name, element_name, source_of, stored_bytes
-from nmsparse_deploy.prove.report import TensorCheck, VerifyReport, shape_verdict
+from nmsparse_deploy.prove.report import TensorCheck, VerifyReport
 from nmsparse_deploy.prove.rows import foreign_check, masked_check, unmatched
 from nmsparse_deploy.prove.scan import Scanned, Scanner, countable
 from nmsparse_deploy.system.progress import Progress, silent
+from nmsparse_deploy.system.sparse_cores import shape_verdict
 
 Link = Mapping[str, Sequence[Mapping[str, Any]]]
 """parameter -> rows with `parameter`, `node`, `tensor`, `axis`, `shape`, `dtype`, as the exporter writes them."""

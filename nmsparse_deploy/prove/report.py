@@ -6,27 +6,10 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, Pattern, Unstructured
+from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.prove.group_counter import GroupCount
 
 Place = Literal["torch", "file", "onnx"]
-
-# Kernel alignment policy of sparse tensor cores, in values along the reduction axis (K) and the outputs (N).
-RECOMMENDED_K, RECOMMENDED_N = 64, 32
-POSSIBLE_K, POSSIBLE_N = 32, 16
-
-
-def shape_verdict(k: int, n: int, pattern: Pattern) -> str | None:
-    """Can sparse tensor cores run a [K, N] weight? None for N:M patterns that do not imply 2:4."""
-    if isinstance(pattern, Unstructured):
-        return "sparse tensor cores cannot run it"
-    if not pattern.implies(TWO_FOUR):
-        return None
-    if k % RECOMMENDED_K == 0 and n % RECOMMENDED_N == 0:
-        return "recommended"
-    if k % POSSIBLE_K == 0 and n % POSSIBLE_N == 0:
-        return "possible"
-    return "ineligible by shape"
 
 
 def gemm_shape(shape: tuple[int, ...], axis: int) -> tuple[int, int]:

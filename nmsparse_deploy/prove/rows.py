@@ -11,8 +11,9 @@ import numpy as np
 from nmsparse_deploy.masks import Mask
 from nmsparse_deploy.pattern import NMPattern, Pattern, Unstructured
 from nmsparse_deploy.prove.group_counter import ElementType, group_origin
-from nmsparse_deploy.prove.report import TensorCheck, describe_count, gemm_shape, judge, shape_verdict
+from nmsparse_deploy.prove.report import TensorCheck, describe_count, gemm_shape, judge
 from nmsparse_deploy.prove.scan import Scanned, Scanner, Source, countable
+from nmsparse_deploy.system.sparse_cores import shape_verdict
 
 
 def unmatched(row: TensorCheck, *problems: str) -> TensorCheck:

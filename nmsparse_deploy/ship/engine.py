@@ -1,17 +1,13 @@
-"""What a runtime has to answer, and how its outputs are held against the model's own."""
+"""What a runtime has to answer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-
-from nmsparse_deploy.errors import CheckFailed, UsageError
 
 Tensor = torch.Tensor | np.ndarray
 
@@ -31,71 +27,3 @@ class Engine(Protocol):
     def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Return outputs by name. bf16 outputs come back as float32."""
         ...
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How close outputs are to the reference, over the last axis at each of `positions`."""
-
-    kind: Literal["logits", "features"]
-    positions: int
-    max_abs: float
-    mean_abs: float
-    relative: float
-    """Euclidean norm of the difference over that of the reference."""
-    argmax_share: float | None
-    """Logits: share of positions with the same most likely class."""
-    mean_kl: float | None
-    """Logits: mean of KL(reference || output), in nats."""
-    cosine: float | None
-    """Features: mean cosine similarity."""
-
-
-def agreement(reference: Tensor, output: Tensor, kind: Literal["logits", "features"] = "logits",
-              mask: Tensor | None = None) -> Agreement:
-    """Compare `output` with `reference`, both [..., classes or width].
-
-    `mask`, of the leading shape, says which positions count (padding has no meaningful output). Everything is computed
-    in float64. Raises `CheckFailed` when a value is not finite, which is how an overflow in half precision shows.
-    """
-    a, b = _rows(reference), _rows(output)
-    if a.shape != b.shape:
-        raise UsageError(f"Outputs of shape {tuple(b.shape)} cannot be compared with {tuple(a.shape)}.")
-    if mask is not None:
-        chosen = torch.as_tensor(mask).bool().reshape(-1)
-        a, b = a[chosen], b[chosen]
-    if not a.numel():
-        raise UsageError("There is no output to compare.")
-    for name, values in (("reference", a), ("output", b)):
-        bad = int((~torch.isfinite(values)).sum())
-        if bad:
-            raise CheckFailed(f"{bad} of {values.numel()} values of the {name} are not finite.")
-    same, kl, cosine = 0, 0.0, 0.0
-    worst = total = squares = norm = 0.0
-    for x, y in zip(a.split(256), b.split(256)):  # float64 logits of a long text would not fit
-        x, y = x.double(), y.double()
-        diff = (x - y).abs()
-        worst, total = max(worst, float(diff.max())), total + float(diff.sum())
-        squares, norm = squares + float((diff * diff).sum()), norm + float((x * x).sum())
-        if kind == "logits":
-            same += int((x.argmax(-1) == y.argmax(-1)).sum())
-            kl += float(F.kl_div(y.log_softmax(-1), x.log_softmax(-1), reduction="sum", log_target=True))
-        else:
-            cosine += float(F.cosine_similarity(x, y, dim=-1).sum())
-    n, logits = len(a), kind == "logits"
-    relative = (squares / norm) ** 0.5 if norm else float(squares > 0)
-    return Agreement(kind, n, worst, total / a.numel(), relative, same / n if logits else None,
-                     max(0.0, kl / n) if logits else None, None if logits else cosine / n)
-
-
-def _rows(values: Tensor) -> torch.Tensor:
-    tensor = torch.as_tensor(values).detach().cpu()
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
-def compared(row: Mapping[str, Any]) -> str:
-    """Return an agreement, or why there is none, in words."""
-    if "not_checked" in row:
-        return f"not run here: {row['not_checked']}"
-    same = f", same top token at {row['argmax_share']:.1%}" if row["argmax_share"] is not None else ""
-    return f"largest difference to PyTorch {row['max_abs']:.2g}{same}"

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from nmsparse_deploy.pattern import TWO_FOUR, parse_pattern
-from nmsparse_deploy.prove import TensorCheck, shape_verdict
+from nmsparse_deploy.prove import TensorCheck
 from nmsparse_deploy.ship.evidence import LEVELS, EngineEvidence, LayerEvidence, Level, Reason
 from nmsparse_deploy.ship.onnx.gemms import Gemm
 from nmsparse_deploy.ship.tensorrt.log import BuildLog, EngineLayer, is_sparse_kernel, layer_nodes, nodes_of
+from nmsparse_deploy.system.sparse_cores import INELIGIBLE, shape_verdict
 
 Kernels = Mapping[str, int]
 """How often each kernel ran in one pass through the network."""
@@ -22,7 +23,6 @@ Counters = Mapping[str, Mapping[str, float]]
 """kernel -> hardware counter -> value."""
 HIDDEN = ("", "__myelin_CASK_STUB")
 """Tactic names that name no kernel."""
-INELIGIBLE = "ineligible by shape"
 
 
 class WhyNot(NamedTuple):

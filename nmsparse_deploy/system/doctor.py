@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nmsparse_deploy.system.assets import cache_dir
+from nmsparse_deploy.system.sparse_cores import MIN_CAPABILITY
 
 State = Literal["ok", "missing", "problem"]
-SPARSE_CAPABILITY = (8, 0)
-"""Sparse tensor cores came with Ampere."""
 DISK_GB, MEMORY_GB = 4, 4
 """What the demo needs, with room to spare."""
 
@@ -71,8 +70,9 @@ def _gpu() -> Finding:
         return Finding("GPU", "missing", f"none: {why}; masks, checks and ONNX work, sparse kernels cannot run here")
     capability = torch.cuda.get_device_capability()
     name = f"{torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}"
-    if capability < SPARSE_CAPABILITY:
-        return Finding("GPU", "problem", f"{name}: no sparse tensor cores (8.0 or newer has them)")
+    if capability < MIN_CAPABILITY:
+        needed = f"{MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+        return Finding("GPU", "problem", f"{name}: no sparse tensor cores ({needed} or newer has them)")
     return Finding("GPU", "ok", name)
 
 

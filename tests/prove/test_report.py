@@ -7,17 +7,7 @@ from hypothesis import strategies as st
 
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
 from nmsparse_deploy.prove.group_counter import check
-from nmsparse_deploy.prove.report import gemm_shape, judge, shape_verdict
-
-
-@pytest.mark.parametrize("k, n, verdict", [
-    (64, 32, "recommended"), (4096, 1024, "recommended"), (96, 32, "possible"), (64, 16, "possible"),
-    (32, 16, "possible"), (16, 16, "ineligible by shape"), (64, 8, "ineligible by shape"),
-])
-def test_shape_verdict_follows_the_alignment_policy(k, n, verdict):
-    assert shape_verdict(k, n, TWO_FOUR) == verdict
-    assert shape_verdict(k, n, NMPattern(1, 4)) == verdict
-    assert shape_verdict(k, n, NMPattern(4, 8)) is None
+from nmsparse_deploy.prove.report import gemm_shape, judge
 
 
 @pytest.mark.parametrize("shape, axis, k_n", [

@@ -22,11 +22,10 @@ from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.models.base import Target
 from nmsparse_deploy.models.roofline import GPUS, Gpu, gemm_seconds
 from nmsparse_deploy.pattern import Pattern
-from nmsparse_deploy.prove import shape_verdict
+from nmsparse_deploy.system.sparse_cores import ELIGIBLE, shape_verdict
 
 ROWS = 2048
 """Rows of a GEMM (batch times tokens) when neither the user nor the table says otherwise."""
-ELIGIBLE = ("recommended", "possible")
 
 
 @dataclass(frozen=True)

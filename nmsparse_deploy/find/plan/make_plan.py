@@ -10,8 +10,8 @@ from typing import Any
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.models.base import Discovery, Skipped, Target
 from nmsparse_deploy.pattern import NMPattern, Pattern
-from nmsparse_deploy.prove import shape_verdict
 from nmsparse_deploy.recipe import decided
+from nmsparse_deploy.system.sparse_cores import shape_verdict
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ from nmsparse_deploy.pattern import Unstructured
 from nmsparse_deploy.ship.quantise import BASE, FORMATS, Range, scale_of
 from nmsparse_deploy.ship.torch_sparse.kernel_choice import GemmDecision
 from nmsparse_deploy.ship.torch_sparse.linear import KernelLinear, encoded, make, replace
-from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels, shape_fits
+from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels
 from nmsparse_deploy.system.gpu_clock import Machine
+from nmsparse_deploy.system.sparse_cores import shape_fits
 from nmsparse_deploy.system.timing import Call, TimedArm, interleave, ratio, summarise
 
 DENSE, PRUNED, SPARSE, AUTO, CONTROL = "dense", "pruned-dense", "pruned-sparse", "auto", "unstructured"

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from nmsparse_deploy.models.base import Target
-from nmsparse_deploy.ship.engine import Agreement, agreement
+from nmsparse_deploy.prove.agreement import Agreement, agreement
 from nmsparse_deploy.ship.onnx.link import LinkMap
 from nmsparse_deploy.ship.onnx.prepare import PRECISIONS, cast_copy
 from nmsparse_deploy.ship.onnx.tidy import TensorSpec, tensor_specs

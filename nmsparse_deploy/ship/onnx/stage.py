@@ -15,10 +15,10 @@ from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.models.base import LoadedModel
 from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.pattern import TWO_FOUR
+from nmsparse_deploy.prove.agreement import agreement, compared
 from nmsparse_deploy.recipe import Export
 from nmsparse_deploy.runs.load import load_pruned
 from nmsparse_deploy.runs.run_dir import GRAPH, RunDir
-from nmsparse_deploy.ship.engine import agreement, compared
 from nmsparse_deploy.ship.onnx import ExportResult, LinkMap, export_onnx
 from nmsparse_deploy.ship.onnx.cached import CacheGraph, check_steps, export_cached
 from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime

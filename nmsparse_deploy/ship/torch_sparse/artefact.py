@@ -33,8 +33,9 @@ from nmsparse_deploy.ship.engine import Tensor
 from nmsparse_deploy.ship.quantise import BASE, FORMATS, Range, scale_of
 from nmsparse_deploy.ship.torch_sparse.linear import EightBit, encoded, make, replace
 from nmsparse_deploy.ship.torch_sparse.packed import Packed, pack, packable, unpack
-from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels, shape_fits
+from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels
 from nmsparse_deploy.system.cuda_graphs import record
+from nmsparse_deploy.system.sparse_cores import shape_fits
 
 FILE, DECISIONS, FORMAT = "packed.safetensors", "decisions.json", "nmsparse-packed-1"
 Mode = Literal["auto", "sparse", "dense"]

@@ -18,9 +18,10 @@ from nmsparse_deploy.masks import project
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.ship.quantise import BASE
 from nmsparse_deploy.ship.torch_sparse.linear import MAX_VALUE, Codes, EightBit, KernelLinear, SparseCodes, make
-from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels, shape_fits
+from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels
 from nmsparse_deploy.system.gpu_clock import Machine
 from nmsparse_deploy.system.progress import Progress, silent
+from nmsparse_deploy.system.sparse_cores import shape_fits
 from nmsparse_deploy.system.timing import Call, interleave, ratio
 
 ROUNDS = 21

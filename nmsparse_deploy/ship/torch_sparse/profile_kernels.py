@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from nmsparse_deploy.pattern import TWO_FOUR
-from nmsparse_deploy.prove import TensorCheck, shape_verdict
+from nmsparse_deploy.prove import TensorCheck
 from nmsparse_deploy.ship.evidence import EngineEvidence, LayerEvidence, Level, Reason
 from nmsparse_deploy.ship.tensorrt.log import is_sparse_kernel
+from nmsparse_deploy.system.sparse_cores import shape_verdict
 
 RANGE = "nmsparse gemm "
 KernelCounts = Mapping[str, int]

@@ -24,16 +24,11 @@ from nmsparse_deploy.errors import first_line
 from nmsparse_deploy.masks import project
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.ship.torch_sparse.packed import Packed, pack, unpack
-from nmsparse_deploy.system.doctor import SPARSE_CAPABILITY, no_cuda
+from nmsparse_deploy.system.doctor import no_cuda
+from nmsparse_deploy.system.sparse_cores import ROW_MULTIPLE, min_capability
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """What sparse tensor cores multiply, by the names of this tool."""
-WEIGHT_MULTIPLES = {2: (16, 16), 1: (32, 32)}
-"""Bytes of a value -> what n and k have to be multiples of."""
-ROW_MULTIPLE = {2: 8, 1: 16}
-"""Bytes of a value -> what the rows of x are padded to a multiple of."""
-CAPABILITY = {"fp8": (8, 9)}
-"""Where `SPARSE_CAPABILITY` is not enough: FP8 came with Ada."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +64,6 @@ class Kernels(Protocol):
                alpha: torch.Tensor | None, out: torch.dtype) -> list[Setting]:
         """Return settings worth timing, the default one among them; at least one."""
         ...
-
-
-def shape_fits(precision: str, k: int, n: int) -> bool:
-    """Tell whether cuSPARSELt takes a weight of this shape."""
-    multiple_n, multiple_k = WEIGHT_MULTIPLES[DTYPES[precision].itemsize]
-    return n % multiple_n == 0 and k % multiple_k == 0
 
 
 class CuSparseLt:
@@ -143,7 +132,7 @@ def _searched(arguments: tuple[Any, ...]) -> Setting | None:
 def _why_not(precision: str) -> str | None:
     if why := no_cuda():
         return why
-    needed, capability = CAPABILITY.get(precision, SPARSE_CAPABILITY), torch.cuda.get_device_capability()
+    needed, capability = min_capability(precision), torch.cuda.get_device_capability()
     if capability < needed:
         name = f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}"
         return f"{name}, and {precision} needs {needed[0]}.{needed[1]}"

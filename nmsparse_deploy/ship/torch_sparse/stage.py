@@ -23,10 +23,10 @@ from nmsparse_deploy.models.base import LoadedModel, Target
 from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.models.meta_model import description
 from nmsparse_deploy.prove import VerifyReport, verify_tensors
+from nmsparse_deploy.prove.agreement import agreement, compared
 from nmsparse_deploy.recipe import Pack
 from nmsparse_deploy.runs.load import load_pruned
 from nmsparse_deploy.runs.run_dir import RunDir
-from nmsparse_deploy.ship.engine import agreement, compared
 from nmsparse_deploy.ship.quantise import FORMATS, Range, activation_ranges
 from nmsparse_deploy.ship.torch_sparse.artefact import DECISIONS, FILE, Artefact, TorchSparse, write
 from nmsparse_deploy.ship.torch_sparse.kernel_choice import as_file, decide_all

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from nmsparse_deploy.pattern import TWO_FOUR
+from nmsparse_deploy.prove.agreement import agreement
 from nmsparse_deploy.prove.group_counter import check
 from nmsparse_deploy.prove.onnx_graph import OnnxGraph
-from nmsparse_deploy.ship.engine import agreement
 from nmsparse_deploy.ship.onnx import LinkMap
 from tests.fixtures.onnx_models import FAMILIES
 
