@@ -17,8 +17,9 @@ class Calibration(Frozen):
     text that the model writes itself; `A+B` takes as many samples of each.
     """
 
-    data: str = AUTO
-    samples: int = Field(64, ge=0)
+    data: str = Field(AUTO, description="calibration text or images, inputs.safetensors, or generated; auto suits the "
+                      "model")
+    samples: int = Field(64, ge=0, description="calibration samples: windows of text, or images")
     length: int = Field(512, ge=8, description="tokens per sample (text only)")
-    batch: int = Field(4, ge=1)
-    seed: int = 0
+    batch: int = Field(4, ge=1, description="samples that pass through a block at a time")
+    seed: int = Field(0, description="decides which samples are drawn")

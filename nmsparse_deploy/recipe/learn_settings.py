@@ -35,10 +35,10 @@ class Augment(Frozen):
 class Learn(Training):
     """What every learned method has: how long, on what, judged how often. `name` is that of the method."""
 
-    objective: Objective = Field("auto", description="block: one block against the dense block's output; global: the "
-                                 "whole model's loss; auto: global where there is a GPU")
-    steps: int = Field(0, ge=0, description="optimiser steps, of every block with the block objective; 0: 60 for a "
-                       "block, 1000 for a whole model")
+    objective: Objective = Field("auto", description="what a learned method learns from: block, the output of one "
+                                 "dense block; global, the whole model's loss; auto, global where there is a GPU")
+    steps: int = Field(0, ge=0, description="optimiser steps of a learned method, of every block with the block "
+                       "objective; 0: 60 for a block, 1000 for a whole model")
     priors: tuple[str, ...] = Field(("magnitude", "wanda", "sparsegpt-mask"), min_length=1,
                                     description="one-shot methods, or masks.safetensors files of the same model "
                                     "and pattern; learning starts from the best mask among them")

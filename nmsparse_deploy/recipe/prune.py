@@ -17,18 +17,19 @@ from nmsparse_deploy.registry import LEARNERS, METHODS, REFINEMENTS, check_metho
 class Prune(Frozen):
     """How the mask is found, and how the weights that stay are refined."""
 
-    method: str = "sparsegpt"
-    pattern: str = "2:4"
+    method: str = Field("sparsegpt", description="how the mask is found, see `nmsparse-deploy list`")
+    pattern: str = Field("2:4", description="keep:group, or unstructured:SHARE_OF_ZEROS")
     permute: bool = Field(False, description="first reorder the channels that are free to move, for better groups")
     calibration: Calibration = Calibration()
     wbits: Literal[4, 8] | None = Field(None, description="round kept weights to this many bits")
     wgroup: int | None = Field(None, ge=1, description="columns that share a scale, with wbits; left out: a whole row")
     learn: AnyLearn | None = Field(None, description="settings of a learned method; filled in when there is one")
-    refine: tuple[AnyStep, ...] = Field((), description="applied in order after the mask is chosen")
-    sequential: bool = Field(False, description="a layer's statistics see the pruned layers before it in its block; "
-                                                "about twice the forward passes")
-    include: tuple[str, ...] = Field((), description="globs on parameter names; empty = everything prunable")
-    exclude: tuple[str, ...] = ()
+    refine: tuple[AnyStep, ...] = Field((), description="applied in order after the mask is chosen, see "
+                                         "`nmsparse-deploy list`")
+    sequential: bool = Field(False, description="statistics of a layer see the pruned ones before it in its block; "
+                             "about twice the forward passes")
+    include: tuple[str, ...] = Field((), description="globs on parameter names to prune; none: everything prunable")
+    exclude: tuple[str, ...] = Field((), description="globs on parameter names to leave dense")
     patterns: dict[str, str] | None = Field(None, description="parameter name -> keep:group, dense, or dense: why; "
                                             "what is not named gets `pattern`")
     compute: Literal["auto", "fp32", "bf16"] = Field("auto", description="dtype of forward passes; statistics are fp32")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -45,13 +47,18 @@ class Recipe(Frozen):
         return validate(cls, data)
 
 
-def validate(model: type[Any], data: dict[str, Any]) -> Any:
-    """Build a recipe model from plain data; the first problem becomes one `UsageError` sentence."""
+def validate(model: type[Any], data: dict[str, Any], options: Mapping[str, str] = MappingProxyType({})) -> Any:
+    """Build a recipe model from plain data; the first problem becomes one `UsageError` sentence.
+
+    `options` are those of the command line by field; the sentence names the option where there is one.
+    """
     try:
         return model.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "recipe"
+        named = [options[str(part)] for part in first["loc"] if str(part) in options]
+        field = f"{named[-1]} ({field})" if named else field
         raise UsageError(f"{field}: {first['msg']} (got {first['input']!r}).") from error
 
 

@@ -18,21 +18,25 @@ class Allocate(Frozen):
     (of the whole model), or `budget` (share of the prunable weights). An unstructured pattern takes none: every matrix
     gets a share of zeros of its own around the pattern's."""
 
-    max_ppl_increase: float | None = Field(None, gt=0)
-    min_speedup: float | None = Field(None, gt=1)
-    budget: float | None = Field(None, gt=0, le=1)
-    pattern: str = "2:4"
+    max_ppl_increase: float | None = Field(None, gt=0, description="win the most time within this relative rise of "
+                                           "perplexity, for example 0.10")
+    min_speedup: float | None = Field(None, gt=1, description="lose the least for a model this much faster")
+    budget: float | None = Field(None, gt=0, le=1, description="lose the least with this share of the prunable weights "
+                                 "pruned")
+    pattern: str = Field("2:4", description="keep:group, or unstructured:SHARE_OF_ZEROS, the mean of what every matrix "
+                         "gets")
     spread: float = Field(0.1, gt=0, lt=1, description="how far unstructured shares of zeros lie from their mean")
-    vary_keep: bool = Field(False, description="choose among keep-1, keep and keep+1 instead of pattern and dense")
-    estimator: Literal["direct", "hutchinson"] = "direct"
+    vary_keep: bool = Field(False, description="choose among keep-1, keep and keep+1, never dense; needs budget")
+    estimator: Literal["direct", "hutchinson"] = Field("direct", description="direct tries every group, hutchinson "
+                                                       "predicts from curvature")
     method: str = Field("wanda", description="how a group is pruned for the trial")
     probes: int = Field(8, ge=1, description="random vectors of the Hutchinson estimator")
     calibration: Calibration = Calibration(samples=16, length=256)
     latency_table: str | None = Field(None, description="JSON file of measured GEMM times, as `crossover` writes it")
     gpu: str = Field("A100", description="whose roofline predicts where nothing was measured")
-    rows: int | None = Field(None, ge=1, description="batch times tokens of a GEMM; empty = the table's, or 2048")
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    rows: int | None = Field(None, ge=1, description="batch times tokens of a GEMM; left out: the table's, or 2048")
+    include: tuple[str, ...] = Field((), description="globs on parameter names to prune; none: everything prunable")
+    exclude: tuple[str, ...] = Field((), description="globs on parameter names to leave dense")
     compute: Literal["auto", "fp32", "bf16"] = "auto"
 
     @field_validator("method")
@@ -64,9 +68,11 @@ class Allocate(Frozen):
 class Export(Frozen):
     """Which ONNX files are written."""
 
-    precisions: tuple[Literal["fp32", "fp16", "bf16", "int8", "fp8"], ...] = ("fp32", "fp16")
-    opset: Literal[20, 23] = 20
-    cache: bool = Field(False, description="language models: also a prefill and a decode graph with a key/value cache")
+    precisions: tuple[Literal["fp32", "fp16", "bf16", "int8", "fp8"], ...] = Field(
+        ("fp32", "fp16"), description="precision of the weights, one graph for each")
+    opset: Literal[20, 23] = Field(20, description="ONNX operator set")
+    cache: bool = Field(False, description="language models: also a prefill and a decode graph with a key/value "
+                        "cache, on the same weights")
     scales: Literal["channel", "tensor"] = Field("channel", description="int8 and fp8: weight scales per output, or "
                                                  "one for all weights that read the same input")
     requantise: bool = Field(True, description="int8 and fp8: 8-bit outputs of the GEMMs that are sparse")
@@ -75,8 +81,8 @@ class Export(Frozen):
 class Build(Frozen):
     """The TensorRT engines that are built from one exported graph."""
 
-    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] = "fp16"
-    batch: int = Field(1, ge=1)
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] = Field("fp16", description="which exported graph")
+    batch: int = Field(1, ge=1, description="samples per call")
     length: int = Field(128, ge=1, description="tokens per sample")
     shapes: dict[str, tuple[int, ...]] = Field({}, description="shapes of inputs that batch and length do not settle")
     level: int = Field(4, ge=4, le=5, description="builder optimisation level; below 4 not every kernel is tried")
@@ -100,19 +106,19 @@ class Evaluate(Frozen):
     drawn, steps, guidance and features for diffusion models.
     """
 
-    data: str = AUTO
-    tokens: int = Field(16384, ge=1)
-    context: int = Field(1024, ge=8)
-    continuation: int = Field(40, ge=0, description="tokens of the sample continuations; 0 leaves them out")
-    images: int = Field(600, ge=1, description="labelled test images")
+    data: str = Field(AUTO, description="held-out text or images; auto suits the model")
+    tokens: int = Field(16384, ge=1, description="tokens to score (language models)")
+    context: int = Field(1024, ge=8, description="tokens per window (language models)")
+    continuation: int = Field(40, ge=0, description="tokens of the sample texts; 0 leaves them out")
+    images: int = Field(600, ge=1, description="labelled test images (vision models)")
     probe: int = Field(1500, ge=1, description="labelled images that the probes learn from")
-    size: int = Field(0, ge=0, description="pixels per side for the labelled images; 0 = the model's own")
-    photos: str = Field("photos-20", description="images for agreement and saliency maps; empty = none")
-    drawn: int = Field(20, ge=0, description="samples that are drawn from the same noise; 0 = none")
+    size: int = Field(0, ge=0, description="pixels per side of the labelled images; 0: the model's own")
+    photos: str = Field("photos-20", description="images for agreement and saliency maps; empty: none")
+    drawn: int = Field(20, ge=0, description="samples drawn from the same noise (diffusion models); 0: none")
     steps: int = Field(50, ge=1, description="denoising steps of a drawn sample")
-    guidance: float = Field(4.0, ge=0, description="classifier-free guidance of drawn samples; 1 = none")
-    features: str = Field("", description="vision model whose features compare drawn with real pictures; empty = none")
-    onnx: bool = Field(False, description="also run the exported graphs")
+    guidance: float = Field(4.0, ge=0, description="classifier-free guidance of drawn samples; 1: none")
+    features: str = Field("", description="vision model whose features compare drawn with real pictures; empty: none")
+    onnx: bool = Field(False, description="also score the exported graphs")
     protocols: tuple[Literal["wikitext2", "ptb", "c4", "imagenet"], ...] = Field(
         (), description="instead: the papers' own test sets and settings; data is then a file or folder of them, auto: "
         "the hub")
@@ -125,9 +131,9 @@ class Evaluate(Frozen):
 class Bench(Frozen):
     """Shape and length of the latency arms."""
 
-    batch: int = Field(1, ge=1)
-    length: int = Field(128, ge=1)
-    rounds: int = Field(10, ge=3)
+    batch: int = Field(1, ge=1, description="samples per call")
+    length: int = Field(128, ge=1, description="tokens per sample")
+    rounds: int = Field(10, ge=3, description="timed calls per arm")
 
 
 class Published(Frozen):
