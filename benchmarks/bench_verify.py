@@ -50,6 +50,7 @@ def verify(path: Path) -> None:
     import torch
 
     from nmsparse_deploy.prove import verify_checkpoint
+    from nmsparse_deploy.system.hardware import cpu_name
 
     torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -64,13 +65,6 @@ def verify(path: Path) -> None:
         "resident_before_verify_mb": round(before), "cores": 1, "page_cache": "warm", "dtype": "BF16",
         "pattern": "2:4", "masks": False, "cpu": cpu_name(),
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}}))
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-                platform.processor() or platform.machine())
 
 
 def main() -> None:

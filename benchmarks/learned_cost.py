@@ -33,7 +33,7 @@ from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.recipe import Prune, validate
 from nmsparse_deploy.system.environment import environment, now
 from nmsparse_deploy.system.hardware import compute_dtype
-from nmsparse_deploy.system.memory import give_back, used
+from nmsparse_deploy.system.memory import give_back, used_memory
 
 ROOT = Path(__file__).parent.parent
 SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
@@ -100,7 +100,7 @@ def masked_arm(module: LlamaForCausalLM, size: dict[str, int], compute: torch.dt
 def held_now() -> int:
     """Bytes that this process holds on the device; what it has freed is handed back first."""
     give_back()
-    return used()
+    return used_memory()
 
 
 def measure(size: dict[str, int], device: str, compute: torch.dtype, rounds: int) -> list[dict[str, Any]]:

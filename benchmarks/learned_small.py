@@ -33,7 +33,7 @@ from nmsparse_deploy.measure.evaluate import perplexity
 from nmsparse_deploy.recipe import Prune, fingerprint, validate
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.system.environment import environment, now
-from nmsparse_deploy.system.memory import start_stretch, stretch_peak_mb
+from nmsparse_deploy.system.memory import peak_since_reset_mb, reset_peak
 
 ROOT = Path(__file__).parent.parent
 STEPS, BATCH, HELD_OUT, EVERY = 160, 8, 10, 20
@@ -85,9 +85,9 @@ def spec_of(name: str, seed: int, text: str, steps: int = STEPS) -> Prune:
 def measure(name: str, seed: int, dense: Path, sample: TokenSample, runs: Path, steps: int) -> dict[str, Any]:
     """One row and seed, from the model's folder to the score of what was saved."""
     spec = spec_of(name, seed, str(dense / "calibration.txt"), steps)
-    start_stretch()
+    reset_peak()
     run = prune(str(dense), spec, runs / f"{name.replace(' ', '')}-{seed}", progress=say)
-    peak = stretch_peak_mb()
+    peak = peak_since_reset_mb()
     facts = run.manifest()["stages"]["prune"]
     row = {"method": name, "seed": seed, "seconds": facts["seconds"], "peak_memory_mb": peak,
            "changed": _changed(run, RunDir(runs / f"{PRIOR}-{seed}")), **_score(str(run / "model"), sample)}

@@ -13,7 +13,7 @@ from nmsparse_deploy.recipe import Recipe
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.ship.onnx.stage import export
 from nmsparse_deploy.ship.tensorrt.stage import build
-from nmsparse_deploy.system.distributed import here
+from nmsparse_deploy.system import distributed
 from nmsparse_deploy.system.progress import Progress, silent
 
 
@@ -21,7 +21,7 @@ def run_recipe(recipe: Recipe, out: Path | None = None, force: bool = False, pro
     """Every stage of a recipe in order; finished stages of the same run are kept. Several processes prune together, and
     the first one does the rest."""
     run = prune(recipe.model, recipe.prune, out, force, progress)
-    if not here().first:  # this process has only helped another one to prune
+    if not distributed.current().first:  # this process has only helped another one to prune
         return run
     stages: dict[str, tuple[Any, Any]] = {"export": (export, recipe.export), "evaluate": (evaluate, recipe.evaluate),
                                           "build": (build, recipe.build), "bench": (bench, recipe.bench)}

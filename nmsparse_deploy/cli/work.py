@@ -140,9 +140,9 @@ def _show_price(recipe: Any, path: Path) -> None:
 
 def _finish_run(run: Any) -> None:
     from nmsparse_deploy.measure.report.build import summary
-    from nmsparse_deploy.system.distributed import here
+    from nmsparse_deploy.system import distributed
 
-    if not here().first:  # this process has only helped another one to prune
+    if not distributed.current().first:  # this process has only helped another one to prune
         return
 
     facts = summary(run)

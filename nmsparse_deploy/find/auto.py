@@ -6,7 +6,6 @@ speed of matrix products on this machine, which small models and small batches d
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from nmsparse_deploy.find.offload import load_fitting, planned, whole_model
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import CLOSED_FORM, Prune, validate
 from nmsparse_deploy.system.hardware import compute_dtype
-from nmsparse_deploy.system.memory import free
+from nmsparse_deploy.system.memory import free_memory
 from nmsparse_deploy.system.progress import Progress, silent
 
 NAME = "auto"
@@ -59,7 +58,7 @@ def choose(model: str, settings: dict[str, Any], minutes: float = MINUTES, progr
     plan = planned(loaded, base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rates = Rates.measure(compute_dtype(base.compute, device))
-    room = max_memory or free() or math.inf
+    room = max_memory or free_memory()
     passed: list[tuple[str, float]] = []
     for name, rung in LADDER.items():
         spec = validate(Prune, {**settings, **rung})

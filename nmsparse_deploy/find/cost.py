@@ -21,7 +21,7 @@ from nmsparse_deploy.models.streamed import SHARD
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import Learn, MaskPro, Prune, Reconstruct, Refit, Training
 from nmsparse_deploy.registry import LEARNERS, METHODS, REFINEMENTS
-from nmsparse_deploy.system.memory import used
+from nmsparse_deploy.system.memory import used_memory
 
 MASK_BITS = 1 / 8
 
@@ -177,7 +177,7 @@ def footprint(loaded: LoadedModel, plan: Plan, spec: Prune, compute: torch.dtype
     outside = max((size for name, size in weights.items() if not name.startswith(inside)), default=0)
     largest = max((sum(size for name, size in weights.items() if name.startswith(path)) for path in inside), default=0)
     present = sum(size for name, size in weights.items() if not parameters[name].is_meta)
-    base = used() - min(present, used()) + int(_state(loaded.module, plan, spec, compute))
+    base = used_memory() - min(present, used_memory()) + int(_state(loaded.module, plan, spec, compute))
     saving = int(sum(row.target.k * row.target.n for row in plan.pruned()) * MASK_BITS)
     working = max(blocks, default=0)
 

@@ -55,9 +55,9 @@ def load_fitting(model: str, limit: int | None = None) -> LoadedModel:
     A model of the hub is downloaded first: how large it is should not be found out by loading it.
     """
     folder = models.download(model) or models.checkpoint(model)
-    room = memory.free()
+    room = memory.free_memory()
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
-    stream = folder is not None and (limit is not None or (room is not None and size > room))
+    stream = folder is not None and (limit is not None or size > room)
     return models.load(model, stream=stream)
 
 
@@ -77,7 +77,7 @@ def open_model(model: str, spec: Prune, compute: torch.dtype, limit: int | None 
     if not loaded.streamed:
         _refuse_over(limit, need.whole, "and this kind of model cannot be streamed from its files")
         return Opened(loaded, plan, False, need.whole, limit)
-    room = limit or memory.free() or need.whole
+    room = limit or memory.free_memory()
     if need.whole <= room:
         return Opened(models.load(model), plan, False, need.whole, limit)
     if reason := whole_model(spec):

@@ -41,7 +41,8 @@ from nmsparse_deploy.prove.report import NOT_CHECKED
 from nmsparse_deploy.recipe import DEFAULT_MODEL, Prune, fingerprint
 from nmsparse_deploy.registry import METHODS, REFINEMENTS
 from nmsparse_deploy.runs.run_dir import RUNS, RunDir
-from nmsparse_deploy.system.distributed import ALONE, Processes, here
+from nmsparse_deploy.system import distributed
+from nmsparse_deploy.system.distributed import ALONE, Processes
 from nmsparse_deploy.system.hardware import compute_dtype
 from nmsparse_deploy.system.memory import give_back, peak_memory_mb, run_peak, start_run
 from nmsparse_deploy.system.progress import Progress, silent
@@ -67,7 +68,7 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
             progress(f"'{path}' is finished; --force starts over", 0, 0)
             return run
     start_run()
-    team = here()
+    team = distributed.current()
     if team.world > 1:
         progress = progress if team.first else silent
         _check_shared(spec, team)

@@ -25,7 +25,7 @@ from nmsparse_deploy.models.base import to_rows
 from nmsparse_deploy.models.objective import unlabelled
 from nmsparse_deploy.recipe import Prune, Step
 from nmsparse_deploy.registry import METHODS, REFINEMENTS
-from nmsparse_deploy.system.memory import start_stretch, stretch_peak_mb
+from nmsparse_deploy.system.memory import peak_since_reset_mb, reset_peak
 
 LearnBlock = Callable[[Block, Any, int, str], BlockResult]
 """A block refinement that learns masks; also told the block's number and path."""
@@ -88,13 +88,13 @@ def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method:
                                     last=place == len(parts) - 1)
         for row in part:
             start = time.perf_counter()
-            start_stretch()
+            reset_peak()
             layer = _prune_layer(module, row, stats.get(row.target.fusion, LayerStats.none()), spec, method, given)
             for step, refinement in leading:
                 layer = replace(layer, result=refine_matrices(refinement.layer, layer, step))
             pruned.layers[row.target.name] = layer
             pruned.seconds[row.target.name] = time.perf_counter() - start
-            pruned.peaks[row.target.name] = stretch_peak_mb()
+            pruned.peaks[row.target.name] = peak_since_reset_mb()
     if learn is not None:
         assert walk is not None
         path = plan.blocks[number]

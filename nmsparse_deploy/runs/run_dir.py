@@ -18,7 +18,6 @@ Whatever is named here was written completely: files and folders are built under
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from nmsparse_deploy.errors import NmsparseError, UsageError
@@ -146,11 +146,11 @@ class RunDir:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Two processes must not work on one run. Raises `NmsparseError` when another one holds it."""
-        with open(self.path / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise NmsparseError(f"Another process is working on '{self.path}'.") from None
+        try:
+            held = FileLock(self.path / ".lock").acquire(timeout=0)
+        except Timeout:
+            raise NmsparseError(f"Another process is working on '{self.path}'.") from None
+        with held:  # the system lets go of it when this process is killed
             for leftover in self.path.glob(".*-*"):  # of a process that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
             yield

@@ -41,16 +41,16 @@ class Processes:
         """Return what each process gives, in every one of them."""
         if self.world == 1:
             return [value]
-        found: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(values, value)
+        return values
 
 
 ALONE = Processes()
 
 
 @cache
-def here() -> Processes:
+def current() -> Processes:
     """Join the others on the first call: over gloo on the CPU, over nccl on GPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE

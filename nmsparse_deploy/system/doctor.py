@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from nmsparse_deploy.system.assets import cache_dir
 from nmsparse_deploy.system.sparse_cores import MIN_CAPABILITY
 
@@ -133,11 +135,7 @@ def _torchvision_clash() -> list[Finding]:
 
 
 def _memory() -> Finding:
-    try:
-        rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(rows["MemAvailable"].split()[0]) / 1e6
-    except (OSError, KeyError, ValueError):
-        return Finding("memory", "missing", "unknown on this system")
+    free = psutil.virtual_memory().available / 1e9
     return Finding("memory", "ok" if free > MEMORY_GB else "problem", f"{free:.1f} GB available")
 
 

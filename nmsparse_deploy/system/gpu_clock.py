@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from nmsparse_deploy.errors import NmsparseError
@@ -98,25 +99,17 @@ def libraries() -> dict[str, Any]:
     """Return versions that kernels come from."""
     backend = getattr(torch.backends, "cusparselt", None)
     return {"cuda": torch.version.cuda, "cusparselt": backend.version() if backend is not None else None,
-            "cusparselt_loaded": _loaded_cusparselt(), "cudnn": torch.backends.cudnn.version(),
+            "cusparselt_loaded": _loaded("libcusparseLt"), "cudnn": torch.backends.cudnn.version(),
             "cublas": _cublas_version(), "driver": _driver()}
 
 
-def _loaded_cusparselt() -> str | None:
+def _loaded(library: str) -> str | None:
     """Return the file that is really loaded; PyTorch only tells what it was built with."""
-    return next((line.split()[-1] for line in _maps() if "libcusparseLt" in line), None)
-
-
-def _maps() -> list[str]:
-    try:
-        with open("/proc/self/maps") as file:
-            return file.read().splitlines()
-    except OSError:
-        return []
+    return next((mapped.path for mapped in psutil.Process().memory_maps() if library in mapped.path), None)
 
 
 def _cublas_version() -> int | None:
-    path = next((line.split()[-1] for line in _maps() if "libcublasLt.so" in line), None)
+    path = _loaded("libcublasLt.so")
     try:
         found = ctypes.CDLL(path).cublasLtGetVersion if path else None
     except (OSError, AttributeError):

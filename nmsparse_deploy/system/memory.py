@@ -1,7 +1,7 @@
-"""Memory of this process: its peak over its whole life, over a run, and over one stretch of work; and what is free.
+"""Memory of this process: its peak over its whole life, over a run, and since the last reset; and what is free.
 
-Linux keeps the high-water mark of resident memory and lets a process reset its own; elsewhere a stretch reports the
-mark of the whole life. On a GPU a stretch and a run are measured by PyTorch's allocator instead.
+Linux keeps the high-water mark of resident memory and lets a process reset its own; elsewhere the mark of the whole
+life stands in. On a GPU a run and a reset are measured by PyTorch's allocator instead.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import resource
 from pathlib import Path
 
+import psutil
 import torch
 
 from nmsparse_deploy.errors import UsageError
@@ -24,72 +25,63 @@ _run_before_reset = 0
 
 
 def peak_memory_mb() -> int:
-    """Largest resident memory so far, in MB."""
-    return max(_before_reset, _mark_kb()) // 1024
+    """Return the largest resident memory so far, in MB."""
+    return max(_before_reset, _high_water_mark()) >> 20
 
 
 def start_run() -> None:
-    """From here on `run_peak` counts anew."""
+    """Let `run_peak` count anew from here on."""
     global _run_before_reset
-    start_stretch()
+    reset_peak()
     _run_before_reset = 0
 
 
 def run_peak() -> int:
-    """Largest memory since `start_run`, in bytes: resident, or on the GPU allocated."""
-    return max(_run_before_reset, _stretch_peak())
+    """Return the largest memory since `start_run`, in bytes: resident, or on the GPU allocated."""
+    return max(_run_before_reset, _peak_since_reset())
 
 
-def start_stretch() -> None:
-    """From here on `stretch_peak_mb` counts anew."""
+def reset_peak() -> None:
+    """Let `peak_since_reset_mb` count anew from here on."""
     global _before_reset, _run_before_reset
     _run_before_reset = run_peak()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
-    _before_reset = max(_before_reset, _mark_kb())
+    _before_reset = max(_before_reset, _high_water_mark())
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def stretch_peak_mb() -> int:
-    """Largest memory since `start_stretch`, in MB: resident, or on the GPU allocated."""
-    return _stretch_peak() >> 20
+def peak_since_reset_mb() -> int:
+    """Return the largest memory since `reset_peak`, in MB: resident, or on the GPU allocated."""
+    return _peak_since_reset() >> 20
 
 
-def _stretch_peak() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _mark_kb() * 1024
+def _peak_since_reset() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _high_water_mark()
 
 
-def _mark_kb() -> int:
+def _high_water_mark() -> int:
+    """Return the largest resident memory in bytes since it was reset last; psutil does not tell it."""
     try:
-        return _status("self", "VmHWM")
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
     except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
-def _status(process: str, field: str) -> int:
-    return int(Path(f"/proc/{process}/status").read_text().split(f"{field}:")[1].split()[0])
-
-
-def used() -> int:
-    """Bytes in use now: resident, or on the GPU allocated."""
+def used_memory() -> int:
+    """Return the bytes in use now: resident, or on the GPU allocated."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
-    try:
-        return _status("self", "VmRSS") * 1024
-    except (OSError, IndexError):
-        return _mark_kb() * 1024
+    return int(psutil.Process().memory_info().rss)
 
 
-def free() -> int | None:
-    """Bytes that are free on the GPU, or on the machine without one; None where the system does not say."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    try:
-        return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        return None
+def free_memory(device: torch.device | None = None) -> int:
+    """Return the bytes that are free on a device: by default on the GPU, where there is one."""
+    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
 
 
 def give_back() -> None:
@@ -100,7 +92,7 @@ def give_back() -> None:
 
 
 def parse_size(text: str) -> int:
-    """`3GB`, `512 MiB`, `2e9` -> bytes. Raises `UsageError`."""
+    """Turn `3GB`, `512 MiB` or `2e9` into bytes. Raises `UsageError`."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in UNITS or not float(match[1]):
         raise UsageError(f"'{text}' is no amount of memory.", "write it like 3GB or 800MB")
@@ -108,5 +100,5 @@ def parse_size(text: str) -> int:
 
 
 def megabytes(count: float) -> str:
-    """Bytes for people."""
+    """Write bytes for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -9,4 +9,4 @@ Progress = Callable[[str, int, int], None]
 
 
 def silent(text: str, done: int = 0, total: int = 0) -> None:
-    """Says nothing; the default everywhere."""
+    """Say nothing; the default everywhere."""

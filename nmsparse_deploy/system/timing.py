@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nmsparse_deploy.system.environment import Environment
+
 CPU_SENTENCE = ("No CPU kernel here uses 2:4 sparsity: the pruned model runs the same dense kernels over zeros, so no "
                 "speed-up is expected and any difference is noise.")
 
@@ -57,7 +59,7 @@ class BenchResult:
     verdict: str
     predicted: tuple[dict[str, Any], ...]
     """Roofline bounds for GPUs that were not there (`predict.Prediction`); no measurement."""
-    environment: dict[str, Any]
+    environment: Environment
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

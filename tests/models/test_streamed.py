@@ -44,7 +44,7 @@ def streaming(monkeypatch):
         def footprint(*_args) -> Footprint:
             return Footprint(10**15, 10**15 if on_disk else 0, 0)
         monkeypatch.setattr(opening, "footprint", footprint)
-        monkeypatch.setattr(memory, "free", lambda: 1)
+        monkeypatch.setattr(memory, "free_memory", lambda: 1)
     return hold
 
 
@@ -156,7 +156,7 @@ def test_killed_in_the_middle_and_resumed(texts, tmp_path, streaming):
         from nmsparse_deploy.find.prune import prune
         from nmsparse_deploy.recipe import Prune
         opening.footprint = lambda *_: Footprint(10**15, 10**15, 0)
-        memory.free = lambda: 1
+        memory.free_memory = lambda: 1
         whole = rundir._sync
         def sync(path):
             if path.name == "001.safetensors":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from nmsparse_deploy.errors import NmsparseError, UsageError, from_os_error
 from nmsparse_deploy.runs.run_dir import RunDir
+from tests import ROOT
 
 RECIPE = {"model": "m", "prune": {"method": "wanda", "seed": 0}}
 
@@ -79,6 +82,21 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
         assert not (run / ".model-abc").exists()
         with pytest.raises(NmsparseError, match="Another process"), run.lock():
             pass
+    with run.lock():
+        pass
+
+
+def test_another_process_is_kept_out_until_it_is_killed(tmp_path):
+    run = RunDir.create(tmp_path / "r", RECIPE, "aaaa", force=False)
+    script = ("import sys, time; from pathlib import Path; from nmsparse_deploy.runs.run_dir import RunDir\n"
+              "with RunDir(Path(sys.argv[1])).lock():\n    print('held', flush=True); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", script, run.path], stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(NmsparseError, match=f"Another process is working on '{run.path}'"), run.lock():
+                pass
+        finally:
+            other.kill()
     with run.lock():
         pass
 

@@ -37,8 +37,8 @@ from nmsparse_deploy.find.learn.sharded import put, shard, shell, whole
 from nmsparse_deploy.find.learn.step_context import Moment, order, rate_factor
 from nmsparse_deploy.models.discovery import find_blocks
 from nmsparse_deploy.recipe import Training
-from nmsparse_deploy.system.distributed import here
-from nmsparse_deploy.system.memory import start_stretch, stretch_peak_mb
+from nmsparse_deploy.system import distributed
+from nmsparse_deploy.system.memory import peak_since_reset_mb, reset_peak
 from nmsparse_deploy.system.progress import Progress, silent
 
 QUIET = 10.0
@@ -85,7 +85,7 @@ class _Fit:
                  seed: int, checkpoints: Checkpoints | None, progress: Progress, title: str) -> None:
         self.subject, self.learner, self.spec, self.seed = subject, learner, spec, seed
         self.checkpoints, self.progress, self.title = checkpoints, progress, title
-        self.team = here()
+        self.team = distributed.current()
         self.accelerator = _accelerator(spec, title)
         self.rank, self.world = self.team.rank, self.team.world
         self.parts = _parts(spec.batch or subject.samples, subject.samples, self.world)
@@ -104,7 +104,7 @@ class _Fit:
         self.start = self.spoken = time.perf_counter()
 
     def work(self) -> Outcome:
-        start_stretch()
+        reset_peak()
         if not self._resume():
             self.so_far.prior = self._judge()
         while self.so_far.step < self.spec.steps:
@@ -220,13 +220,14 @@ class _Fit:
         left = self._seconds() / done * (steps - done)
         told = self.so_far
         self.progress(f"{self.title}: loss {loss:.4g}, hard mask {told.best:.4g} (prior {told.prior:.4g}), "
-                      f"{left:.0f} s left, {stretch_peak_mb():,} MB", done, steps)
+                      f"{left:.0f} s left, {peak_since_reset_mb():,} MB", done, steps)
 
     def _facts(self) -> dict[str, Any]:
         told = asdict(self.so_far)
         told["seconds"] = round(self._seconds(), 3)
         return {**told, "steps": told.pop("step"), "samples_per_step": self.parts * self.subject.samples * self.world,
-                "processes": self.world, **self._shared(), "peak_memory_mb": stretch_peak_mb(), **self.learner.facts()}
+                "processes": self.world, **self._shared(), "peak_memory_mb": peak_since_reset_mb(),
+                **self.learner.facts()}
 
     def _shared(self) -> dict[str, Any]:
         """How several processes worked together."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.pattern import NMPattern
+from nmsparse_deploy.system.memory import free_memory
 
 SOFTMAX_BYTES = 12
 """Per logit of a micro-batch's outputs: as they come, as fp32 probabilities and as their gradient."""
@@ -44,14 +44,13 @@ class Budget:
 
     def sentence(self, device: torch.device) -> str:
         """What it comes to, and what there is."""
-        free = free_memory(device)
-        room = "" if free is None else f"; {free / 1e6:,.0f} MB are free"
-        return f"will hold about {self.total / 1e6:,.0f} MB more (predicted){room}"
+        return (f"will hold about {self.total / 1e6:,.0f} MB more (predicted); {free_memory(device) / 1e6:,.0f} MB are "
+                "free")
 
     def check(self, device: torch.device, advice: str) -> None:
         """Raise `NmsparseError` when it does not fit into what is free on the device."""
         free = free_memory(device)
-        if free is not None and self.total > free:
+        if self.total > free:
             raise NmsparseError(f"Learning needs about {self.total / 1e9:.1f} GB more (predicted; "
                                 f"{self.state / 1e9:.1f} GB of it for learned values and their optimiser), and "
                                 f"{free / 1e9:.1f} GB are free.", advice)
@@ -74,14 +73,3 @@ def budget(weights: Sequence[Weights], bytes_per_weight: Callable[[NMPattern], f
         touched = max((one.k for one in weights), default=0)
         masked = max((one.count for one in weights), default=0) * single
     return Budget(state / processes, masked, tokens * (touched * compute.itemsize + outputs * SOFTMAX_BYTES))
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had, or None where nobody says."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)

@@ -31,7 +31,7 @@ from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import Learn, Prune
 from nmsparse_deploy.registry import LEARNERS, METHODS
 from nmsparse_deploy.runs.run_dir import RunDir
-from nmsparse_deploy.system.distributed import here
+from nmsparse_deploy.system import distributed
 from nmsparse_deploy.system.progress import Progress
 
 FOLDER = "learning"
@@ -82,7 +82,7 @@ class Session:
     @property
     def shares(self) -> int:
         """Over how many processes the state is split."""
-        return here().world if self.spec.shard else 1
+        return distributed.current().world if self.spec.shard else 1
 
     def _advice(self, subject: Subject, room: Budget) -> str:
         """What to do when `room` is more than there is, with figures where the method has lighter settings."""

@@ -35,7 +35,7 @@ from nmsparse_deploy.models.objective import Objective, objective
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import Prune
 from nmsparse_deploy.registry import METHODS
-from nmsparse_deploy.system.distributed import here
+from nmsparse_deploy.system import distributed
 from nmsparse_deploy.system.progress import Progress
 
 
@@ -98,7 +98,7 @@ def _prior(session: Session, module: nn.Module, plan: Plan, spec: Prune, method:
            batches: Sequence[dict[str, Any]]) -> Masks:
     """The masks of a one-shot method for the original weights, from an earlier process if it got that far."""
     name = f"{FOLDER}/prior-{method}.safetensors"
-    team = here()
+    team = distributed.current()
     if team.first and not (session.run / name).is_file():
         found = one_shot(module, plan, spec, method, batches, session.compute, session.progress)
         with session.run.replacing(name) as temporary:

@@ -28,7 +28,7 @@ SCRIPT = """
     import torch
     from safetensors.torch import save_file
     from nmsparse_deploy.find import prune_block as block
-    from nmsparse_deploy.system.distributed import here
+    from nmsparse_deploy.system import distributed
     from nmsparse_deploy.find.prune import prune
     from nmsparse_deploy.recipe import Prune
 
@@ -43,8 +43,8 @@ SCRIPT = """
     said = []
     run = prune(model, Prune.model_validate_json(spec), Path(out), progress=lambda text, *_: said.append(text))
     assert run.finished("prune")
-    assert bool(said) == (here().rank == 0)
-    save_file(scores, f"{out}-{here().world}-{here().rank}.safetensors")
+    assert bool(said) == (distributed.current().rank == 0)
+    save_file(scores, f"{out}-{distributed.current().world}-{distributed.current().rank}.safetensors")
 """
 
 
