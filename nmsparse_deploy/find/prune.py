@@ -24,7 +24,7 @@ from nmsparse_deploy import models
 from nmsparse_deploy.data.calibration_sample import Sample, draw, some
 from nmsparse_deploy.errors import CheckFailed, NmsparseError, UsageError
 from nmsparse_deploy.find.calibration.block_walk import BlockWalk
-from nmsparse_deploy.find.calibration.buffers import Disk
+from nmsparse_deploy.find.calibration.buffers import DiskBuffers
 from nmsparse_deploy.find.learn.checkpoint import Checkpoints
 from nmsparse_deploy.find.learn.prior_selection import Masks
 from nmsparse_deploy.find.learn.session import FOLDER, Session, one_shot_method, resolved, stored_priors, summary
@@ -251,8 +251,9 @@ class _Stage:
         batches = batches[self.team.rank :: self.team.world]
         self.progress("capturing the inputs of the first block", 0, 0)
         both = any(step.dense_stream for step in self.spec.refine) or self._blockwise()
+        buffers = DiskBuffers(self.run / f"{ACTIVATIONS}/{self.team.rank}") if self.opened.on_disk else list
         return BlockWalk(self.loaded.module, self.plan.blocks, batches, self.compute, both, self.loaded.weights,
-                         Disk(self.run / f"{ACTIVATIONS}/{self.team.rank}") if self.opened.on_disk else list, self.team)
+                         buffers, self.team)
 
     def _probe(self) -> BlockWalk | None:
         """A few tokens in fp32, on which the block is asked which of its channels may be permuted."""

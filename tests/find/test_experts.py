@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig
 
 from nmsparse_deploy.find.calibration.block_walk import BlockWalk
-from nmsparse_deploy.find.calibration.expert_statistics import FEW
+from nmsparse_deploy.find.calibration.expert_statistics import MIN_TOKENS
 from nmsparse_deploy.find.methods.base import relative_error
 from nmsparse_deploy.find.plan.make_plan import make_plan
 from nmsparse_deploy.find.prune import prune
@@ -153,7 +153,7 @@ def test_every_expert_is_pruned_by_its_own_tokens_along_its_own_axis(layout, met
         mine, weight = flat[chosen == expert], block.experts.weight[expert]
         rows = weight if layer.axis == 2 else weight.T
         own = layer.stats.experts[expert]
-        assert own.tokens == len(mine) > FEW
+        assert own.tokens == len(mine) > MIN_TOKENS
         got = layer.matrices()[expert]
         if method == "wanda":
             assert torch.equal(got.result.mask, project(rows.abs() * mine.square().mean(0).sqrt(), TWO_FOUR))

@@ -1,4 +1,4 @@
-"""One pass of a model, told at the entrance of each of its blocks; blocks behind the stream need not run again."""
+"""Run a model with a report at the entrance of each block; blocks that were passed already need not run again."""
 
 from __future__ import annotations
 
@@ -12,16 +12,13 @@ import torch
 from torch import nn
 
 from nmsparse_deploy.errors import NmsparseError
+from nmsparse_deploy.models.capture import capture
 from nmsparse_deploy.models.forwards import replaced
 from nmsparse_deploy.models.weights import WHOLE, Weights
 
 Batch = Mapping[str, Any]
 Output = Any
 """Whatever a block returns; the hidden states are it, or one of its items (the first in most families)."""
-
-
-class Captured(Exception):
-    """Raised to leave a forward pass once everything wanted has been seen."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Call:
         return block(x, *self.rest, **self.named)
 
     def same(self, other: Call) -> bool:
-        """Identical objects, or equal plain values and tensors?"""
+        """Tell whether the arguments are identical objects, or equal plain values and tensors."""
         return (len(self.rest) == len(other.rest) and self.named.keys() == other.named.keys()
                 and _equal(self.rest, other.rest)
                 and all(_equal(self.named[name], other.named[name]) for name in self.named))
@@ -47,12 +44,16 @@ class Call:
         return Call(cast(self.rest, dtype), cast(self.named, dtype), self.keyword)
 
 
-def main(output: Output, place: int = 0) -> torch.Tensor:
-    """The hidden states in what a block returns: all of it, or the item at `place`."""
+def hidden_states_of(output: Output, place: int = 0) -> torch.Tensor:
+    """Return the hidden states in what a block returns: all of it, or the item at `place`."""
     return output if isinstance(output, torch.Tensor) else output[place]
 
 
-class Model:
+OnEntrance = Callable[[int, torch.Tensor, Call], None]
+"""`(index, hidden states, call)`: a block is entered."""
+
+
+class BlockRunner:
     """A model and the paths of its blocks, in the order in which they run; `compute` is the stream's dtype."""
 
     def __init__(self, module: nn.Module, blocks: Sequence[str], compute: torch.dtype,
@@ -62,28 +63,28 @@ class Model:
         self.compute = compute
 
     @torch.no_grad()
-    def forward(self, batch: Batch, entered: Callable[[int, torch.Tensor, Call], None],
-                answer: Callable[[int], Output] | None = None, answered: int = 0,
-                left: Callable[[int, Output], None] | None = None) -> None:
-        """One pass that tells how the blocks are entered (and what leaves them); the first `answered` do not run."""
+    def forward(self, batch: Batch, entered: OnEntrance, last: int, answer: Callable[[int], Output] | None = None,
+                answered: int = 0, left: Callable[[int, Output], None] | None = None) -> None:
+        """Run one pass up to the entrance of block `last`, and report how each block is entered and what leaves it.
+
+        The first `answered` blocks do not run; `answer(index)` stands for what they return.
+        """
         layers = [self.module.get_submodule(path) for path in self.blocks]
-        handles = [layer.register_forward_pre_hook(
-            lambda _m, args, named, index=index: entered(index, *_split(args, named)), with_kwargs=True)
-            for index, layer in enumerate(layers)]
-        if left is not None:
-            handles += [layer.register_forward_hook(partial(_leaves, left, index))
-                        for index, layer in enumerate(layers)]
-        try:
-            with self.weights.flowing(), answering(layers[:answered], answer or (lambda _index: None)):
-                self._run(batch)
-        except Captured:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
+        reached = -1
+
+        def enters(index: int, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            nonlocal reached
+            entered(index, *_split(args, named))
+            reached = index
+
+        inputs = {path: partial(enters, index) for index, path in enumerate(self.blocks)}
+        outputs = {path: partial(_leaves, left, index) for index, path in enumerate(self.blocks)} if left else {}
+        with (self.weights.flowing(), answering(layers[:answered], answer or (lambda _index: None)),
+              capture(self.module, inputs, outputs, stop=lambda: reached == last)):
+            self._run(batch)
 
     def finish(self, batch: Batch, index: int, output: Output) -> Any:
-        """What the model makes of a batch when block `index` returns `output`, with its gradient."""
+        """Return what the model makes of a batch when block `index` returns `output`, with its gradient."""
         layers = [self.module.get_submodule(path) for path in self.blocks[: index + 1]]
         with answering(layers, lambda _index: output):
             return self._run(batch)
@@ -94,23 +95,22 @@ class Model:
             return self.module(**batch)
 
     def entrance(self, batch: Batch, index: int, answer: Callable[[int], Output]) -> tuple[torch.Tensor, Call]:
-        """How block `index` is entered when the blocks before it answer so."""
-        found: list[tuple[torch.Tensor, Call]] = []
+        """Return how block `index` is entered when `answer` stands for the blocks before it."""
+        entrances: list[tuple[torch.Tensor, Call]] = []
         dtype = next(self.module.parameters()).dtype
 
         def entered(number: int, hidden: torch.Tensor, call: Call) -> None:
             if number == index:
-                found.append((cast(hidden, self.compute), call.cast(self.compute)))
-                raise Captured
+                entrances.append((cast(hidden, self.compute), call.cast(self.compute)))
 
-        self.forward(batch, entered, lambda number: cast(answer(number), dtype), index)
-        if not found:
+        self.forward(batch, entered, index, lambda number: cast(answer(number), dtype), index)
+        if not entrances:
             raise NmsparseError(f"The model did not come to its block '{self.blocks[index]}'.")
-        return found[0]
+        return entrances[0]
 
-    def calls(self, batch: Batch, stop: int) -> tuple[torch.Tensor, list[Call], list[torch.Size]]:
-        """The hidden states at the first block, the calls of blocks 0 to `stop` in a dense pass, and what shape the
-        hidden states have there."""
+    def calls(self, batch: Batch, last: int) -> tuple[torch.Tensor, list[Call], list[torch.Size]]:
+        """Return the hidden states at the first block, and for blocks 0 to `last` of a dense pass the calls and the
+        shapes of the hidden states."""
         hidden: list[torch.Tensor] = []
         calls: list[Call] = []
         shapes: list[torch.Size] = []
@@ -120,15 +120,13 @@ class Model:
                 hidden.append(cast(x, self.compute))
             shapes.append(x.shape)
             calls.append(call.cast(self.compute))
-            if index == stop:
-                raise Captured
 
-        self.forward(batch, entered)
+        self.forward(batch, entered, last)
         return hidden[0], calls, shapes
 
 
 def answering(layers: Sequence[nn.Module], answer: Callable[[int], Output]) -> AbstractContextManager[None]:
-    """Layers that return what they are told instead of computing."""
+    """Let layers return `answer(index)` instead of computing."""
     return replaced(layers, lambda index, _forward: partial(_instead, answer, index))
 
 
@@ -136,11 +134,11 @@ def _instead(answer: Callable[[int], Output], index: int, /, *_args: Any, **_nam
     return answer(index)
 
 
-def _leaves(left: Callable[[int, Output], None], index: int, _module: nn.Module, _args: tuple, output: Output) -> None:
+def _leaves(left: Callable[[int, Output], None], index: int, _args: tuple[Any, ...], output: Output) -> None:
     left(index, output)
 
 
-def _split(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, Call]:
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Call]:
     """Separate the hidden states (the first argument, or the first tensor among the named ones) from the rest."""
     if args:
         return args[0], Call(args[1:], kwargs)
@@ -159,7 +157,7 @@ def _equal(x: Any, y: Any) -> bool:
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors in `dtype`, wherever they are in tuples, lists and dicts."""
+    """Convert floating-point tensors to `dtype`, wherever they are in tuples, lists and dicts."""
     if isinstance(value, torch.Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if type(value) in (tuple, list):

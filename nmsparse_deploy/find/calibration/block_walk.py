@@ -10,30 +10,34 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from nmsparse_deploy.errors import NmsparseError
-from nmsparse_deploy.find.calibration.block_runner import Batch, Captured, Model, Output, main
-from nmsparse_deploy.find.calibration.block_wiring import survey
+from nmsparse_deploy.find.calibration.block_runner import Batch, BlockRunner, Output, hidden_states_of
+from nmsparse_deploy.find.calibration.block_wiring import find_wiring
 from nmsparse_deploy.find.calibration.buffers import Buffer, MakeBuffer
-from nmsparse_deploy.find.calibration.expert_statistics import Routed
-from nmsparse_deploy.find.calibration.hidden_states import Stream
+from nmsparse_deploy.find.calibration.expert_statistics import ExpertAccumulator, accumulator
+from nmsparse_deploy.find.calibration.hidden_states import CalibrationStream
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats, Need, StatsAccumulator
 from nmsparse_deploy.find.calibration.shared import share
 from nmsparse_deploy.models.base import Target
+from nmsparse_deploy.models.capture import OnInput, capture
 from nmsparse_deploy.models.matmul_observer import Product, Watch
 from nmsparse_deploy.models.residual_stream import EXIT, residual_writers
 from nmsparse_deploy.models.weights import WHOLE, Weights
 from nmsparse_deploy.system.distributed import ALONE, Processes
 
+Accumulator = StatsAccumulator | ExpertAccumulator
+
 
 @dataclass
-class _Trace:
-    """One run of a block: what each fusion group read, what each residual writer wrote and what it was added to, and
-    what left the block. Where products are watched, `products` has what each matrix read."""
+class _BlockTrace:
+    """What was seen in one run of a block: the input of each fusion group, the output of each residual writer and what
+    it was added to, and the block's output. Where products are observed, `products` has the input of each matrix."""
 
     reads: dict[str, torch.Tensor] = field(default_factory=dict)
     products: dict[str, list[tuple[int, torch.Tensor]]] = field(default_factory=dict)
@@ -57,19 +61,19 @@ class BlockWalk:
         self._team = team
         self.blocks = list(blocks)
         self.compute = compute
-        model = Model(self.module, blocks, compute, weights)
-        route = survey(model, batches[0])
+        runner = BlockRunner(self.module, blocks, compute, weights)
+        wiring = find_wiring(runner, batches[0])
         last = len(self.blocks) - 1
-        uniform = len(route.starts) == 1 and len(route.follows) == last
+        uniform = len(wiring.starts) == 1 and len(wiring.follows) == last
         self._shapes: list[torch.Size] = []
         """Of the first batch's hidden states, block by block as far as they were seen."""
         hidden, calls = buffer(), []
         for batch in batches:
-            x, made, shapes = model.calls(batch, 0 if uniform else last)
+            x, batch_calls, shapes = runner.calls(batch, 0 if uniform else last)
             hidden.append(x)
-            calls.append(made)
+            calls.append(batch_calls)
             self._shapes = self._shapes or shapes
-        self._stream = Stream(model, route, batches, hidden, calls, buffer)
+        self._stream = CalibrationStream(runner, wiring, batches, hidden, calls, buffer)
         self._dense = self._stream.twin() if both else None
         self.entered: Buffer | None = None
         self._items: int | None = None
@@ -85,14 +89,14 @@ class BlockWalk:
         return None if self._dense is None else self._dense.hidden
 
     def example(self, index: int) -> torch.Tensor:
-        """Hidden states of the shape that block `index` takes, to try something out on it."""
+        """Return hidden states of the shape that block `index` takes, to try something out on it."""
         x = self.hidden[0]
         shape = self._shapes[index] if index < len(self._shapes) else x.shape
         return x if x.shape == shape else torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(x)
 
     def statistics(self, index: int, targets: Sequence[Target], need: Need,
                    weights: Mapping[str, torch.Tensor] | None = None, last: bool = True) -> dict[str, LayerStats]:
-        """Run the block over the stream; the statistics of every fusion group of `targets`, accumulated once each.
+        """Run the block over the stream and return the statistics of every fusion group of `targets`.
 
         `weights` stand in for parameters of the block in the pruned stream (those that are pruned already); nothing
         else of the model changes. With `last` the dense stream moves past the block.
@@ -103,19 +107,17 @@ class BlockWalk:
         twin = self._dense is not None and need == "gram"
         writers = self._writers(dense, index) if twin else {}
         device = self.hidden[0].device
-        sums: dict[str, StatsAccumulator | Routed] = {
-            fusion: Routed(need, t, device, twin) if t.routed else StatsAccumulator(need)
-            for fusion, t in readers.items()}
+        sums = {fusion: accumulator(need, target, device, twin) for fusion, target in readers.items()}
 
         def passes() -> Iterator[Output]:
-            """The sums grow batch by batch; what leaves the block in the dense stream is handed on, where it moves."""
+            """Add batch by batch to the sums; yield what leaves the block in the dense stream, where it moves."""
             for number in range(len(self.hidden)):
-                beside = None
+                dense_trace = None
                 if self._dense is not None and (twin or last):
-                    beside = self._trace(dense, index, number, self._dense, readers, writers, whole=last)
-                here = self._trace(pruned, index, number, self._stream, readers, writers, whole=False)
-                self._add(sums, readers, index, pruned, here, beside, twin)
-                yield beside.output if beside else None
+                    dense_trace = self._trace(dense, index, number, self._dense, readers, writers, whole=last)
+                trace = self._trace(pruned, index, number, self._stream, readers, writers, whole=False)
+                self._add(sums, readers, index, pruned, trace, dense_trace if twin else None)
+                yield dense_trace.output if dense_trace else None
 
         if self._dense is not None and last:
             self.entered = self._dense.hidden
@@ -126,78 +128,66 @@ class BlockWalk:
         share([part for total in sums.values() for part in total.parts()], device, self._team)
         return {fusion: total.finish() for fusion, total in sums.items()}
 
-    def _add(self, sums: Mapping[str, StatsAccumulator | Routed], readers: Mapping[str, Target], index: int,
-             pruned: nn.Module, here: _Trace, beside: _Trace | None, twin: bool) -> None:
+    def _add(self, sums: Mapping[str, Accumulator], readers: Mapping[str, Target], index: int, pruned: nn.Module,
+             trace: _BlockTrace, dense_trace: _BlockTrace | None) -> None:
         """Add one batch to the sums: what was read in the pruned stream, and beside it in the dense one."""
         for fusion, target in readers.items():
-            layer, total = self._inside(index, target.module), sums[fusion]
-            for expert, rows in here.products.get(fusion, ()):
-                total.update(pruned.get_submodule(layer), rows, expert=expert)
-            if fusion not in here.reads:
+            path, total = self._inside(index, target.module), sums[fusion]
+            layer = pruned.get_submodule(path)
+            for expert, rows in trace.products.get(fusion, ()):
+                total.update(layer, rows, expert=expert)
+            if fusion not in trace.reads:
                 continue
-            fed = beside.reads[fusion] if beside and twin and not target.routed else None
-            drift = beside.rests[layer] - here.rests[layer] if beside and layer in here.rests else None
-            total.update(pruned.get_submodule(layer), here.reads[fusion], fed, drift)
+            dense_input = dense_trace.reads[fusion] if dense_trace and not target.routed else None
+            drift = dense_trace.rests[path] - trace.rests[path] if dense_trace and path in trace.rests else None
+            total.update(layer, trace.reads[fusion], dense_input, drift)
 
     def _inside(self, index: int, name: str) -> str:
         return name.removeprefix(self.blocks[index] + ".")
 
     def _writers(self, block: nn.Module, index: int) -> dict[str, str]:
-        """Who writes to the residual stream, found once for each make of block."""
+        """Find what writes to the residual stream, once for each make of block."""
         layout = tuple(name for name, _ in block.named_parameters())
         if layout not in self._layouts:
             entrance = self.hidden[0]
             self._layouts[layout] = residual_writers(block, lambda m: self._run(m, index, 0, entrance), entrance)
         return self._layouts[layout]
 
-    def _trace(self, block: nn.Module, index: int, number: int, stream: Stream, readers: Mapping[str, Target],
-               writers: Mapping[str, str], whole: bool) -> _Trace:
-        """Run a block and record; stops when everything wanted was seen, unless `whole`."""
-        trace = _Trace()
+    def _trace(self, block: nn.Module, index: int, number: int, stream: CalibrationStream,
+               readers: Mapping[str, Target], writers: Mapping[str, str], whole: bool) -> _BlockTrace:
+        """Run a block and record; the run ends when everything wanted was seen, unless `whole`."""
+        trace = _BlockTrace()
         layers = {self._inside(index, t.module): fusion for fusion, t in readers.items() if not t.watched}
-        watched = {self._inside(index, t.name): fusion for fusion, t in readers.items() if t.watched}
+        observed = {self._inside(index, t.name): fusion for fusion, t in readers.items() if t.watched}
         places = {layer: writers[layer] for layer in layers if layer in writers}
-        waiting = {*layers, *places.values(), *watched}
+        waiting = {*layers, *places.values(), *observed}
 
-        def at(name: str) -> None:
-            waiting.discard(name)
-            if not waiting and not whole:
-                raise Captured
-
-        def reads(layer: str, args: tuple, named: dict[str, Any]) -> None:
+        def reads(layer: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             trace.reads[layers[layer]] = args[0] if args else next(iter(named.values()))
-            at(layer)
+            waiting.discard(layer)
 
         def multiplied(product: Product) -> None:
-            trace.products.setdefault(watched[product.weight], []).append((product.expert, product.rows))
+            trace.products.setdefault(observed[product.weight], []).append((product.expert, product.rows))
 
-        def writes(layer: str, output: torch.Tensor) -> None:
+        def writes(layer: str, _args: tuple[Any, ...], output: torch.Tensor) -> None:
             trace.written[layer] = output
 
-        def passes(place: str, state: torch.Tensor) -> None:
+        def arrives(place: str, args: tuple[Any, ...], _named: dict[str, Any]) -> None:
+            state = args[0]
             for layer in (layer for layer in places if places[layer] == place):
                 trace.rests[layer] = state.reshape(trace.written[layer].shape).float() - trace.written[layer].float()
-            at(place)
+            waiting.discard(place)
 
-        handles = [block.get_submodule(layer).register_forward_pre_hook(
-            lambda _m, args, named, layer=layer: reads(layer, args, named), with_kwargs=True) for layer in layers]
-        handles += [block.get_submodule(layer).register_forward_hook(
-            lambda _m, _args, out, layer=layer: writes(layer, out)) for layer in places]
-        handles += [block.get_submodule(place).register_forward_pre_hook(
-            lambda _m, args, place=place: passes(place, args[0])) for place in {*places.values()} - {EXIT}]
-        watch: AbstractContextManager = nullcontext()
-        if watched:
-            watch = Watch({name: block.get_parameter(name) for name in watched}, multiplied)
-        try:
-            with watch, torch.no_grad():
-                trace.output = self._call(block, index, number, stream.hidden[number], stream)
+        inputs: dict[str, OnInput] = {layer: partial(reads, layer) for layer in layers}
+        inputs |= {place: partial(arrives, place) for place in {*places.values()} - {EXIT}}
+        observer: AbstractContextManager = nullcontext()
+        if observed:
+            observer = Watch({name: block.get_parameter(name) for name in observed}, multiplied)
+        with (observer, torch.no_grad(), capture(block, inputs, {layer: partial(writes, layer) for layer in places},
+                                                 stop=lambda: not whole and not waiting)):
+            trace.output = self._call(block, index, number, stream.hidden[number], stream)
             self._items = len(trace.output) if isinstance(trace.output, (tuple, list)) else None
-            passes(EXIT, main(trace.output, self._stream.route.place))
-        except Captured:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
+            arrives(EXIT, (hidden_states_of(trace.output, self._stream.wiring.place),), {})
         return trace
 
     def pass_dense(self, index: int) -> None:
@@ -210,7 +200,7 @@ class BlockWalk:
         self._pass(self._stream, index, weights)
 
     @torch.no_grad()
-    def _pass(self, stream: Stream, index: int, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    def _pass(self, stream: CalibrationStream, index: int, weights: Mapping[str, torch.Tensor] | None = None) -> None:
         block = self._working_copy(index, weights)
         stream.move(index, (self._call(block, index, number, x, stream) for number, x in enumerate(stream.hidden)))
 
@@ -230,24 +220,24 @@ class BlockWalk:
 
         A block held in another dtype than the stream runs under autocast.
         """
-        return main(self._call(block, index, number, x, self._stream), self._stream.route.place)
+        return hidden_states_of(self._call(block, index, number, x, self._stream), self._stream.wiring.place)
 
     def finish(self, index: int, number: int, x: torch.Tensor) -> Any:
-        """The model's output for batch `number` when block `index` puts out `x`, with its gradient.
+        """Return the model's output for batch `number` when block `index` puts out `x`, with its gradient.
 
         The blocks after it run as they are. What a block returns beside its hidden states is left empty, so a block
         of two streams has to be the last one.
         """
         output: Output = x
         if self._items is not None:
-            place = self._stream.route.place
+            place = self._stream.wiring.place
             if place and index + 1 < len(self.blocks):
                 raise NmsparseError(f"The block '{self.blocks[index]}' hands on two streams; what the model makes "
                                     "of one alone cannot be told.", "leave out what looks past the block (through)")
             output = tuple(x if item == place else None for item in range(self._items))
-        return self._stream.model.finish(self._stream.batches[number], index, output)
+        return self._stream.runner.finish(self._stream.batches[number], index, output)
 
-    def _call(self, block: nn.Module, index: int, number: int, x: torch.Tensor, stream: Stream) -> Output:
+    def _call(self, block: nn.Module, index: int, number: int, x: torch.Tensor, stream: CalibrationStream) -> Output:
         mixed = next(block.parameters()).dtype != self.compute
         with torch.autocast(x.device.type, self.compute, enabled=mixed):
             return stream.call(index, number)(block, x)

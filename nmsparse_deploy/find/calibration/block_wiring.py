@@ -1,8 +1,8 @@
-"""Ask a model, once, what lies between its blocks: nothing, or something that has to be computed again.
+"""Find out, once, what lies between the blocks of a model: nothing, or something that has to be computed again.
 
 A block is entered *straight* when the very tensor that left the block before comes in, and no other argument depends on
 it. In a first pass the dense model shows how it calls its blocks; in a second every block answers noise, and whatever
-then changes depends on the blocks. Stretches of straight blocks are tried out before they are believed.
+then changes depends on the blocks. Runs of straight blocks are tried out before they are believed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nmsparse_deploy.errors import NmsparseError
-from nmsparse_deploy.find.calibration.block_runner import Batch, Call, Captured, Model, Output, cast, main
+from nmsparse_deploy.find.calibration.block_runner import Batch, BlockRunner, Call, Output, cast, hidden_states_of
 
 
 @dataclass(frozen=True)
-class Route:
+class BlockWiring:
     """`starts`: blocks whose entrance the model has to be asked for; `follows`: those called as the block before;
     `place`: which item of what a block returns enters the next one as hidden states."""
 
@@ -28,41 +28,39 @@ class Route:
     place: int = 0
 
 
-def survey(model: Model, batch: Batch) -> Route:
-    """Ask which blocks are entered by what left the block before and nothing else."""
-    last = len(model.blocks) - 1
+def find_wiring(runner: BlockRunner, batch: Batch) -> BlockWiring:
+    """Find the blocks that are entered by what left the block before and nothing else."""
+    last = len(runner.blocks) - 1
     templates: list[Output] = []
     calls: list[Call] = []
     places: list[int] = []
-    handed: Output = None
+    before: Output = None
 
     def entered(index: int, x: torch.Tensor, call: Call) -> None:
         calls.append(call)
-        items = handed if isinstance(handed, (tuple, list)) else ()
+        items = before if isinstance(before, (tuple, list)) else ()
         places.extend(place for place, item in enumerate(items) if item is x)
-        if index == last:
-            raise Captured
 
     def left(index: int, output: Output) -> None:
-        nonlocal handed
-        handed = output
+        nonlocal before
+        before = output
         templates.append(_template(output, calls[index]))
 
-    model.forward(batch, entered, left=left)
+    runner.forward(batch, entered, last, left=left)
     place = places[0] if places else 0
     follows = frozenset(i for i in range(1, last + 1) if calls[i].same(calls[i - 1]))
-    route = Route(_starts(model, batch, templates, calls, follows, place), follows, place)
-    if len(route.starts) == 1 or _leads(model, batch, route):
-        return route
-    every = Route(frozenset(range(last + 1)), frozenset(), place)
-    if not _leads(model, batch, every):
+    wiring = BlockWiring(_starts(runner, batch, templates, calls, follows, place), follows, place)
+    if len(wiring.starts) == 1 or _holds(runner, batch, wiring):
+        return wiring
+    every_block = BlockWiring(frozenset(range(last + 1)), frozenset(), place)
+    if not _holds(runner, batch, every_block):
         raise NmsparseError("The hidden states cannot be followed through this model block by block.")
-    return every
+    return every_block
 
 
-def _starts(model: Model, batch: Batch, templates: Sequence[Output], calls: Sequence[Call],
+def _starts(runner: BlockRunner, batch: Batch, templates: Sequence[Output], calls: Sequence[Call],
             follows: frozenset[int], place: int) -> frozenset[int]:
-    """Blocks that are not entered by the very tensor which left the one before, or whose arguments depend on it."""
+    """Find blocks that are not entered by the very tensor that left the one before, or whose arguments depend on it."""
     generator = torch.Generator().manual_seed(0)
     starts = {0}
     before: Call | None = None
@@ -76,81 +74,79 @@ def _starts(model: Model, batch: Batch, templates: Sequence[Output], calls: Sequ
     def entered(index: int, x: torch.Tensor, call: Call) -> None:
         nonlocal before
         alike = before is not None and index in follows and call.same(before)
-        if index and (x is not main(answered, place) or not (alike or call.same(calls[index]))):
+        if index and (x is not hidden_states_of(answered, place) or not (alike or call.same(calls[index]))):
             starts.add(index)
         before = call
-        if index == len(model.blocks) - 1:
-            raise Captured
 
     try:
-        model.forward(batch, entered, answer, len(templates))
+        runner.forward(batch, entered, len(runner.blocks) - 1, answer, len(templates))
     except (RuntimeError, ValueError, TypeError, IndexError):  # the model minds the noise
-        return frozenset(range(len(model.blocks)))
+        return frozenset(range(len(runner.blocks)))
     return frozenset(starts)
 
 
-def _leads(model: Model, batch: Batch, route: Route) -> bool:
-    """Do the dense outputs at the ends of the stretches lead to the entrances that a dense pass has?"""
-    ends = ends_of(route, len(model.blocks))
+def _holds(runner: BlockRunner, batch: Batch, wiring: BlockWiring) -> bool:
+    """Tell whether the dense outputs at the ends of the runs lead to the entrances that a dense pass has."""
+    ends = ends_of(wiring, len(runner.blocks))
     outputs: dict[int, Output] = {}
     entrances: dict[int, tuple[torch.Tensor, Call]] = {}
 
     def entered(index: int, x: torch.Tensor, call: Call) -> None:
-        if index in route.starts:
-            entrances[index] = cast(x, model.compute), call.cast(model.compute)
-        if index == max(route.starts):
-            raise Captured
+        if index in wiring.starts:
+            entrances[index] = cast(x, runner.compute), call.cast(runner.compute)
 
     def left(index: int, output: Output) -> None:
         if index in ends:
             outputs[index] = output
 
-    model.forward(batch, entered, left=left)
-    for index in sorted(route.starts - {0}):
-        x, call = model.entrance(batch, index, lambda number: outputs[ends[number]])
+    runner.forward(batch, entered, max(wiring.starts), left=left)
+    for index in sorted(wiring.starts - {0}):
+        x, call = runner.entrance(batch, index, lambda number: outputs[ends[number]])
         if not torch.equal(x, entrances[index][0]) or not _alike(call, entrances[index][1]):
             return False
     return True
 
 
-def ends_of(route: Route, count: int) -> list[int]:
-    """For every block, the last one of its stretch."""
-    starts = [*sorted(route.starts), count]
+def ends_of(wiring: BlockWiring, count: int) -> list[int]:
+    """Return, for each of `count` blocks, the last one of its run of straight blocks."""
+    starts = [*sorted(wiring.starts), count]
     return [next(start for start in starts if start > index) - 1 for index in range(count)]
 
 
-def _alike(one: Call, other: Call) -> bool:
-    """Equal tensors and plain values; other objects are new in every pass and say nothing."""
+def _alike(call: Call, other: Call) -> bool:
+    """Compare tensors and plain values; other objects are new in every pass and say nothing."""
     def plain(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
             return tuple(plain(item) for item in value)
         return value if isinstance(value, (torch.Tensor, bool, int, float, str)) else None
 
-    return Call(plain(one.rest), {name: plain(value) for name, value in one.named.items()}).same(
-        Call(plain(other.rest), {name: plain(value) for name, value in other.named.items()}))
+    def plain_call(call: Call) -> Call:
+        return Call(plain(call.rest), {name: plain(value) for name, value in call.named.items()})
+
+    return plain_call(call).same(plain_call(other))
 
 
 @dataclass(frozen=True)
-class _Passed:
-    """Stands in a template for an argument that a block hands on as it got it."""
+class _HandedOn:
+    """A placeholder in a template for an argument that a block hands on as it got it."""
 
     place: int
 
 
 def _template(output: Output, call: Call) -> Output:
-    """What a block returned, without the memory and without what it only handed on."""
+    """Keep the structure of what a block returned, without the memory and without what it only handed on."""
     given = [id(leaf) if isinstance(leaf, torch.Tensor) else None for leaf in tree_leaves((call.rest, call.named))]
 
     def emptied(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        return _Passed(given.index(id(leaf))) if id(leaf) in given else leaf.new_zeros(()).expand(leaf.shape)
+        return _HandedOn(given.index(id(leaf))) if id(leaf) in given else leaf.new_zeros(()).expand(leaf.shape)
 
     return tree_map(emptied, output)
 
 
 def _noise(leaf: Any, call: Call | None, generator: torch.Generator) -> Any:
-    if isinstance(leaf, _Passed) and call is not None:
+    if isinstance(leaf, _HandedOn) and call is not None:
         return tree_leaves((call.rest, call.named))[leaf.place]
     if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
         return leaf

@@ -1,4 +1,4 @@
-"""Where the hidden states of a calibration stream are kept: in memory, or on disk, mapped one batch at a time."""
+"""Buffers for the hidden states of a calibration stream: in memory, or on disk, mapped one batch at a time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 
-class Disk:
-    """Makes buffers in `folder`, which is emptied first."""
+class DiskBuffers:
+    """A factory of buffers in `folder`, which is emptied first."""
 
     def __init__(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -30,20 +30,20 @@ class DiskBuffer(Sequence[torch.Tensor]):
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
         self._folder = folder
-        self._made: list[tuple[torch.Size, torch.dtype, torch.device]] = []
+        self._specs: list[tuple[torch.Size, torch.dtype, torch.device]] = []
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
     def append(self, x: torch.Tensor) -> None:
         raw = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        raw.numpy().tofile(self._folder / str(len(self._made)))
-        self._made.append((x.shape, x.dtype, x.device))
+        raw.numpy().tofile(self._folder / str(len(self._specs)))
+        self._specs.append((x.shape, x.dtype, x.device))
 
     def __len__(self) -> int:
-        return len(self._made)
+        return len(self._specs)
 
     def __getitem__(self, number: int) -> torch.Tensor:  # type: ignore[override]
-        shape, dtype, device = self._made[number]
-        file = self._folder / str(number % len(self._made))
+        shape, dtype, device = self._specs[number]
+        file = self._folder / str(number % len(self._specs))
         return torch.from_file(str(file), shared=False, size=shape.numel(), dtype=dtype).view(shape).to(device)
 
     def __iter__(self) -> Iterator[torch.Tensor]:

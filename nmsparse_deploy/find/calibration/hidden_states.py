@@ -11,47 +11,47 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-from nmsparse_deploy.find.calibration.block_runner import Batch, Call, Model, Output, main
-from nmsparse_deploy.find.calibration.block_wiring import Route, ends_of
+from nmsparse_deploy.find.calibration.block_runner import Batch, BlockRunner, Call, Output, hidden_states_of
+from nmsparse_deploy.find.calibration.block_wiring import BlockWiring, ends_of
 from nmsparse_deploy.find.calibration.buffers import Buffer, MakeBuffer
 
 
-class Stream:
+class CalibrationStream:
     """Hidden states at the entrance of a block for every batch, and the calls that go with them."""
 
-    def __init__(self, model: Model, route: Route, batches: Sequence[Batch], hidden: Buffer,
+    def __init__(self, runner: BlockRunner, wiring: BlockWiring, batches: Sequence[Batch], hidden: Buffer,
                  calls: Sequence[Sequence[Call]], buffer: MakeBuffer = list) -> None:
-        self.model, self.route, self.batches = model, route, batches
+        self.runner, self.wiring, self.batches = runner, wiring, batches
         self.hidden = hidden
         self.calls = [list(row) for row in calls]
         self._buffer = buffer
-        self._ends = ends_of(route, len(model.blocks))
-        self._kept: dict[int, list[Output]] = {}
+        self._ends = ends_of(wiring, len(runner.blocks))
+        self._passed: dict[int, list[Output]] = {}
 
-    def twin(self) -> Stream:
-        """Another stream that starts at the same place."""
-        return Stream(self.model, self.route, self.batches, self.hidden, self.calls, self._buffer)
+    def twin(self) -> CalibrationStream:
+        """Make another stream that starts at the same place."""
+        return CalibrationStream(self.runner, self.wiring, self.batches, self.hidden, self.calls, self._buffer)
 
     def call(self, index: int, number: int) -> Call:
-        """How block `index` is called for batch `number`."""
-        while index in self.route.follows and index not in self.route.starts:
+        """Return how block `index` is called for batch `number`."""
+        while index in self.wiring.follows and index not in self.wiring.starts:
             index -= 1
         return self.calls[number][index]
 
     def move(self, index: int, outputs: Iterable[Output]) -> None:
-        """From the entrance of block `index`, which returns `outputs`, to the entrance of the next."""
+        """Move from the entrance of block `index`, which returns `outputs`, to the entrance of the next."""
         after = self._buffer()
-        if index + 1 not in self.route.starts or index + 1 == len(self.model.blocks):
+        if index + 1 not in self.wiring.starts or index + 1 == len(self.runner.blocks):
             for output in outputs:
-                after.append(main(output, self.route.place))
+                after.append(hidden_states_of(output, self.wiring.place))
             self.hidden = after
             return
-        self._kept[index] = list(outputs)
+        self._passed[index] = list(outputs)
         for number, batch in enumerate(self.batches):
-            x, self.calls[number][index + 1] = self.model.entrance(batch, index + 1, partial(self._answer, number))
+            x, self.calls[number][index + 1] = self.runner.entrance(batch, index + 1, partial(self._answer, number))
             after.append(x)
         self.hidden = after
 
     def _answer(self, number: int, block: int) -> Output:
-        """What a stretch that the stream has passed is known to have come to."""
-        return self._kept[self._ends[block]][number]
+        """Return what the run of blocks with `block` in it, which the stream has passed, came to."""
+        return self._passed[self._ends[block]][number]

@@ -1,4 +1,4 @@
-"""What the methods know about a layer's inputs: token count, column norms, Gram matrix."""
+"""Statistics of a layer's inputs, from which methods choose: token count, column norms, Gram matrix."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ class LayerStats:
 
     @classmethod
     def none(cls) -> LayerStats:
-        """For methods that look at weights only."""
+        """Make empty statistics, for methods that look at weights only."""
         return cls(0, torch.zeros(0))
 
     @property
     def rms(self) -> torch.Tensor:
-        """Root mean square of every input column."""
+        """Return the root mean square of every input column."""
         return (self.square_sum / max(self.tokens, 1)).sqrt()
 
     @property
     def mean(self) -> torch.Tensor:
-        """Mean of every input column."""
+        """Return the mean of every input column."""
         return torch.zeros_like(self.square_sum) if self.total is None else self.total / max(self.tokens, 1)
 
     def reordered(self, order: torch.Tensor) -> LayerStats:
-        """The statistics of the same inputs with column `order[j]` in the place of column j."""
+        """Return the statistics of the same inputs with column `order[j]` in the place of column j."""
         order = order.to(self.square_sum.device)
 
         def both(matrix: torch.Tensor | None) -> torch.Tensor | None:
@@ -65,7 +65,7 @@ class LayerStats:
 
 
 class StatsAccumulator:
-    """Sums statistics over batches, in fp32 and outside autocast whatever dtype the forward pass runs in."""
+    """Sums of statistics over batches, in fp32 and outside autocast whatever dtype the forward pass runs in."""
 
     def __init__(self, need: Need) -> None:
         self.need = need
@@ -101,12 +101,13 @@ class StatsAccumulator:
                 self.square_sum = squares if self.square_sum is None else self.square_sum.add_(squares)
 
     def parts(self) -> list[StatsAccumulator]:
+        """Return the accumulators of single matrices: this one alone."""
         return [self]
 
     def finish(self) -> LayerStats:
-        """Everything summed so far. Raises `NmsparseError` when the model's activations have overflowed."""
-        for found in (self.gram, self.cross, self.drift, self.square_sum):
-            if found is not None and not torch.isfinite(found).all():
+        """Return everything summed so far. Raises `NmsparseError` when the model's activations have overflowed."""
+        for total in (self.gram, self.cross, self.drift, self.square_sum):
+            if total is not None and not torch.isfinite(total).all():
                 raise NmsparseError("The calibration statistics contain NaN or Inf: the model's activations overflow.",
                                     "set compute to fp32 in the recipe, or look at the model's outputs first")
         if self.gram is not None:
@@ -117,7 +118,7 @@ class StatsAccumulator:
 
 
 def as_rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """A layer's inputs as the fp32 matrix `[tokens, reduction]` that `to_rows` of its weight multiplies."""
+    """Return a layer's inputs as the fp32 matrix `[tokens, reduction]` that `to_rows` of its weight multiplies."""
     x = x.float()
     if not isinstance(layer, nn.Conv2d):
         return x.reshape(-1, x.shape[-1])

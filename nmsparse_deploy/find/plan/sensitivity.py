@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
-from nmsparse_deploy.find.calibration.suffix_replay import Tail
+from nmsparse_deploy.find.calibration.suffix_replay import SuffixReplay
 from nmsparse_deploy.find.methods.base import Method, prune_matrices
 from nmsparse_deploy.find.plan.make_plan import PlanRow
 from nmsparse_deploy.find.refine.base import Layer
@@ -87,7 +87,7 @@ def _damage(module: nn.Module, row: PlanRow, method: Method, stats: Mapping[str,
     return float((weight.double() - trial(module, row, method, stats).double()).square().sum())
 
 
-def _in_order(tail: Tail, parts: Sequence[Sequence[PlanRow]],
+def _in_order(tail: SuffixReplay, parts: Sequence[Sequence[PlanRow]],
               method: Method) -> Iterator[tuple[int, dict[str, LayerStats]]]:
     """The number of every part, block by block, with the statistics of its block and the tail starting there."""
     for block in range(1 + max(part[0].target.block for part in parts)):
@@ -118,7 +118,7 @@ def together(loaded: LoadedModel, blocks: Sequence[str], rows: Sequence[PlanRow]
         _write(loaded.module, dense)
 
 
-def _tail(loaded: LoadedModel, blocks: Sequence[str], batches: Sequence[Batch], measure: Objective) -> Tail:
+def _tail(loaded: LoadedModel, blocks: Sequence[str], batches: Sequence[Batch], measure: Objective) -> SuffixReplay:
     references: dict[int, torch.Tensor] = {}
 
     def see(number: int, output: Any) -> torch.Tensor:
@@ -126,10 +126,10 @@ def _tail(loaded: LoadedModel, blocks: Sequence[str], batches: Sequence[Batch], 
             references.setdefault(number, measure.signal(output).detach())
         return measure.loss(output, batches[number], references.get(number)).cpu()
 
-    return Tail(loaded.module, blocks, batches, see)
+    return SuffixReplay(loaded.module, blocks, batches, see)
 
 
-def _statistics(tail: Tail, rows: Sequence[PlanRow], method: Method) -> dict[str, LayerStats]:
+def _statistics(tail: SuffixReplay, rows: Sequence[PlanRow], method: Method) -> dict[str, LayerStats]:
     return {} if method.needs == "none" else tail.statistics([row.target for row in rows], method.needs)
 
 

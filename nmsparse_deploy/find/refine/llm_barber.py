@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +27,7 @@ from nmsparse_deploy.find.calibration.layer_stats import as_rows
 from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.refine.base import Block, BlockResult, Layer, Refinement
 from nmsparse_deploy.find.refine.units import Unit, units
+from nmsparse_deploy.models.capture import capture
 from nmsparse_deploy.pattern import NMPattern, Pattern
 from nmsparse_deploy.recipe import LlmBarber
 
@@ -92,21 +95,20 @@ def squared_gradients(block: Block, unit: Unit) -> tuple[dict[str, torch.Tensor]
     squares = {name: torch.zeros_like(layer.dense) for name, layer in block.layers.items() if name in unit.parameters}
     samples = dict.fromkeys(squares, 0)
     calls: dict[str, list[Call]] = {}
-    handles = [block.dense.get_submodule(name.rpartition(".")[0]).register_forward_hook(
-        lambda layer, args, output, name=name: _record(layer, args[0], output, calls.setdefault(name, [])))
-        for name in squares]
     losses: list[float] = []
-    try:
+
+    def record(name: str, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        layer = block.dense.get_submodule(name.rpartition(".")[0])
+        return _record(layer, args[0], output, calls.setdefault(name, []))
+
+    with capture(block.dense, outputs={name.rpartition(".")[0]: partial(record, name) for name in squares}):
         for number, x in enumerate(block.inputs if squares else ()):
             calls.clear()
             losses += _loss(block, unit, number, x.float())
-            for name, made in calls.items():
-                for gradient in _per_sample(made, len(x)):
+            for name, batch_calls in calls.items():
+                for gradient in _per_sample(batch_calls, len(x)):
                     squares[name].addcmul_(gradient, gradient)
                     samples[name] += 1
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: square / max(samples[name], 1) for name, square in squares.items()}, sum(losses) / max(len(losses), 1)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from nmsparse_deploy.find.refine.base import Block
-from nmsparse_deploy.models.residual_stream import Seen, find_middle, parameters_before
+from nmsparse_deploy.models.capture import capture
+from nmsparse_deploy.models.residual_stream import find_middle, parameters_before
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,10 @@ def units(block: Block, size: str) -> list[Unit]:
     first = parameters_before(block.dense, lambda m: block.run(m, 0, entrance), middle)
 
     def to_the_middle(module: nn.Module, number: int, x: torch.Tensor) -> torch.Tensor:
-        seen: list[torch.Tensor] = []
-
-        def stop(_module: nn.Module, args: tuple) -> None:
-            seen.append(args[0])
-            raise Seen
-
-        handle = module.get_submodule(middle).register_forward_pre_hook(stop)
-        try:
+        states: list[torch.Tensor] = []
+        with capture(module, {middle: lambda args, _named: states.append(args[0])}, stop=lambda: bool(states)):
             block.run(module, number, x)
-        except Seen:
-            pass
-        finally:
-            handle.remove()
-        return seen[0]
+        return states[0]
 
     return [Unit([name for name in names if name in first], to_the_middle, False),
             Unit([name for name in names if name not in first], block.run)]

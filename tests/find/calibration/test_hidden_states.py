@@ -8,9 +8,9 @@ import transformers
 from torch import nn
 
 from nmsparse_deploy.errors import NmsparseError
-from nmsparse_deploy.find.calibration.block_runner import Model
+from nmsparse_deploy.find.calibration.block_runner import BlockRunner
 from nmsparse_deploy.find.calibration.block_walk import BlockWalk
-from nmsparse_deploy.find.calibration.block_wiring import survey
+from nmsparse_deploy.find.calibration.block_wiring import find_wiring
 from nmsparse_deploy.models.discovery import discover, find_blocks
 
 TEXT = {"vocab_size": 64, "d_model": 32}
@@ -163,7 +163,7 @@ def test_both_streams_are_what_whole_models_compute(name):
 @pytest.mark.parametrize("name", [*LIBRARY, *TOYS])
 def test_the_model_is_asked_only_where_it_has_to_be(name):
     module, batches, _, starts = case(name)
-    assert survey(Model(module, discover(module, batches[0]).blocks, torch.float32), batches[0]).starts == starts
+    assert find_wiring(BlockRunner(module, discover(module, batches[0]).blocks, torch.float32), batches[0]).starts == starts
 
 
 @torch.no_grad()
@@ -191,7 +191,7 @@ def test_statistics_behind_the_encoder_see_the_pruned_encoder():
 def test_nothing_of_the_model_is_changed_by_the_survey():
     module, batches, _, _ = case("swin")
     blocks = discover(module, batches[0]).blocks
-    survey(Model(module, blocks, torch.float32), batches[0])
+    find_wiring(BlockRunner(module, blocks, torch.float32), batches[0])
     assert not any("forward" in vars(m) or m._forward_pre_hooks or m._forward_hooks for m in module.modules())
 
 

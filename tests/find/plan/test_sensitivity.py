@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from nmsparse_deploy import models
-from nmsparse_deploy.find.calibration.suffix_replay import Tail
+from nmsparse_deploy.find.calibration.suffix_replay import SuffixReplay
 from nmsparse_deploy.find.plan.make_plan import make_plan
 from nmsparse_deploy.find.plan.sensitivity import Trace, _quadratic_forms, direct, from_curvature, hutchinson, together
 from nmsparse_deploy.find.plan.stage import fusion_groups
@@ -126,7 +126,7 @@ class Skipping(nn.Module):
 def test_passes_start_at_the_block_only_where_that_is_the_same(skip):
     module = Skipping(skip)
     batches = [{"x": torch.randn(2, 8)}, {"x": torch.randn(3, 8)}]
-    tail = Tail(module, ("blocks.0", "blocks.1", "blocks.2"), batches, lambda number, output: output)
+    tail = SuffixReplay(module, ("blocks.0", "blocks.1", "blocks.2"), batches, lambda number, output: output)
     assert tail.resumes is not skip
     ran = []
     for index, block in enumerate(module.blocks):
