@@ -36,8 +36,8 @@ Accumulator = StatsAccumulator | ExpertAccumulator
 
 @dataclass
 class _BlockTrace:
-    """What was seen in one run of a block: the input of each fusion group, the output of each residual writer and what
-    it was added to, and the block's output. Where products are observed, `products` has the input of each matrix."""
+    """A record of one run of a block: the input of each fusion group, the output of each residual writer and what it
+    was added to, and the block's output. Where products are observed, `products` has the input of each matrix."""
 
     reads: dict[str, torch.Tensor] = field(default_factory=dict)
     products: dict[str, list[tuple[int, torch.Tensor]]] = field(default_factory=dict)
