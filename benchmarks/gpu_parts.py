@@ -108,7 +108,7 @@ def _arms(setting: Setting, name: str, make: Callable[[], Any], jobs: list[tuple
 
 def _random_arms(setting: Setting, name: str, make: Callable[[], Any], job: Any) -> dict[str, Any]:
     from nmsparse_deploy.measure.bench.model_arms import bench_arms
-    from nmsparse_deploy.models.base import LoadedModel
+    from nmsparse_deploy.models.loaded import LoadedModel
     from nmsparse_deploy.models.preprocess import from_config
 
     module, family = _on(setting.machine, make)

@@ -32,7 +32,7 @@ from nmsparse_deploy.measure.evaluate.diffusion import by_timestep, held_out, re
 from nmsparse_deploy.measure.evaluate.frechet import frechet_distance
 from nmsparse_deploy.measure.evaluate.png import by_timestep_plot, sheet
 from nmsparse_deploy.measure.evaluate.result import bootstrap_error
-from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.recipe import Prune, validate
 from nmsparse_deploy.registry import METHODS
 from nmsparse_deploy.system.environment import environment, now

@@ -15,7 +15,7 @@ from nmsparse_deploy.data.tensor_inputs import ENDING, prepared
 from nmsparse_deploy.data.text import MIX, TokenSample, calibration_sample, load_text, mixed
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.models import check_length, input_name
-from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.recipe import AUTO, Calibration
 from nmsparse_deploy.system.progress import Progress, silent
 

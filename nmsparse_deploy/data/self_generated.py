@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from nmsparse_deploy.data.text import TokenSample
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.masks import tensor_hash
-from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.loaded import LoadedModel
+from nmsparse_deploy.system import hardware
 from nmsparse_deploy.system.assets import cache_dir
 from nmsparse_deploy.system.progress import Progress, silent
 
@@ -61,7 +62,7 @@ def generated(loaded: LoadedModel, samples: int, length: int, seed: int, compute
 def write(loaded: LoadedModel, samples: int, length: int, seed: int, compute: torch.dtype,
           progress: Progress = silent) -> torch.Tensor:
     """Token ids `[samples, length]` int64, on the CPU. A model in another dtype than `compute` is copied."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = hardware.device()
     module: Any = loaded.module
     if next(module.parameters()).dtype != compute:
         module = copy.deepcopy(module).to(device, compute)

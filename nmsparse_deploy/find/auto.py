@@ -9,14 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.cost import Rates, estimate, footprint
 from nmsparse_deploy.find.offload import load_fitting, planned, whole_model
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import CLOSED_FORM, Prune, validate
-from nmsparse_deploy.system.hardware import compute_dtype
+from nmsparse_deploy.system import hardware
 from nmsparse_deploy.system.memory import free_memory
 from nmsparse_deploy.system.progress import Progress, silent
 
@@ -56,8 +54,8 @@ def choose(model: str, settings: dict[str, Any], minutes: float = MINUTES, progr
     base = validate(Prune, settings)
     NMPattern.parse(base.pattern)  # the ladder works in groups
     plan = planned(loaded, base)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rates = Rates.measure(compute_dtype(base.compute, device))
+    device = hardware.device()
+    rates = Rates.measure(hardware.compute_dtype(base.compute, device))
     room = max_memory or free_memory()
     passed: list[tuple[str, float]] = []
     for name, rung in LADDER.items():

@@ -29,8 +29,9 @@ from nmsparse_deploy.errors import CheckFailed, NmsparseError, UsageError, first
 from nmsparse_deploy.find.plan.make_plan import Plan, PlanRow, by_fusion
 from nmsparse_deploy.masks import Mask, MaskSet, mask_follows, normalise_zeros, tensor_hash
 from nmsparse_deploy.models.adapters.timm import read_state
-from nmsparse_deploy.models.base import LoadedModel, Target
+from nmsparse_deploy.models.base import Target
 from nmsparse_deploy.models.discovery import discover
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.prove import verify_checkpoint
 from nmsparse_deploy.prove.report import NOT_CHECKED

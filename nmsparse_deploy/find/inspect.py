@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from nmsparse_deploy import models
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.find.cost import Rates, estimate
 from nmsparse_deploy.find.offload import load_fitting
 from nmsparse_deploy.find.plan.make_plan import Plan, make_plan
-from nmsparse_deploy.models.base import LoadedModel
 from nmsparse_deploy.models.discovery import discover, trace_inputs
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.shapes import shapes
 from nmsparse_deploy.pattern import parse_pattern
 from nmsparse_deploy.recipe import DEFAULT_MODEL, Prune, Recipe
-from nmsparse_deploy.system.hardware import compute_dtype
+from nmsparse_deploy.system import hardware
 from nmsparse_deploy.system.progress import Progress, silent
 
 
@@ -59,6 +57,6 @@ def _cost(loaded: LoadedModel, spec: Prune) -> dict[str, Any]:
         reads = trace_inputs(loaded.module, found.blocks, inputs)
         tokens = max(reads[row.target.name].rows for row in plan.rows) // len(next(iter(inputs.values())))
         spec = spec.model_copy(update={"calibration": spec.calibration.model_copy(update={"length": tokens})})
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    compute = compute_dtype(spec.compute, device)
+    device = hardware.device()
+    compute = hardware.compute_dtype(spec.compute, device)
     return estimate(loaded, plan, spec, Rates.measure(compute)).to_json()

@@ -14,8 +14,8 @@ from nmsparse_deploy import models
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.find.cost import footprint
 from nmsparse_deploy.find.plan.make_plan import Plan, make_plan
-from nmsparse_deploy.models.base import LoadedModel
 from nmsparse_deploy.models.discovery import discover
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.pattern import parse_pattern
 from nmsparse_deploy.recipe import Prune
 from nmsparse_deploy.system import memory

@@ -33,7 +33,8 @@ from nmsparse_deploy.find.offload import Opened, open_model
 from nmsparse_deploy.find.plan.make_plan import Plan
 from nmsparse_deploy.find.prune_block import PrunedBlock, needs, prune_block
 from nmsparse_deploy.masks import Mask, MaskSet, mask_follows, normalise_zeros, tensor_hash
-from nmsparse_deploy.models.base import LoadedModel, from_rows, to_rows
+from nmsparse_deploy.models.base import from_rows, to_rows
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.permutations import ORDER, Permutations, from_tensors, to_tensors
 from nmsparse_deploy.pattern import Scope, parse_pattern
 from nmsparse_deploy.prove import VerifyReport, verify_checkpoint
@@ -41,9 +42,8 @@ from nmsparse_deploy.prove.report import NOT_CHECKED
 from nmsparse_deploy.recipe import DEFAULT_MODEL, Prune, fingerprint
 from nmsparse_deploy.registry import METHODS, REFINEMENTS
 from nmsparse_deploy.runs.run_dir import RUNS, RunDir
-from nmsparse_deploy.system import distributed
+from nmsparse_deploy.system import distributed, hardware
 from nmsparse_deploy.system.distributed import ALONE, Processes
-from nmsparse_deploy.system.hardware import compute_dtype
 from nmsparse_deploy.system.memory import give_back, peak_memory_mb, run_peak, start_run
 from nmsparse_deploy.system.progress import Progress, silent
 
@@ -77,8 +77,8 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
         spec = spec.model_copy(update={"learn": settled})
     method: Method = METHODS.load(one_shot_method(spec))
     method.require(spec.method)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    compute = compute_dtype(spec.compute, device)
+    device = hardware.device()
+    compute = hardware.compute_dtype(spec.compute, device)
     progress(f"loading {model}", 0, 0)
     opened = open_model(model, spec, compute, max_memory, progress)
     loaded, plan = opened.loaded, opened.plan

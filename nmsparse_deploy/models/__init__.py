@@ -13,7 +13,7 @@ from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.models.adapters import diffusers as diffusion
 from nmsparse_deploy.models.adapters import huggingface as hf
 from nmsparse_deploy.models.adapters import timm as vision
-from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.packaged import visual_saliency as saliency
 from nmsparse_deploy.system.assets import Asset, assets, fetch
 

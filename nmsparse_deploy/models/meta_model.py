@@ -12,7 +12,7 @@ from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.models.adapters import diffusers as diffusion
 from nmsparse_deploy.models.adapters import huggingface as hf
 from nmsparse_deploy.models.adapters import timm as vision
-from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.loaded import LoadedModel
 
 
 def skeleton(folder: Path, dtype: torch.dtype) -> LoadedModel:

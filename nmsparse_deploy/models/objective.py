@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 
-from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.loaded import LoadedModel
+from nmsparse_deploy.models.outputs import primary_output
 
 Kind = Literal["cross-entropy", "kl", "hidden"]
 UNITS: dict[Kind, str] = {"cross-entropy": "nats per token", "kl": "nats of KL",
@@ -37,12 +38,8 @@ class Objective:
         return UNITS[self.kind]
 
     def signal(self, output: Any) -> torch.Tensor:
-        """The part of an output that is looked at: logits, final hidden states, or what a diffusion model predicts."""
-        if isinstance(output, torch.Tensor):
-            return output
-        if self.kind != "hidden":
-            return output.logits
-        return output.sample if hasattr(output, "sample") else output.last_hidden_state
+        """Return what the loss looks at: logits, final hidden states, or what a diffusion model predicts."""
+        return primary_output(output).value
 
     def loss(self, output: Any, batch: Mapping[str, Any], reference: torch.Tensor | None = None) -> torch.Tensor:
         """`[samples]`, fp32. `reference` is not needed for cross-entropy."""
@@ -73,4 +70,4 @@ def unlabelled(module: nn.Module, output: Any) -> Objective:
     """What compares a model's output with the dense model's."""
     if isinstance(output, torch.Tensor):  # timm
         return Objective("kl" if getattr(module, "num_classes", 0) else "hidden")
-    return Objective("kl" if getattr(output, "logits", None) is not None else "hidden")
+    return Objective("kl" if primary_output(output).name == "logits" else "hidden")

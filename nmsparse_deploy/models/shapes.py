@@ -11,7 +11,7 @@ import torch
 from nmsparse_deploy.errors import NmsparseError, UsageError, first_line
 from nmsparse_deploy.models.adapters import huggingface as hf
 from nmsparse_deploy.models.adapters import timm as vision
-from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.preprocess import from_config
 from nmsparse_deploy.system.assets import assets
 

@@ -7,7 +7,7 @@ import torch
 from nmsparse_deploy import models
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.masks import MaskSet
-from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.permutations import Permutations
 from nmsparse_deploy.runs.run_dir import RunDir
 

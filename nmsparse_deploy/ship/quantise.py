@@ -27,7 +27,8 @@ from nmsparse_deploy.data.calibration_sample import draw
 from nmsparse_deploy.data.self_generated import GENERATED
 from nmsparse_deploy.data.text import MIX
 from nmsparse_deploy.errors import CheckFailed, NmsparseError
-from nmsparse_deploy.models.base import LoadedModel, Target
+from nmsparse_deploy.models.base import Target
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.recipe import Calibration
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.system.progress import Progress, silent

@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     import torch
 
 
+def device() -> torch.device:
+    """Return where models compute here: the GPU if there is one."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """Choose bf16 where the processor multiplies it natively and fp32 elsewhere, unless `wanted` says which."""
     import torch
@@ -23,6 +30,13 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     flags = _cpu().get("flags", "").split()
     fast = device.type == "cuda" or "avx512_bf16" in flags or "amx_bf16" in flags
     return torch.bfloat16 if fast else torch.float32
+
+
+def autocast_for(compute: torch.dtype, where: torch.device) -> torch.autocast:
+    """Return the context in which fp32 weights are multiplied in `compute`; nothing is cast for fp32 itself."""
+    import torch
+
+    return torch.autocast(where.type, compute, enabled=compute != torch.float32)
 
 
 def cpu_name() -> str:

@@ -9,7 +9,7 @@ from nmsparse_deploy import models
 from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.measure.bench.arms import SPARSE
 from nmsparse_deploy.measure.bench.model_arms import Job, bench_arms
-from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.recipe import Pack
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.ship.torch_sparse.artefact import TorchSparse

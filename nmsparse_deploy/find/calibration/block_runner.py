@@ -15,6 +15,7 @@ from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.models.capture import capture
 from nmsparse_deploy.models.forwards import replaced
 from nmsparse_deploy.models.weights import WHOLE, Weights
+from nmsparse_deploy.system.hardware import autocast_for
 
 Batch = Mapping[str, Any]
 Output = Any
@@ -90,8 +91,8 @@ class BlockRunner:
             return self._run(batch)
 
     def _run(self, batch: Batch) -> Any:
-        device = next(value.device.type for value in batch.values() if isinstance(value, torch.Tensor))
-        with torch.autocast(device, self.compute, enabled=self.compute != torch.float32):
+        device = next(value.device for value in batch.values() if isinstance(value, torch.Tensor))
+        with autocast_for(self.compute, device):
             return self.module(**batch)
 
     def entrance(self, batch: Batch, index: int, answer: Callable[[int], Output]) -> tuple[torch.Tensor, Call]:

@@ -26,6 +26,7 @@ from nmsparse_deploy.find.learn.step_context import Moment, digest
 from nmsparse_deploy.find.learn.subjects import split
 from nmsparse_deploy.models.adapters.diffusers import INPUT, prediction
 from nmsparse_deploy.recipe import Training
+from nmsparse_deploy.system.hardware import autocast_for
 
 
 class Diffusion:
@@ -81,6 +82,5 @@ class Diffusion:
         return {name: value.to(parameter.device) for name, value in inputs.items()}, target.to(parameter.device)
 
     def _predicted(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        device = inputs[INPUT].device.type
-        with torch.autocast(device, self.compute, enabled=self.compute != torch.float32):
+        with autocast_for(self.compute, inputs[INPUT].device):
             return prediction(self.module(**inputs), inputs[INPUT])

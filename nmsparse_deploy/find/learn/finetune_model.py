@@ -21,11 +21,13 @@ from nmsparse_deploy.find.learn.whole_model import recomputed
 from nmsparse_deploy.find.plan.make_plan import Plan
 from nmsparse_deploy.find.refine.base import Whole
 from nmsparse_deploy.masks import Mask, mask_follows
-from nmsparse_deploy.models.base import LoadedModel, from_rows, to_rows
+from nmsparse_deploy.models.base import from_rows, to_rows
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.objective import Objective, objective
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import Prune
 from nmsparse_deploy.registry import REFINEMENTS
+from nmsparse_deploy.system.hardware import autocast_for
 from nmsparse_deploy.system.progress import Progress
 
 WEIGHT = 2 * torch.float32.itemsize
@@ -40,7 +42,7 @@ class Taught(WholeModel):
 
     def _dense(self, batch: Batch) -> torch.Tensor:
         assert self.teacher is not None
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), autocast_for(self.compute, next(self.module.parameters()).device):
             return self.objective.signal(self.teacher(**batch))
 
 
@@ -98,8 +100,7 @@ def in_fp32(module: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def _signal(loaded: LoadedModel, batch: Mapping[str, Any], compute: torch.dtype) -> tuple[Objective, torch.Tensor]:
     """What the model is judged by, and how that looks for one sample."""
-    device = next(loaded.module.parameters()).device
-    with torch.autocast(device.type, compute, enabled=compute != torch.float32):
+    with autocast_for(compute, next(loaded.module.parameters()).device):
         output = loaded.module(**{name: value[:1] if isinstance(value, torch.Tensor) else value
                                   for name, value in batch.items()})
     suits = objective(loaded, output)

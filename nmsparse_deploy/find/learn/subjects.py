@@ -6,7 +6,6 @@ A whole model with its own loss and its dense self as the teacher, or one block 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from nmsparse_deploy.find.learn.mask_parametrization import Site, showing
 from nmsparse_deploy.find.learn.step_context import Moment
 from nmsparse_deploy.models.objective import Objective
 from nmsparse_deploy.recipe import Training
+from nmsparse_deploy.system.hardware import autocast_for
 
 Batch = Mapping[str, Any]
 """Keyword arguments of a forward pass."""
@@ -97,16 +97,12 @@ class Model:
         return relative_error(output, dense) if kind == "hidden" else divergence(output, dense)
 
     def _signal(self, batch: Batch) -> torch.Tensor:
-        with self._autocast():
+        with autocast_for(self.compute, next(self.module.parameters()).device):
             return self.objective.signal(self.module(**batch))
 
     def _dense(self, batch: Batch) -> torch.Tensor:
         with torch.no_grad(), showing(self.module, "dense"):
             return self._signal(batch)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        device = next(self.module.parameters()).device.type
-        return torch.autocast(device, self.compute, enabled=self.compute != torch.float32)
 
 
 class WholeModel(Model):

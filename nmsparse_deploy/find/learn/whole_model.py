@@ -30,12 +30,14 @@ from nmsparse_deploy.find.learn.subjects import WholeModel
 from nmsparse_deploy.find.methods.base import LayerResult, Method
 from nmsparse_deploy.find.plan.make_plan import Plan
 from nmsparse_deploy.find.prune_block import prune_block
-from nmsparse_deploy.models.base import LoadedModel, to_rows
+from nmsparse_deploy.models.base import to_rows
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.objective import Objective, objective
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import Prune
 from nmsparse_deploy.registry import METHODS
 from nmsparse_deploy.system import distributed
+from nmsparse_deploy.system.hardware import autocast_for
 from nmsparse_deploy.system.progress import Progress
 
 
@@ -51,8 +53,7 @@ def learn_model(session: Session, loaded: LoadedModel, plan: Plan, spec: Prune,
         name = row.target.name
         sites[name] = Site(name, name, row.target.axis, row.pattern)
         weights.append((to_rows(loaded.module.get_parameter(name), row.target.axis), row.pattern))
-    with torch.no_grad(), torch.autocast(session.device.type, session.compute,
-                                         enabled=session.compute != torch.float32):
+    with torch.no_grad(), autocast_for(session.compute, session.device):
         output = loaded.module(**{name: value[:1] if isinstance(value, torch.Tensor) else value
                                   for name, value in few[0].items()})
     suits = objective(loaded, output)

@@ -26,7 +26,8 @@ from nmsparse_deploy.find.calibration.suffix_replay import SuffixReplay
 from nmsparse_deploy.find.methods.base import Method, prune_matrices
 from nmsparse_deploy.find.plan.make_plan import PlanRow
 from nmsparse_deploy.find.refine.base import Layer
-from nmsparse_deploy.models.base import LoadedModel, to_rows
+from nmsparse_deploy.models.base import to_rows
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.objective import Objective
 from nmsparse_deploy.system.progress import Progress, silent
 

@@ -28,14 +28,14 @@ from nmsparse_deploy.find.plan.latency import Latency, Source, source
 from nmsparse_deploy.find.plan.make_plan import Plan, PlanRow, by_fusion, make_plan
 from nmsparse_deploy.find.plan.mixed_ratios import mixed_ratios
 from nmsparse_deploy.find.plan.sensitivity import Rise, direct, from_curvature, hutchinson, together
-from nmsparse_deploy.models.base import LoadedModel
 from nmsparse_deploy.models.discovery import discover, trace_inputs
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.objective import Objective, objective
 from nmsparse_deploy.models.roofline import count_flops
 from nmsparse_deploy.pattern import Pattern, Unstructured, parse_pattern
 from nmsparse_deploy.recipe import DEFAULT_MODEL, Allocate
 from nmsparse_deploy.registry import METHODS
-from nmsparse_deploy.system.hardware import compute_dtype
+from nmsparse_deploy.system import hardware
 from nmsparse_deploy.system.progress import Progress, silent
 
 Batches = list[dict[str, Any]]
@@ -60,8 +60,8 @@ def plan(model: str = DEFAULT_MODEL, spec: Allocate = Allocate(budget=1.0), prog
     parts = [[row] for row in base.pruned()] if mixed else fusion_groups(base)
     times = [[latencies.group([row.target for row in part], pattern) for pattern in patterns] for part in parts]
     share = flop_share(loaded, base, spec.calibration.length)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    compute = compute_dtype(spec.compute, device)
+    device = hardware.device()
+    compute = hardware.compute_dtype(spec.compute, device)
     sample = draw(loaded, spec.calibration, progress, compute)
     start = time.perf_counter()
     curved = spec.estimator == "hutchinson"  # second derivatives drown in the rounding of 16 bits

@@ -31,8 +31,8 @@ from nmsparse_deploy.measure.bench.arms import (
     prefill,
     time_phase,
 )
-from nmsparse_deploy.models.base import LoadedModel
 from nmsparse_deploy.models.discovery import discover, trace_inputs
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.roofline import count_flops
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.prove import TensorCheck, verify_tensors

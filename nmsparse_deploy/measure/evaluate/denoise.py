@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nmsparse_deploy.models.adapters.diffusers import INPUT, prediction, size
-from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.system.progress import Progress, silent
 
 BATCH = 16

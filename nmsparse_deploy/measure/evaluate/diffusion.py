@@ -23,7 +23,7 @@ from nmsparse_deploy.measure.evaluate.result import EvalResult, bootstrap_error,
 from nmsparse_deploy.models import input_name
 from nmsparse_deploy.models import load as load_model
 from nmsparse_deploy.models.adapters.diffusers import LABELS, conditions
-from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.recipe import AUTO, Evaluate
 from nmsparse_deploy.system.progress import Progress, silent
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime
 
 

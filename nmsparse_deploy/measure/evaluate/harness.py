@@ -16,7 +16,7 @@ import torch
 from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError
 from nmsparse_deploy.measure.evaluate.result import EvalResult
 from nmsparse_deploy.models import longest
-from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime
 
 UNKNOWN = 2048

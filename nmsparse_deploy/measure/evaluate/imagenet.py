@@ -14,7 +14,7 @@ from nmsparse_deploy.measure.evaluate.arms import DENSE, PRUNED, Arm
 from nmsparse_deploy.measure.evaluate.probe import hits
 from nmsparse_deploy.measure.evaluate.result import EvalResult, mean_result, paired_difference
 from nmsparse_deploy.models import input_name
-from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.system.progress import Progress, silent
 
 BATCH = 32

@@ -12,7 +12,7 @@ from torch import nn
 from nmsparse_deploy.data.sequences import decoder_start, taught
 from nmsparse_deploy.data.text import TokenSample
 from nmsparse_deploy.measure.evaluate.result import EvalResult, bootstrap_interval
-from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.system.progress import Progress, silent
 
 PROMPTS = ("The capital of France is", "Three things you need to bake bread are")

@@ -29,7 +29,7 @@ from nmsparse_deploy.data.text import TokenSample
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.measure.evaluate.perplexity import perplexity
 from nmsparse_deploy.measure.evaluate.result import EvalResult
-from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.recipe import AUTO
 from nmsparse_deploy.system.progress import Progress, silent
 

@@ -16,7 +16,7 @@ from nmsparse_deploy.measure.evaluate.perplexity import paired_ratio
 from nmsparse_deploy.measure.evaluate.protocols import PROTOCOLS, protocol_perplexity, protocol_sample
 from nmsparse_deploy.measure.evaluate.result import EvalResult
 from nmsparse_deploy.models import check_length
-from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.recipe import Evaluate
 from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime
 from nmsparse_deploy.system.progress import Progress, silent

@@ -25,12 +25,12 @@ from nmsparse_deploy.measure.evaluate import (
     perplexity,
     torch_arm,
 )
-from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.recipe import AUTO, Evaluate
 from nmsparse_deploy.runs.load import load_dense, load_pruned
 from nmsparse_deploy.runs.run_dir import RunDir
+from nmsparse_deploy.system import hardware
 from nmsparse_deploy.system.environment import environment
-from nmsparse_deploy.system.hardware import compute_dtype
 from nmsparse_deploy.system.memory import peak_memory_mb
 from nmsparse_deploy.system.progress import Progress, silent
 
@@ -49,8 +49,8 @@ def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = sile
         raise NmsparseError(f"'{pruned.name}' reads {models.input_name(pruned)}, and no packaged data has that to "
                             "evaluate it on; its export is compared with the model.")
     _check_protocols(pruned, spec)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    compute = compute_dtype(recipe["compute"], device)
+    device = hardware.device()
+    compute = hardware.compute_dtype(recipe["compute"], device)
     stages = {"llm": _evaluate_text, "seq2seq": _evaluate_text, "diffusion": _evaluate_diffusion}
     stage = stages.get(pruned.family, _evaluate_features)
     if pruned.family == "llm" and (spec.protocols or spec.tasks):

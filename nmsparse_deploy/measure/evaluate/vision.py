@@ -16,7 +16,7 @@ from nmsparse_deploy.measure.evaluate.probe import NEIGHBOURS, PENALTY, Probe, f
 from nmsparse_deploy.measure.evaluate.result import EvalResult, mean_result, paired_difference
 from nmsparse_deploy.measure.evaluate.saliency_maps import map_agreement, strips
 from nmsparse_deploy.models import input_name
-from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.packaged import visual_saliency as saliency
 from nmsparse_deploy.recipe import AUTO, Evaluate
 from nmsparse_deploy.system.progress import Progress, silent

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError, first_line
-from nmsparse_deploy.models.base import LoadedModel
 from nmsparse_deploy.models.denoising import SCHEDULER, Denoising
 from nmsparse_deploy.models.hub_errors import refusal
+from nmsparse_deploy.models.loaded import LoadedModel
+from nmsparse_deploy.models.outputs import primary_output
 from nmsparse_deploy.models.preprocess import Preprocess
 
 PREFIX = "diffusers:"
@@ -197,8 +198,7 @@ def _check_arguments(module: Any) -> None:
 def prediction(output: Any, like: torch.Tensor) -> torch.Tensor:
     """What a forward pass says about the noised samples `like`; learned variances, which follow in further channels,
     are left out."""
-    found: torch.Tensor = output if isinstance(output, torch.Tensor) else output.sample
-    return found[:, : like.shape[1]]
+    return primary_output(output).value[:, : like.shape[1]]
 
 
 def conditions(module: Any) -> dict[str, int]:

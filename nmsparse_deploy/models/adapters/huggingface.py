@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from nmsparse_deploy.errors import NmsparseError, UsageError, first_line
-from nmsparse_deploy.models.base import LoadedModel
 from nmsparse_deploy.models.hub_errors import chain, refusal
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.preprocess import from_config
 from nmsparse_deploy.models.weights import WHOLE, Weights
 from nmsparse_deploy.system.assets import cache_dir, digest

@@ -14,8 +14,8 @@ from torch import nn
 
 from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError, first_line
 from nmsparse_deploy.models.adapters.huggingface import snapshot
-from nmsparse_deploy.models.base import LoadedModel
 from nmsparse_deploy.models.hub_errors import refusal
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.preprocess import BICUBIC, Preprocess
 
 PREFIX = "timm:"

@@ -13,10 +13,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from nmsparse_deploy.errors import NmsparseError, UsageError
+from nmsparse_deploy.models.outputs import primary_output
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-OUTPUTS = ("logits", "last_hidden_state", "sample")
-"""Which field of a model's output is taken, in this order, when the caller does not say."""
 
 
 def cast_copy(module: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
@@ -84,27 +83,12 @@ def take_one_output(module: nn.Module, names: Sequence[str], output: str | None)
 
     def forward(self: nn.Module, *tensors: torch.Tensor) -> torch.Tensor:
         result = original(self, **dict(zip(names, tensors)), **fixed)
-        name, value = _pick(result, output)
+        name, value = primary_output(result, output)
         taken[:] = [name]
         return value
 
     module.forward = MethodType(forward, module)
     return taken
-
-
-def _pick(result: Any, output: str | None) -> tuple[str, torch.Tensor]:
-    if isinstance(result, torch.Tensor):
-        return output or "output", result
-    if isinstance(result, Mapping) or hasattr(result, "__dataclass_fields__"):
-        for name in (output,) if output else OUTPUTS:
-            value = result.get(name) if isinstance(result, Mapping) else getattr(result, name, None)
-            if isinstance(value, torch.Tensor):
-                return name, value
-        wanted = f"'{output}'" if output else " or ".join(f"'{name}'" for name in OUTPUTS)
-        raise NmsparseError(f"The model returns no {wanted}.")
-    if isinstance(result, (tuple, list)) and result and isinstance(result[0], torch.Tensor):
-        return output or "output", result[0]
-    raise NmsparseError(f"The model returns a {type(result).__name__}, not a tensor.")
 
 
 def trace_inputs(inputs: Mapping[str, torch.Tensor], dtype: torch.dtype, dynamic: bool) -> dict[str, torch.Tensor]:

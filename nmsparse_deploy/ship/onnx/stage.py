@@ -12,8 +12,9 @@ import torch
 from nmsparse_deploy import models
 from nmsparse_deploy.errors import CheckFailed, MissingExtra, NmsparseError
 from nmsparse_deploy.masks import MaskSet
-from nmsparse_deploy.models.base import LoadedModel
 from nmsparse_deploy.models.discovery import discover
+from nmsparse_deploy.models.loaded import LoadedModel
+from nmsparse_deploy.models.outputs import primary_output
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.prove.agreement import agreement, compared
 from nmsparse_deploy.recipe import Export
@@ -84,17 +85,12 @@ def _quantise(folder: Path, result: ExportResult, cached: tuple[CacheGraph, ...]
 def _agreement(path: Path, loaded: LoadedModel, eight: bool) -> dict[str, Any]:
     """Compare ONNX Runtime with PyTorch in fp32 on other shapes than the traced ones, or say why that is impossible."""
     inputs = models.sample_inputs(loaded, batch=1, length=48)
-    reference = loaded.module.float()(**inputs)
+    reference = primary_output(loaded.module.float()(**inputs))
     try:
         output = next(iter(_session(path, eight).run(inputs).values()))
     except (MissingExtra, NmsparseError) as error:
         return {"not_checked": error.message}
-    logits = getattr(reference, "logits", None)
-    if logits is not None:
-        return asdict(agreement(logits, output, "logits"))
-    features = reference if isinstance(reference, torch.Tensor) else getattr(reference, "sample", None)
-    features = reference.last_hidden_state if features is None else features
-    return asdict(agreement(features, output, "features"))
+    return asdict(agreement(reference.value, output, reference.kind))
 
 
 def _steps(graphs: dict[str, Path], loaded: LoadedModel, eight: bool) -> dict[str, Any]:

@@ -25,15 +25,18 @@ from torch import nn
 
 from nmsparse_deploy.errors import CheckFailed, NmsparseError, UsageError
 from nmsparse_deploy.masks import MaskSet
-from nmsparse_deploy.models.base import LoadedModel, Target, from_rows, to_rows
+from nmsparse_deploy.models.base import Target, from_rows, to_rows
 from nmsparse_deploy.models.input_trace import group_axis
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.meta_model import fits, settle, skeleton
+from nmsparse_deploy.models.outputs import UNNAMED
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.ship.engine import Tensor
 from nmsparse_deploy.ship.quantise import BASE, FORMATS, Range, scale_of
 from nmsparse_deploy.ship.torch_sparse.linear import EightBit, encoded, make, replace
 from nmsparse_deploy.ship.torch_sparse.packed import Packed, pack, packable, unpack
 from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels
+from nmsparse_deploy.system import hardware
 from nmsparse_deploy.system.cuda_graphs import record
 from nmsparse_deploy.system.sparse_cores import shape_fits
 
@@ -306,7 +309,7 @@ class TorchSparse:
         if unknown:
             raise UsageError(f"torch-sparse has no setting '{min(unknown)}'; it has {', '.join(cls.SETTINGS)}.")
         chosen = {**cls.SETTINGS, **(settings or {})}
-        device = torch.device(chosen["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(chosen["device"] or hardware.device())
         if chosen["cuda_graph"] and device.type != "cuda":
             raise UsageError("A CUDA graph needs a CUDA device.", "leave out cuda_graph")
         opened = Artefact(artefact)
@@ -328,7 +331,7 @@ class TorchSparse:
         floating = {name: value.to(self.artefact.base) if value.is_floating_point() else value
                     for name, value in inputs.items()}
         output = self._replayed(floating) if self.settings["cuda_graph"] else self._call(**floating)
-        named = {"output": output} if isinstance(output, torch.Tensor) else dict(output.items())
+        named = {UNNAMED: output} if isinstance(output, torch.Tensor) else dict(output.items())
         return {name: value.float().cpu().numpy() if value.is_floating_point() else value.cpu().numpy()
                 for name, value in named.items() if isinstance(value, torch.Tensor)}
 

@@ -19,9 +19,11 @@ import torch
 from nmsparse_deploy import models
 from nmsparse_deploy.errors import CheckFailed, NmsparseError, first_line
 from nmsparse_deploy.masks import MaskSet
-from nmsparse_deploy.models.base import LoadedModel, Target
+from nmsparse_deploy.models.base import Target
 from nmsparse_deploy.models.discovery import discover
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.meta_model import description
+from nmsparse_deploy.models.outputs import primary_output
 from nmsparse_deploy.prove import VerifyReport, verify_tensors
 from nmsparse_deploy.prove.agreement import agreement, compared
 from nmsparse_deploy.recipe import Pack
@@ -118,16 +120,12 @@ def _agreement(folder: Path, loaded: LoadedModel) -> dict[str, Any]:
     """Compare the packed model on ordinary kernels with the run's model in fp32, on this machine's processor."""
     module = loaded.module.float().cpu()
     inputs = models.sample_inputs(loaded, batch=1, length=48)
-    reference = module(**inputs)
+    reference = primary_output(module(**inputs))
     try:
         outputs = TorchSparse.build(folder, {"mode": "dense", "device": "cpu"}).run(inputs)
     except (RuntimeError, NotImplementedError) as error:  # a processor without this precision
         return {"not_checked": first_line(error)}
-    logits = getattr(reference, "logits", None)
-    if logits is not None:
-        return asdict(agreement(logits, outputs["logits"], "logits"))
-    features = reference if isinstance(reference, torch.Tensor) else reference.last_hidden_state
-    return asdict(agreement(features, next(iter(outputs.values())), "features"))
+    return asdict(agreement(reference.value, outputs[reference.name], reference.kind))
 
 
 def told(row: dict[str, Any], path: Path) -> list[str]:

@@ -16,8 +16,8 @@ from nmsparse_deploy.find.plan.make_plan import make_plan
 from nmsparse_deploy.find.plan.sensitivity import Trace, _quadratic_forms, direct, from_curvature, hutchinson, together
 from nmsparse_deploy.find.plan.stage import fusion_groups
 from nmsparse_deploy.masks import project
-from nmsparse_deploy.models.base import LoadedModel
 from nmsparse_deploy.models.discovery import discover
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.objective import Objective, objective
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.registry import METHODS

@@ -23,8 +23,8 @@ from nmsparse_deploy.measure.bench.arms import (
     make_auto,
 )
 from nmsparse_deploy.measure.bench.model_arms import Job, bench_arms
-from nmsparse_deploy.models.base import LoadedModel
 from nmsparse_deploy.models.discovery import discover
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.ship.evidence import NOT_SPARSE
 from nmsparse_deploy.ship.torch_sparse.kernel_choice import GemmDecision, Verdict

@@ -127,7 +127,7 @@ def test_folders_that_are_not_the_models_classes(timm_run, images, tmp_path):
 
 def test_wordnet_ids_are_known_to_an_imagenet_head():
     module = timm.create_model("test_vit", num_classes=1000)
-    model = models.base.LoadedModel(module, "x", "x", "vision", "timm")
+    model = models.loaded.LoadedModel(module, "x", "x", "vision", "timm")
     assert class_numbers(model, ["n01440764", "n01443537", "n15075141"]) == {"n01440764": 0, "n01443537": 1,
                                                                              "n15075141": 999}
     assert data_settings(model)["input_size"] == (3, 160, 160)

@@ -18,7 +18,7 @@ from nmsparse_deploy.data.table_rows import read_rows
 from nmsparse_deploy.data.text import load_text
 from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError
 from nmsparse_deploy.measure.evaluate.protocols import PROTOCOLS, find_file, protocol_perplexity, protocol_sample
-from nmsparse_deploy.models.base import LoadedModel
+from nmsparse_deploy.models.loaded import LoadedModel
 from tests.fixtures import pico
 
 ROWS = {"wikitext2": ["", " = A title = \n", "", " One paragraph , tokenised . \n", " Another one . \n", ""],
