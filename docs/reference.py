@@ -120,6 +120,7 @@ ROOMS = {
     "pattern": "Patterns", "masks": "Masks", "errors": "Errors",
 }
 """Title of each part of the page, by the top folder or module that defines the names."""
+FIELDS = "Every field is described in [Recipe](recipe.md).\n"
 
 
 def api_page(public: dict[str, str]) -> str:
@@ -127,7 +128,8 @@ def api_page(public: dict[str, str]) -> str:
     parts = [API]
     for room, title in ROOMS.items():
         names = [name for name, module in public.items() if module.partition(".")[0] == room]
-        parts += [f"## {title}\n", *(f"::: nmsparse_deploy.{public[name]}.{name}\n" for name in names)]
+        parts += [f"## {title}\n", *([FIELDS] if room == "recipe" else [])]
+        parts += [f"::: nmsparse_deploy.{public[name]}.{name}\n" for name in names]
     if missing := {module.partition(".")[0] for module in public.values()} - ROOMS.keys():
         raise SystemExit(f"docs/reference.py: ROOMS has no title for {', '.join(sorted(missing))}.")
     return "\n".join(parts).rstrip() + "\n"
