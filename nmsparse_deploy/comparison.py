@@ -103,11 +103,13 @@ def _loss(row: dict[str, Any]) -> float:
 
 
 def _write(folder: Path, result: dict[str, Any]) -> None:
-    from nmsparse_deploy.measure.report.compare import html, markdown
+    from nmsparse_deploy.measure.report.compare import compare_page
+    from nmsparse_deploy.measure.report.views import html, markdown
 
+    page = compare_page(result)
     home = RunDir(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in {"compare.json": json.dumps(result, indent=1) + "\n", "compare.md": markdown(result),
-                       "compare.html": html(result)}.items():
+    for name, text in {"compare.json": json.dumps(result, indent=1) + "\n", "compare.md": markdown(page),
+                       "compare.html": html(page)}.items():
         with home.replacing(name) as file:
             file.write_text(text, encoding="utf-8")

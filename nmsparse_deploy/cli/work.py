@@ -146,4 +146,4 @@ def _finish_run(run: Any) -> None:
         return
 
     facts = summary(run)
-    output.result({"run": str(run.path), **facts}, [*facts["lines"], f"report: {run / 'report/index.html'}"])
+    output.result({"run": str(run.path), **facts.to_json()}, [*facts.lines, f"report: {run / 'report/index.html'}"])

@@ -57,6 +57,9 @@ class Cell:
     text: str
     tone: Literal["", "good", "bad"] = ""
 
+    def __str__(self) -> str:
+        return self.text
+
 
 @dataclass(frozen=True)
 class Table:
@@ -81,7 +84,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Figure:
-    """Pictures side by side under one caption; `narrow` takes their place on a phone."""
+    """Pictures side by side; `narrow` takes their place on a phone. In Markdown their words stand for all of it."""
 
     pictures: tuple[Picture, ...]
     caption: str = ""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
+Protocol = Mapping[str, object]
+"""Under what conditions a number was measured; every metric has conditions of its own."""
+PNG = b"\x89PNG\r\n\x1a\n"
 BOOTSTRAP = 2000
 """Resamples behind every interval and every bootstrap standard error."""
 
@@ -26,14 +30,67 @@ class EvalResult:
     standard_error: float
     samples: int
     where: str
-    protocol: dict[str, Any]
+    protocol: Protocol
     per_sample: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def mean_result(metric: str, values: Sequence[float], where: str, protocol: dict[str, Any]) -> EvalResult:
+@dataclass(frozen=True)
+class Ratio:
+    """Pruned over dense on the same samples, with a 95 % interval."""
+
+    ratio: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Pruned minus dense of `metric` on the same samples, with a 95 % interval."""
+
+    difference: float
+    low: float | None = None
+    high: float | None = None
+    metric: str = ""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model wrote after a prompt."""
+
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True)
+class DrawnImage:
+    """A picture for the report; checked, because a page will embed it."""
+
+    title: str
+    png_base64: str
+
+    def __post_init__(self) -> None:
+        if not base64.b64decode(self.png_base64, validate=True).startswith(PNG):
+            raise ValueError(f"the picture '{self.title}' is not a PNG")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The content of an `evaluate.json`."""
+
+    results: dict[str, EvalResult | tuple[EvalResult, ...]]
+    ratio: Ratio | None = None
+    difference: Difference | None = None
+    continuations: dict[str, tuple[Continuation, ...]] = field(default_factory=dict)
+    images: tuple[DrawnImage, ...] = ()
+    held_out: dict[str, int | None] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    hardware: Protocol = field(default_factory=dict)
+
+
+def mean_result(metric: str, values: Sequence[float], where: str, protocol: Protocol) -> EvalResult:
     """The mean over samples with its standard error."""
     mean = math.fsum(values) / len(values)
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0

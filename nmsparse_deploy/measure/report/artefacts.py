@@ -1,108 +1,122 @@
-"""What lies on disk and how fast it answered: sizes, exported graphs, latency arms, and all of it in one table."""
+"""What lies on disk: the size of every artefact, and how close exported graphs are to the model."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from nmsparse_deploy.measure.report.stages import Stages
+from nmsparse_deploy.measure.report.stages import ExportedGraph, NotCompared, Stages
+from nmsparse_deploy.prove.agreement import Agreement
+from nmsparse_deploy.runs.section import Block, Bullets, Paragraph, Section, Table, columns
+from nmsparse_deploy.runs.wording import megabytes, number, percent, plain
 
 DENSE_STORED = ("The zeros are stored like any other value, so the pruned weights take as much space as before; only a "
                 "runtime that packs the pattern makes them smaller.")
 
-OTHER_RUNTIME = ("Arms marked 'other runtime' do not run where the dense arm runs, and their dense twins were not "
-                 "timed: their ratios compare runtimes and say nothing about pruning.")
+
+@dataclass(frozen=True)
+class ArtefactSize:
+    """An artefact with its size."""
+
+    artefact: str
+    bytes: int
 
 
-def sizes(stages: Stages) -> dict[str, Any]:
-    """Bytes of every artefact of the run."""
-    rows = [{"artefact": "model/ (weights, zeros stored)", "bytes": _weights(stages.path / "model")},
-            {"artefact": "masks.safetensors (one bit per weight)", "bytes": _file(stages.path / "masks.safetensors")}]
-    with stages.of("export.json"):
-        for row in _exports(stages):
-            rows.append({"artefact": f"ONNX {row['precision']} (zeros stored)", "bytes": sum(row["files"].values())})
-            rows.append({"artefact": f"dense weights at {row['precision']}, for comparison",
-                         "bytes": row["dense_bytes"]})
-    return {"rows": [row for row in rows if row["bytes"] is not None], "model_bytes": rows[0]["bytes"],
-            "masks_bytes": rows[1]["bytes"], "note": DENSE_STORED}
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of everything the run holds."""
+
+    rows: tuple[ArtefactSize, ...]
+    model_bytes: int | None
+    masks_bytes: int | None
+    note: str = DENSE_STORED
 
 
-def _weights(folder: Path) -> int | None:
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    return sum(file.stat().st_size for file in files) if files else None
+@dataclass(frozen=True)
+class GraphFacts:
+    """An exported graph, its agreement with the model, and what else was done to it."""
+
+    path: str
+    precision: str
+    opset: int | None
+    files: dict[str, int]
+    bytes: int
+    dense_bytes: int
+    links: int
+    seconds: float | None
+    size_note: str
+    dynamic: tuple[str, ...]
+    agreement: Agreement | NotCompared | None
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
-def _file(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+def sizes(stages: Stages) -> Sizes:
+    """Measure every artefact of the run."""
+    model = _bytes(*(stages.path / "model").glob("*.safetensors"), *(stages.path / "model").glob("*.bin"))
+    masks = _bytes(stages.path / "masks.safetensors")
+    rows = [("model/ (weights, zeros stored)", model), ("masks.safetensors (one bit per weight)", masks)]
+    for graph in stages.export.files if stages.export else ():
+        rows += [(f"ONNX {graph.precision} (zeros stored)", sum(graph.files.values())),
+                 (f"dense weights at {graph.precision}, for comparison", graph.dense_bytes)]
+    return Sizes(tuple(ArtefactSize(name, size) for name, size in rows if size is not None), model, masks)
 
 
-def _exports(stages: Stages) -> list[dict[str, Any]]:
-    return stages.export["files"] if stages.export else []
+def _bytes(*files: Path) -> int | None:
+    there = [file.stat().st_size for file in files if file.is_file()]
+    return sum(there) if there else None
 
 
-def graphs(stages: Stages) -> list[dict[str, Any]] | None:
-    """Exported graphs with their agreement with the model; None when nothing was exported."""
+def graphs(stages: Stages) -> tuple[GraphFacts, ...] | None:
+    """Describe exported graphs; None when nothing was exported."""
     if stages.export is None:
         return None
-    keys = ("path", "precision", "opset", "files", "links", "dense_bytes", "seconds", "size_note", "dynamic")
-    with stages.of("export.json"):
-        return [{**{key: row.get(key) for key in keys}, "bytes": sum(row["files"].values()),
-                 "agreement": row.get("agreement"), "warnings": row.get("warnings") or [],
-                 "notes": _notes(row)} for row in _exports(stages)]
+    return tuple(GraphFacts(graph.path, graph.precision, graph.opset, graph.files, sum(graph.files.values()),
+                            graph.dense_bytes, graph.links, graph.seconds, graph.size_note, graph.dynamic,
+                            graph.agreement, graph.warnings, _notes(graph)) for graph in stages.export.files)
 
 
-def _notes(row: dict[str, Any]) -> list[str]:
-    """What was done to a graph beside tracing it, and what TensorRT-RTX made of it."""
+def _notes(graph: ExportedGraph) -> tuple[str, ...]:
+    """Say what was done to a graph beside tracing it, and what TensorRT-RTX made of it."""
     notes = []
-    if row.get("quantisation"):
-        done = row["quantisation"]
-        notes.append(f"{done['gemms']} GEMMs multiply {row['precision']} numbers, weight scales per {done['scales']}; "
-                     f"{done['requantised']} write 8 bits; {done['vanished']} small weights became zero.")
-    if row.get("cached"):
-        same = row["cached"]["agreement"]
-        gap = f"by {same['max_abs']:.2g} at most" if "max_abs" in same else f"(not run: {same['not_checked']})"
-        graphs = " and ".join(row["cached"]["graphs"])
-        notes.append(f"{graphs} share the weights; reading a text step by step differs from one pass {gap}.")
-    notes += [f"{name}: {told}" for name, found in (row.get("tensorrt_rtx") or {}).items()
-              if (told := found.get("summary") or found.get("refused"))]
-    return notes
+    if graph.quantisation is not None:
+        made = graph.quantisation
+        notes.append(f"{made.gemms} GEMMs multiply {graph.precision} numbers, weight scales per {made.scales}; "
+                     f"{made.requantised} write 8 bits; {made.vanished} small weights became zero.")
+    if graph.cached is not None:
+        same = graph.cached.agreement
+        gap = f"(not run: {same.not_checked})" if isinstance(same, NotCompared) else f"by {same.max_abs:.2g} at most"
+        notes.append(f"{' and '.join(graph.cached.graphs)} share the weights; reading a text step by step differs from "
+                     f"one pass {gap}.")
+    compiled = {name: made.summary or made.refused for name, made in graph.tensorrt_rtx.items()}
+    return (*notes, *(f"{name}: {words}" for name, words in compiled.items() if words))
 
 
-def latency(stages: Stages) -> dict[str, Any] | None:
-    """Timed arms with their ratio to dense, and what may be concluded; None when nothing was timed."""
-    data = stages.bench
-    if data is None:
-        return None
-    keys = ("name", "kernel", "median_ms", "p10_ms", "p90_ms", "calls")
-    with stages.of("bench.json"):
-        arms = [{**{key: arm[key] for key in keys}, "ratio": data["ratios"].get(arm["name"])} for arm in data["arms"]]
-        base = next((arm["kernel"] for arm in arms if arm["ratio"] is None), None)
-        for arm in arms:
-            arm["other_runtime"] = arm["ratio"] is not None and arm["kernel"] != base
-        return {"where": data["where"], "shape": data["shape"], "arms": arms, "verdict": data["verdict"],
-                "predicted": [_prediction(row) for row in data.get("predicted") or []],
-                "note": OTHER_RUNTIME if any(arm["other_runtime"] for arm in arms) else None,
-                "environment": data.get("environment") or {}}
+def stored(sizes: Sizes, graphs: tuple[GraphFacts, ...] | None) -> Section:
+    """Write the section about sizes and exported graphs."""
+    table = Table("Sizes of the artefacts", columns("artefact", "size", "bytes"),
+                  tuple((row.artefact, megabytes(row.bytes), number(row.bytes)) for row in sizes.rows))
+    exported = _exported(graphs) if graphs else Paragraph("No ONNX file was exported in this run.", "soft")
+    return Section("Sizes", (table, Paragraph(sizes.note), exported), "sizes")
 
 
-def _prediction(row: dict[str, Any]) -> dict[str, Any]:
-    """A bound for a GPU that was not there; it stays apart from every measurement."""
-    numbers = {key: float(row[key]) for key in ("gemm_speedup", "model_speedup", "flop_share")}
-    return {"gpu": str(row["gpu"]), "rows": int(row["rows"]), **numbers, "formula": row.get("formula")}
+def _exported(graphs: tuple[GraphFacts, ...]) -> Section:
+    heads = columns("file", "opset", "weights linked to the model", "largest difference", "relative difference",
+                    "same top answer")
+    body: list[Block] = [Table("Exported graphs", heads, tuple(_compared(graph) for graph in graphs))]
+    notes = tuple((graph.path, note) for graph in graphs for note in (*_not_run(graph), *graph.warnings, *graph.notes))
+    return Section("Exported graphs against the PyTorch model", (*body, *([Bullets(notes)] if notes else [])))
 
 
-def overview(quality: dict[str, Any] | None, graphs: list[dict[str, Any]] | None, latency: dict[str, Any] | None,
-             model_bytes: int | None) -> list[dict[str, Any]]:
-    """One row per variant: metric, size and latency as far as each was measured. Empty with fewer than two of them."""
-    if sum(part is not None for part in (quality, graphs, latency)) < 2:
-        return []
-    metrics: dict[str, dict[str, Any]] = {}
-    for row in (quality or {}).get("rows", []):
-        metrics.setdefault(row["label"], row)
-    arms = {arm["name"]: arm for arm in (latency or {}).get("arms", [])}
-    files = {f"pruned, ONNX {graph['precision']}": graph["bytes"] for graph in graphs or []}
-    bytes_of = {"pruned": model_bytes, **files}
-    names = list(dict.fromkeys([*metrics, *files, *arms]))
-    return [{"variant": name, "metric": metrics.get(name, {}).get("metric"),
-             "value": metrics.get(name, {}).get("value"), "standard_error": metrics.get(name, {}).get("standard_error"),
-             "bytes": bytes_of.get(name), "median_ms": arms.get(name, {}).get("median_ms")} for name in names]
+def _compared(graph: GraphFacts) -> tuple[str, ...]:
+    same = graph.agreement
+    row = (graph.path, plain(graph.opset), number(graph.links))
+    if not isinstance(same, Agreement):
+        return (*row, "not run here", "", "")
+    top = "no classes" if same.argmax_share is None else (
+        f"{percent(same.argmax_share)} of {number(same.positions)} positions")
+    return (*row, number(same.max_abs), number(same.relative), top)
+
+
+def _not_run(graph: GraphFacts) -> tuple[str, ...]:
+    return (f"not run here: {graph.agreement.not_checked}",) if isinstance(graph.agreement, NotCompared) else ()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from nmsparse_deploy.measure.report import views
 from nmsparse_deploy.measure.report.data import collect
-from nmsparse_deploy.measure.report.layers import masks
-from nmsparse_deploy.measure.report.stages import Stages
+from nmsparse_deploy.measure.report.verdict import Headline
 from nmsparse_deploy.runs.run_dir import RunDir
+from nmsparse_deploy.runs.wording import clean
 
 
 def build_report(run: RunDir) -> Path:
@@ -18,16 +18,17 @@ def build_report(run: RunDir) -> Path:
 
     Raises `UsageError` when nothing is pruned yet or a stage file is damaged; the previous report then stays.
     """
-    report = {**collect(Stages.read(run)), "masks": masks(run)}
-    pages = {"report.json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-             "report.md": views.markdown(report), "index.html": views.html(report)}
+    report = collect(run)
+    text = json.dumps(clean(asdict(report)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    page = views.report_page(report)
+    files = {"report.json": text, "report.md": views.markdown(page), "index.html": views.html(page)}
     with run.lock(), run.replacing("report") as folder:
         folder.mkdir()
-        for name, text in pages.items():
-            (folder / name).write_text(text, encoding="utf-8")
+        for name, content in files.items():
+            (folder / name).write_text(content, encoding="utf-8")
     return run / "report/index.html"
 
 
-def summary(run: RunDir) -> dict[str, Any]:
-    """The report's headline, JSON-able, with `lines` for the terminal. Raises like `build_report`."""
-    return collect(Stages.read(run))["headline"]
+def summary(run: RunDir) -> Headline:
+    """Return the report's headline, with `lines` for the terminal. Raises like `build_report`."""
+    return collect(run).headline

@@ -1,63 +1,127 @@
-"""Everything that the report says, as one JSON-able dict; the pages are views of it."""
+"""Everything that the report says, in types; report.json holds it, and the pages are sections made of it."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from dataclasses import dataclass
 
-from nmsparse_deploy.measure.report import artefacts, compliance, provenance, quality
-from nmsparse_deploy.measure.report.engines import engines
-from nmsparse_deploy.measure.report.layers import layers
-from nmsparse_deploy.measure.report.packed import gpu_arms, packed
-from nmsparse_deploy.measure.report.stages import Stages
-from nmsparse_deploy.measure.report.verdict import headline
+from nmsparse_deploy.measure.evaluate.result import DrawnImage
+from nmsparse_deploy.measure.report.artefacts import GraphFacts, Sizes, graphs, sizes, stored
+from nmsparse_deploy.measure.report.compliance import Compliance, compliance, held, not_checked, unchecked
+from nmsparse_deploy.measure.report.engines import WHAT_LEVELS_ARE, BuiltEngine, EnginesFile, built
+from nmsparse_deploy.measure.report.latency import Latency, Variant, latency, overview, timed, together
+from nmsparse_deploy.measure.report.layers import Layers, MaskPictures, layers, masks, one_by_one
+from nmsparse_deploy.measure.report.packed import (
+    GpuBenchFile,
+    PackedFacts,
+    TorchFile,
+    gpu_arms,
+    packed,
+    without_zeros,
+)
+from nmsparse_deploy.measure.report.provenance import Provenance, StayedDense, dense, origin, provenance, stayed_dense
+from nmsparse_deploy.measure.report.quality import (
+    Continuations,
+    Quality,
+    accuracy,
+    continuations,
+    drawn,
+    quality,
+    written,
+)
+from nmsparse_deploy.measure.report.stages import NotChecked, RecipeRecord, Stages, read_stage
+from nmsparse_deploy.measure.report.verdict import Headline, Pruning, headline
 from nmsparse_deploy.models import short_name
 from nmsparse_deploy.pattern import TWO_FOUR, parse_pattern
-from nmsparse_deploy.runs.wording import clean
+from nmsparse_deploy.runs.run_dir import RunDir
+from nmsparse_deploy.runs.section import Paragraph, Section
 
 FORMAT = "nmsparse-report-1"
 
 
-def collect(stages: Stages) -> dict[str, Any]:
-    """The report without its mask pictures. Raises `UsageError` for a damaged stage file."""
-    with stages.of("manifest.json"):
-        recipe = stages.manifest["recipe"]
-        model = {"source": str(recipe["model"]), "name": str(clean(short_name(recipe["model"])))}
-    measured, timed, sizes = quality.quality(stages), artefacts.latency(stages), artefacts.sizes(stages)
-    exported, found = artefacts.graphs(stages), layers(stages)
-    report: dict[str, Any] = {
-        "format": FORMAT, "model": model, "pruning": _pruning(stages, recipe), "quality": measured,
-        "continuations": quality.continuations(stages), "images": quality.images(stages),
-        "compliance": compliance.compliance(stages),
-        "not_checked": compliance.not_checked(stages), "sizes": sizes, "graphs": exported,
-        "engines": engines(stages), "packed": packed(stages), "gpu_arms": gpu_arms(stages), "layers": found,
-        "latency": timed, "overview": artefacts.overview(measured, exported, timed, sizes["model_bytes"]),
-        "provenance": provenance.provenance(stages), "skipped": provenance.skipped(stages)}
-    with stages.of("verify.json"):
-        return {"headline": headline(report), **report}
+@dataclass(frozen=True)
+class ReportedModel:
+    """The model that was pruned."""
+
+    source: str
+    name: str
 
 
-def _pruning(stages: Stages, recipe: dict[str, Any]) -> dict[str, Any]:
-    with stages.of("layers.json"):
-        values = sum(_size(row["shape"]) for row in stages.layers)
-        held = sorted({str(row["pattern"]) for row in stages.layers})
-        blocks = len({row["block"] for row in stages.layers})
-    with stages.of("manifest.json"):
-        patterns = held or [str(recipe["pattern"])]
-        return {"method": _method(recipe), "pattern": ", ".join(patterns), "layers": len(stages.layers),
-                "sparse_kernels": all(parse_pattern(text).implies(TWO_FOUR) for text in patterns),
-                "blocks": blocks, "weights": values, "finished": "prune" in stages.manifest["stages"]}
+@dataclass(frozen=True)
+class Report:
+    """The content of report.json."""
+
+    headline: Headline
+    format: str
+    model: ReportedModel
+    pruning: Pruning
+    quality: Quality | None
+    continuations: Continuations | None
+    images: tuple[DrawnImage, ...]
+    compliance: Compliance | None
+    not_checked: tuple[NotChecked, ...]
+    sizes: Sizes
+    graphs: tuple[GraphFacts, ...] | None
+    engines: tuple[BuiltEngine, ...] | None
+    packed: tuple[PackedFacts, ...] | None
+    gpu_arms: GpuBenchFile | None
+    layers: Layers
+    masks: MaskPictures | None
+    latency: Latency | None
+    overview: tuple[Variant, ...]
+    provenance: Provenance
+    skipped: tuple[StayedDense, ...]
 
 
-def _method(recipe: dict[str, Any]) -> str:
-    """The method with everything that the recipe has around it, in the order in which it happens."""
-    bits = [f"{recipe['wbits']} bits"] if recipe.get("wbits") else []
-    before = ["permuted channels"] if recipe.get("permute") else []
-    after = [str(step["name"]) for step in recipe.get("refine") or []]
-    return " + ".join([*before, str(recipe["method"]), *bits, *after])
+def collect(run: RunDir) -> Report:
+    """Read what the run holds. Raises `UsageError` when nothing is pruned yet or a stage file is damaged."""
+    stages = Stages.read(run)
+    model = ReportedModel(stages.recipe.model, short_name(stages.recipe.model))
+    verified, measured, latencies = compliance(stages), quality(stages.evaluate), latency(stages.bench)
+    on_disk, exported = sizes(stages), graphs(stages)
+    engines, torch = read_stage(run, "engines.json", EnginesFile), read_stage(run, "torch.json", TorchFile)
+    missing, pruning = not_checked(stages, engines is not None), _pruning(stages)
+    verdicts = [f"Engine {engine.path}: {engine.evidence.verdict}" for engine in (engines.engines if engines else ())]
+    top = headline(model.name, pruning, verified, measured, on_disk, latencies, verdicts, missing)
+    return Report(
+        top, FORMAT, model, pruning, measured, continuations(stages.evaluate),
+        stages.evaluate.images if stages.evaluate else (), verified, missing, on_disk, exported,
+        engines.engines if engines else None,
+        tuple(packed(row) for row in torch.artefacts) if torch else None,
+        read_stage(run, "bench-gpu.json", GpuBenchFile), layers(stages), masks(run), latencies,
+        overview(measured, exported, latencies, on_disk.model_bytes), provenance(stages), stayed_dense(stages))
 
 
-def _size(shape: list[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= int(length)
-    return size
+def _pruning(stages: Stages) -> Pruning:
+    patterns = sorted({row.pattern for row in stages.layers}) or [stages.recipe.pattern]
+    return Pruning(_method(stages.recipe), ", ".join(patterns), len(stages.layers),
+                   all(parse_pattern(text).implies(TWO_FOUR) for text in patterns),
+                   len({row.block for row in stages.layers}), sum(math.prod(row.shape) for row in stages.layers),
+                   "prune" in stages.manifest.stages)
+
+
+def _method(recipe: RecipeRecord) -> str:
+    """Name the method with everything that the recipe has around it, in the order in which it happens."""
+    before = ["permuted channels"] if recipe.permute else []
+    bits = [f"{recipe.wbits} bits"] if recipe.wbits else []
+    return " + ".join([*before, recipe.method, *bits, *(str(step.get("name")) for step in recipe.refine)])
+
+
+def sections(report: Report) -> tuple[Section, ...]:
+    """Make the sections of the report in the order in which a reader asks."""
+    texts, images = report.continuations, report.images
+    return (*([together(report.overview)] if report.overview else []), accuracy(report.quality),
+            *([written(texts)] if texts else []), *([drawn(images)] if images else []),
+            held(report.compliance), unchecked(report.not_checked), _kernels(report), timed(report.latency),
+            one_by_one(report.layers, report.masks), stored(report.sizes, report.graphs),
+            origin(report.provenance, report.model.source, report.quality,
+                   report.latency.environment if report.latency else None), dense(report.skipped))
+
+
+def _kernels(report: Report) -> Section:
+    first = Paragraph(WHAT_LEVELS_ARE if report.engines else
+                      "No inference engine was built in this run: which kernels would run was not checked here.")
+    return Section("Which kernels run", (
+        first, *(built(engine) for engine in report.engines or ()),
+        *(without_zeros(model) for model in report.packed or ()),
+        *([gpu_arms(report.gpu_arms)] if report.gpu_arms else [])), "engines")

@@ -39,7 +39,7 @@ def push(run: RunDir, repo: str, private: bool = False, progress: Progress = sil
 
 
 def require_token(repo: str) -> None:
-    """Raises `NmsparseError` where nobody has logged in."""
+    """Raise `NmsparseError` where nobody has logged in."""
     from huggingface_hub import get_token
 
     if get_token() is None:
@@ -48,7 +48,7 @@ def require_token(repo: str) -> None:
 
 
 def published(run: RunDir) -> dict[str, Path]:
-    """What is published, by its path there."""
+    """Return what is published, by its path there."""
     model = {str(file.relative_to(run / "model").as_posix()): file
              for file in sorted((run / "model").rglob("*")) if file.is_file()}
     return model | {f"nmsparse/{name}": run / name for name in BESIDE if (run / name).is_file()}

@@ -2,77 +2,122 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from nmsparse_deploy.masks import Mask, MaskSet
-from nmsparse_deploy.measure.report.stages import Stages
+from nmsparse_deploy.measure.report import plots
+from nmsparse_deploy.measure.report.stages import PrunedMatrix, Stages
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.runs.run_dir import RunDir
+from nmsparse_deploy.runs.section import Block, Figure, Fold, Paragraph, Section, Table, columns
+from nmsparse_deploy.runs.wording import clean, number, plural, quantity, shape
 
 CORNER = 64
-KEYS = ("name", "block", "pattern", "shape", "axis", "relative_error", "seconds")
+Series = dict[str, list[tuple[int, float]]]
+"""Kind of layer -> (block, relative error)."""
 
 
-def layers(stages: Stages) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Layers:
     """Rows of `layers.json` and, where the method measured them, relative errors by layer kind and block."""
-    with stages.of("plan.json"):
-        plan = {row["name"]: row for row in (stages.plan or {}).get("rows", [])}
-    with stages.of("layers.json"):
-        rows = [{**{key: row[key] for key in KEYS},
-                 "kind": _kind(row["name"], plan.get(row["name"], {}))} for row in stages.layers]
-        return {"rows": rows, "series": _series(rows)}
+
+    rows: tuple[PrunedMatrix, ...]
+    series: Series
 
 
-def _kind(name: str, planned: dict[str, Any]) -> str:
-    """Last path component of the parameter's module."""
-    return str(planned.get("module") or name.rpartition(".")[0] or name).rpartition(".")[2]
+@dataclass(frozen=True)
+class KeptPositions:
+    """How often each position of a group is kept, over all masks of one pattern."""
+
+    pattern: str
+    density: float
+    masks: int
+    groups: int
+    kept: tuple[float, ...]
 
 
-def _series(rows: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
-    """Kind -> [[block, error], ...]; several layers of one kind in a block (experts) give their median."""
-    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if isinstance(row["relative_error"], int | float):
-            found[row["kind"]][row["block"]].append(float(row["relative_error"]))
-    return {kind: [[block, statistics.median(errors)] for block, errors in sorted(blocks.items())]
-            for kind, blocks in found.items()}
+@dataclass(frozen=True)
+class MaskPictures:
+    """The first values of one mask as rows of 0 and 1, the group axis to the right, and the kept positions."""
+
+    tensor: str
+    pattern: str
+    axis: int
+    group: int
+    corner: tuple[str, ...]
+    positions: tuple[KeptPositions, ...]
 
 
-def masks(run: RunDir) -> dict[str, Any] | None:
-    """A corner of one mask, and how often every position of a group is kept over all N:M masks; None without masks."""
-    if not (run / "masks.safetensors").is_file():
+def layers(stages: Stages) -> Layers:
+    """Order the errors by the last word of their module's path; several of a kind in a block give their median."""
+    modules = {row.name: row.module for row in stages.plan.rows} if stages.plan else {}
+    errors: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in stages.layers:
+        if row.relative_error is not None and math.isfinite(row.relative_error):
+            module = modules.get(row.name) or row.name.rpartition(".")[0] or row.name
+            errors[module.rpartition(".")[2]][row.block].append(row.relative_error)
+    series = {kind: [(block, statistics.median(values)) for block, values in sorted(blocks.items())]
+              for kind, blocks in errors.items()}
+    return Layers(stages.layers, series)
+
+
+def masks(run: RunDir) -> MaskPictures | None:
+    """Count the positions that all N:M masks keep; None without masks."""
+    held = MaskSet.load(run / "masks.safetensors").masks if (run / "masks.safetensors").is_file() else {}
+    if not held:
         return None
-    found = MaskSet.load(run / "masks.safetensors").masks
-    if not found:
-        return None
-    name, first = next(iter(found.items()))
-    kept: dict[str, np.ndarray] = {}
-    groups: dict[str, int] = defaultdict(int)
-    count: dict[str, int] = defaultdict(int)
-    for mask in found.values():
-        if not isinstance(mask.pattern, NMPattern):
-            continue
-        rows = _rows(mask).reshape(-1, mask.pattern.group)
-        key = str(mask.pattern)
-        kept[key] = kept.get(key, 0) + rows.sum(0, dtype=np.int64)
-        groups[key] += len(rows)
-        count[key] += 1
-    positions = [{"pattern": key, "density": _density(found, key), "masks": count[key], "groups": groups[key],
-                  "kept": (kept[key] / groups[key]).tolist()} for key in sorted(kept)]
-    corner = _rows(first)[:CORNER, :CORNER]
-    return {"tensor": name, "pattern": str(first.pattern), "axis": first.axis, "group": first.pattern.alignment,
-            "corner": ["".join("1" if value else "0" for value in row) for row in corner], "positions": positions}
+    name, first = next(iter(held.items()))
+    by_pattern: dict[NMPattern, list[Mask]] = defaultdict(list)
+    for mask in held.values():
+        if isinstance(mask.pattern, NMPattern):
+            by_pattern[mask.pattern].append(mask)
+    positions = tuple(_kept(pattern, by_pattern[pattern]) for pattern in sorted(by_pattern, key=str))
+    corner = tuple("".join("1" if value else "0" for value in row) for row in _rows(first)[:CORNER, :CORNER])
+    return MaskPictures(clean(name), str(first.pattern), first.axis, first.pattern.alignment, corner, positions)
+
+
+def _kept(pattern: NMPattern, masks: list[Mask]) -> KeptPositions:
+    kept, groups = np.zeros(pattern.group, np.int64), 0
+    for mask in masks:
+        rows = _rows(mask).reshape(-1, pattern.group)
+        kept, groups = kept + rows.sum(0, dtype=np.int64), groups + len(rows)
+    return KeptPositions(str(pattern), pattern.density, len(masks), groups, tuple((kept / groups).tolist()))
 
 
 def _rows(mask: Mask) -> np.ndarray:
-    """The mask with its group axis last, as rows."""
+    """Return the mask with its group axis last, as rows."""
     bits = np.moveaxis(mask.unpack().numpy(), mask.axis, -1)
     return bits.reshape(-1, bits.shape[-1])
 
 
-def _density(found: dict[str, Mask], key: str) -> float:
-    return next(mask.pattern.density for mask in found.values() if str(mask.pattern) == key)
+def one_by_one(layers: Layers, masks: MaskPictures | None) -> Section:
+    """Write the section about single layers."""
+    wide, narrow = (plots.relative_errors(layers.series, width, name)
+                    for width, name in ((plots.WIDE, "errors-wide"), (plots.NARROW, "errors")))
+    blocks: list[Block] = [
+        Paragraph("The relative error of a layer is the share of its output energy (squared norm, on the calibration "
+                  "data) that pruning changed; lower is better."), Figure((wide,), narrow=(narrow,))] if (
+        wide and narrow) else [
+        Paragraph("Relative errors per layer were not measured: the method used no calibration statistics, or every "
+                  "error is zero.")]
+    blocks.append(_pictured(masks) if masks else Paragraph("The run has no mask file."))
+    heads = columns("parameter", "block", "pattern", "shape", "group axis", "relative error", "time")
+    rows = tuple((row.name, str(row.block), row.pattern, shape(row.shape), str(row.axis),
+                  number(row.relative_error), quantity(row.seconds, "s")) for row in layers.rows)
+    blocks.append(Fold(f"All {plural(len(rows), 'layer')}", (Table("Pruned layers", heads, rows, small=True),)))
+    return Section("Layer by layer", tuple(blocks), "layers")
+
+
+def _pictured(masks: MaskPictures) -> Figure:
+    caption = f"Heat map: blue values of {masks.tensor} are kept, the others are zero."
+    if masks.positions:
+        counted = "; ".join(f"{row.pattern} in {plural(row.masks, 'mask')} with {row.groups:,} groups"
+                            for row in masks.positions)
+        caption += f" Bars: how often each position of a group is kept, {counted}. Dotted: the pattern's density."
+    bars = [plots.kept_by_position(row, f"position-{number}") for number, row in enumerate(masks.positions)]
+    return Figure((plots.mask_corner(masks), *bars), caption)

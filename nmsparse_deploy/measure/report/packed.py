@@ -2,46 +2,171 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
 
-from nmsparse_deploy.measure.report.stages import Stages
+from nmsparse_deploy.measure.report.stages import Recorded, SpeedUp
+from nmsparse_deploy.runs.section import Block, Bullets, Paragraph, Section, Table, columns
+from nmsparse_deploy.runs.wording import INTERVAL, megabytes, plural
 
-
-def packed(stages: Stages) -> list[dict[str, Any]] | None:
-    """One entry per packed model; None when there is none."""
-    if stages.torch is None:
-        return None
-    with stages.of("torch.json"):
-        return [_packed(row) for row in stages.torch["artefacts"]]
+ARMS = ("dense: the weights as they were; pruned-dense: pruned weights on dense kernels; pruned-sparse: on sparse "
+        "kernels; auto: layer by layer the faster of these two; unstructured: half of the weights zero, anywhere, as a "
+        "control.")
 
 
-def _packed(row: dict[str, Any]) -> dict[str, Any]:
-    made = row["decisions"]
-    facts = {key: row[key] for key in ("precision", "path", "weights", "packed_bytes", "dense_bytes", "verified")}
-    if made is None:
-        return {**facts, "gpu": None, "dry": False, "not_checked": row["not_checked"], "decisions": []}
-    return {**facts, "gpu": made["gpu"], "dry": made["dry"], "not_checked": None,
-            "decisions": [line for one in made["gemms"] for line in _lines(one)]}
+@dataclass(frozen=True)
+class TimedRows:
+    """A GEMM, dense and sparse, at one number of rows."""
+
+    rows: int
+    dense_us: float
+    sparse_us: float
+    speedup: float
+    low: float
+    high: float
+    word: str
 
 
-def _lines(one: dict[str, Any]) -> list[dict[str, Any]]:
-    """A line for every number of rows at which a GEMM was timed."""
-    shape = {"k": int(one["k"]), "n": int(one["n"]), "weights": len(one["weights"]), "keep": one["keep"],
-             "why": one["why"]}
-    keys = ("rows", "dense_us", "sparse_us", "speedup", "low", "high")
-    return [{**shape, **{key: float(found[key]) for key in keys}, "word": found["word"]} for found in one["verdicts"]]
+@dataclass(frozen=True)
+class DecidedGemm:
+    """What the GEMMs of one shape were decided to run on."""
+
+    k: int
+    n: int
+    weights: tuple[str, ...]
+    keep: str
+    why: str
+    verdicts: tuple[TimedRows, ...]
 
 
-def gpu_arms(stages: Stages) -> dict[str, Any] | None:
-    """What `bench` measured on a GPU: a line for every arm of every workload; None when nothing was."""
-    data = stages.bench_gpu
-    if data is None:
-        return None
-    with stages.of("bench-gpu.json"):
-        lines = [{"work": f"{phase['name']}, {'CUDA graph' if phase['replayed'] else 'plain'}", "arm": arm["name"],
-                  "median_ms": float(arm["median_ms"]), "p99_ms": float(arm["p99_ms"]),
-                  "ratio": phase["over_dense"].get(arm["name"]), "pruned": phase["over_pruned"].get(arm["name"])}
-                 for phase in data["phases"] for arm in phase["arms"]]
-        return {"device": data["before"]["device"], "precision": data["precision"], "batch": int(data["batch"]),
-                "length": int(data["length"]), "verdict": data["verdict"], "lines": lines,
-                "failed": [f"{name}: {why}" for name, why in data["failed"].items()]}
+@dataclass(frozen=True)
+class Decisions:
+    """All decisions, and the GPU on which they were timed."""
+
+    gpu: str
+    dry: bool
+    gemms: tuple[DecidedGemm, ...]
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """An entry of `torch.json`."""
+
+    precision: str
+    path: str
+    weights: int
+    packed_bytes: int
+    dense_bytes: int
+    verified: int
+    decisions: Decisions | None
+    not_checked: str | None
+
+
+@dataclass(frozen=True)
+class TorchFile:
+    """`torch.json`."""
+
+    artefacts: tuple[PackedModel, ...]
+
+
+@dataclass(frozen=True)
+class DecidedRows(TimedRows):
+    """One timing of a GEMM with what its shape was decided to run on."""
+
+    k: int
+    n: int
+    weights: int
+    keep: str
+    why: str
+
+
+@dataclass(frozen=True)
+class PackedFacts:
+    """A packed model with a line for every number of rows at which a GEMM was timed."""
+
+    precision: str
+    path: str
+    weights: int
+    packed_bytes: int
+    dense_bytes: int
+    verified: int
+    gpu: str | None
+    dry: bool
+    not_checked: str | None
+    decisions: tuple[DecidedRows, ...]
+
+
+@dataclass(frozen=True)
+class GpuArm:
+    """An arm of one workload."""
+
+    name: str
+    median_ms: float
+    p99_ms: float
+
+
+@dataclass(frozen=True)
+class GpuPhase:
+    """A workload in all arms."""
+
+    name: str
+    replayed: bool
+    arms: tuple[GpuArm, ...]
+    over_dense: dict[str, SpeedUp]
+    over_pruned: dict[str, SpeedUp]
+
+
+@dataclass(frozen=True)
+class GpuBenchFile:
+    """`bench-gpu.json`."""
+
+    phases: tuple[GpuPhase, ...]
+    before: Recorded
+    precision: str
+    batch: int
+    length: int
+    verdict: str
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def packed(model: PackedModel) -> PackedFacts:
+    """Put the decisions of a packed model into lines."""
+    made = model.decisions
+    lines = tuple(DecidedRows(**vars(at), k=gemm.k, n=gemm.n, weights=len(gemm.weights), keep=gemm.keep, why=gemm.why)
+                  for gemm in (made.gemms if made else ()) for at in gemm.verdicts)
+    return PackedFacts(model.precision, model.path, model.weights, model.packed_bytes, model.dense_bytes,
+                       model.verified, made.gpu if made else None, bool(made and made.dry), model.not_checked, lines)
+
+
+def without_zeros(model: PackedFacts) -> Section:
+    """Write the subsection about one packed model."""
+    timed = (f"Sparse or dense, as timed on {model.gpu}{' (dry run: no measurement)' if model.dry else ''}:"
+             if model.gpu else f"No GEMM was timed: {model.not_checked}")
+    text = (f"{plural(model.weights, 'weight')} stored without zeros: {megabytes(model.packed_bytes)} in place of "
+            f"{megabytes(model.dense_bytes)} in {model.precision}; {model.verified:,} verified against the masks. "
+            f"{timed}")
+    heads = columns("K × N", "weights", "rows", "dense", "sparse", f"speed-up of sparse over dense ({INTERVAL})",
+                    "runs", "because", text=("because",))
+    rows = tuple((f"{row.k} × {row.n}", str(row.weights), str(row.rows), f"{row.dense_us:.1f} µs",
+                  f"{row.sparse_us:.1f} µs", _speed_up(row), row.keep, row.why) for row in model.decisions)
+    table = [Table(f"Decisions for {model.path}", heads, rows, small=True)] if rows else []
+    return Section(f"Packed for PyTorch: {model.path}", (Paragraph(text), *table))
+
+
+def gpu_arms(bench: GpuBenchFile) -> Section:
+    """Write the subsection about the arms on a GPU."""
+    heads = columns("work", "arm", "median", "99th percentile", f"speed-up over dense ({INTERVAL})",
+                    f"speed-up over the same weights on dense kernels ({INTERVAL})")
+    rows = tuple((f"{phase.name}, {'CUDA graph' if phase.replayed else 'plain'}", arm.name,
+                  f"{arm.median_ms:.3f} ms", f"{arm.p99_ms:.3f} ms", _speed_up(phase.over_dense.get(arm.name)),
+                  _speed_up(phase.over_pruned.get(arm.name)))
+                 for phase in bench.phases for arm in phase.arms)
+    blocks: list[Block] = [Paragraph(bench.verdict, "callout"), Paragraph(ARMS, "soft"), Table(
+        "Arms on a GPU", heads, rows, f"Precision {bench.precision}, batch {bench.batch}, {bench.length} tokens each.",
+        small=True)]
+    if bench.failed:
+        blocks.append(Bullets(tuple(("Not timed", f"{name}: {why}") for name, why in bench.failed.items())))
+    return Section(f"Arms on {bench.before['device']}", tuple(blocks))
+
+
+def _speed_up(ratio: SpeedUp | TimedRows | None) -> str:
+    return f"{ratio.speedup:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else ""

@@ -1,4 +1,4 @@
-"""Pictures of a report as inline SVG: no scripts, no files, system fonts, and the page's own colours."""
+"""Plots of a report as inline SVG: no scripts, no files, system fonts, and the page's own colours."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ import html
 import io
 import math
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
+from nmsparse_deploy.runs.section import Picture
+from nmsparse_deploy.runs.wording import percent
+
+if TYPE_CHECKING:
+    from nmsparse_deploy.measure.report.latency import LatencyArm
+    from nmsparse_deploy.measure.report.layers import KeptPositions, MaskPictures, Series
+
+WIDE, NARROW = 10.2, 4.6
+"""Inches on a screen, and on a phone."""
 INK, FAINT = "#010203", "#040506"
 SERIES = tuple(f"#0{n}0a0{n}" for n in range(1, 9))
 """Stand-ins that become CSS variables, so that the plots follow the page from light to dark."""
@@ -35,8 +44,8 @@ LINES = re.compile(r" *\n *")
 BASE64 = re.compile(r"base64,[^\"]*")
 
 
-def relative_errors(series: dict[str, list[list[float]]], width: float, salt: str) -> str | None:
-    """Relative output error by block, one line per layer kind; None when none was measured or all are zero."""
+def relative_errors(series: Series, width: float, salt: str) -> Picture | None:
+    """Draw relative output error by block, one line per layer kind; None when none was measured or all are zero."""
     lines = {kind: [(block, error) for block, error in points if error > 0] for kind, points in series.items()}
     lines = {kind: points for kind, points in lines.items() if points}
     if not lines:
@@ -57,7 +66,8 @@ def relative_errors(series: dict[str, list[list[float]]], width: float, salt: st
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(axis="y", color=FAINT, linewidth=0.4, alpha=0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        axes.set(title="Relative output error of every pruned layer", xlabel="block", ylabel="share of output energy")
+        axes.set(title="Relative output error of every pruned layer", xlabel="block",
+                 ylabel="share of output energy (log scale)")
         axes.figure.legend(loc="outside lower left", ncols=columns, columnspacing=1.2, handlelength=1.8)
 
     worst = max((error, kind, block) for kind, points in lines.items() for block, error in points)
@@ -66,16 +76,16 @@ def relative_errors(series: dict[str, list[list[float]]], width: float, salt: st
     return _svg(draw, (width, 3.1 + 0.17 * math.ceil(len(lines) / columns)), text, salt)
 
 
-def mask_corner(masks: dict[str, Any]) -> str:
-    """The corner of one mask: coloured = kept; the group axis runs to the right."""
-    kept = np.array([[value == "1" for value in row] for row in masks["corner"]])
+def mask_corner(masks: MaskPictures) -> Picture:
+    """Draw the corner of one mask: coloured = kept; the group axis runs to the right."""
+    kept = np.array([[value == "1" for value in row] for row in masks.corner])
     pixels = np.zeros((*kept.shape, 4))
     pixels[kept] = KEPT
     height, width = kept.shape
 
     def draw(axes: Axes) -> None:
         axes.imshow(pixels, interpolation="none", aspect="equal")
-        step = masks["group"] * max(1, round(width / 4 / masks["group"]))
+        step = masks.group * max(1, round(width / 4 / masks.group))
         axes.set_xticks(np.arange(0, width + 1, step) - 0.5, [str(n) for n in range(0, width + 1, step)])
         axes.set_yticks(np.arange(0, height + 1, max(1, height // 4)) - 0.5,
                         [str(n) for n in range(0, height + 1, max(1, height // 4))])
@@ -83,55 +93,54 @@ def mask_corner(masks: dict[str, Any]) -> str:
         axes.set(title=f"First {height} × {width} values of one mask", xlabel="position along the group axis (input)",
                  ylabel="output row")
 
-    text = (f"Heat map of the first {height} by {width} values of the mask of {masks['tensor']}: {int(kept.sum())} of "
+    text = (f"Heat map of the first {height} by {width} values of the mask of {masks.tensor}: {int(kept.sum())} of "
             f"{kept.size} values are kept.")
-    return _svg(draw, (3.6, 3.6), text, "corner")
+    return _svg(draw, (3.6, 0.9 + 2.7 * height / width), text, "corner")
 
 
-def kept_by_position(entry: dict[str, Any], salt: str) -> str:
-    """Share of groups that keep each position of the group, over all masks of one pattern."""
-    shares = entry["kept"]
+def kept_by_position(entry: KeptPositions, salt: str) -> Picture:
+    """Draw the share of groups that keep each position of the group, over all masks of one pattern."""
+    shares = entry.kept
 
     def draw(axes: Axes) -> None:
         bars = axes.bar(range(len(shares)), shares, color=SERIES[0], width=0.62)
-        labels = [f"{100 * share:.1f} %" for share in shares]
-        axes.bar_label(bars, labels, padding=2, fontsize=8 if len(shares) < 6 else 6.5)
-        axes.axhline(entry["density"], color=INK, linewidth=0.8, linestyle=":")
+        axes.bar_label(bars, [percent(share) for share in shares], padding=2, fontsize=8 if len(shares) < 6 else 6.5)
+        axes.axhline(entry.density, color=INK, linewidth=0.8, linestyle=":")
         axes.set_xticks(range(len(shares)))
-        axes.set_ylim(0, min(1.12, max([*shares, entry["density"]]) * 1.3))
-        axes.set(title=f"Kept values by position in the {entry['pattern']} group", xlabel="position in the group",
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+        axes.set_ylim(0, min(1.12, max([*shares, entry.density]) * 1.3))
+        axes.set(title=f"Kept values by position in the {entry.pattern} group", xlabel="position in the group",
                  ylabel="share of groups")
 
-    listed = ", ".join(f"{share:.1%}" for share in shares)
-    text = (f"Bars: over {entry['masks']} masks, positions 0 to {len(shares) - 1} of a {entry['pattern']} group are "
-            f"kept in {listed} of all groups; the dotted line is the density {entry['density']:.0%}.")
-    return _svg(draw, (3.6, 3.6), text, salt)
+    listed = ", ".join(percent(share) for share in shares)
+    text = (f"Bars: over {entry.masks} masks, positions 0 to {len(shares) - 1} of a {entry.pattern} group are "
+            f"kept in {listed} of all groups; the dotted line is the density {percent(entry.density)}.")
+    return _svg(draw, (3.6, 3.2), text, salt)
 
 
-def latency_arms(arms: list[dict[str, Any]], width: float, salt: str) -> str | None:
-    """Median (dot) and p10 to p90 (bar) of every arm; None when a time is not a number."""
-    times = [(arm["p10_ms"], arm["median_ms"], arm["p90_ms"]) for arm in arms]
-    if not times or not all(isinstance(value, int | float) for row in times for value in row):
-        return None
+def latency_arms(arms: Sequence[LatencyArm], width: float, salt: str) -> Picture:
+    """Draw the median (dot) and the 10th to 90th percentile (bar) of every arm."""
+    times = [(arm.p10_ms, arm.median_ms, arm.p90_ms) for arm in arms]
 
     def draw(axes: Axes) -> None:
         for place, (low, middle, high) in enumerate(times):
             colour = SERIES[place % len(SERIES)]
             axes.plot([low, high], [place, place], color=colour, linewidth=5, alpha=0.45, solid_capstyle="butt")
             axes.plot([middle], [place], color=colour, marker="o", markersize=6)
-        axes.set_yticks(range(len(arms)), [_short(arm["name"]) for arm in arms])
+        axes.set_yticks(range(len(arms)), [_short(arm.name) for arm in arms])
         axes.set_ylim(len(arms) - 0.5, -0.5)
-        axes.set_xlim(0, max(high for _, _, high in times) * 1.05 or 1)
+        axes.set_xlim(0, max((high for _, _, high in times), default=0) * 1.05 or 1)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.grid(axis="x", color=FAINT, linewidth=0.4, alpha=0.5)
-        axes.set(title="Latency per call: median and p10 to p90", xlabel="ms per call")
+        axes.set(title="Median (dot) and 10th to 90th percentile (bar)", xlabel="ms per call")
 
-    text = "; ".join(f"{arm['name']}: median {arm['median_ms']:.4g} ms" for arm in arms)
+    text = "; ".join(f"{arm.name}: median {arm.median_ms:.4g} ms" for arm in arms)
     return _svg(draw, (width, 1.1 + 0.36 * len(arms)), f"Latency by arm: {text}.", salt)
 
 
-def against_cost(points: list[tuple[str, float, float]], dense: float, metric: str, width: float, salt: str) -> str:
-    """One dot a recipe: what pruning took in seconds, and the metric it reached; the dense model is the dotted line."""
+def against_cost(points: Sequence[tuple[str, float, float]], dense: float, metric: str, width: float,
+                 salt: str) -> Picture:
+    """Draw a dot per recipe: the seconds that pruning took and the metric it reached; dense is the dotted line."""
     values = [value for _, _, value in points] + [dense]
     spread = "ppl" in metric and max(values) > 4 * min(values)
 
@@ -149,7 +158,7 @@ def against_cost(points: list[tuple[str, float, float]], dense: float, metric: s
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(axis="y", color=FAINT, linewidth=0.4, alpha=0.5)
-        axes.set(title=f"{metric} against the time to prune", xlabel="seconds", ylabel=metric)
+        axes.set(title=f"{metric} against the time to prune", xlabel="seconds to prune (log scale)", ylabel=metric)
         axes.figure.legend(loc="outside lower left", ncols=4 if width > 5 else 2, columnspacing=1.2)
 
     listed = "; ".join(f"{name}: {value:.4g} in {seconds:.0f} s" for name, seconds, value in points)
@@ -161,22 +170,22 @@ def _short(name: str) -> str:
     return name if len(name) <= 28 else f"{name[:27]}…"
 
 
-def _svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str, salt: str) -> str:
+def _svg(draw: Callable[[Axes], None], size: tuple[float, float], words: str, salt: str) -> Picture:
     settings: Any = {**SETTINGS, "svg.hashsalt": salt}
     with matplotlib.rc_context(settings):
         figure = Figure(size, layout="constrained")
         draw(figure.add_subplot())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return _inline(buffer.getvalue(), label)
+    return Picture(_inline(buffer.getvalue(), words), words)
 
 
-def _inline(text: str, label: str) -> str:
-    """An SVG element for an HTML page: named for screen readers, without ids that two plots would share."""
+def _inline(text: str, words: str) -> str:
+    """Return an SVG element for an HTML page: named for screen readers, without ids that two plots would share."""
     text = DROPPED.sub("", text[text.index("<svg") :])
     text = GROUP_ID.sub("<g", XLINK.sub("href=", FAMILY.sub("", LINES.sub(" ", text))))
     text = BASE64.sub(lambda match: match[0].replace(" ", ""), text)
     for stand_in, colour in COLOURS.items():
         text = text.replace(stand_in, colour)
-    title = html.escape(label, quote=True)
+    title = html.escape(words, quote=True)
     return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)

@@ -3,95 +3,136 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from dataclasses import dataclass
 
 import yaml
 
-from nmsparse_deploy.measure.report.stages import Stages
+from nmsparse_deploy.measure.report.quality import Quality
+from nmsparse_deploy.measure.report.stages import Circumstances, RecipeRecord, Recorded, StageRecord, Stages
 from nmsparse_deploy.recipe import Calibration, Prune
+from nmsparse_deploy.runs.section import Block, Code, Facts, Paragraph, Section, Table, columns
+from nmsparse_deploy.runs.wording import facts, moment, quantity, shape
+
+Options = list[tuple[str, object]]
 
 
-def provenance(stages: Stages) -> dict[str, Any]:
-    """Recipe, fingerprint, versions, hardware, data, stages, and commands."""
+@dataclass(frozen=True)
+class FinishedStage:
+    """A stage with its cost."""
+
+    stage: str
+    finished: str | None
+    seconds: float | None
+    peak_memory_mb: int | None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Recipe, versions, hardware, data, stages, and the commands that give the run again."""
+
+    recipe: Recorded
+    recipe_yaml: str
+    fingerprint: str
+    created: str | None
+    versions: dict[str, str]
+    hardware: Recorded
+    base_model: Recorded
+    compute: str | None
+    calibration: Recorded | None
+    stages: tuple[FinishedStage, ...]
+    commands: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StayedDense:
+    """A weight that stayed dense."""
+
+    name: str
+    shape: str
+    reason: str
+
+
+def provenance(stages: Stages) -> Provenance:
+    """Collect where the run comes from."""
     manifest = stages.manifest
-    with stages.of("manifest.json"):
-        prune = manifest["stages"].get("prune", {})
-        return {"recipe": manifest["recipe"], "recipe_yaml": _yaml(manifest["recipe"]),
-                "fingerprint": manifest["fingerprint"], "created": manifest.get("created"),
-                "versions": manifest.get("versions") or {}, "hardware": manifest.get("hardware") or {},
-                "base_model": prune.get("provenance") or {}, "compute": prune.get("compute"),
-                "calibration": prune.get("calibration"), "stages": _stage_rows(manifest["stages"]),
-                "commands": commands(stages)}
+    prune = manifest.stages.get("prune", StageRecord())
+    done = tuple(FinishedStage(name, record.finished, record.seconds, record.peak_memory_mb)
+                 for name, record in manifest.stages.items())
+    return Provenance(manifest.recipe, _yaml(manifest.recipe), manifest.fingerprint, manifest.created,
+                      manifest.versions, manifest.hardware, prune.provenance, prune.compute, prune.calibration, done,
+                      commands(stages))
 
 
-def _yaml(recipe: dict[str, Any]) -> str:
-    """The recorded recipe in the form that `nmsparse-deploy run` reads."""
+def _yaml(recipe: Recorded) -> str:
+    """Write the recorded recipe in the form that `nmsparse-deploy run` reads."""
     prune = {key: value for key, value in recipe.items() if key != "model"}
     return yaml.safe_dump({"model": recipe["model"], "prune": prune}, sort_keys=False, allow_unicode=True, width=100)
 
 
-def _stage_rows(stages: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"stage": name, "finished": facts.get("finished"), "seconds": facts.get("seconds"),
-             "peak_memory_mb": facts.get("peak_memory_mb")} for name, facts in stages.items()]
-
-
-def commands(stages: Stages) -> list[str]:
-    """One command per stage that the run holds, with every setting that was recorded."""
+def commands(stages: Stages) -> tuple[str, ...]:
+    """Return one command per stage that the run holds, with every setting that was recorded."""
     run = f"runs/{stages.path.resolve().name}"
-    with stages.of("manifest.json"):
-        found = [_prune(stages.manifest["recipe"], run)]
-    with stages.of("export.json"):
-        if stages.export:
-            files = stages.export["files"]
-            options = [("precision", row["precision"]) for row in files] + [("opset", files[0]["opset"])]
-            found.append(_command("export", [run], options))
-    with stages.of("manifest.json"):
-        if stages.engines:
-            spec = stages.manifest["stages"].get("build", {}).get("spec") or {}
-            shapes = [("shape", f"{name}={'x'.join(map(str, size))}") for name, size in
-                      (spec.get("shapes") or {}).items()]
-            plain = ("precision", "batch", "length", "level", "timing_iterations", "route")
-            options = [(name.replace("_", "-"), spec.get(name)) for name in plain] + shapes
-            found.append(_command("build", [run], options + ([("allow-fp32", "")] if spec.get("allow_fp32") else [])))
-    with stages.of("evaluate.json"):
-        if stages.evaluate:
-            protocol = next(iter(stages.evaluate["results"].values()))
-            protocol = (protocol[0] if isinstance(protocol, list) else protocol).get("protocol") or {}
-            spec = stages.manifest["stages"].get("evaluate", {}).get("spec") or {}
-            options = _as_papers(spec) or [(key, protocol.get(key)) for key in ("data", "tokens", "context")]
-            found.append(_command("evaluate", [run], options))
-    with stages.of("bench.json"):
-        if stages.bench:
-            rounds = [("rounds", arm["calls"]) for arm in stages.bench["arms"][:1]]
-            found.append(_command("bench", [run], [*stages.bench["shape"].items(), *rounds]))
-    return [*found, _command("report", [run], [])]
+    specs = {name: record.spec for name, record in stages.manifest.stages.items()}
+    lines = [_prune(stages.recipe, run)]
+    if stages.export and stages.export.files:
+        options: Options = [("precision", graph.precision) for graph in stages.export.files]
+        lines.append(_command("export", [run], [*options, ("opset", stages.export.files[0].opset)]))
+    if "build" in specs:
+        lines.append(_command("build", [run], _build(specs["build"])))
+    if stages.evaluate:
+        lines.append(_command("evaluate", [run], _evaluate(stages, specs.get("evaluate", {}))))
+    if stages.bench:
+        rounds: Options = [("rounds", arm.calls) for arm in stages.bench.arms[:1]]
+        lines.append(_command("bench", [run], [*stages.bench.shape.items(), *rounds]))
+    return (*lines, _command("report", [run], []))
 
 
-def _as_papers(spec: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Options of an evaluation by protocols and tasks; none for any other."""
-    named = [("protocol", name) for name in spec.get("protocols") or []]
-    named += [("task", name) for name in spec.get("tasks") or []]
-    more = [("data", spec.get("data")), ("paper-context", spec.get("paper_context")), ("limit", spec.get("limit"))]
-    return [*named, *more, *([("onnx", "")] if spec.get("onnx") else [])] if named else []
+def _build(spec: Recorded) -> Options:
+    shapes = spec.get("shapes")
+    sized: Options = [("shape", f"{name}={'x'.join(map(str, size))}") for name, size in shapes.items()
+                      if isinstance(size, list)] if isinstance(shapes, dict) else []
+    plain = ("precision", "batch", "length", "level", "timing_iterations", "route")
+    return [*((name.replace("_", "-"), spec.get(name)) for name in plain), *sized,
+            *([("allow-fp32", "")] if spec.get("allow_fp32") else [])]
 
 
-def _prune(recipe: dict[str, Any], run: str) -> str:
-    """`prune` with its options, or `run` where the recipe sets what has no option."""
-    calibration, steps = recipe.get("calibration") or {}, recipe.get("refine") or []
-    usual = [step.model_dump(mode="json") for step in Prune(refine=[{"name": step["name"]} for step in steps]).refine]
-    if calibration.get("batch", Calibration().batch) != Calibration().batch or steps != usual or (
-            recipe.get("compute", Prune().compute) != Prune().compute) or recipe.get("patterns"):
+def _evaluate(stages: Stages, spec: Recorded) -> Options:
+    """Return the options of an evaluation by protocols and tasks, or of the usual one."""
+    named: Options = [(option, name) for option, key in (("protocol", "protocols"), ("task", "tasks"))
+                      for name in _listed(spec.get(key))]
+    if named:
+        return [*named, ("data", spec.get("data")), ("paper-context", spec.get("paper_context")),
+                ("limit", spec.get("limit")), *([("onnx", "")] if spec.get("onnx") else [])]
+    first = next(iter(stages.evaluate.results.values()), ()) if stages.evaluate else ()
+    result = first[0] if isinstance(first, tuple) and first else first
+    protocol = {} if isinstance(result, tuple) else result.protocol
+    return [(key, protocol.get(key)) for key in ("data", "tokens", "context")]
+
+
+def _prune(recipe: RecipeRecord, run: str) -> str:
+    """Return `prune` with its options, or `run` where the recipe sets what has no option; `import` for found masks."""
+    if recipe.imported:
+        return _command("import", [recipe.model], [*recipe.imported.items(), ("pattern", recipe.pattern), ("out", run)])
+    steps = [str(step.get("name")) for step in recipe.refine]
+    usual = [step.model_dump(mode="json") for step in Prune.model_validate(
+        {"refine": [{"name": name} for name in steps]}).refine]
+    calibration = recipe.calibration
+    if calibration.get("batch", Calibration().batch) != Calibration().batch or list(recipe.refine) != usual or (
+            recipe.compute != Prune().compute) or recipe.patterns:
         return f"{_command('run', ['recipe.yaml'], [('out', run)])}  # the recipe below, saved as recipe.yaml"
-    options = [("method", recipe.get("method")), *(("refine", step["name"]) for step in steps),
-               *((name, "") for name in ("permute", "sequential") if recipe.get(name)),
-               *((name, recipe.get(name)) for name in ("pattern", "wbits", "wgroup")),
-               *((key, calibration.get(key)) for key in ("data", "samples", "length", "seed")),
-               *(("include", glob) for glob in recipe.get("include") or []),
-               *(("exclude", glob) for glob in recipe.get("exclude") or []), ("out", run)]
-    return _command("prune", [recipe["model"]], options)
+    flags = [name for name, wanted in (("permute", recipe.permute), ("sequential", recipe.sequential)) if wanted]
+    return _command("prune", [recipe.model], [
+        ("method", recipe.method), *(("refine", step) for step in steps), *((name, "") for name in flags),
+        ("pattern", recipe.pattern), ("wbits", recipe.wbits), ("wgroup", recipe.wgroup),
+        *((key, calibration.get(key)) for key in ("data", "samples", "length", "seed")),
+        *(("include", glob) for glob in recipe.include), *(("exclude", glob) for glob in recipe.exclude), ("out", run)])
 
 
-def _command(verb: str, arguments: list[str], options: list[tuple[str, Any]]) -> str:
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _command(verb: str, arguments: list[str], options: Options) -> str:
     words = ["nmsparse-deploy", verb, *arguments]
     for name, value in options:
         if value is not None:
@@ -99,12 +140,54 @@ def _command(verb: str, arguments: list[str], options: list[tuple[str, Any]]) ->
     return shlex.join(words)
 
 
-def skipped(stages: Stages) -> list[dict[str, Any]]:
-    """Weights that stayed dense, each with the reason."""
-    with stages.of("plan.json"):
-        plan = stages.plan or {"rows": [], "skipped": []}
-        dense = [{"name": row["name"], "shape": f"{row['k']} × {row['n']} (K × N)", "reason": row["reason"]}
-                 for row in plan["rows"] if not row["pattern"]]
-        never = [{"name": row["name"], "shape": " × ".join(str(size) for size in row["shape"]),
-                  "reason": row["reason"]} for row in plan["skipped"]]
-    return dense + never
+def stayed_dense(stages: Stages) -> tuple[StayedDense, ...]:
+    """List weights that stayed dense, each with the reason."""
+    if stages.plan is None:
+        return ()
+    return (*(StayedDense(row.name, f"{row.k} × {row.n} (K × N)", row.reason) for row in stages.plan.rows
+              if not row.pattern),
+            *(StayedDense(row.name, shape(row.shape), row.reason) for row in stages.plan.skipped))
+
+
+def origin(found: Provenance, source: str, quality: Quality | None, timed: Circumstances | None) -> Section:
+    """Write the section about where the run comes from."""
+    about = {"model": source, "run fingerprint": found.fingerprint, "created": moment(found.created),
+             "forward passes in": found.compute or "not recorded"}
+    blocks: list[Block] = [
+        Facts(tuple(about.items())),
+        Section("To get it again", (Code("\n".join(found.commands), wrap=True),)),
+        Section("Recipe", (Code(found.recipe_yaml),)),
+        Section("Base model", (_facts(found.base_model, "Nothing about the base model was recorded."),)),
+        Section("Calibration", (_facts(found.calibration, "The method used no calibration data, or none was recorded."),
+                                *_held_out(quality))),
+        Section("Hardware and versions", (Facts(facts({**found.hardware, **found.versions})),))]
+    here = Circumstances(found.versions, found.hardware)
+    for name, later in (("Evaluation", quality.environment if quality else None), ("Latency", timed)):
+        if later and later not in (here, Circumstances()):
+            blocks.append(Section(f"{name} ran elsewhere", (Facts(facts({**later.hardware, **later.versions})),)))
+    rows = tuple((row.stage, moment(row.finished), quantity(row.seconds, "s"), quantity(row.peak_memory_mb, "MB"))
+                 for row in found.stages)
+    blocks.append(Section("Cost of every stage", (
+        Table("Stages of the run", columns("stage", "finished", "took", "peak memory"), rows),)))
+    return Section("How this came about", tuple(blocks), "provenance")
+
+
+def _facts(recorded: Recorded | None, otherwise: str) -> Block:
+    return Facts(facts(recorded)) if recorded else Paragraph(otherwise)
+
+
+def _held_out(quality: Quality | None) -> tuple[Block, ...]:
+    if quality is None or not quality.held_out:
+        return ()
+    if None in quality.held_out.values():
+        return (Paragraph("There was no calibration sample to compare the evaluation data with."),)
+    found = ", ".join(f"{count} {name}" for name, count in facts(quality.held_out))
+    return (Paragraph(f"Evaluation data against calibration data: {found}."),)
+
+
+def dense(rows: tuple[StayedDense, ...]) -> Section:
+    """Write the section about weights that stayed dense."""
+    heads = columns("parameter", "shape", "reason", text=("shape", "reason"))
+    table = Table("Weights that stayed dense", heads, tuple((row.name, row.shape, row.reason) for row in rows))
+    return Section(f"Weights that stayed dense ({len(rows)})", (table if rows else Paragraph("Nothing is recorded."),),
+                   "skipped")

@@ -2,90 +2,212 @@
 
 from __future__ import annotations
 
-import base64
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
 
-from nmsparse_deploy.measure.report.stages import Stages
-from nmsparse_deploy.runs.wording import counted
+from nmsparse_deploy.measure.evaluate.result import DrawnImage, EvalResult, Evaluation, Protocol
+from nmsparse_deploy.measure.report.stages import Circumstances
+from nmsparse_deploy.runs.section import (
+    Block,
+    Bullets,
+    Facts,
+    Figure,
+    Fold,
+    Paragraph,
+    Picture,
+    Section,
+    Table,
+    columns,
+)
+from nmsparse_deploy.runs.wording import MISSING, facts, interval, number, with_error, within
 
+TITLE = "Accuracy, dense and pruned"
 FIRST = ("dense", "pruned")
-PNG = b"\x89PNG\r\n\x1a\n"
+MEANING = {
+    "ppl": "perplexity per token; lower is better",
+    "top1": "share of samples whose class comes first; higher is better",
+    "same_top1": "share of samples for which the dense model's first class comes first; higher is better",
+    "top5": "share of samples whose class is among the first five; higher is better",
+    "acc": "share of right answers; higher is better",
+    "spearman": "rank correlation with human ratings; higher is better",
+    "cosine": "cosine similarity with the dense model's features; 1 is the same",
+    "kl": "divergence from the dense model's class probabilities, in nats; 0 is the same",
+    "mse": "squared error of the prediction; lower is better",
+    "shift": "squared distance from the dense model's output, over its squared norm; 0 is the same",
+    "iou": "overlap with the dense model's saliency maps; 1 is the same"}
+"""What a metric is, by its name before the `@` or the last word of that."""
 
 
-def quality(stages: Stages) -> dict[str, Any] | None:
-    """Rows per label, the paired comparison, and the protocol; None when nothing was evaluated."""
-    data = stages.evaluate
+@dataclass(frozen=True)
+class MeasuredValue:
+    """One metric of one model."""
+
+    label: str
+    metric: str
+    value: float
+    standard_error: float | None
+    samples: int
+    where: str
+    protocol: Protocol
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """The paired ratio or difference, as the evaluation computed it; no interval where there was one sample."""
+
+    kind: Literal["ratio", "difference"]
+    value: float
+    low: float | None
+    high: float | None
+
+    def words(self) -> str:
+        """Say it with its interval."""
+        sign = "/" if self.kind == "ratio" else "−"
+        text = f"pruned {sign} dense {within(self.value, self.low, self.high)}"
+        if self.low is None or self.high is None:
+            return f"{text}, interval {MISSING}"
+        return f"{text}, 95 % interval {interval(self.low, self.high)}"
+
+
+@dataclass(frozen=True)
+class SharedProtocol:
+    """A protocol with the models that it holds for."""
+
+    labels: tuple[str, ...]
+    facts: Protocol
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Everything that was measured."""
+
+    rows: tuple[MeasuredValue, ...]
+    comparison: PairedComparison | None
+    protocols: tuple[SharedProtocol, ...]
+    held_out: dict[str, int | None] | None
+    environment: Circumstances
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt with what each model wrote after it."""
+
+    prompt: str
+    texts: dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """Prompts with the text of every model side by side."""
+
+    labels: tuple[str, ...]
+    rows: tuple[PromptRow, ...]
+
+
+def quality(data: Evaluation | None) -> Quality | None:
+    """Collect the rows of every model, the paired comparison, and the protocols; None when nothing was evaluated."""
     if data is None:
         return None
-    with stages.of("evaluate.json"):
-        labels = sorted(data["results"], key=lambda label: (FIRST.index(label) if label in FIRST else 9, label))
-        rows = [_row(label, result) for label in labels for result in _several(data["results"][label])]
-        return {"rows": rows, "comparison": _comparison(data, rows), "protocols": _protocols(rows),
-                "held_out": data.get("held_out"), "environment": _environment(data)}
+    rows = tuple(_row(label, result) for label in _ordered(data.results) for result in _several(data.results[label]))
+    return Quality(rows, _comparison(data, rows), _protocols(rows), data.held_out,
+                   Circumstances(data.versions, data.hardware))
 
 
-def _several(results: Any) -> list[dict[str, Any]]:
-    return results if isinstance(results, list) else [results]
+def _ordered(labels: Iterable[str]) -> list[str]:
+    return sorted(labels, key=lambda label: (FIRST.index(label) if label in FIRST else 9, label))
 
 
-def _row(label: str, result: dict[str, Any]) -> dict[str, Any]:
-    samples = result.get("samples")
-    error = result.get("standard_error") if samples != 1 else None  # one sample has no spread
-    return {"label": label, "metric": str(result["metric"]), "value": result["value"], "standard_error": error,
-            "samples": samples, "where": result.get("where"), "protocol": dict(result.get("protocol") or {})}
+def _several(results: EvalResult | tuple[EvalResult, ...]) -> tuple[EvalResult, ...]:
+    return results if isinstance(results, tuple) else (results,)
 
 
-def _comparison(data: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The paired ratio or difference, as the evaluation computed it; no interval where there was one sample."""
-    for kind in ("ratio", "difference"):
-        found = data.get(kind)
-        if found:
-            single = any(row["samples"] == 1 for row in rows)
-            low, high = (None, None) if single else (found.get("low"), found.get("high"))
-            return {"kind": kind, "value": found[kind], "low": low, "high": high}
+def _row(label: str, result: EvalResult) -> MeasuredValue:
+    error = result.standard_error if result.samples != 1 else None  # one sample has no spread
+    return MeasuredValue(label, result.metric, result.value, error, result.samples, result.where, result.protocol)
+
+
+def _comparison(data: Evaluation, rows: tuple[MeasuredValue, ...]) -> PairedComparison | None:
+    single = any(row.samples == 1 for row in rows)
+    if data.ratio is not None:
+        low, high = (None, None) if single else (data.ratio.low, data.ratio.high)
+        return PairedComparison("ratio", data.ratio.ratio, low, high)
+    if data.difference is not None:
+        low, high = (None, None) if single else (data.difference.low, data.difference.high)
+        return PairedComparison("difference", data.difference.difference, low, high)
     return None
 
 
-def _protocols(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The distinct protocols, each with the labels that it holds for."""
-    found: list[dict[str, Any]] = []
+def _protocols(rows: tuple[MeasuredValue, ...]) -> tuple[SharedProtocol, ...]:
+    shared: list[SharedProtocol] = []
     for row in rows:
-        facts = {"metric": row["metric"], "samples": row["samples"], **counted(row["protocol"])}
-        same = next((entry for entry in found if entry["facts"] == facts), None)
-        if same:
-            same["labels"].append(row["label"])
+        conditions: Protocol = {"metric": row.metric, "samples": row.samples, **row.protocol}
+        same = next((number for number, entry in enumerate(shared) if entry.facts == conditions), None)
+        if same is None:
+            shared.append(SharedProtocol((row.label,), conditions))
         else:
-            found.append({"labels": [row["label"]], "facts": facts})
-    return found
+            shared[same] = SharedProtocol((*shared[same].labels, row.label), conditions)
+    return tuple(shared)
 
 
-def _environment(data: dict[str, Any]) -> dict[str, Any]:
-    return {key: data[key] for key in ("versions", "hardware") if key in data}
-
-
-def continuations(stages: Stages) -> dict[str, Any] | None:
-    """Prompts with the text of every label side by side; None when none were written."""
-    data = stages.evaluate
-    if data is None or not data.get("continuations"):
+def continuations(data: Evaluation | None) -> Continuations | None:
+    """Put the texts of every model side by side; None when none were written."""
+    if data is None or not data.continuations:
         return None
-    with stages.of("evaluate.json"):
-        texts = data["continuations"]
-        labels = sorted(texts, key=lambda label: (FIRST.index(label) if label in FIRST else 9, label))
-        prompts = list(dict.fromkeys(row["prompt"] for label in labels for row in texts[label]))
-        found = {(label, row["prompt"]): row["text"] for label in labels for row in texts[label]}
-        rows = [{"prompt": prompt, "texts": {label: found.get((label, prompt)) for label in labels}}
-                for prompt in prompts]
-    return {"labels": labels, "rows": rows}
+    labels = tuple(_ordered(data.continuations))
+    texts = {(label, row.prompt): row.text for label in labels for row in data.continuations[label]}
+    prompts = dict.fromkeys(row.prompt for label in labels for row in data.continuations[label])
+    return Continuations(labels, tuple(PromptRow(prompt, {label: texts.get((label, prompt)) for label in labels})
+                                       for prompt in prompts))
 
 
-def images(stages: Stages) -> list[dict[str, str]]:
-    """Pictures that the evaluation drew, each a title and a PNG in base64; checked, because a page will embed them."""
-    data = stages.evaluate
-    if data is None or not data.get("images"):
-        return []
-    with stages.of("evaluate.json"):
-        rows = [{"title": str(row["title"]), "png_base64": str(row["png_base64"])} for row in data["images"]]
-        for row in rows:
-            if not base64.b64decode(row["png_base64"], validate=True).startswith(PNG):
-                raise ValueError(f"the picture '{row['title']}' is not a PNG")
-    return rows
+def accuracy(quality: Quality | None) -> Section:
+    """Write the section about accuracy."""
+    if quality is None:
+        return Section(TITLE, (Paragraph("Not evaluated. Accuracy was not measured in this run."),), "accuracy")
+    protocols: tuple[Block, ...] = tuple(Section(f"How it was measured ({', '.join(entry.labels)})",
+                                                 (Facts(facts(entry.facts)),)) for entry in quality.protocols)
+    if len(protocols) > 2:
+        protocols = (Fold(f"{len(protocols)} protocols, one by one", protocols),)
+    return Section(TITLE, (*results(quality), *protocols), "accuracy")
+
+
+def results(quality: Quality) -> tuple[Block, ...]:
+    """Write the values, what their metrics mean, and the paired comparison."""
+    heads = columns("model", "value ± standard error", "metric", "samples", "ran on")
+    rows = tuple((row.label, with_error(row.value, row.standard_error), row.metric, number(row.samples), row.where)
+                 for row in quality.rows)
+    blocks: list[Block] = [Table(TITLE, heads, rows)]
+    meanings = {row.metric: meaning for row in quality.rows if (meaning := _meaning(row.metric))}
+    if meanings:
+        blocks.append(Bullets(tuple(meanings.items())))
+    blocks += [Paragraph(f"Standard error of {row.label}: {MISSING}.", "soft") for row in quality.rows
+               if row.standard_error is None]
+    if quality.comparison is not None:
+        covered = "" if quality.comparison.low is None else (
+            " The interval covers the choice of evaluation samples, not the choice of calibration data.")
+        blocks += [Paragraph(f"Paired {quality.comparison.kind}: {quality.comparison.words()}."),
+                   Paragraph(f"The comparison is paired: dense and pruned saw the same samples.{covered}", "soft")]
+    return tuple(blocks)
+
+
+def _meaning(metric: str) -> str | None:
+    name = metric.partition("@")[0].partition("-of")[0]
+    return MEANING.get(name) or MEANING.get(name.rpartition("_")[2])
+
+
+def written(texts: Continuations) -> Section:
+    """Write the section with continuations."""
+    rows = tuple((row.prompt, *(MISSING if text is None else text.strip() for text in row.texts.values()))
+                 for row in texts.rows)
+    return Section("What the models write", (
+        Paragraph("Greedy continuations of the same prompts, side by side.", "soft"),
+        Table("Continuations side by side", columns("prompt", *texts.labels, text=texts.labels), rows)),
+                   "continuations")
+
+
+def drawn(images: tuple[DrawnImage, ...]) -> Section:
+    """Write the section with images."""
+    return Section("What the models see", (
+        Paragraph("The same images through the dense and the pruned model.", "soft"),
+        Figure(tuple(Picture(image.png_base64, image.title, "png") for image in images))), "images")

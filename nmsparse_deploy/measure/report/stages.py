@@ -1,16 +1,223 @@
-"""The stage files of a run, read once. A missing stage is None; a damaged one is a sentence."""
+"""The stage files of a run, read once into types. A missing stage is None; a damaged one is a sentence."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.measure.evaluate.result import Evaluation
+from nmsparse_deploy.models.roofline import Prediction
+from nmsparse_deploy.prove.agreement import Agreement
+from nmsparse_deploy.prove.report import VerifyReport
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.runs.wording import clean
+from nmsparse_deploy.system.timing import TimedArm
+
+Recorded = Mapping[str, object]
+"""Facts of which only the writer knows the names."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RecipeRecord:
+    """What the report reads of the recipe in a manifest; read without asking whether its methods are installed."""
+
+    model: str
+    method: str
+    pattern: str
+    permute: bool = False
+    wbits: int | None = None
+    wgroup: int | None = None
+    refine: tuple[Recorded, ...] = ()
+    sequential: bool = False
+    calibration: Recorded = field(default_factory=dict)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    patterns: dict[str, str] | None = None
+    compute: str = "auto"
+    imported: Recorded = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a stage wrote into the manifest when it finished."""
+
+    finished: str | None = None
+    seconds: float | None = None
+    peak_memory_mb: int | None = None
+    spec: Recorded = field(default_factory=dict)
+    provenance: Recorded = field(default_factory=dict)
+    compute: str | None = None
+    calibration: Recorded | None = None
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """Versions and hardware of a measurement."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    hardware: Recorded = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ManifestFile(Circumstances):
+    """`manifest.json`."""
+
+    fingerprint: str = ""
+    created: str | None = None
+    recipe: Recorded = field(default_factory=dict)
+    stages: dict[str, StageRecord] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PlannedMatrix:
+    """A row of `plan.json`; without a pattern the matrix stays dense."""
+
+    name: str
+    module: str
+    k: int
+    n: int
+    pattern: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class NeverPruned:
+    """A weight that was never a candidate."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """`plan.json`."""
+
+    rows: tuple[PlannedMatrix, ...]
+    skipped: tuple[NeverPruned, ...]
+
+
+@dataclass(frozen=True)
+class PrunedMatrix:
+    """A row of `layers.json`."""
+
+    name: str
+    block: int
+    pattern: str
+    shape: tuple[int, ...]
+    axis: int
+    relative_error: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class NotChecked:
+    """A step that was not taken, and why."""
+
+    place: str
+    why: str
+
+
+@dataclass(frozen=True)
+class VerifyFile:
+    """`verify.json`."""
+
+    reports: tuple[VerifyReport, ...]
+    not_checked: tuple[NotChecked, ...] = ()
+
+
+@dataclass(frozen=True)
+class NotCompared:
+    """Why two models, or a graph and a compiler, could not be held against each other here."""
+
+    not_checked: str
+
+
+@dataclass(frozen=True)
+class RoundedGraph:
+    """How the GEMMs of a graph were brought to 8 bits."""
+
+    gemms: int
+    requantised: int
+    vanished: int
+    scales: str
+
+
+@dataclass(frozen=True)
+class CachedGraphs:
+    """Graphs with a key/value cache that share a model's weights."""
+
+    graphs: tuple[str, ...]
+    agreement: Agreement | NotCompared
+
+
+@dataclass(frozen=True)
+class CompiledGraph:
+    """What TensorRT-RTX made of a graph: one of the three."""
+
+    summary: str | None = None
+    refused: str | None = None
+    not_checked: str | None = None
+
+
+@dataclass(frozen=True)
+class ExportedGraph:
+    """An entry of `export.json`."""
+
+    path: str
+    precision: str
+    files: dict[str, int]
+    links: int
+    dense_bytes: int
+    opset: int | None = None
+    seconds: float | None = None
+    size_note: str = ""
+    dynamic: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    agreement: Agreement | NotCompared | None = None
+    quantisation: RoundedGraph | None = None
+    cached: CachedGraphs | None = None
+    tensorrt_rtx: dict[str, CompiledGraph] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExportFile:
+    """`export.json`."""
+
+    files: tuple[ExportedGraph, ...]
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """The time of one arm over that of another, with its 95 % interval."""
+
+    speedup: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class BenchFile:
+    """`bench.json`."""
+
+    where: str
+    shape: dict[str, int]
+    arms: tuple[TimedArm, ...]
+    ratios: dict[str, SpeedUp]
+    verdict: str
+    predicted: tuple[Prediction, ...] = ()
+    environment: Circumstances = Circumstances()
+
+
+FILES: dict[str, str] = {"verify": "verify", "evaluate": "evaluate", "export": "export", "bench": "bench",
+                         "engines": "build", "torch": "export --torch", "bench-gpu": "bench --device cuda"}
+"""Stage files that a verb writes again."""
 
 
 @dataclass(frozen=True)
@@ -18,52 +225,41 @@ class Stages:
     """What the run holds so far."""
 
     path: Path
-    manifest: dict[str, Any]
-    plan: dict[str, Any] | None
-    layers: list[dict[str, Any]]
-    verify: dict[str, Any] | None
-    evaluate: dict[str, Any] | None
-    export: dict[str, Any] | None
-    bench: dict[str, Any] | None
-    engines: dict[str, Any] | None
-    torch: dict[str, Any] | None
-    bench_gpu: dict[str, Any] | None
+    manifest: ManifestFile
+    recipe: RecipeRecord
+    plan: PlanFile | None
+    layers: tuple[PrunedMatrix, ...]
+    verify: VerifyFile | None
+    evaluate: Evaluation | None
+    export: ExportFile | None
+    bench: BenchFile | None
 
     @classmethod
     def read(cls, run: RunDir) -> Stages:
-        """Raises `UsageError` when nothing is pruned yet or a file is damaged."""
-        manifest = clean(run.manifest())
-        if not (run / "layers.json").is_file():
+        """Raise `UsageError` when nothing is pruned yet or a file is damaged."""
+        manifest = _read(run, "manifest.json", ManifestFile, run.manifest())
+        layers = read_stage(run, "layers.json", tuple[PrunedMatrix, ...])
+        if layers is None:
             raise UsageError(f"The run '{run.path}' is not pruned yet.",
                              "nmsparse-deploy prune with the same options resumes it")
-        return cls(run.path, manifest, _read(run, "plan.json", dict), _read(run, "layers.json", list) or [],
-                   _read(run, "verify.json", dict), _read(run, "evaluate.json", dict), _read(run, "export.json", dict),
-                   _read(run, "bench.json", dict), _read(run, "engines.json", dict),
-                   _read(run, "torch.json", dict), _read(run, "bench-gpu.json", dict))
-
-    @contextmanager
-    def of(self, name: str) -> Iterator[None]:
-        """While `name` is taken apart: a field that is missing or of another kind means that the file is damaged."""
-        try:
-            yield
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            what = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise UsageError(f"'{self.path / name}' is damaged: {what}.", _remedy(name)) from error
+        return cls(run.path, manifest, _read(run, "manifest.json", RecipeRecord, manifest.recipe),
+                   read_stage(run, "plan.json", PlanFile), layers, read_stage(run, "verify.json", VerifyFile),
+                   read_stage(run, "evaluate.json", Evaluation), read_stage(run, "export.json", ExportFile),
+                   read_stage(run, "bench.json", BenchFile))
 
 
-def _read(run: RunDir, name: str, kind: type) -> Any:
-    if not (run / name).is_file():
-        return None
-    data = clean(run.read_json(name))
-    if not isinstance(data, kind):
-        raise UsageError(f"'{run / name}' is damaged: expected a {kind.__name__} at the top.", _remedy(name))
-    return data
+def read_stage(run: RunDir, name: str, kind: type[T]) -> T | None:
+    """Read a stage file into its type; None where there is none. Raises `UsageError` when it is damaged."""
+    return _read(run, name, kind, run.read_json(name)) if (run / name).is_file() else None
 
 
-def _remedy(name: str) -> str:
-    stage = Path(name).stem
-    known = {name: name for name in ("verify", "evaluate", "export", "bench")} | {
-        "engines": "build", "torch": "export --torch", "bench-gpu": "bench --device cuda"}
-    if stage in known:
-        return f"nmsparse-deploy {known[stage]} writes it again"
-    return "nmsparse-deploy prune --force starts over"
+def _read(run: RunDir, name: str, kind: type[T], data: object) -> T:
+    try:
+        return TypeAdapter(kind).validate_python(clean(data, numbers=False))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        stage = Path(name).stem
+        raise UsageError(f"'{run / name}' is damaged: {where or 'the whole file'}: {first['msg']}.",
+                         f"nmsparse-deploy {FILES[stage]} writes it again" if stage in FILES else
+                         "nmsparse-deploy prune --force starts over") from error

@@ -1,7 +1,8 @@
-"""The pages: HTML and Markdown made from the same dict, escaped by default."""
+"""The pages: HTML and Markdown made from the same sections by one macro each, escaped by default."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,71 +10,65 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from nmsparse_deploy.measure.report import plots
-from nmsparse_deploy.runs import wording as text
+from nmsparse_deploy.measure.report.data import Report, sections
+from nmsparse_deploy.runs import wording
+from nmsparse_deploy.runs.section import Section
 
 TEMPLATES = Path(__file__).parent / "templates"
-FILTERS = {"number": text.number, "megabytes": text.megabytes, "seconds": text.seconds, "shape": text.shape,
-           "milliseconds": text.milliseconds, "plain": text.plain, "moment": text.moment,
-           "counts": text.counts, "counted": text.counted}
-FUNCTIONS = {"with_error": text.with_error, "interval": text.interval, "within": text.within, "plural": text.plural}
-WORDS = {"holds": "Pattern holds", "fails": "Verification failed", "unverified": "Not verified"}
+BADGES = {"holds": "Pattern holds", "fails": "Verification failed", "unverified": "Not verified"}
 
 
-def html(report: dict[str, Any]) -> str:
-    """One self-contained page: no script, nothing loaded from anywhere."""
-    return page("index.html.j2", report=report, pictures=_pictures(report))
+@dataclass(frozen=True)
+class Page:
+    """Sections under a title. `state` colours the verdict, which is left out where it is empty."""
+
+    title: str
+    subtitle: str
+    sections: tuple[Section, ...]
+    footer: str
+    state: str = ""
+    badge: str = ""
+    verdict: tuple[str, ...] = ()
+    warning: str = ""
 
 
-def markdown(report: dict[str, Any]) -> str:
-    return page("report.md.j2", report=report)
+def report_page(report: Report) -> Page:
+    """Make the page of a run."""
+    pruning, top = report.pruning, report.headline
+    warning = "" if pruning.finished else "The prune stage of this run is not recorded as finished."
+    return Page(
+        f"{top.model}: {top.pattern} with {top.method}",
+        f"{wording.plural(pruning.layers, 'layer')} in {wording.plural(pruning.blocks, 'block')}, "
+        f"{pruning.weights:,} weights", sections(report),
+        f"Every number on this page is a field of report.json ({report.format}) in the same folder; report.md holds "
+        "the same as text.", top.state, BADGES[top.state], top.sentences, warning)
 
 
-def page(template: str, **values: Any) -> str:
-    """A template of this folder, filled in; `.html` ones get the style sheet."""
-    if template.endswith(".md.j2"):
-        return _text().get_template(template).render(**values)
+def html(page: Page) -> str:
+    """Render one self-contained page: no script, nothing loaded from anywhere."""
     style = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
-    return _page().get_template(template).render(style=style, **values)
+    return _environment(markdown=False).get_template("page.html.j2").render(page=page, style=style)
+
+
+def markdown(page: Page) -> str:
+    """Render the same as text."""
+    return render_markdown("page.md.j2", page=page)
+
+
+def render_markdown(template: str, **values: Any) -> str:
+    """Fill in a Markdown template of this folder."""
+    return _environment(markdown=True).get_template(template).render(**values)
 
 
 @cache
-def _page() -> Environment:
-    return _environment(autoescape=True, finalize=lambda value: text.MISSING if value is None else value)
-
-
-@cache
-def _text() -> Environment:
-    environment = _environment(autoescape=False, finalize=_markdown_cell)
-    environment.filters["block"] = lambda value: Markup(_indented(value))
-    return environment
-
-
-def _environment(**options: Any) -> Environment:
+def _environment(markdown: bool) -> Environment:
     environment = Environment(loader=FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True,
-                              undefined=StrictUndefined, keep_trailing_newline=True, **options)
-    environment.filters |= FILTERS
-    environment.globals |= {**FUNCTIONS, "words": WORDS}
+                              undefined=StrictUndefined, keep_trailing_newline=True, autoescape=True,
+                              finalize=_markdown_text if markdown else None)
+    environment.filters["block"] = lambda text: Markup("\n".join(f"    {line}" for line in text.splitlines()))
     return environment
 
 
-def _markdown_cell(value: Any) -> str:
-    """Everything is escaped but what a filter marked as finished."""
-    return str(value) if isinstance(value, Markup) else text.markdown(text.MISSING if value is None else value)
-
-
-def _indented(value: str) -> str:
-    """A code block that no text can end early."""
-    return "\n".join(f"    {line}" for line in value.splitlines())
-
-
-def _pictures(report: dict[str, Any]) -> dict[str, list[Markup]]:
-    """Inline SVG by section; plots with much in them in a wide and a narrow form."""
-    series, masks, latency = report["layers"]["series"], report["masks"], report["latency"]
-    found: dict[str, list[str | None]] = {
-        "errors": [plots.relative_errors(series, 10.2, "errors-wide"), plots.relative_errors(series, 4.6, "errors")],
-        "masks": [plots.mask_corner(masks), *(plots.kept_by_position(entry, f"position-{number}")
-                                              for number, entry in enumerate(masks["positions"]))] if masks else [],
-        "latency": [plots.latency_arms(latency["arms"], 10.2, "latency-wide"),
-                    plots.latency_arms(latency["arms"], 4.6, "latency")] if latency else []}
-    return {name: [Markup(svg) for svg in svgs if svg] for name, svgs in found.items()}
+def _markdown_text(value: object) -> Markup:
+    """Escape everything but what a macro or a filter has finished."""
+    return value if isinstance(value, Markup) else Markup(wording.markdown(value))

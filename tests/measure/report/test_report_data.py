@@ -14,6 +14,7 @@ from nmsparse_deploy.measure.report.layers import masks
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import Recipe, fingerprint
 from nmsparse_deploy.runs.run_dir import RunDir
+from nmsparse_deploy.runs.section import Picture
 from nmsparse_deploy.runs.wording import clean, interval, number, with_error, within
 from tests.fixtures.run_folder import (
     Page,
@@ -29,7 +30,7 @@ from tests.fixtures.run_folder import (
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    monkeypatch.setattr(plots, "_svg", lambda draw, size, label, salt: "<svg></svg>")
+    monkeypatch.setattr(plots, "_svg", lambda draw, size, words, salt: Picture("<svg></svg>", words))
 
 
 def report_of(run):
@@ -72,7 +73,7 @@ def test_a_run_that_is_not_pruned_is_refused(tmp_path):
 
 
 def test_the_headline_is_json_and_complete(tmp_path):
-    facts = summary(make_run(tmp_path / "run"))
+    facts = summary(make_run(tmp_path / "run")).to_json()
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
     assert (facts["pattern"], facts["method"], facts["layers"]) == ("2:4", "sparsegpt", 4)
     assert facts["compliance"] == {"checked": 8, "failed": 0, "ok": True}
@@ -189,6 +190,25 @@ def test_settings_without_an_option_are_reproduced_through_the_recipe(tmp_path):
     assert report_of(run)["provenance"]["commands"][0].startswith("nmsparse-deploy run recipe.yaml --out runs/run")
 
 
+def test_imported_masks_are_imported_again(tmp_path):
+    run = make_run(tmp_path / "run", ())
+    manifest = run.manifest()
+    manifest["recipe"] |= {"method": "imported", "imported": {"masks": "found.npz", "sparse": None}}
+    run.write_json("manifest.json", manifest)
+    first = report_of(run)["provenance"]["commands"][0]
+    assert first == "nmsparse-deploy import pico --masks found.npz --pattern 2:4 --out runs/run"
+
+
+def test_an_arm_without_a_dense_twin_is_no_reference(tmp_path):
+    run = make_run(tmp_path / "run", ("bench",))
+    bench = run.read_json("bench.json")
+    run.write_json("bench.json", {**bench, "ratios": {"pruned": bench["ratios"]["pruned"]}})
+    markdown = (report_of(run), views(run)[1])[1]
+    rows = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in markdown.splitlines() if "Runtime CPU" in line
+            or "PyTorch CPU" in line}
+    assert rows["dense"] == "reference" and rows["pruned, ONNX fp32"] == "none: its dense twin was not timed"
+
+
 def test_kept_positions_are_counted_along_the_group_axis(tmp_path):
     run = make_run(tmp_path / "run", ())
     pattern = NMPattern(2, 4)
@@ -202,8 +222,8 @@ def test_kept_positions_are_counted_along_the_group_axis(tmp_path):
         for place in range(4):
             wanted[place] += mask.index_select(axes[name], torch.arange(place, mask.shape[axes[name]], 4)).sum()
     groups = sum(mask.numel() for mask in bits.values()) / 4
-    assert found["positions"][0]["kept"] == pytest.approx(list(wanted / groups))
-    assert found["corner"] == ["".join(str(int(v)) for v in row) for row in bits["a"].T]
+    assert found is not None and found.positions[0].kept == pytest.approx(list(wanted / groups))
+    assert found.corner == tuple("".join(str(int(v)) for v in row) for row in bits["a"].T)
 
 
 def test_patterns_are_counted_apart(tmp_path):

@@ -53,7 +53,7 @@ def test_every_combination_of_stages_gives_three_sound_views(tmp_path, stages, p
     html, markdown, data = built(run)
     page = Page(html)
     assert not LEAK.search(page.text) and not LEAK.search(markdown)
-    assert data["headline"] == json.loads(json.dumps(summary(run)))
+    assert data["headline"] == json.loads(json.dumps(summary(run).to_json()))
     missing = {row["place"] for row in data["not_checked"]}
     assert ("accuracy" in missing) == ("evaluate" not in stages) == ("Accuracy was not measured" in page.text)
     assert ("latency" in missing) == ("bench" not in stages) == ("Latency was not measured" in page.text)
