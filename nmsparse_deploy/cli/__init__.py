@@ -9,17 +9,21 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
-from nmsparse_deploy.cli import find, ship, work  # noqa: F401 - they register their verbs
 from nmsparse_deploy.cli.app import app, output
 from nmsparse_deploy.errors import NmsparseError, from_os_error
 
 __all__ = ["app", "invoke", "main"]
 
+for name in ("inspect", "plan", "prune", "import_masks", "crossover", "verify", "export", "build", "evaluate", "bench",
+             "report", "compare", "run", "demo", "doctor", "list_methods"):  # in the order of --help
+    import_module(f"{__name__}.{name}")
+
 
 def main() -> None:
-    """Entry point: expected failures become one sentence and an exit code."""
+    """Run the command line; expected failures become one sentence and an exit code."""
     signal.signal(signal.SIGINT, _interrupted)
     sys.exit(invoke(app))
 
@@ -29,18 +33,15 @@ def _interrupted(number: int, frame: object) -> None:
 
 
 def invoke(call: Callable[[], Any]) -> int:
-    """Run the app; 0 ok, 1 a check or stage failed, 2 usage."""
+    """Run the app and return its exit code: 0 ok, 1 a check or stage failed, 2 usage."""
     try:
         call()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except NmsparseError as error:
-        output.error(error)
-        return error.exit_code
-    except OSError as error:
-        if os.environ.get("NMSPARSE_DEBUG"):
+    except (NmsparseError, OSError) as error:
+        if isinstance(error, OSError) and os.environ.get("NMSPARSE_DEBUG"):
             raise
-        expected = from_os_error(error)
+        expected = from_os_error(error) if isinstance(error, OSError) else error
         output.error(expected)
         return expected.exit_code
     return 0

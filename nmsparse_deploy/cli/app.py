@@ -1,26 +1,69 @@
-"""The Typer app, the one output, and the arguments that several verbs share."""
+"""The Typer app, the one output, and how a verb is registered."""
 
 from __future__ import annotations
 
-import os
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from nmsparse_deploy.cli.options import Fields, gather, parameter
 from nmsparse_deploy.cli.output import Output
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help="Find N:M sparsity masks for pretrained transformers, prove them, and ship them.")
 output = Output()
+VERBS: dict[str, tuple[Callable[..., None], tuple[Fields, ...], dict[str, str]]] = {}
 
-Model = Annotated[str, typer.Argument(help="hub name, folder or .gguf file; left out: the demo model")]
-Run = Annotated[Path | None, typer.Argument(help="run folder; left out: the newest under runs/")]
-Out = Annotated[Path | None, typer.Option(help="run folder [default: runs/MODEL-METHOD-PATTERN]")]
-Force = Annotated[bool, typer.Option("--force", help="start over, even if the run is finished")]
-Include = Annotated[list[str], typer.Option(help="glob on parameter names to prune; may be repeated")]
-Exclude = Annotated[list[str], typer.Option(help="glob on parameter names to leave dense; may be repeated")]
+V = TypeVar("V", bound=Callable[..., None])
+AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print errors only")]
+Run = Path | None
 DEMO = "demo"
+HELP = {"model": "hub name, folder or .gguf file; left out: the demo model",
+        "run": "run folder; left out: the newest under runs/",
+        "out": "run folder [default: runs/MODEL-METHOD-PATTERN]",
+        "force": "start over, even if the run is finished"}
+"""Of parameters that several verbs share."""
+
+
+def verb(*groups: Fields, called: str = "", **helps: str) -> Callable[[V], V]:
+    """Register a verb, with the help of its parameters; those after `*` become options, the others arguments.
+
+    A verb that has options for fields of the recipe takes what was typed of them as `asked`.
+    """
+    def register(function: V) -> V:
+        name = called or function.__name__
+        VERBS[name] = function, groups, HELP | helps
+        app.command(name, help=function.__doc__)(lambda: None)  # `main_options` fills it in
+        return function
+
+    return register
+
+
+def command(name: str) -> Any:
+    """Return the command of a verb with all its options. Making them imports pydantic: only the one in use is made."""
+    function, groups, helps = VERBS[name]
+    own = [one for one in inspect.signature(function).parameters.values() if one.name != "asked"]
+
+    def call(ctx: typer.Context, as_json: AsJson = False, quiet: Quiet = False, **values: Any) -> None:
+        output.listen(as_json, quiet)
+        typed = {key: value for key, value in values.items()
+                 if getattr(ctx.get_parameter_source(key), "name", "") == "COMMANDLINE"}
+        asked = {"asked": gather(groups, typed)} if groups else {}
+        function(**asked, **{one.name: values[one.name] for one in own})
+
+    ctx, *shared, _ = inspect.signature(call, eval_str=True).parameters.values()
+    every = [ctx, *(option for group in groups for option in group.options()),
+             *(parameter(one.name, one.annotation, one.default, helps[one.name],
+                         positional=one.kind is not one.KEYWORD_ONLY) for one in own), *shared]
+    call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [one.replace(kind=one.KEYWORD_ONLY) for one in every])
+    alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+    alone.command(name, help=function.__doc__)(call)
+    return typer.main.get_command(alone)
 
 
 def version(show: bool) -> None:
@@ -32,11 +75,13 @@ def version(show: bool) -> None:
 
 
 @app.callback()
-def options(as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")] = False,
-            quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print errors only")] = False,
-            show_version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True)] = False) -> None:
-    others = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
-    output.as_json, output.quiet, output.answered = as_json and not others, quiet or others, False
+def main_options(context: typer.Context, as_json: AsJson = False, quiet: Quiet = False, show_version: Annotated[
+                     bool, typer.Option("--version", callback=version, is_eager=True)] = False) -> None:
+    output.as_json = output.quiet = output.answered = False
+    output.listen(as_json, quiet)
+    name, group = str(context.invoked_subcommand), context.command
+    registered, full = group.commands[name], command(name)  # type: ignore[attr-defined]
+    registered.params, registered.callback = full.params, full.callback
 
 
 def say_default(model: str) -> None:

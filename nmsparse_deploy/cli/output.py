@@ -6,6 +6,7 @@ Results go to stdout, progress and messages to stderr.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,31 +17,27 @@ from nmsparse_deploy.errors import NmsparseError
 class Output:
     """Human, JSON or quiet; commands return data and hand it here."""
 
-    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
-        self.as_json = as_json
-        self.quiet = quiet
-        self._bar: Any = None
-        self._task: Any = None
-        self._said = ""
-        self.answered = False
+    as_json = quiet = answered = False
+    _bar: Any = None
+    _task: Any = None
+    _last_line = ""
+
+    def listen(self, as_json: bool, quiet: bool) -> None:
+        """Take --json and --quiet, typed before the verb or after it; of several processes the first one speaks."""
+        first = os.environ.get("RANK", "0") == "0"
+        self.as_json |= as_json and first
+        self.quiet |= quiet or not first
 
     def progress(self, text: str, done: int = 0, total: int = 0) -> None:
-        """A message (0 of 0) or a bar with the time left; nothing under --quiet."""
-        if self.quiet:
-            return
-        if not sys.stderr.isatty():
-            self._plain_progress(text, done, total)
-        elif total:
+        """Show a message (0 of 0) or a bar with the time left; nothing under --quiet."""
+        if total and sys.stderr.isatty() and not self.quiet:
             self._show_bar(text, done, total)
-        else:
-            self.close()
-            self.message(text)
-
-    def _plain_progress(self, text: str, done: int, total: int) -> None:
+            return
+        self.close()
         line = f"{text} [{done}/{total}]" if total else text
-        if line != self._said:
-            print(line, file=sys.stderr, flush=True)
-        self._said = line
+        if line != self._last_line:
+            self.message(line)
+        self._last_line = line
 
     def _show_bar(self, text: str, done: int, total: int) -> None:
         if self._bar is None:
@@ -63,7 +60,7 @@ class Output:
             print(text, file=sys.stderr, flush=True)
 
     def result(self, data: Any, lines: Sequence[str] = ()) -> None:
-        """The result of a command: `data` under --json, `lines` for people."""
+        """Print the result of a command: `data` under --json, `lines` for people."""
         self.close()
         self.answered = True
         if self.as_json:
@@ -74,22 +71,20 @@ class Output:
 
     def table(self, data: Any, columns: Sequence[str], rows: Sequence[Sequence[Any]],
               lines: Sequence[str] = ()) -> None:
-        """A table for people, followed by `lines`; `data` under --json."""
-        if self.as_json or self.quiet:
-            return self.result(data)
+        """Print a table for people, followed by `lines`; `data` under --json."""
         self.close()
-        from rich.console import Console
-        from rich.table import Table
+        if not self.as_json and not self.quiet:
+            from rich.console import Console
+            from rich.table import Table
 
-        table = Table(*columns, box=None, pad_edge=False)
-        for row in rows:
-            table.add_row(*(str(cell) for cell in row))
-        Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(table)
+            table = Table(*columns, box=None, pad_edge=False)
+            for row in rows:
+                table.add_row(*(str(cell) for cell in row))
+            Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(table)
         self.result(data, lines)
-        return None
 
     def error(self, error: NmsparseError) -> None:
-        """One sentence, and the next command to type. Under --json also on stdout, unless a result is there already."""
+        """Print one sentence, and the next command to type. Under --json also on stdout, if no result is there."""
         self.close()
         if self.as_json and not self.answered:
             print(json.dumps({"error": error.message, "hint": error.hint, "exit_code": error.exit_code}))

@@ -1,0 +1,64 @@
+"""`nmsparse-deploy prune`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nmsparse_deploy.cli.app import DEMO, output, say_default, verb
+from nmsparse_deploy.cli.options import Asked, Fields
+from nmsparse_deploy.errors import UsageError
+
+
+@verb(Fields("Prune", "method refine sequential permute pattern wbits wgroup learn.steps learn.objective "
+             "calibration.data calibration.samples calibration.length calibration.seed include exclude"),
+      plan="what `nmsparse-deploy plan --out` wrote; it decides the pattern",
+      time_budget="minutes, with --method auto, which takes the best recipe that fits [default: 10]",
+      max_memory="for example 3GB: to stay below, stream weights from their files, hidden states to disk")
+def prune(asked: Asked, model: str = DEMO, *, plan: Path | None = None, time_budget: float | None = None,
+          max_memory: str | None = None, out: Path | None = None, force: bool = False) -> None:
+    """Find a mask, apply it, verify it, and save the pruned model with its masks."""
+    from nmsparse_deploy.find.auto import MINUTES, choose
+    from nmsparse_deploy.find.plan.file import load
+    from nmsparse_deploy.find.prune import prune as api
+    from nmsparse_deploy.recipe import Prune
+    from nmsparse_deploy.system.memory import parse_size
+
+    settings = asked.sections["Prune"]
+    automatic = settings.get("method") == "auto"
+    if automatic:
+        del settings["method"]
+    elif time_budget is not None:
+        raise UsageError("--time-budget belongs to --method auto.")
+    if plan and "pattern" in settings:
+        raise UsageError("--plan decides the pattern; leave --pattern out.")
+    if plan:
+        decided = load(plan)
+        settings |= {"pattern": decided.pattern, "patterns": decided.patterns}
+    limit = parse_size(max_memory) if max_memory else None
+    spec = asked.read(Prune)
+    say_default(model)
+    if automatic:
+        choice = choose(model, settings, time_budget or MINUTES, output.progress, limit)
+        output.message(choice.why)
+        spec = choice.spec
+    run = api(model, spec, out, force, output.progress, limit)
+    facts = run.manifest()["stages"]["prune"]
+    how = "as planned" if plan else f"to {spec.pattern}"
+    output.result({"run": str(run.path), **facts},
+                  [f"{run.path}: {facts['layers']} layers pruned {how} and verified in {facts['seconds']:.0f} s.",
+                   *_remarks(facts), f"next: nmsparse-deploy evaluate {run.path}"])
+
+
+def _remarks(facts: dict[str, Any]) -> Iterator[str]:
+    """Say how the model was held if not simply in memory, which experts saw too little, and what was learned."""
+    held, few = facts.get("memory", {}), facts.get("experts_by_magnitude", {"matrices": 0})
+    if held.get("weights") == "streamed" or held.get("limit_bytes"):
+        yield (f"weights {held['weights']}, hidden states {held['hidden_states']}; peak memory "
+               f"{held['peak_bytes'] / 1e9:.2f} GB, predicted {held['predicted_bytes'] / 1e9:.2f} GB.")
+    if few["matrices"]:
+        yield (f"{few['matrices']} of {few['of']} expert matrices were reached by too few calibration tokens and were "
+               "pruned by magnitude (layers.json names them); more --samples reach more.")
+    if "learned" in facts:
+        from nmsparse_deploy.find.learn.session import sentence
+
+        yield sentence(facts["learned"])
