@@ -8,7 +8,7 @@ import shlex
 import pytest
 from typer.main import get_command
 
-from nmsparse_deploy.cli import app
+from nmsparse_deploy.cli.app import app, command
 from tests import ROOT
 
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md"), *(ROOT / ".github").rglob("*.md")]
@@ -41,7 +41,7 @@ def test_commands_and_options_exist(page):
         verb = next((word for word in words if not word.startswith("-")), "VERB")
         if verb != "VERB":
             assert verb in TOP.commands, f"there is no command {verb}"
-            known |= options(TOP.commands[verb])
+            known |= options(command(verb))
         given = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)} - {"-cask:sparsity"}
         assert given <= known, f"{verb} has no {given - known}"
 

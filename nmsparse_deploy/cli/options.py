@@ -24,6 +24,7 @@ NAMES = {"precisions": "precision", "protocols": "protocol", "shapes": "shape", 
 """Options that are not called as their field is: each takes one value, and may be repeated."""
 METAVARS = {"refine": "NAME", "shapes": "INPUT=1x3x224x224"}
 """How a value is typed that is a section or a mapping in a recipe."""
+PLAIN = (str, bool, int, float, Path)
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -82,7 +83,7 @@ def parameter(name: str, annotation: Any, default: Any, text: str, positional: b
     """Return the parameter from which Typer makes an option (a flag, a value, a choice, or several) or an argument."""
     parts = _parts(annotation)
     choices = [part for part in parts if isinstance(part, (str, int))]
-    kind: Any = type(choices[0]) if choices else next((p for p in parts if p in (bool, int, float, Path)), str)
+    kind: Any = type(choices[0]) if choices else next((p for p in parts if p in PLAIN), str)
     shown = f"<{metavar or '|'.join(map(str, choices)) or kind.__name__.lower()}>"
     flag = [_flag(name)] if kind is bool and not default else []  # without a --no-
     if any(get_origin(part) in (tuple, dict) for part in (annotation, *get_args(annotation))):
