@@ -110,10 +110,11 @@ def _random_arms(setting: Setting, name: str, make: Callable[[], Any], job: Any)
     from nmsparse_deploy.measure.bench.model_arms import bench_arms
     from nmsparse_deploy.models.loaded import LoadedModel
     from nmsparse_deploy.models.preprocess import from_config
+    from nmsparse_deploy.registry import ADAPTERS
 
     module, family = _on(setting.machine, make)
     processor = from_config(module.config) if family == "vision" else None
-    loaded = LoadedModel(module, name, name, family, processor=processor)
+    loaded = LoadedModel(module, name, name, family, ADAPTERS.load("transformers"), processor)
     return bench_arms(loaded, magnitude(loaded), job, setting.machine)
 
 
@@ -150,12 +151,10 @@ def _release(machine: Any) -> None:
 
 def magnitude(loaded: Any) -> Any:
     """A 2:4 mask for every target, by magnitude."""
-    from nmsparse_deploy import models
     from nmsparse_deploy.masks import Mask, MaskSet, project
-    from nmsparse_deploy.models.discovery import discover
     from nmsparse_deploy.pattern import TWO_FOUR
 
-    found = discover(loaded.module, models.sample_inputs(loaded))
+    found = loaded.discover()
     return MaskSet({target.name: Mask.pack(project(loaded.module.get_parameter(target.name).detach().abs(), TWO_FOUR,
                                                    target.axis), target.axis, TWO_FOUR, "")
                     for target in found.targets if target.k % TWO_FOUR.group == 0})

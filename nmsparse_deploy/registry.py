@@ -68,6 +68,12 @@ REFINEMENTS = Registry("refinement", {
     "swap": ".find.refine.swap:REFINEMENT",
 })
 
+ADAPTERS = Registry("model library", {
+    "diffusers": ".models.adapters.diffusers:ADAPTER",
+    "timm": ".models.adapters.timm:ADAPTER",
+    "transformers": ".models.adapters.huggingface:ADAPTER",
+})
+
 
 def check_method(name: str) -> str:
     """Return the name of a method, one-shot or learned; raise `UsageError` with the nearest name otherwise."""

@@ -14,7 +14,6 @@ from nmsparse_deploy.data.sequences import calibration_sequences, longest, paire
 from nmsparse_deploy.data.tensor_inputs import ENDING, prepared
 from nmsparse_deploy.data.text import MIX, TokenSample, calibration_sample, load_text, mixed
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.models import check_length, input_name
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.recipe import AUTO, Calibration
 from nmsparse_deploy.system.progress import Progress, silent
@@ -54,9 +53,9 @@ def draw(loaded: LoadedModel, spec: Calibration, progress: Progress = silent,
         return calibration_latents(loaded, source, spec.samples, spec.seed, progress)
     if loaded.family == "vision":
         progress(f"sampling {spec.samples} images of {source}", 0, 0)
-        return calibration_images(source, loaded.processor, input_name(loaded), spec.samples, spec.seed, progress)
-    if loaded.processor is None or input_name(loaded) != "input_ids":
-        raise UsageError(f"'{loaded.source}' reads {input_name(loaded)}, so it cannot be calibrated on text.",
+        return calibration_images(source, loaded.processor, loaded.input_name, spec.samples, spec.seed, progress)
+    if loaded.processor is None or loaded.input_name != "input_ids":
+        raise UsageError(f"'{loaded.source}' reads {loaded.input_name}, so it cannot be calibrated on text.",
                          f"give inputs of its forward pass: --data FILE{ENDING}")
     progress(f"sampling {spec.samples} x {spec.length} tokens of {source}", 0, 0)
     drawn = _text(loaded, source, spec, compute, progress)
@@ -81,7 +80,7 @@ def _text(loaded: LoadedModel, source: str, spec: Calibration, compute: torch.dt
     names = _sources(source)
     whole = loaded.family in ("encoder", "seq2seq")
     sample = calibration_sequences if whole else calibration_sample
-    check_length(loaded, min(spec.length, longest(loaded.processor)) if whole else spec.length, "--length")
+    loaded.check_length(min(spec.length, longest(loaded.processor)) if whole else spec.length, "--length")
     fill = GENERATED in names
     parts, left = [], spec.samples
     for number, name in enumerate(sorted(names, key=GENERATED.__eq__)):

@@ -19,8 +19,7 @@ import torch
 from nmsparse_deploy.data.images import ImageSample, by_value, calibration_images
 from nmsparse_deploy.data.tensor_inputs import ENDING, check_counts, read_tensors
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.models.adapters.diffusers import INPUT, LABELS, conditions
-from nmsparse_deploy.models.denoising import Denoising, Noising
+from nmsparse_deploy.models.denoising import INPUT, LABELS, Denoising, Noising, conditions
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.system.progress import Progress, silent
 

@@ -16,9 +16,9 @@ from nmsparse_deploy.find.methods.base import Method
 from nmsparse_deploy.find.methods.hessian import FP64_WIDTH
 from nmsparse_deploy.find.plan.make_plan import Plan
 from nmsparse_deploy.find.prune_block import needs
+from nmsparse_deploy.models.adapters.streamed import SHARD
 from nmsparse_deploy.models.base import Target
 from nmsparse_deploy.models.loaded import LoadedModel
-from nmsparse_deploy.models.streamed import SHARD
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import Learn, MaskPro, Prune, Reconstruct, Refit, Training
 from nmsparse_deploy.registry import LEARNERS, METHODS, REFINEMENTS

@@ -28,10 +28,9 @@ from nmsparse_deploy import models
 from nmsparse_deploy.errors import CheckFailed, NmsparseError, UsageError, first_line
 from nmsparse_deploy.find.plan.make_plan import Plan, PlanRow, by_fusion
 from nmsparse_deploy.masks import Mask, MaskSet, mask_follows, normalise_zeros, tensor_hash
-from nmsparse_deploy.models.adapters.timm import read_state
 from nmsparse_deploy.models.base import Target
-from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.models.loaded import LoadedModel
+from nmsparse_deploy.models.state_dict import read_state_dict
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.prove import verify_checkpoint
 from nmsparse_deploy.prove.report import NOT_CHECKED
@@ -87,7 +86,7 @@ def import_result(model: str, masks: Path | None = None, sparse: str | None = No
     progress(f"loading {model}", 0, 0)
     dense = models.load(model)
     start = time.perf_counter()
-    found = discover(dense.module, models.sample_inputs(dense))
+    found = dense.discover()
     targets = {target.name: target for target in found.targets}
     weights = {name: dense.module.get_parameter(name).detach() for name in targets}
     hashes = {name: tensor_hash(weight) for name, weight in weights.items()}
@@ -173,7 +172,7 @@ def read_masks(path: Path, targets: Mapping[str, Target], weights: Mapping[str, 
         raise UsageError(f"There is no mask file '{path}'.")
     if path.suffix not in FILES:
         raise UsageError(f"'{path}' is no kind of mask file that is known here.", f"one of: {', '.join(FILES)}")
-    table: Mapping[str, Any] = _npz(path) if path.suffix == ".npz" else read_state(path)
+    table: Mapping[str, Any] = _npz(path) if path.suffix == ".npz" else read_state_dict(path)
     table = {key: value for key, value in table.items() if key.endswith(MODELOPT)} or table
     if not table:
         raise UsageError(f"'{path}' holds no masks.")
@@ -211,7 +210,7 @@ def _single(path: Path) -> Any:
     import pickle
 
     if path.suffix in (".npz", ".safetensors"):
-        table: Any = _npz(path) if path.suffix == ".npz" else read_state(path)
+        table: Any = _npz(path) if path.suffix == ".npz" else read_state_dict(path)
     else:
         try:
             table = torch.load(path, "cpu", weights_only=True)
@@ -297,7 +296,7 @@ def _write(run: RunDir, pruned: LoadedModel, kept: Mapping[str, torch.Tensor], t
     info = {"method": "imported", "recipe": run.manifest()["fingerprint"], "model": recipe["model"]}
     with run.replacing("model") as folder:
         folder.mkdir()
-        models.save(pruned, folder)
+        pruned.save(folder)
     with run.replacing("masks.safetensors") as file:
         MaskSet(masks, info).save(file)
     rows = [{"name": name, "block": targets[name].block, "axis": mask.axis, "pattern": str(pattern),

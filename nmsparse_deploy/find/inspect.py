@@ -12,7 +12,6 @@ from nmsparse_deploy.find.offload import load_fitting
 from nmsparse_deploy.find.plan.make_plan import Plan, make_plan
 from nmsparse_deploy.models.discovery import discover, trace_inputs
 from nmsparse_deploy.models.loaded import LoadedModel
-from nmsparse_deploy.models.shapes import shapes
 from nmsparse_deploy.pattern import parse_pattern
 from nmsparse_deploy.recipe import DEFAULT_MODEL, Prune, Recipe
 from nmsparse_deploy.system import hardware
@@ -24,7 +23,7 @@ def inspect(model: str = DEFAULT_MODEL, pattern: str = "2:4", include: Sequence[
     """What would be pruned, and why the rest stays dense."""
     progress(f"loading {model}", 0, 0)
     loaded = load_fitting(model)
-    found = discover(loaded.module, models.sample_inputs(loaded), loaded.weights)
+    found = loaded.discover()
     return make_plan(found, parse_pattern(pattern), include, exclude)
 
 
@@ -43,14 +42,14 @@ def price(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
     """
     progress(f"shapes of {recipe.model}", 0, 0)
     try:
-        loaded = shapes(recipe.model, recipe.config)
+        loaded = models.shapes(recipe.model, recipe.config)
     except NmsparseError as error:
         return {"not_priced": error.message}
     return _cost(loaded, recipe.prune)
 
 
 def _cost(loaded: LoadedModel, spec: Prune) -> dict[str, Any]:
-    inputs = models.sample_inputs(loaded)
+    inputs = loaded.sample_inputs()
     found = discover(loaded.module, inputs, loaded.weights)
     plan = make_plan(found, parse_pattern(spec.pattern), spec.include, spec.exclude, spec.patterns)
     if loaded.family == "vision":  # a picture has as many tokens as the model makes of it

@@ -14,7 +14,6 @@ from nmsparse_deploy import models
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.find.cost import footprint
 from nmsparse_deploy.find.plan.make_plan import Plan, make_plan
-from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.pattern import parse_pattern
 from nmsparse_deploy.recipe import Prune
@@ -63,7 +62,7 @@ def load_fitting(model: str, limit: int | None = None) -> LoadedModel:
 
 def planned(loaded: LoadedModel, spec: Prune) -> Plan:
     """What `spec` asks to be pruned in `loaded`."""
-    found = discover(loaded.module, models.sample_inputs(loaded), loaded.weights)
+    found = loaded.discover()
     return make_plan(found, parse_pattern(spec.pattern), spec.include, spec.exclude, spec.patterns)
 
 

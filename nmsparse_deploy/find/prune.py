@@ -247,7 +247,7 @@ class _Stage:
         """The calibration stream, or None when the method needs no data."""
         if self.sample is None or needs(self.spec, self.method) == "none":
             return None
-        batches = models.batches(self.loaded, some(self.sample, self.spec.walked), self.spec.calibration.batch)
+        batches = self.loaded.batches(some(self.sample, self.spec.walked), self.spec.calibration.batch)
         batches = batches[self.team.rank :: self.team.world]
         self.progress("capturing the inputs of the first block", 0, 0)
         both = any(step.dense_stream for step in self.spec.refine) or self._blockwise()
@@ -259,7 +259,7 @@ class _Stage:
         """A few tokens in fp32, on which the block is asked which of its channels may be permuted."""
         if not self.spec.permute:
             return None
-        batches = models.batches(self.loaded, models.sample_inputs(self.loaded), 2)
+        batches = self.loaded.batches(self.loaded.sample_inputs(), 2)
         return BlockWalk(self.loaded.module, self.plan.blocks, batches[:1], weights=self.loaded.weights)
 
     def _block(self, walk: BlockWalk | None, probe: BlockWalk | None, block: int) -> list[dict[str, Any]]:
@@ -361,7 +361,7 @@ class _Stage:
         info = {"method": self.spec.method, "recipe": self.run.manifest()["fingerprint"], "model": self.loaded.source}
         with self.run.replacing("model") as folder:
             folder.mkdir()
-            models.save(self.loaded, folder, self._changed(rows))
+            self.loaded.save(folder, self._changed(rows))
         masks = MaskSet(self._masks(rows), info)  # not in memory beside a shard
         with self.run.replacing("masks.safetensors") as file:
             masks.save(file)

@@ -1,149 +1,101 @@
-"""Model families. `load` resolves what the user typed; the rest dispatches to the library that loaded the model."""
+"""Model libraries and families. What the user typed goes to the library that claims it (`ADAPTERS` of the registry)."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nmsparse_deploy.errors import NmsparseError, UsageError
-from nmsparse_deploy.models.adapters import diffusers as diffusion
-from nmsparse_deploy.models.adapters import huggingface as hf
-from nmsparse_deploy.models.adapters import timm as vision
-from nmsparse_deploy.models.loaded import LoadedModel
-from nmsparse_deploy.models.packaged import visual_saliency as saliency
-from nmsparse_deploy.system.assets import Asset, assets, fetch
+from nmsparse_deploy.errors import NmsparseError
+from nmsparse_deploy.models.loaded import LoadedModel, ModelAdapter
+from nmsparse_deploy.models.packaged import location, packaged_model
+from nmsparse_deploy.registry import ADAPTERS
+from nmsparse_deploy.system.assets import assets
+
+FALLBACK = "transformers"
+"""The library that is asked last: it has no way to tell a name of the hub from another library's."""
 
 
-def short_name(source: str) -> str:
-    """A model's name for folders and headings, known without loading it."""
-    if source in assets():
-        return assets()[source].name or source
-    path = Path(source.removeprefix(vision.PREFIX).removeprefix(diffusion.PREFIX).partition("?")[0])
-    return path.stem if path.suffix == ".gguf" else path.name
+def libraries() -> Iterator[ModelAdapter]:
+    """Yield every model library in the order in which they are asked."""
+    for name in sorted(ADAPTERS.entries, key=FALLBACK.__eq__):
+        yield ADAPTERS.load(name)
 
 
-def hub_name(source: str) -> str | None:
-    """OWNER/NAME of a model on the hub; None for what is a file, a folder, or in no hub."""
-    if source in assets():
-        return assets()[source].hub
-    local = source.removeprefix(diffusion.PREFIX).partition("?")[0] if diffusion.is_diffusers(source) else source
-    name = local.removeprefix(vision.PREFIX)
-    if source.startswith(vision.PREFIX):
-        name = f"timm/{name}" if "/" not in name else name.removeprefix("hf-hub:").removeprefix("hf_hub:")
-    known = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) and not name.endswith(".gguf")
-    return name if known and not Path(local).exists() else None
+def adapter_for(source: str) -> ModelAdapter:
+    """Return the library that loads MODEL, a folder or a name."""
+    return next(adapter for adapter in libraries() if adapter.claims(source))
 
 
 def load(source: str, dtype: torch.dtype | None = None, stream: bool = False) -> LoadedModel:
     """Load MODEL: a packaged model (`demo`, `vit`, `minilm`), a folder, a GGUF file, a hub name, `timm:NAME`, or
     `diffusers:NAME`.
 
-    A bare name that is neither here nor on the hub is tried as a timm model; `described` says what it was. With
-    `stream` the weights stay in their files until they are needed; only for what `checkpoint` finds.
+    A bare name that is neither here nor on the hub is tried as the name of an architecture; `described` says what it
+    was. With `stream` the weights stay in their files until they are needed; only for what `checkpoint` finds.
     """
-    if source in assets() and assets()[source].kind == "model":
-        return _packaged(assets()[source], dtype, stream)
-    if vision.is_timm(source):
-        return vision.load(source, dtype)
-    if diffusion.is_diffusers(source):
-        return diffusion.load(source, dtype)
+    asset = packaged_model(source)
+    if asset is not None:
+        place = location(asset)
+        loaded = adapter_for(place).load(place, dtype, stream)
+        loaded.source, loaded.name = asset.key, asset.name or loaded.name
+        return loaded
+    adapter = adapter_for(source)
     try:
-        return hf.load(source, dtype, stream=stream)
+        return adapter.load(source, dtype, stream)
     except NmsparseError:
-        if "/" in source or Path(source).exists() or not vision.is_name(source):
+        bare = "/" not in source and not Path(source).exists()
+        other = next((other for other in libraries() if bare and other is not adapter and other.knows(source)), None)
+        if other is None:
             raise
-        return vision.load(f"{vision.PREFIX}{source}", dtype)
+        return other.load(f"{other.prefix}{source}", dtype)
 
 
 def checkpoint(source: str) -> Path | None:
-    """The folder of safetensors files that MODEL stands for, if it can be streamed and is on this machine."""
-    if source in assets() and assets()[source].kind == "model":
-        return hf.checkpoint(_where(assets()[source]))
-    return None if vision.is_timm(source) else hf.checkpoint(source)
+    """Return the folder of safetensors files that MODEL stands for, if it can be streamed and is on this machine."""
+    asset = packaged_model(source)
+    place = source if asset is None else location(asset)
+    return adapter_for(place).checkpoint(place)
 
 
 def download(source: str) -> Path | None:
-    """The folder of safetensors files of a hub model that can be streamed, brought here if it is not yet; else None."""
-    elsewhere = source in assets() or vision.is_timm(source) or diffusion.is_diffusers(source)
-    name = None if elsewhere else hub_name(source)
-    return hf.download(name) if name else None
+    """Bring the safetensors files of a hub model that can be streamed here, and return their folder; else None."""
+    return None if source in assets() else adapter_for(source).download(source)
 
 
-def _packaged(asset: Asset, dtype: torch.dtype | None, stream: bool) -> LoadedModel:
-    return hf.load(_where(asset), dtype, asset.key, asset.name, stream)
+def shapes(source: str, config: Mapping[str, Any] | None = None) -> LoadedModel:
+    """Build MODEL with every parameter on the meta device; no weight is read and nothing is downloaded.
+
+    What it looks like is told by `config` (entries of a config.json; the library fills in the rest), by a packaged
+    model, by the config of a local folder, or by an architecture's name. Raises `UsageError` when it is not told,
+    `MissingExtra` for the name of a library that is not here.
+    """
+    asset = packaged_model(source)
+    return adapter_for(source).shapes(source, asset.config if config is None and asset else config)
 
 
-def _where(asset: Asset) -> str:
-    """The folder or file of a packaged model, or its name on the hub."""
-    try:
-        folder = fetch(asset.key)
-    except NmsparseError:
-        if asset.hub is None:
-            raise
-        return asset.hub
-    if asset.key == saliency.KEY:
-        return str(saliency.model_folder())
-    return str(next((file.parent for file in folder.rglob("config.json")), folder / asset.files[0]))
+def short_name(source: str) -> str:
+    """Name MODEL for folders and headings, without loading it."""
+    asset = assets().get(source)
+    return asset.name or source if asset else adapter_for(source).short_name(source)
+
+
+def hub_name(source: str) -> str | None:
+    """Return OWNER/NAME of a model on the hub; None for what is a file, a folder, or in no hub."""
+    asset = assets().get(source)
+    return asset.hub if asset else adapter_for(source).hub_name(source)
 
 
 def described(typed: str, model: LoadedModel) -> str:
-    """What MODEL turned out to be, in words."""
+    """Put into words what MODEL turned out to be."""
     kind = model.provenance.get("class", type(model.module).__name__)
-    where = Path(typed.removeprefix(diffusion.PREFIX).partition("?")[0])
     if typed in assets():
         return f"'{typed}' is {assets()[typed].title} ({kind})"
+    adapter, name = model.adapter, model.adapter.reference(typed)
+    where = Path(name)
     place = "a local folder" if where.is_dir() else "a local file" if where.is_file() else "a hub model"
-    found = f"the timm model {model.name}" if model.library == "timm" and place == "a hub model" else place
-    return f"'{typed}' is {found} ({model.library} {kind}, {model.family})"
-
-
-def sample_inputs(model: LoadedModel, batch: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
-    """Keyword arguments for one forward pass of the right shapes; `length` is in tokens (text only)."""
-    if model.library == diffusion.LIBRARY:
-        return diffusion.sample_inputs(model, batch, length)
-    return vision.sample_inputs(model, batch) if model.library == "timm" else hf.sample_inputs(model, batch, length)
-
-
-def input_name(model: LoadedModel) -> str:
-    """Under which name the model's forward takes its pictures, latents or token ids."""
-    if model.library == diffusion.LIBRARY:
-        return diffusion.INPUT
-    return vision.INPUT if model.library == "timm" else str(getattr(model.module, "main_input_name", "input_ids"))
-
-
-def longest(model: LoadedModel) -> int | None:
-    """Tokens that the model reads at once, as its config says."""
-    config: Any = getattr(model.module, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "max_position_embeddings", None)
-
-
-def check_length(model: LoadedModel, length: int, option: str) -> None:
-    """Raise `UsageError` for windows of more tokens than the model has positions for."""
-    most = longest(model)
-    if most is not None and length > most:
-        raise UsageError(f"Windows of {length} tokens are longer than the {most} that '{model.name}' takes.",
-                         f"{option} {most}")
-
-
-def save(model: LoadedModel, folder: Path, changed: Mapping[str, Callable[[], torch.Tensor]] | None = None) -> None:
-    """Write a folder that the stock library loads; of a streamed model `changed` gives what is not the checkpoint's."""
-    if model.library == "timm":
-        vision.save(model, folder)
-    elif model.library == diffusion.LIBRARY:
-        diffusion.save(model, folder)
-    else:
-        hf.save(model, folder, changed)
-
-
-def batches(model: LoadedModel, inputs: Mapping[str, torch.Tensor], size: int) -> list[dict[str, Any]]:
-    """Inputs `[samples, ...]` as keyword arguments of forward passes on the model's device, `size` samples each."""
-    device = model.device
-    # A cache would only cost memory.
-    extra: dict[str, Any] = {"use_cache": False} if model.family in ("llm", "seq2seq") else {}
-    parts = {name: value.to(device).split(size) for name, value in inputs.items()}
-    return [{**dict(zip(parts, row)), **extra} for row in zip(*parts.values())]
+    if adapter.knows(name) and (place == "a hub model" or typed.startswith(adapter.prefix)):
+        place = f"the {adapter.library} model {model.name}"
+    return f"'{typed}' is {place} ({adapter.library} {kind}, {model.family})"

@@ -9,6 +9,7 @@ arXiv:2210.02747).
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -17,11 +18,17 @@ from typing import Any
 
 import torch
 
-from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.errors import NmsparseError, UsageError
+from nmsparse_deploy.models.outputs import primary_output
 from nmsparse_deploy.models.preprocess import Preprocess
 
 SCHEDULER = "scheduler"
 """The folder that diffusers keeps a scheduler's settings in, beside or below the transformer."""
+INPUT = "hidden_states"
+LABELS = "class_labels"
+WIDTHS = {"encoder_hidden_states": ("caption_channels", "joint_attention_dim", "cross_attention_dim"),
+          "pooled_projections": ("pooled_projection_dim",)}
+"""Arguments that carry an embedded text, and which setting says how wide it is."""
 FLOW = "flow"
 BATCH = 8
 """Pictures that pass through an autoencoder at a time."""
@@ -128,3 +135,27 @@ def _autoencoder(folder: Path) -> Any:
 
 def _shift(vae: Any) -> float:
     return float(vae.config.get("shift_factor") or 0.0)
+
+
+def sample_size(module: Any) -> tuple[int, int]:
+    """Return height and width of what the model denoises."""
+    found = module.config.get("sample_size")
+    if found is None:
+        raise NmsparseError(f"{type(module).__name__} does not say what size it denoises (sample_size).",
+                            "add it to the config.json")
+    height, width = (found, found) if isinstance(found, int) else found
+    return height, width
+
+
+def prediction(output: Any, like: torch.Tensor) -> torch.Tensor:
+    """Take what a forward pass says about the noised samples `like`, without the learned variances that may follow."""
+    return primary_output(output).value[:, : like.shape[1]]
+
+
+def conditions(module: Any) -> dict[str, int]:
+    """Map what the model is conditioned on beside the timestep: argument -> number of classes, or width."""
+    named = inspect.signature(module.forward).parameters
+    found = {LABELS: module.config.get("num_embeds_ada_norm")} if LABELS in named else {}
+    for name in (name for name in WIDTHS if name in named):
+        found[name] = next((module.config[key] for key in WIDTHS[name] if module.config.get(key)), None)
+    return {name: count for name, count in found.items() if count}

@@ -7,14 +7,14 @@ from urllib.error import URLError
 from nmsparse_deploy.errors import NmsparseError, UsageError
 
 
-def refusal(error: BaseException, source: str, instead: str) -> NmsparseError | None:
-    """The hub's refusal behind `error`, or None when it failed for another reason.
+def hub_error(error: BaseException, source: str, instead: str) -> NmsparseError | None:
+    """Return the hub's refusal behind `error` as a sentence, or None when it failed for another reason.
 
     `source` is what the user typed, `instead` what to do while the hub cannot be reached.
     """
     from huggingface_hub import errors as hub
 
-    links = chain(error)
+    links = causes(error)
     if any(isinstance(e, hub.GatedRepoError) for e in links):
         return NmsparseError(f"The model '{source}' is gated: its owner has to grant you access.", "hf auth login")
     if any(isinstance(e, hub.RepositoryNotFoundError) for e in links):
@@ -31,8 +31,8 @@ def unreachable(error: BaseException) -> bool:
     return named or isinstance(error, ConnectionError) or type(error) is URLError
 
 
-def chain(error: BaseException) -> list[BaseException]:
-    """An error and what caused it, down to the first."""
+def causes(error: BaseException) -> list[BaseException]:
+    """List an error and what caused it, down to the first."""
     links: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in links:

@@ -1,31 +1,11 @@
-"""A model of a folder that holds a configuration but no weights: the right modules, nothing in their parameters."""
+"""A model whose parameters have no values yet: what describes it in a folder, and how tensors are put into it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-
-from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.models.adapters import diffusers as diffusion
-from nmsparse_deploy.models.adapters import huggingface as hf
-from nmsparse_deploy.models.adapters import timm as vision
-from nmsparse_deploy.models.loaded import LoadedModel
-
-
-def skeleton(folder: Path, dtype: torch.dtype) -> LoadedModel:
-    """The model that the configuration in `folder` describes, its parameters on the meta device; buffers are real, and
-    have the dtypes that they have when the library loads the model in `dtype`.
-
-    Raises `UsageError` for a folder that describes no model.
-    """
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"'{folder}' does not describe a model: it has no config.json.")
-    library = diffusion if diffusion.is_diffusers(str(folder)) else vision if vision.is_timm(str(folder)) else hf
-    return library.empty(folder, dtype)
-
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
@@ -36,7 +16,7 @@ def description(folder: Path) -> list[Path]:
 
 
 def settle(module: Any, tensors: dict[str, Any]) -> None:
-    """Put `tensors` by name into a skeleton; the same tensor under two names stays one parameter.
+    """Put `tensors` by name into a model without weights; the same tensor under two names stays one parameter.
 
     Raises `AttributeError` for a name that it does not have, `ValueError` for a tensor of another shape.
     """

@@ -40,3 +40,15 @@ def primary_output(outputs: Any, field: str | None = None) -> PrimaryOutput:
             return PrimaryOutput(name, value)
     wanted = f"'{field}'" if field else " or ".join(f"'{name}'" for name in FIELDS)
     raise NmsparseError(f"The model returns no {wanted}, but a {type(outputs).__name__}.")
+
+
+class Features(NamedTuple):
+    """What a model says about a batch, one row a sample; None for what the model or the graph does not return.
+
+    `pooled` [samples, width] is the class token of a vision model that has one, the mean of its tokens otherwise, and
+    the mean over a sequence's own tokens for text.
+    """
+
+    pooled: torch.Tensor | None
+    tokens: torch.Tensor | None
+    logits: torch.Tensor | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -17,9 +17,21 @@ if TYPE_CHECKING:
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 BICUBIC = 3
-"""PIL's number; Hugging Face writes the same numbers into `resample`."""
+RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": BICUBIC, "box": 4, "hamming": 5}
+"""PIL's numbers of its filters; Hugging Face writes the same numbers into `resample`."""
 FILE = "preprocessor_config.json"
 DEFAULT_SIZE = 224
+
+
+class ImagePipeline(TypedDict):
+    """How an image becomes a tensor, in timm's words. `crop_pct` is the share of the resized image that is kept."""
+
+    input_size: tuple[int, int, int]
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    crop_mode: str
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,14 @@ class Preprocess:
         image = image.resize(grown, self.resample) if grown != image.size else image
         left, top = (grown[0] - width) // 2, (grown[1] - height) // 2
         return image.crop((left, top, left + width, top + height))
+
+    def pipeline(self) -> ImagePipeline:
+        """Return the same in timm's words."""
+        named = {number: name for name, number in RESAMPLE.items()}
+        return ImagePipeline(input_size=(len(self.mean), *self.size),
+                             interpolation=named.get(self.resample, "bicubic"), mean=self.mean, std=self.std,
+                             crop_pct=min(self.size) / self.shorter if self.shorter else 1.0,
+                             crop_mode="center" if self.shorter else "squash")
 
     def to_json(self) -> dict[str, Any]:
         return {"size": list(self.size), "shorter_side": self.shorter, "mean": list(self.mean), "std": list(self.std),

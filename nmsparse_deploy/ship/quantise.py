@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from nmsparse_deploy import models
 from nmsparse_deploy.data.calibration_sample import draw
 from nmsparse_deploy.data.self_generated import GENERATED
 from nmsparse_deploy.data.text import MIX
@@ -149,4 +148,4 @@ def activation_ranges(run: RunDir, loaded: LoadedModel, targets: list[Target], p
         few = spec.model_copy(update={"samples": min(max(spec.samples, 1), WINDOWS)})
         inputs = draw(loaded, few, progress).inputs
     loaded.module.float()
-    return calibrate(loaded.module, targets, models.batches(loaded, inputs, spec.batch), progress)
+    return calibrate(loaded.module, targets, loaded.batches(inputs, spec.batch), progress)

@@ -177,4 +177,4 @@ def test_text_models_still_refuse_pictures(llama_dir, pictures, tmp_path):
     with pytest.raises(UsageError):
         prune(str(llama_dir), spec(pictures), tmp_path / "run")
     assert pico.VOCABULARY and not (tmp_path / "run").exists()
-    assert torch.is_tensor(models.sample_inputs(models.load(str(llama_dir)))["input_ids"])
+    assert torch.is_tensor(models.load(str(llama_dir)).sample_inputs()["input_ids"])

@@ -10,8 +10,7 @@ from nmsparse_deploy.find import auto
 from nmsparse_deploy.find.auto import LADDER, choose
 from nmsparse_deploy.find.cost import Rates, estimate
 from nmsparse_deploy.find.plan.make_plan import make_plan
-from nmsparse_deploy.models import load, sample_inputs
-from nmsparse_deploy.models.discovery import discover
+from nmsparse_deploy.models import load
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.recipe import Prune, validate
 
@@ -26,7 +25,7 @@ def slow(monkeypatch):
 
 def seconds(llama_dir):
     loaded = load(str(llama_dir))
-    plan = make_plan(discover(loaded.module, sample_inputs(loaded)), TWO_FOUR)
+    plan = make_plan(loaded.discover(), TWO_FOUR)
     return {name: estimate(loaded, plan, validate(Prune, rung), SLOW).seconds for name, rung in LADDER.items()}
 
 

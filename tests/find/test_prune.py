@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from nmsparse_deploy.errors import CheckFailed, NmsparseError, UsageError
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.masks import MaskSet
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.prove import verify_checkpoint
 from nmsparse_deploy.prove.group_counter import check
 from nmsparse_deploy.recipe import Prune, validate
@@ -192,9 +193,7 @@ def test_truncated_and_lying_weights(llama_dir, texts, tmp_path):
 
 def test_a_damaged_result_is_not_called_done(llama_dir, texts, tmp_path, monkeypatch):
     """If what was saved does not hold the pattern, the stage fails and is not marked as finished."""
-    from nmsparse_deploy import models
-
-    real = models.save
+    real = LoadedModel.save
 
     def spoil(model, folder, changed):
         real(model, folder)
@@ -202,7 +201,7 @@ def test_a_damaged_result_is_not_called_done(llama_dir, texts, tmp_path, monkeyp
         state["model.layers.0.mlp.up_proj.weight"].fill_(1.0)
         save_file(state, folder / "model.safetensors", {"format": "pt"})
 
-    monkeypatch.setattr(models, "save", spoil)
+    monkeypatch.setattr(LoadedModel, "save", spoil)
     with pytest.raises(CheckFailed, match="fails verification"):
         prune(str(llama_dir), spec(texts), tmp_path / "run")
     monkeypatch.undo()

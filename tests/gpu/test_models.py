@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nmsparse_deploy import models
 from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.measure.bench.arms import SPARSE
 from nmsparse_deploy.measure.bench.model_arms import Job, bench_arms
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.recipe import Pack
+from nmsparse_deploy.registry import ADAPTERS
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.ship.torch_sparse.artefact import TorchSparse
 from nmsparse_deploy.ship.torch_sparse.semi_structured import kernels
@@ -42,12 +42,12 @@ def test_from_a_run_to_a_packed_model_that_decided_for_itself(llama_dir, tmp_pat
 
 def test_the_arms_of_a_model(device):
     wide = pico.llama(hidden_size=256, intermediate_size=512)
-    loaded = LoadedModel(wide, "wide", "wide", "llm")
+    loaded = LoadedModel(wide, "wide", "wide", "llm", ADAPTERS.load("transformers"))
     loaded.module.to(device)
     found = bench_arms(loaded, magnitude(loaded), Job(4, 64, "fp16", 7), require_gpu("This test"))
     assert found["status"] == "measured" and found["evidence"]["prefill"][SPARSE]["rungs"]["observed"]["layers"] == 14
     assert {(one["name"], one["replayed"]) for one in found["phases"]} >= {("prefill", False), ("prefill", True)}
-    assert models.sample_inputs(loaded)["input_ids"].is_cuda
+    assert loaded.sample_inputs()["input_ids"].is_cuda
 
 
 def test_a_replayed_model_follows_its_inputs(llama_dir, tmp_path):

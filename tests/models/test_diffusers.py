@@ -29,18 +29,18 @@ def loaded(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_forward_pass_is_fed_from_signature_and_settings(loaded, name):
     model = loaded[name]
-    inputs = models.sample_inputs(model, 3, 7)
+    inputs = model.sample_inputs(3, 7)
     assert set(inputs) == {HIDDEN, "timestep", *small.ARGUMENTS[name]}
     assert {len(value) for value in inputs.values()} == {3}
     with torch.no_grad():
         assert model.module(**inputs).sample.shape[0] == 3
-    assert (model.family, model.library, models.input_name(model)) == ("diffusion", "diffusers", HIDDEN)
+    assert (model.family, model.adapter.library, model.input_name) == ("diffusion", "diffusers", HIDDEN)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_reads_one_row_a_sample_stays_dense(loaded, name):
     """Modulation, timestep and label embedding have one row a sample; final projection and patches are outside."""
-    found = discover(loaded[name].module, models.sample_inputs(loaded[name]))
+    found = discover(loaded[name].module, loaded[name].sample_inputs())
     assert len(found.blocks) == 2
     kinds = {target.name.split(".", 2)[2] for target in found.targets}
     assert not [kind for kind in kinds if "norm" in kind or "emb" in kind]
@@ -63,7 +63,7 @@ def test_what_reads_one_row_a_sample_stays_dense(loaded, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_stream_is_what_the_last_block_reads(loaded, name):
     model, seen = loaded[name], []
-    inputs = models.sample_inputs(model, 4, 7)
+    inputs = model.sample_inputs(4, 7)
     blocks = discover(model.module, inputs).blocks
     handle = model.module.get_submodule(blocks[-1]).register_forward_pre_hook(
         lambda _m, args, named: seen.append(args[0] if args else named[HIDDEN]), with_kwargs=True)
@@ -72,7 +72,7 @@ def test_the_stream_is_what_the_last_block_reads(loaded, name):
     walk = BlockWalk(model.module, blocks, [inputs])
     walk.advance(0)
     assert torch.equal(walk.hidden[0], seen[0])
-    wanted = walk._stream.route.place
+    wanted = walk._stream.wiring.place
     assert wanted == (1 if name.startswith("SD3") else 0)
 
 
@@ -81,7 +81,7 @@ def test_the_stream_is_what_the_last_block_reads(loaded, name):
 def test_statistics_are_those_of_the_whole_model(loaded, name):
     """Every fusion group of the last block, of both streams, against hooks in a plain forward pass."""
     model = loaded[name]
-    inputs = models.sample_inputs(model, 4, 7)
+    inputs = model.sample_inputs(4, 7)
     found = discover(model.module, inputs)
     targets = found.of_block(1)
     totals = {target.fusion: StatsAccumulator("gram") for target in targets}
@@ -105,7 +105,7 @@ def test_statistics_are_those_of_the_whole_model(loaded, name):
 @torch.no_grad()
 def test_only_the_last_block_of_two_streams_can_be_finished(loaded):
     model = loaded["SD3 (MMDiT)"]
-    inputs = models.sample_inputs(model, 4, 7)
+    inputs = model.sample_inputs(4, 7)
     walk = BlockWalk(model.module, discover(model.module, inputs).blocks, [inputs], both=True)
     walk.statistics(0, discover(model.module, inputs).of_block(0), "norms")
     with pytest.raises(NmsparseError, match="two streams"):
@@ -134,7 +134,7 @@ def test_the_stored_dtype_is_kept_and_saving_keeps_every_bit(tmp_path):
     module.save_pretrained(tmp_path / "half")
     model = models.load(str(tmp_path / "half"))
     assert model.module.dtype == torch.float16 and model.processor.assumed
-    models.save(model, tmp_path / "saved")
+    model.save(tmp_path / "saved")
     again = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "saved", torch_dtype=torch.float16)
     assert all(torch.equal(a, b) for a, b in zip(model.module.state_dict().values(), again.state_dict().values()))
     assert not (tmp_path / "saved/scheduler").exists()

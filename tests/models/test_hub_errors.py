@@ -8,7 +8,7 @@ from urllib.error import URLError
 import pytest
 from huggingface_hub import errors as hub
 
-from nmsparse_deploy.models.adapters.huggingface import _explain
+from nmsparse_deploy.models.adapters.huggingface import explain
 
 
 def response(code: int) -> SimpleNamespace:
@@ -40,5 +40,5 @@ def wrapped(cause: Exception) -> OSError:
     (ValueError("bad config\nmore"), "cannot be loaded as a model: ", 2),
 ])
 def test_hub_answers_become_sentences(cause, sentence, code):
-    error = _explain(wrapped(cause), "a/b")
+    error = explain(wrapped(cause), "a/b")
     assert sentence in error.message and "\n" not in error.message and error.exit_code == code

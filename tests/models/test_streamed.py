@@ -21,7 +21,6 @@ from nmsparse_deploy.find import offload as opening
 from nmsparse_deploy.find.cost import Footprint
 from nmsparse_deploy.find.offload import open_model
 from nmsparse_deploy.find.prune import prune
-from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.recipe import Prune, validate
 from nmsparse_deploy.system import memory
 from tests import ROOT
@@ -75,7 +74,7 @@ def test_the_same_bits_with_and_without_streaming(name, dtype, texts, tmp_path, 
     recipe = spec(texts, **{"compute": "fp32", **RECIPES[name]})
     whole = prune(str(folder), recipe, tmp_path / "whole")
     streaming(on_disk=name != "magnitude")
-    monkeypatch.setattr("nmsparse_deploy.models.streamed.SHARD", 100_000)
+    monkeypatch.setattr("nmsparse_deploy.models.adapters.streamed.SHARD", 100_000)
     streamed = prune(str(folder), recipe, tmp_path / "streamed")
     assert held(whole) == ("in memory", "in memory") and held(streamed)[0] == "streamed"
     assert mask_bytes(whole) == mask_bytes(streamed)
@@ -104,7 +103,7 @@ def test_families_give_the_same_bits(name, texts, tmp_path, streaming):
 def test_encoders_and_pictures_give_the_same_plan(name, tmp_path):
     FAMILIES[name].build(tmp_path / "model")
     whole, streamed = (models.load(str(tmp_path / "model"), stream=stream) for stream in (False, True))
-    one, two = (discover(m.module, models.sample_inputs(m), m.weights) for m in (whole, streamed))
+    one, two = (m.discover() for m in (whole, streamed))
     assert one == two
 
 
@@ -120,12 +119,12 @@ def test_only_the_parts_that_run_have_weights(llama_dir):
     for path in (*blocks, "model.norm", "lm_head"):
         module.get_submodule(path).register_forward_pre_hook(lambda *_: seen.append(present()))
     with torch.no_grad(), loaded.weights.flowing():
-        out = module(**models.sample_inputs(loaded))
+        out = module(**loaded.sample_inputs())
     assert not any(seen), "weights come after the hooks of a module, so nothing else has any"
     assert not present()
     whole = models.load(str(llama_dir))
     with torch.no_grad():
-        assert torch.equal(out.logits, whole.module(**models.sample_inputs(whole)).logits)
+        assert torch.equal(out.logits, whole.module(**whole.sample_inputs()).logits)
     with loaded.weights.hold(blocks[1]):
         assert present() == {name for name, _ in module.named_parameters() if name.startswith(blocks[1] + ".")}
         assert torch.equal(module.get_parameter(f"{blocks[1]}.mlp.up_proj.weight"),

@@ -16,7 +16,6 @@ from nmsparse_deploy import models
 from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.masks import MaskSet
-from nmsparse_deploy.models.adapters import timm as vision
 from nmsparse_deploy.prove.group_counter import check
 from nmsparse_deploy.recipe import Evaluate, Export, Prune, validate
 
@@ -30,7 +29,7 @@ def test_without_timm_the_extra_is_named(monkeypatch):
 
 def test_names():
     assert models.short_name("timm:vit_tiny?checkpoint=/a/b.safetensors") == "vit_tiny"
-    assert vision.is_timm("timm:x") and not vision.is_timm("x")
+    assert models.adapter_for("timm:x").library == "timm" and models.adapter_for("x").library == "transformers"
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,6 @@ from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.cost import Rates
 from nmsparse_deploy.find.inspect import predict_cost, price
-from nmsparse_deploy.models.discovery import discover
-from nmsparse_deploy.models.shapes import shapes
 from nmsparse_deploy.recipe import Prune, Recipe, fingerprint, validate
 from tests import ROOT
 from tests.fixtures import pico
@@ -51,7 +49,7 @@ def test_every_recipe_is_priced_without_the_model(path):
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_shapes_are_those_of_the_model(name):
     recipe = Recipe.load(ROOT / f"recipes/published/{name}.yaml")
-    module = shapes(recipe.model, recipe.config).module
+    module = models.shapes(recipe.model, recipe.config).module
     assert all(parameter.is_meta for parameter in module.parameters())
     assert sum(parameter.numel() for parameter in module.parameters()) == pytest.approx(WEIGHTS[name], rel=0.05)
 
@@ -60,8 +58,8 @@ def test_shapes_are_those_of_the_model(name):
 def test_shapes_are_discovered_as_the_model_is(make, tmp_path):
     """Where there is no memory, what reads the same tensor is still known."""
     folder = pico.save(make(), tmp_path / "model")
-    real, bare = models.load(str(folder)), shapes(str(folder))
-    found, priced = (discover(model.module, models.sample_inputs(model)) for model in (real, bare))
+    real, bare = models.load(str(folder)), models.shapes(str(folder))
+    found, priced = (model.discover() for model in (real, bare))
     assert priced.targets == found.targets and priced.blocks == found.blocks
     assert len({target.fusion for target in priced.targets}) < len(priced.targets) or make is pico.gpt2
 
@@ -113,5 +111,5 @@ def test_every_published_recipe_names_its_source_and_a_metric_that_it_measures()
 
 def test_loading_on_the_meta_device_leaves_no_trace():
     """The default device is what it was."""
-    shapes("demo")
+    models.shapes("demo")
     assert torch.empty(1).device.type == "cpu"

@@ -24,7 +24,7 @@ from nmsparse_deploy.find.learn.losses import squared_error
 from nmsparse_deploy.find.learn.mask_parametrization import Site, showing
 from nmsparse_deploy.find.learn.step_context import Moment, digest
 from nmsparse_deploy.find.learn.subjects import split
-from nmsparse_deploy.models.adapters.diffusers import INPUT, prediction
+from nmsparse_deploy.models.denoising import INPUT, prediction
 from nmsparse_deploy.recipe import Training
 from nmsparse_deploy.system.hardware import autocast_for
 

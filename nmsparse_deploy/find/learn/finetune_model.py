@@ -58,7 +58,7 @@ def refine_model(checkpoints: Checkpoints, loaded: LoadedModel, plan: Plan, spec
     sites = {name: Site(name, name, mask.axis, cast(NMPattern, mask.pattern)) for name, mask in masks.items()}
     rows = {name: to_rows(mask.unpack(), mask.axis) for name, mask in masks.items()}
     device = next(loaded.module.parameters()).device
-    batches = models.batches(loaded, inputs, spec.calibration.batch)
+    batches = loaded.batches(inputs, spec.calibration.batch)
     with in_fp32(loaded.module):
         suits, signal = _signal(loaded, batches[0], compute)
         subject = Taught(loaded.module, sites, batches, suits, step, compute)

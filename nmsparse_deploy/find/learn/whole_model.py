@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nmsparse_deploy import models
 from nmsparse_deploy.data.calibration_sample import Sample, some
 from nmsparse_deploy.data.images import ImageSample
 from nmsparse_deploy.data.latents import NoisedSample
@@ -46,7 +45,7 @@ def learn_model(session: Session, loaded: LoadedModel, plan: Plan, spec: Prune,
     """Masks for everything in the plan by parameter name, and the facts. The model is dense before and after."""
     if session.spec.labels or session.spec.augment:
         sample = _in_any_order(sample, session.seed)
-    few = models.batches(loaded, some(sample, session.spec.prior_samples), spec.calibration.batch)
+    few = loaded.batches(some(sample, session.spec.prior_samples), spec.calibration.batch)
     sites, weights = {}, []
     for row in plan.pruned():
         assert isinstance(row.pattern, NMPattern)
@@ -76,7 +75,7 @@ def _subject(session: Session, loaded: LoadedModel, sites: Mapping[str, Site], s
     if isinstance(sample, NoisedSample) and not (spec.labels or spec.augment):
         return Diffusion(loaded.module, sites, sample, batch, spec, session.compute), {}
     if not isinstance(sample, ImageSample) or not (spec.labels or spec.augment):
-        batches = models.batches(loaded, sample.inputs, batch)
+        batches = loaded.batches(sample.inputs, batch)
         return WholeModel(loaded.module, sites, batches, suits, spec, session.compute), {}
     if spec.labels and suits.kind != "kl":
         raise UsageError(f"'{loaded.source}' has no classes to learn from.", "learn.labels: false")

@@ -28,7 +28,7 @@ from nmsparse_deploy.find.plan.latency import Latency, Source, source
 from nmsparse_deploy.find.plan.make_plan import Plan, PlanRow, by_fusion, make_plan
 from nmsparse_deploy.find.plan.mixed_ratios import mixed_ratios
 from nmsparse_deploy.find.plan.sensitivity import Rise, direct, from_curvature, hutchinson, together
-from nmsparse_deploy.models.discovery import discover, trace_inputs
+from nmsparse_deploy.models.discovery import trace_inputs
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.objective import Objective, objective
 from nmsparse_deploy.models.roofline import count_flops
@@ -56,7 +56,7 @@ def plan(model: str = DEFAULT_MODEL, spec: Allocate = Allocate(budget=1.0), prog
     loaded = models.load(model)
     if spec.max_ppl_increase is not None and loaded.family != "llm":
         raise UsageError("Only language models have a perplexity.", "give --budget or --min-speedup")
-    base = make_plan(discover(loaded.module, models.sample_inputs(loaded)), asked, spec.include, spec.exclude)
+    base = make_plan(loaded.discover(), asked, spec.include, spec.exclude)
     parts = [[row] for row in base.pruned()] if mixed else fusion_groups(base)
     times = [[latencies.group([row.target for row in part], pattern) for pattern in patterns] for part in parts]
     share = flop_share(loaded, base, spec.calibration.length)
@@ -101,7 +101,7 @@ def fusion_groups(base: Plan) -> list[list[PlanRow]]:
 
 def flop_share(loaded: LoadedModel, base: Plan, length: int) -> float:
     """Share of the groups' GEMMs in all FLOPs of one sample of `length` tokens (text only)."""
-    inputs = models.sample_inputs(loaded, 1, length)
+    inputs = loaded.sample_inputs(1, length)
     reads = trace_inputs(loaded.module, base.blocks, inputs)
     inside = sum(2 * reads[row.target.name].rows * row.target.k * row.target.outputs for row in base.pruned())
     return min(1.0, inside / count_flops(loaded.module, inputs))
@@ -147,7 +147,7 @@ def _batches(loaded: LoadedModel, inputs: dict[str, torch.Tensor], size: int) ->
     """Batches in the model's own dtype: nothing here runs under autocast."""
     dtype = next(loaded.module.parameters()).dtype
     return [{name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-             for name, value in batch.items()} for batch in models.batches(loaded, inputs, size)]
+             for name, value in batch.items()} for batch in loaded.batches(inputs, size)]
 
 
 def _facts(spec: Allocate, latencies: Source, measure: Objective, sample: dict[str, Any]) -> dict[str, Any]:

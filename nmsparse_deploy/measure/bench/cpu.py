@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from nmsparse_deploy import models
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.measure.bench import CPU_SENTENCE, BenchResult, interleave, ratio, summarise
@@ -27,7 +26,7 @@ def bench(run: RunDir, spec: Bench = Bench(), progress: Progress = silent) -> Be
     """Time dense and pruned side by side on this machine's CPU: PyTorch, and ONNX Runtime where exported."""
     start = time.perf_counter()
     pruned, dense = load_pruned(run), load_dense(run)
-    inputs = models.sample_inputs(pruned, spec.batch, spec.length)
+    inputs = pruned.sample_inputs(spec.batch, spec.length)
     calls = {"dense": _forward(dense.module, inputs), "pruned": _forward(pruned.module, inputs)}
     kernels = {"dense": "PyTorch CPU", "pruned": "PyTorch CPU"}
     for path in run.graphs(whole=True):

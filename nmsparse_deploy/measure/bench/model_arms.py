@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from nmsparse_deploy import models
 from nmsparse_deploy.errors import NmsparseError, first_line
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.measure.bench.arms import (
@@ -31,7 +30,7 @@ from nmsparse_deploy.measure.bench.arms import (
     prefill,
     time_phase,
 )
-from nmsparse_deploy.models.discovery import discover, trace_inputs
+from nmsparse_deploy.models.discovery import trace_inputs
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.roofline import count_flops
 from nmsparse_deploy.pattern import TWO_FOUR
@@ -80,10 +79,10 @@ def bench_arms(dense: LoadedModel, masks: MaskSet, job: Job, machine: Machine,
         raise NmsparseError(f"Sparse kernels cannot run {job.precision} here: {why}.")
     before = machine.environment()
     dense.module.to(machine.device, DTYPES[BASE if job.precision in FORMATS else job.precision])
-    inputs: dict[str, Any] = dict(models.sample_inputs(dense, job.batch, job.length))
+    inputs: dict[str, Any] = dict(dense.sample_inputs(job.batch, job.length))
     if dense.family == "llm" and "logits_to_keep" in signature(dense.module.forward).parameters:
         inputs["logits_to_keep"] = 1  # a prefill needs the logits of the last token alone
-    found = discover(dense.module, models.sample_inputs(dense))
+    found = dense.discover()
     traced = trace_inputs(dense.module, found.blocks, inputs)
     flops = count_flops(dense.module, inputs)
     kept = {name: mask for name, mask in masks.masks.items() if mask.pattern.implies(TWO_FOUR)}

@@ -16,7 +16,6 @@ from nmsparse_deploy.measure.bench.crossover import PRECISIONS, ROWS, Line, Shap
 from nmsparse_deploy.measure.bench.crossover import crossover as timed
 from nmsparse_deploy.measure.bench.model_arms import Job, bench_arms
 from nmsparse_deploy.measure.bench.onnx_arms import onnx_phases
-from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.runs.load import load_dense
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES
@@ -60,7 +59,7 @@ def _shapes(model: str | None, progress: Progress) -> Sequence[Shape]:
         raise UsageError("There is nothing to time.", "name a model, or give --shape 4096x14336")
     progress(f"loading {model}", 0, 0)
     loaded = models.load(model)
-    found = discover(loaded.module, models.sample_inputs(loaded))
+    found = loaded.discover()
     if not found.targets:
         raise NmsparseError(f"'{model}' has no GEMM that could be pruned.")
     return list(shapes_of(found.targets))
@@ -75,7 +74,7 @@ def bench_run(run: RunDir, job: Job, machine: Machine | None = None, progress: P
     start = time.perf_counter()
     dense = load_dense(run)
     found = bench_arms(dense, MaskSet.load(run / "masks.safetensors"), job, machine, progress)
-    phases, failed = onnx_phases(run.graphs(whole=True), models.sample_inputs(dense, job.batch, job.length),
+    phases, failed = onnx_phases(run.graphs(whole=True), dense.sample_inputs(job.batch, job.length),
                                  {"batch": job.batch, "length": job.length}, job.rounds, progress=progress)
     found["phases"] += [phase.to_json() for phase in phases]
     found["failed"] |= failed

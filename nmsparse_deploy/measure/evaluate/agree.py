@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity, kl_div
 
-from nmsparse_deploy.measure.evaluate.features import Features
 from nmsparse_deploy.measure.evaluate.result import EvalResult, mean_result
+from nmsparse_deploy.models.outputs import Features
 
 
 def feature_agreement(dense: Features, other: Features, where: str, suffix: str, protocol: dict[str, Any],

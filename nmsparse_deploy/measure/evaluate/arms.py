@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from nmsparse_deploy.errors import MissingExtra, NmsparseError
-from nmsparse_deploy.measure.evaluate.features import Features, Runner, collect, onnx_runner, torch_runner
+from nmsparse_deploy.measure.evaluate.features import Runner, collect, onnx_runner, torch_runner
 from nmsparse_deploy.measure.evaluate.result import EvalResult
 from nmsparse_deploy.models.loaded import LoadedModel
+from nmsparse_deploy.models.outputs import Features
 from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime
 from nmsparse_deploy.system.progress import Progress
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nmsparse_deploy.models.adapters.diffusers import INPUT, prediction, size
+from nmsparse_deploy.models.denoising import INPUT, prediction, sample_size
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.system.progress import Progress, silent
 
@@ -31,7 +31,7 @@ def predict(model: LoadedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Ten
 def starting_noise(model: LoadedModel, count: int, seed: int = 0) -> torch.Tensor:
     """Where samples begin, `[count, channels, height, width]`; the same for every model of this shape."""
     module: Any = model.module
-    shape = (count, module.config.in_channels, *size(module))
+    shape = (count, module.config.in_channels, *sample_size(module))
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 

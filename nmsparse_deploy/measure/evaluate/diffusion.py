@@ -20,9 +20,8 @@ from nmsparse_deploy.measure.evaluate.features import torch_runner
 from nmsparse_deploy.measure.evaluate.frechet import frechet_distance
 from nmsparse_deploy.measure.evaluate.png import as_pictures, by_timestep_plot, png, sheet
 from nmsparse_deploy.measure.evaluate.result import EvalResult, bootstrap_error, mean_result, paired_difference
-from nmsparse_deploy.models import input_name
 from nmsparse_deploy.models import load as load_model
-from nmsparse_deploy.models.adapters.diffusers import LABELS, conditions
+from nmsparse_deploy.models.denoising import LABELS, conditions
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.recipe import AUTO, Evaluate
 from nmsparse_deploy.system.progress import Progress, silent
@@ -70,7 +69,7 @@ def held_out(model: LoadedModel, source: str, count: int, progress: Progress = s
     if model.processor.preprocess is None:
         raise UsageError(f"'{model.source}' denoises latents, and no autoencoder came with it.",
                          f"--data FILE{ENDING} with latents")
-    chosen = evaluation_images(source, "test", model.processor.preprocess, input_name(model), count, progress)
+    chosen = evaluation_images(source, "test", model.processor.preprocess, model.input_name, count, progress)
     return of_pictures(model, chosen, SEED, progress)
 
 
@@ -168,7 +167,7 @@ def _features(dense: LoadedModel, drawn: dict[str, torch.Tensor], sample: Noised
     if sample.images is None or spec.drawn < 2:
         return [{"place": "feature distance", "why": "it takes held-out pictures and at least two drawn samples"}]
     viewer = load_model(spec.features)
-    real = _seen(viewer, dense.processor.decode(dense.processor.encode(sample.images.inputs[input_name(dense)])),
+    real = _seen(viewer, dense.processor.decode(dense.processor.encode(sample.images.inputs[dense.input_name])),
                  progress)
     kinds = {label: _seen(viewer, dense.processor.decode(found), progress) for label, found in drawn.items()}
     name = f"frechet_{viewer.name}_{real.shape[1]}d"
@@ -192,7 +191,7 @@ def _seen(viewer: LoadedModel, images: torch.Tensor, progress: Progress) -> torc
     ready = [viewer.processor(picture) for picture in as_pictures(images)]
     for start in range(0, len(ready), BATCH):
         progress(f"features of {viewer.name}", start, len(ready))
-        found = run({input_name(viewer): torch.stack(ready[start : start + BATCH])}).pooled
+        found = run({viewer.input_name: torch.stack(ready[start : start + BATCH])}).pooled
         if found is None:
             raise UsageError(f"'{viewer.source}' gives no pooled features.", "name another vision model")
         parts.append(found)

@@ -12,9 +12,9 @@ from nmsparse_deploy.data.sentence_pairs import Pairs, load_pairs
 from nmsparse_deploy.data.sequences import check_sentences_disjoint, longest
 from nmsparse_deploy.measure.evaluate.agree import feature_agreement
 from nmsparse_deploy.measure.evaluate.arms import DENSE, PRUNED, Arm, Results, to_json
-from nmsparse_deploy.measure.evaluate.features import Features
 from nmsparse_deploy.measure.evaluate.result import EvalResult, bootstrap_error, bootstrap_pairs
 from nmsparse_deploy.models.loaded import LoadedModel
+from nmsparse_deploy.models.outputs import Features
 from nmsparse_deploy.system.progress import Progress, silent
 
 BATCH = 32

@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from nmsparse_deploy.models.loaded import LoadedModel
+from nmsparse_deploy.models.outputs import UNNAMED, Features
 from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime
-
-
-@dataclass(frozen=True)
-class Features:
-    """fp32 on the CPU, one row a sample; None for what the model or the graph does not return.
-
-    `pooled` [samples, width] is the class token of a vision model that has one, the mean of its tokens otherwise, and
-    the mean over a sequence's own tokens for text.
-    """
-
-    pooled: torch.Tensor | None
-    tokens: torch.Tensor | None
-    logits: torch.Tensor | None
-
 
 Runner = Callable[[Mapping[str, torch.Tensor]], Features]
 
 
 def torch_runner(model: LoadedModel) -> Runner:
     """Run the module as it is: its device, its dtype."""
-    call = _timm_outputs if model.library == "timm" else _transformers_outputs
     parameter = next(model.module.parameters())
 
     @torch.inference_mode()
     def run(inputs: Mapping[str, torch.Tensor]) -> Features:
         ready = {name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
                  for name, value in inputs.items()}
-        tokens, pooled, logits = call(model.module, ready)
-        return _features(model, inputs, tokens, pooled, logits)
+        return _features(model, inputs, *model.adapter.features(model, ready))
 
     return run
 
@@ -48,37 +31,16 @@ def onnx_runner(model: LoadedModel, session: OnnxRuntime) -> Runner:
     def run(inputs: Mapping[str, torch.Tensor]) -> Features:
         name, array = next(iter(session.run(inputs).items()))
         value = torch.from_numpy(array)
-        headless = model.library == "timm" and not getattr(model.module, "num_classes", 0)
         if name == "last_hidden_state":
-            return _features(model, inputs, value, None, None)
-        return _features(model, inputs, None, value if headless else None, None if headless else value)
+            return _features(model, inputs, None, value, None)
+        headless = name == UNNAMED and not model.adapter.class_labels(model).outputs
+        return _features(model, inputs, value if headless else None, None, None if headless else value)
 
     return run
 
 
-def _transformers_outputs(module: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, Any, Any]:
-    """Tokens of the backbone and, where there is a head, logits; one forward pass."""
-    seen: list[Any] = []
-    backbone = getattr(module, getattr(module, "base_model_prefix", "") or "-", module)
-    handle = backbone.register_forward_hook(lambda _m, _args, output: seen.append(output))
-    try:
-        output = module(**inputs)
-    finally:
-        handle.remove()
-    return seen[0].last_hidden_state, None, getattr(output, "logits", None)
-
-
-def _timm_outputs(module: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, Any, Any]:
-    features = module.forward_features(*inputs.values())
-    tokens = features
-    if features.ndim == 4 and features.shape[1] != module.num_features:  # channels last
-        tokens = features.permute(0, 3, 1, 2)
-    logits = module.forward_head(features) if module.num_classes else None
-    return tokens, module.forward_head(features, pre_logits=True), logits
-
-
-def _features(model: LoadedModel, inputs: Mapping[str, torch.Tensor], tokens: torch.Tensor | None,
-              pooled: torch.Tensor | None, logits: torch.Tensor | None) -> Features:
+def _features(model: LoadedModel, inputs: Mapping[str, torch.Tensor], pooled: torch.Tensor | None,
+              tokens: torch.Tensor | None, logits: torch.Tensor | None) -> Features:
     if tokens is not None:
         tokens = tokens.float().cpu()
         tokens = tokens.flatten(2).transpose(1, 2) if tokens.ndim == 4 else tokens

@@ -15,7 +15,6 @@ import torch
 
 from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError
 from nmsparse_deploy.measure.evaluate.result import EvalResult
-from nmsparse_deploy.models import longest
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime
 
@@ -31,7 +30,8 @@ def torch_lm(model: LoadedModel, batch: int = 8) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=model.module, tokenizer=model.processor, batch_size=batch,
-                max_length=longest(model) or UNKNOWN, device=next(model.module.parameters()).device.type)
+                max_length=model.adapter.max_length(model) or UNKNOWN,
+                device=next(model.module.parameters()).device.type)
 
 
 def engine_lm(model: LoadedModel, session: OnnxRuntime) -> Any:
@@ -42,7 +42,7 @@ def engine_lm(model: LoadedModel, session: OnnxRuntime) -> Any:
     def run(ids: Any) -> Any:
         return next(iter(session.run({"input_ids": torch.from_numpy(ids)}).values()))
 
-    return EngineLM(run, model.processor, longest(model) or UNKNOWN)
+    return EngineLM(run, model.processor, model.adapter.max_length(model) or UNKNOWN)
 
 
 def zero_shot(lm: Any, tasks: Sequence[str], limit: int | None, where: str, dtype: str) -> list[EvalResult]:

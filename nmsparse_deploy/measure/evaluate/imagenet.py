@@ -13,13 +13,11 @@ from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError
 from nmsparse_deploy.measure.evaluate.arms import DENSE, PRUNED, Arm
 from nmsparse_deploy.measure.evaluate.probe import hits
 from nmsparse_deploy.measure.evaluate.result import EvalResult, mean_result, paired_difference
-from nmsparse_deploy.models import input_name
 from nmsparse_deploy.models.loaded import LoadedModel
+from nmsparse_deploy.models.preprocess import ImagePipeline
 from nmsparse_deploy.system.progress import Progress, silent
 
 BATCH = 32
-NAMES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-"""PIL's numbers of its filters."""
 
 
 def evaluate_imagenet(arms: Sequence[Arm], model: LoadedModel, folder: str, limit: int | None,
@@ -30,7 +28,7 @@ def evaluate_imagenet(arms: Sequence[Arm], model: LoadedModel, folder: str, limi
     that timm's `validate.py` prints, in percent. Raises `UsageError` when the folders cannot be matched with the
     model's classes, `NmsparseError` when a picture was calibrated on.
     """
-    settings = data_settings(model)
+    settings = model.adapter.image_pipeline(model)
     dataset = _dataset(folder, settings, model, limit)
     hashes: list[str] = []
     loader = _loader(dataset, settings, hashes.append if calibration is not None else None)
@@ -39,7 +37,7 @@ def evaluate_imagenet(arms: Sequence[Arm], model: LoadedModel, folder: str, limi
     for pictures, classes in _read(loader, folder):
         progress("images of the validation set", seen, len(dataset))
         for arm in arms:
-            logits = arm.run({input_name(model): pictures}).logits
+            logits = arm.run({model.input_name: pictures}).logits
             if logits is None:
                 raise UsageError("The model has no head of its own, so it names no classes.",
                                  "leave the protocol out to judge its features by a probe")
@@ -60,7 +58,7 @@ def evaluate_imagenet(arms: Sequence[Arm], model: LoadedModel, folder: str, limi
             "held_out": {"images_compared": compared, "overlaps": 0}}
 
 
-def printed(name: str, rows: Sequence[EvalResult], parameters: int, settings: dict[str, Any]) -> dict[str, Any]:
+def printed(name: str, rows: Sequence[EvalResult], parameters: int, settings: ImagePipeline) -> dict[str, Any]:
     """The fields of timm's `validate.py` with its rounding."""
     top1, top5 = (100 * row.value for row in rows)
     return {"model": name, "top1": round(top1, 4), "top1_err": round(100 - top1, 4), "top5": round(top5, 4),
@@ -69,20 +67,7 @@ def printed(name: str, rows: Sequence[EvalResult], parameters: int, settings: di
             "interpolation": settings["interpolation"]}
 
 
-def data_settings(model: LoadedModel) -> dict[str, Any]:
-    """How a picture becomes a tensor, in timm's words: its own settings, or those of a Transformers preprocessor."""
-    if model.library == "timm":
-        from timm.data import resolve_model_data_config
-
-        found = resolve_model_data_config(model.module, use_test_size=True)
-        return {key: found[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")}
-    own = model.processor
-    return {"input_size": (len(own.mean), *own.size), "interpolation": NAMES.get(own.resample, "bicubic"),
-            "mean": own.mean, "std": own.std, "crop_pct": min(own.size) / own.shorter if own.shorter else 1.0,
-            "crop_mode": "center" if own.shorter else "squash"}
-
-
-def _dataset(folder: str, settings: dict[str, Any], model: LoadedModel, limit: int | None) -> Any:
+def _dataset(folder: str, settings: ImagePipeline, model: LoadedModel, limit: int | None) -> Any:
     try:
         from timm.data import create_dataset
     except ImportError as error:
@@ -123,19 +108,15 @@ def class_numbers(model: LoadedModel, names: Sequence[str]) -> dict[str, int]:
 
 def _labels(model: LoadedModel) -> tuple[dict[str, int], int | None]:
     """The head's labels with their numbers, and how many outputs it has."""
-    if model.library != "timm":
-        config: Any = model.module.config
-        return {str(name): int(number) for name, number in (config.label2id or {}).items()}, config.num_labels
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
-    outputs = int(getattr(model.module, "num_classes", 0)) or None
-    own = getattr(model.module, "pretrained_cfg", {}).get("label_names") or ()
-    subset = infer_imagenet_subset(model.module) if not own else None
-    names = own or (ImageNetInfo(subset).label_names() if subset else ())
-    return {str(name): number for number, name in enumerate(names)}, outputs
+    numbers, outputs = model.adapter.class_labels(model)
+    subset = None if numbers else infer_imagenet_subset(model.module)
+    names = ImageNetInfo(subset).label_names() if subset else ()
+    return numbers or {str(name): number for number, name in enumerate(names)}, outputs
 
 
-def _loader(dataset: Any, settings: dict[str, Any], seen: Callable[[str], None] | None) -> Any:
+def _loader(dataset: Any, settings: ImagePipeline, seen: Callable[[str], None] | None) -> Any:
     """Batches of pictures and class numbers, in the dataset's order; `seen` is told the content hash of each."""
     from timm.data import create_loader
 

@@ -15,7 +15,6 @@ from nmsparse_deploy.measure.evaluate.harness import engine_lm, torch_lm, zero_s
 from nmsparse_deploy.measure.evaluate.perplexity import paired_ratio
 from nmsparse_deploy.measure.evaluate.protocols import PROTOCOLS, protocol_perplexity, protocol_sample
 from nmsparse_deploy.measure.evaluate.result import EvalResult
-from nmsparse_deploy.models import check_length
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.recipe import Evaluate
 from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime
@@ -58,7 +57,7 @@ def evaluate_papers(models: Iterable[tuple[str, LoadedModel]], spec: Evaluate, c
 
 def _samples(model: LoadedModel, spec: Evaluate, progress: Progress) -> dict[str, TokenSample]:
     if spec.protocols:
-        check_length(model, spec.paper_context, "--paper-context")
+        model.check_length(spec.paper_context, "--paper-context")
     found: dict[str, TokenSample] = {}
     for name in spec.protocols:
         progress(f"reading the test set of {name}", 0, 0)

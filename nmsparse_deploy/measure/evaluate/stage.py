@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from nmsparse_deploy import models
 from nmsparse_deploy.data.latents import LATENT_HASHES
 from nmsparse_deploy.data.text import check_disjoint, evaluation_sample, load_text
 from nmsparse_deploy.errors import NmsparseError, UsageError
@@ -45,8 +44,8 @@ def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = sile
     start = time.perf_counter()
     recipe = run.manifest()["recipe"]
     pruned = load_pruned(run)
-    if pruned.family == "seq2seq" and models.input_name(pruned) != "input_ids":
-        raise NmsparseError(f"'{pruned.name}' reads {models.input_name(pruned)}, and no packaged data has that to "
+    if pruned.family == "seq2seq" and pruned.input_name != "input_ids":
+        raise NmsparseError(f"'{pruned.name}' reads {pruned.input_name}, and no packaged data has that to "
                             "evaluate it on; its export is compared with the model.")
     _check_protocols(pruned, spec)
     device = hardware.device()
@@ -65,7 +64,7 @@ def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = sile
 def _evaluate_text(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate, device: torch.device,
                    compute: torch.dtype, progress: Progress) -> dict[str, Any]:
     source = "bbc" if spec.data == AUTO else spec.data
-    models.check_length(pruned, spec.context, "--context")
+    pruned.check_length(spec.context, "--context")
     progress(f"sampling {spec.tokens} tokens of {source}", 0, 0)
     sample = evaluation_sample(load_text(source), pruned.processor, spec.tokens, spec.context)
     record = _calibration_record(run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,11 @@ from nmsparse_deploy.data.images import ImageSample, check_images_disjoint, eval
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.measure.evaluate.agree import feature_agreement
 from nmsparse_deploy.measure.evaluate.arms import BATCH, DENSE, PRUNED, Arm, Results, to_json
-from nmsparse_deploy.measure.evaluate.features import Features
 from nmsparse_deploy.measure.evaluate.probe import NEIGHBOURS, PENALTY, Probe, fit_probe, hits, nearest_classes
 from nmsparse_deploy.measure.evaluate.result import EvalResult, mean_result, paired_difference
 from nmsparse_deploy.measure.evaluate.saliency_maps import map_agreement, strips
-from nmsparse_deploy.models import input_name
 from nmsparse_deploy.models.loaded import LoadedModel
+from nmsparse_deploy.models.outputs import Features
 from nmsparse_deploy.models.packaged import visual_saliency as saliency
 from nmsparse_deploy.recipe import AUTO, Evaluate
 from nmsparse_deploy.system.progress import Progress, silent
@@ -68,7 +67,7 @@ def evaluate_vision(arms: Sequence[Arm], model: LoadedModel, typed: str, spec: E
 
 
 def _sample(source: str, split: str, model: LoadedModel, size: int, count: int, progress: Progress) -> ImageSample:
-    return evaluation_images(source, split, model.processor.at(size), input_name(model), count, progress)
+    return evaluation_images(source, split, model.processor.at(size), model.input_name, count, progress)
 
 
 def _check_size(arm: Arm, sample: ImageSample) -> None:
@@ -145,12 +144,7 @@ def _top(kind: str, scores: torch.Tensor, truth: torch.Tensor, arm: Arm, suffix:
 
 def _head_classes(model: LoadedModel, names: Sequence[str]) -> list[int] | None:
     """Which outputs of the model's own head are these classes; None unless every name is one of its labels."""
-    config = getattr(model.module, "config", None)
-    table: Mapping[str, int] = getattr(config, "label2id", None) or {}
-    if model.library == "timm":
-        known = getattr(model.module, "pretrained_cfg", {}).get("label_names") or ()
-        table = {str(name): number for number, name in enumerate(known)}
-    lower = {name.lower(): int(number) for name, number in table.items()}
+    lower = {name.lower(): number for name, number in model.adapter.class_labels(model).numbers.items()}
     found = [lower.get(name.lower()) for name in names]
     return [number for number in found if number is not None] if None not in found else None
 

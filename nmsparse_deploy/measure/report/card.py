@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -12,46 +12,13 @@ from markupsafe import Markup
 from nmsparse_deploy.measure.report.compliance import held, unchecked
 from nmsparse_deploy.measure.report.data import Report, collect
 from nmsparse_deploy.measure.report.quality import accuracy, results
-from nmsparse_deploy.measure.report.stages import read_stage
 from nmsparse_deploy.measure.report.views import render_markdown
-from nmsparse_deploy.models import hub_name
+from nmsparse_deploy.models import adapter_for, hub_name
+from nmsparse_deploy.models.loaded import HubCard
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.runs.section import Fold, Section
 
 NAME = "model/README.md"
-TASKS = {"ForCausalLM": "text-generation", "LMHeadModel": "text-generation", "ForMaskedLM": "fill-mask",
-         "ForImageClassification": "image-classification", "ForSequenceClassification": "text-classification",
-         "ForTokenClassification": "token-classification"}
-"""How an architecture's name ends -> what a hub calls its job; for others the hub is told nothing."""
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What the card reads of a model's `config.json`: timm's has an `architecture`, Transformers' a `model_type`."""
-
-    architecture: str | None = None
-    model_type: str | None = None
-    num_classes: int = 0
-    architectures: tuple[str, ...] | None = None
-
-    @property
-    def library(self) -> str:
-        return "timm" if self.architecture and not self.model_type else "transformers"
-
-    @property
-    def task(self) -> str | None:
-        if self.library == "timm":
-            return "image-classification" if self.num_classes else "image-feature-extraction"
-        name = (self.architectures or ("",))[0]
-        return next((task for end, task in TASKS.items() if name.endswith(end)), None)
-
-    @property
-    def usage(self) -> str:
-        """Code that loads the folder, as its own library does it."""
-        if self.library == "timm":
-            return "import timm\nmodel = timm.create_model(\"local-dir:FOLDER\", pretrained=True)"
-        name = (self.architectures or ("AutoModel",))[0]
-        return f"from transformers import {name}\nmodel = {name}.from_pretrained(\"FOLDER\")"
 
 
 def write_card(run: RunDir) -> Path:
@@ -65,15 +32,15 @@ def write_card(run: RunDir) -> Path:
 def model_card(run: RunDir) -> str:
     """Return Markdown under YAML front matter: base model, library, job, results."""
     report = collect(run)
-    config = read_stage(run, "model/config.json", ModelConfig) or ModelConfig()
+    card = adapter_for(str(run / "model")).hub_card(run / "model")
     base = hub_name(report.model.source)
     # A path says nothing to a reader elsewhere, and may say something about the writer.
     prune = {key: value for key, value in report.provenance.recipe.items() if key != "model"}
     recipe = yaml.safe_dump({"model": base or report.model.name, "prune": prune}, sort_keys=False, allow_unicode=True,
                             width=100)
     measured = accuracy(None) if report.quality is None else Section("Results", results(report.quality))
-    return render_markdown("card.md.j2", report=report, base=base, front=Markup(_front(report, config, base)),
-                           link=Markup(f"https://huggingface.co/{base}"), usage=config.usage, recipe=recipe,
+    return render_markdown("card.md.j2", report=report, base=base, front=Markup(_front(report, card, base)),
+                           link=Markup(f"https://huggingface.co/{base}"), usage=card.usage, recipe=recipe,
                            sections=(measured, _unfolded(held(report.compliance)), unchecked(report.not_checked)))
 
 
@@ -81,16 +48,16 @@ def _unfolded(section: Section) -> Section:
     return replace(section, blocks=tuple(block for block in section.blocks if not isinstance(block, Fold)))
 
 
-def _front(report: Report, config: ModelConfig, base: str | None) -> str:
+def _front(report: Report, card: HubCard, base: str | None) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    results = [EvalResult(task_type=config.task or "other", dataset_type=str(row.protocol.get("data", "unknown")),
+    results = [EvalResult(task_type=card.task or "other", dataset_type=str(row.protocol.get("data", "unknown")),
                           dataset_name=str(row.protocol.get("data", "unknown")), metric_type=row.metric,
                           metric_value=row.value)
                for row in (report.quality.rows if report.quality else ())
                if row.label == "pruned" and math.isfinite(row.value)]
     tags = ["nmsparse-deploy", "pruned", "sparse", *report.pruning.pattern.split(", ")]
-    data = ModelCardData(base_model=base, library_name=config.library, pipeline_tag=config.task, tags=tags,
+    data = ModelCardData(base_model=base, library_name=card.library, pipeline_tag=card.task, tags=tags,
                          model_name=f"{report.model.name}-{report.pruning.pattern}" if results else None,
                          eval_results=results or None)
     return data.to_yaml()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,76 +16,122 @@ from typing import Any
 import torch
 
 from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError, first_line
-from nmsparse_deploy.models.denoising import SCHEDULER, Denoising
-from nmsparse_deploy.models.hub_errors import refusal
-from nmsparse_deploy.models.loaded import LoadedModel
-from nmsparse_deploy.models.outputs import primary_output
+from nmsparse_deploy.models.denoising import INPUT, LABELS, SCHEDULER, WIDTHS, Denoising, conditions, sample_size
+from nmsparse_deploy.models.hub_errors import hub_error
+from nmsparse_deploy.models.loaded import Changed, HubCard, LoadedModel, ModelAdapter
 from nmsparse_deploy.models.preprocess import Preprocess
 
-PREFIX = "diffusers:"
-LIBRARY = "diffusers"
-INPUT = "hidden_states"
-LABELS = "class_labels"
 INDEX = "model_index.json"
-WIDTHS = {"encoder_hidden_states": ("caption_channels", "joint_attention_dim", "cross_attention_dim"),
-          "pooled_projections": ("pooled_projection_dim",)}
-"""Arguments that carry an embedded text, and which setting says how wide it is."""
 OPTIONAL = {"return_dict", "attention_mask", "encoder_attention_mask", "cross_attention_kwargs", "attention_kwargs",
             "joint_attention_kwargs", "added_cond_kwargs", "block_controlnet_hidden_states", "controlnet_block_samples",
             "skip_layers", "guidance"}
 """Arguments that may be left out."""
 _MEAN = 0.5
-"""Pictures lie in -1 to 1."""
+"""Images lie in -1 to 1."""
+
+Settings = Mapping[str, Any]
+"""A configuration file of diffusers."""
 
 
-def is_diffusers(source: str) -> bool:
-    """A name with the prefix, or a folder that diffusers wrote?"""
-    if source.startswith(PREFIX):
-        return True
-    path = Path(source)
-    return (path / INDEX).is_file() or "_diffusers_version" in _settings(path)
+class DiffusersAdapter(ModelAdapter):
+    """Diffusion transformers of diffusers."""
+
+    library = "diffusers"
+    prefix = "diffusers:"
+
+    def claims(self, source: str) -> bool:
+        path = Path(source)
+        return source.startswith(self.prefix) or (path / INDEX).is_file() or "_diffusers_version" in _settings(path)
+
+    def load(self, source: str, dtype: torch.dtype | None = None, stream: bool = False) -> LoadedModel:
+        """Load a diffusion transformer on the CPU, in the checkpoint's dtype unless `dtype` is given.
+
+        Raises `UsageError` for what is no such model, `MissingExtra` without diffusers, `NmsparseError` for what cannot
+        be reached or not be fed. Remote code is never run.
+        """
+        if find_spec("diffusers") is None:
+            raise MissingExtra("diffusers", "diffusion", "A diffusion model")
+        name, _, query = source.removeprefix(self.prefix).partition("?")
+        option, _, autoencoder = query.partition("=")
+        if query and (option != "vae" or not autoencoder):
+            raise UsageError(f"'{source}' is not understood.", "write FOLDER?vae=FOLDER_OF_AN_AUTOENCODER")
+        local = Path(name).expanduser()
+        whole = local if local.exists() else _download(name)
+        place = whole / "transformer" if (whole / INDEX).is_file() else whole
+        module = _module(place, _settings(place), source, dtype)
+        _check_arguments(module)
+        vae = Path(autoencoder).expanduser() if autoencoder else whole / "vae"
+        if autoencoder and not _settings(vae):
+            raise UsageError(f"There is no autoencoder '{vae}': it has no config.json.")
+        scheduler, assumed = _scheduler([place, whole])
+        processor = Denoising(scheduler, assumed, *_images(module, vae))
+        revision = {} if local.exists() else {"revision": whole.name}
+        facts = {**revision, "class": type(module).__name__,
+                 "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
+                 "scheduler": type(scheduler).__name__ + (" (assumed: none came with the model)" if assumed else "")}
+        return LoadedModel(module.eval(), source, Path(name).name, "diffusion", self, processor, facts)
+
+    def meta_model(self, folder: Path, dtype: torch.dtype) -> LoadedModel:
+        from accelerate import init_empty_weights
+
+        settings = _settings(folder)
+        kind = _class(folder, settings, str(folder))
+        with init_empty_weights(include_buffers=False):
+            module = kind.from_config(settings).to(dtype)
+        processor = Denoising(*_scheduler([folder]), *_images(module, folder / "vae"))
+        return LoadedModel(module.eval(), str(folder), folder.name, "diffusion", self, processor,
+                           {"class": type(module).__name__})
+
+    def save(self, model: LoadedModel, folder: Path, changed: Changed | None = None) -> None:
+        """Write the transformer so that its class's `from_pretrained` loads it, with its scheduler in a folder below.
+        """
+        module: Any = model.module
+        module.save_pretrained(folder, safe_serialization=True)
+        if not model.processor.assumed:
+            model.processor.scheduler.save_pretrained(folder / SCHEDULER)
+
+    def input_name(self, model: LoadedModel) -> str:
+        return INPUT
+
+    def sample_inputs(self, model: LoadedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
+        """Make seeded noise at steps spread over the schedule; `length` tokens of text where the model reads one."""
+        module: Any = model.module
+        parameter = next(module.parameters())
+        generator = torch.Generator().manual_seed(0)
+
+        def noise(*shape: int) -> torch.Tensor:
+            return torch.randn(batch, *shape, generator=generator).to(parameter.device, parameter.dtype)
+
+        timesteps = model.processor.noising.timesteps
+        spread = timesteps[(torch.arange(batch) * 2 + 1) * len(timesteps) // (2 * batch)]
+        inputs = {INPUT: noise(module.config.in_channels, *sample_size(module)),
+                  "timestep": spread.to(parameter.device)}
+        for name, count in conditions(module).items():
+            if name == LABELS:
+                inputs[name] = torch.arange(batch, device=parameter.device) % count
+            else:
+                inputs[name] = noise(length, count) if name == "encoder_hidden_states" else noise(count)
+        named = inspect.signature(module.forward).parameters
+        return {name: inputs[name] for name in named if name in inputs}
+
+    def hub_card(self, folder: Path) -> HubCard:
+        kind = _settings(folder).get("_class_name", "AutoModel")
+        return HubCard(self.library, None, f"from diffusers import {kind}\nmodel = {kind}.from_pretrained(\"FOLDER\")")
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+ADAPTER = DiffusersAdapter()
+
+
+def _settings(folder: Path) -> Settings:
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
-
-
-def load(source: str, dtype: torch.dtype | None = None) -> LoadedModel:
-    """Load a diffusion transformer on the CPU, in the checkpoint's dtype unless `dtype` is given.
-
-    Raises `UsageError` for what is no such model, `MissingExtra` without diffusers, `NmsparseError` for what cannot be
-    reached or not be fed. Remote code is never run.
-    """
-    if find_spec(LIBRARY) is None:
-        raise MissingExtra(LIBRARY, "diffusion", "A diffusion model")
-    name, _, query = source.removeprefix(PREFIX).partition("?")
-    option, _, autoencoder = query.partition("=")
-    if query and (option != "vae" or not autoencoder):
-        raise UsageError(f"'{source}' is not understood.", "write FOLDER?vae=FOLDER_OF_AN_AUTOENCODER")
-    local = Path(name).expanduser()
-    whole = local if local.exists() else _download(name)
-    place = whole / "transformer" if (whole / INDEX).is_file() else whole
-    settings = _settings(place)
-    module = _module(place, settings, source, dtype)
-    _check_arguments(module)
-    vae = Path(autoencoder).expanduser() if autoencoder else whole / "vae"
-    if autoencoder and not _settings(vae):
-        raise UsageError(f"There is no autoencoder '{vae}': it has no config.json.")
-    scheduler, assumed = _scheduler([place, whole])
-    processor = Denoising(scheduler, assumed, *_pictures(module, vae))
-    revision = {} if local.exists() else {"revision": whole.name}
-    facts = {**revision, "class": type(module).__name__,
-             "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
-             "scheduler": type(scheduler).__name__ + (" (assumed: none came with the model)" if assumed else "")}
-    return LoadedModel(module.eval(), source, Path(name).name, "diffusion", LIBRARY, processor, facts)
+    return settings if isinstance(settings, dict) else {}
 
 
 def _download(name: str) -> Path:
-    """The parts of a hub repository that are needed here, in a folder that its commit names."""
+    """Bring the parts of a hub repository that are needed here, into a folder that its commit names."""
     from huggingface_hub import snapshot_download
 
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -93,24 +140,11 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", *weights], ignore_patterns=["*.fp16.*"]))
     except Exception as error:  # the hub's clients fail in many ways
-        raise refusal(error, name, "give a local folder") or NmsparseError(
+        raise hub_error(error, name, "give a local folder") or NmsparseError(
             f"'{name}' cannot be downloaded: {first_line(error)}.") from error
 
 
-def empty(folder: Path, dtype: torch.dtype) -> LoadedModel:
-    """The model of a folder as its configuration describes it, without its weights. Raises `UsageError`."""
-    from accelerate import init_empty_weights
-
-    settings = _settings(folder)
-    kind = _class(folder, settings, str(folder))
-    with init_empty_weights(include_buffers=False):
-        module = kind.from_config(settings).to(dtype)
-    processor = Denoising(*_scheduler([folder]), *_pictures(module, folder / "vae"))
-    return LoadedModel(module.eval(), str(folder), folder.name, "diffusion", LIBRARY, processor,
-                       {"class": type(module).__name__})
-
-
-def _class(place: Path, settings: dict[str, Any], source: str) -> Any:
+def _class(place: Path, settings: Settings, source: str) -> Any:
     import diffusers
     from diffusers.utils import logging
 
@@ -124,7 +158,7 @@ def _class(place: Path, settings: dict[str, Any], source: str) -> Any:
     return kind
 
 
-def _module(place: Path, settings: dict[str, Any], source: str, dtype: torch.dtype | None) -> Any:
+def _module(place: Path, settings: Settings, source: str, dtype: torch.dtype | None) -> Any:
     kind = _class(place, settings, source)
     try:
         return kind.from_pretrained(place, torch_dtype=dtype or _stored_dtype(place))
@@ -133,23 +167,23 @@ def _module(place: Path, settings: dict[str, Any], source: str, dtype: torch.dty
 
 
 def _stored_dtype(place: Path) -> torch.dtype:
-    """That of the first weight; diffusers itself would widen everything to fp32."""
+    """Return the dtype of the first weight; diffusers itself would widen everything to fp32."""
     from safetensors import SafetensorError, safe_open
 
     for file in sorted(place.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as opened:
                 name = next(iter(opened.keys()), None)
-                kept = None if name is None else opened.get_tensor(name).dtype
+                dtype = None if name is None else opened.get_tensor(name).dtype
         except SafetensorError as error:
             raise UsageError(f"The weights '{file}' are damaged or truncated: {error}.") from error
-        if kept is not None and kept.is_floating_point:
-            return kept
+        if dtype is not None and dtype.is_floating_point:
+            return dtype
     return torch.float32
 
 
 def _scheduler(places: list[Path]) -> tuple[Any, bool]:
-    """The scheduler that lies with the model; a plain linear DDPM where there is none."""
+    """Return the scheduler that lies with the model, or a plain linear DDPM, and whether it was assumed."""
     import diffusers
 
     for place in places:
@@ -162,9 +196,9 @@ def _scheduler(places: list[Path]) -> tuple[Any, bool]:
     return diffusers.DDPMScheduler(), True
 
 
-def _pictures(module: Any, vae: Path) -> tuple[Preprocess | None, Path | None]:
-    """Which pictures the model is trained on, and the autoencoder between."""
-    channels, (height, width) = module.config.in_channels, size(module)
+def _images(module: Any, vae: Path) -> tuple[Preprocess | None, Path | None]:
+    """Tell which images the model is trained on, and the autoencoder between."""
+    channels, (height, width) = module.config.in_channels, sample_size(module)
     settings = _settings(vae)
     if settings:
         factor = 2 ** (len(settings.get("block_out_channels") or settings.get("encoder_block_out_channels") or [0]) - 1)
@@ -175,16 +209,6 @@ def _pictures(module: Any, vae: Path) -> tuple[Preprocess | None, Path | None]:
     return Preprocess((height, width), min(height, width), middle, middle), vae if settings else None
 
 
-def size(module: Any) -> tuple[int, int]:
-    """Height and width of what the model denoises."""
-    found = module.config.get("sample_size")
-    if found is None:
-        raise NmsparseError(f"{type(module).__name__} does not say what size it denoises (sample_size).",
-                            "add it to the config.json")
-    height, width = (found, found) if isinstance(found, int) else found
-    return height, width
-
-
 def _check_arguments(module: Any) -> None:
     named = list(inspect.signature(module.forward).parameters)
     unknown = [name for name in named if name not in {INPUT, "timestep", LABELS, *WIDTHS, *OPTIONAL}]
@@ -193,47 +217,3 @@ def _check_arguments(module: Any) -> None:
     if INPUT not in named or unknown:
         raise NmsparseError(f"The forward pass of {type(module).__name__} takes "
                             f"{', '.join(unknown) or 'no ' + INPUT}, which nothing here can fill in.")
-
-
-def prediction(output: Any, like: torch.Tensor) -> torch.Tensor:
-    """What a forward pass says about the noised samples `like`; learned variances, which follow in further channels,
-    are left out."""
-    return primary_output(output).value[:, : like.shape[1]]
-
-
-def conditions(module: Any) -> dict[str, int]:
-    """What the model is conditioned on beside the timestep: argument -> number of classes, or width."""
-    named = inspect.signature(module.forward).parameters
-    found = {LABELS: module.config.get("num_embeds_ada_norm")} if LABELS in named else {}
-    for name in (name for name in WIDTHS if name in named):
-        found[name] = next((module.config[key] for key in WIDTHS[name] if module.config.get(key)), None)
-    return {name: count for name, count in found.items() if count}
-
-
-def sample_inputs(model: LoadedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
-    """Seeded noise at steps spread over the schedule; `length` tokens of text where the model reads one."""
-    module: Any = model.module
-    parameter = next(module.parameters())
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(batch, *shape, generator=generator).to(parameter.device, parameter.dtype)
-
-    timesteps = model.processor.noising.timesteps
-    spread = timesteps[(torch.arange(batch) * 2 + 1) * len(timesteps) // (2 * batch)]
-    inputs = {INPUT: noise(module.config.in_channels, *size(module)), "timestep": spread.to(parameter.device)}
-    for name, count in conditions(module).items():
-        if name == LABELS:
-            inputs[name] = torch.arange(batch, device=parameter.device) % count
-        else:
-            inputs[name] = noise(length, count) if name == "encoder_hidden_states" else noise(count)
-    named = inspect.signature(module.forward).parameters
-    return {name: inputs[name] for name in named if name in inputs}
-
-
-def save(model: LoadedModel, folder: Path) -> None:
-    """Write the transformer so that its class's `from_pretrained` loads it, with its scheduler in a folder below."""
-    module: Any = model.module
-    module.save_pretrained(folder, safe_serialization=True)
-    if not model.processor.assumed:
-        model.processor.scheduler.save_pretrained(folder / SCHEDULER)

@@ -2,141 +2,261 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nmsparse_deploy.errors import NmsparseError, UsageError, first_line
-from nmsparse_deploy.models.hub_errors import chain, refusal
-from nmsparse_deploy.models.loaded import LoadedModel
+from nmsparse_deploy.models.adapters import transformers_private
+from nmsparse_deploy.models.adapters.gguf import SUFFIX, dequantised
+from nmsparse_deploy.models.hub_cache import cached_folder
+from nmsparse_deploy.models.hub_errors import causes, hub_error
+from nmsparse_deploy.models.loaded import (
+    Batch,
+    Changed,
+    ClassLabels,
+    HubCard,
+    LoadedModel,
+    ModelAdapter,
+    unknown_shapes,
+)
+from nmsparse_deploy.models.outputs import Features
 from nmsparse_deploy.models.preprocess import from_config
 from nmsparse_deploy.models.weights import WHOLE, Weights
-from nmsparse_deploy.system.assets import cache_dir, digest
 
 HEADS = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM",
          "ForImageClassification": "AutoModelForImageClassification", "ForMaskedLM": "AutoModelForMaskedLM",
          "ForSequenceClassification": "AutoModelForSequenceClassification",
          "ForTokenClassification": "AutoModelForTokenClassification"}
 """How an architecture's name ends -> what loads it with its head; anything else is loaded without one."""
+TASKS = {"ForCausalLM": "text-generation", "LMHeadModel": "text-generation", "ForMaskedLM": "fill-mask",
+         "ForImageClassification": "image-classification", "ForSequenceClassification": "text-classification",
+         "ForTokenClassification": "token-classification"}
+"""How an architecture's name ends -> what a hub calls its job; for others the hub is told nothing."""
 GENERATES = "ForConditionalGeneration"
 """Loaded by its own class: several automatic ones claim this ending."""
 
 
-def load(source: str, dtype: torch.dtype | None = None, alias: str | None = None,
-         name: str | None = None, stream: bool = False) -> LoadedModel:
-    """Load a pretrained model and its tokenizer on the CPU, in the checkpoint's dtype unless `dtype` is given.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a source is, told before any of its weights are read."""
 
-    `alias` is what the user typed, when that was a shorthand for `source`. With `stream` the weights stay in their
-    files until a part of the module is held (`weights.py`).
-
-    Raises `UsageError` for what is not there or not a model, `NmsparseError` for what cannot be reached. Remote code is
-    never run.
-    """
-    path = Path(source)
-    if path.suffix == ".gguf":
-        folder = _dequantised(path)
-        return _from_pretrained(str(folder), alias or source, name or path.stem, dtype, {"gguf_sha256": folder.name},
-                                stream)
-    if path.exists() and not (path / "config.json").is_file():
-        raise UsageError(f"'{source}' is not a model: the folder has no config.json.")
-    if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise UsageError(f"There is no model '{source}'.")
-    return _from_pretrained(source, alias or source, name or path.name, dtype, {}, stream)
+    place: str
+    """What `from_pretrained` takes: a folder, or a name on the hub."""
+    name: str
+    config: Any
+    auto: str
+    """The class of Transformers that loads it with its head."""
+    provenance: dict[str, str] = field(default_factory=dict)
 
 
-def checkpoint(source: str) -> Path | None:
-    """The folder with the safetensors files of `source`, if it is on this machine. Downloads nothing."""
-    path = Path(source)
-    if path.suffix == ".gguf":
-        folder: Path | None = _dequantised(path)
-    elif path.exists():
-        folder = path
-    else:
-        folder = snapshot(source)
-    return folder if folder is not None and any(folder.glob("*.safetensors")) else None
+class HuggingFaceAdapter(ModelAdapter):
+    """Whatever Transformers loads. It is asked last, and takes what no other library claims."""
 
+    library = "transformers"
 
-def download(name: str) -> Path | None:
-    """Bring the safetensors files of a hub model here, without loading them, and return their folder.
+    def claims(self, source: str) -> bool:
+        return True
 
-    None for what has no such files or cannot be had; loading it says why.
-    """
-    from huggingface_hub import snapshot_download
+    def load(self, source: str, dtype: torch.dtype | None = None, stream: bool = False) -> LoadedModel:
+        """Load a pretrained model and its tokenizer on the CPU, in the checkpoint's dtype unless `dtype` is given.
 
-    try:
-        # `model*`: some repositories hold the same weights once more under another name.
-        snapshot_download(name, allow_patterns=["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"])
-    except Exception:  # the hub's clients fail in many ways
-        return None
-    return checkpoint(name)
+        Raises `UsageError` for what is not there or not a model, `NmsparseError` for what cannot be reached. Remote
+        code is never run.
+        """
+        _quieten()
+        with _explained(source):
+            checkpoint = identify(source)
+            module, weights = (_stream if stream else _load)(checkpoint, dtype)
+            facts = {**checkpoint.provenance, "class": type(module).__name__,
+                     "dtype": str(module.dtype).removeprefix("torch.")}
+            return self._loaded(module, source, checkpoint, facts, weights)
 
+    def meta_model(self, folder: Path, dtype: torch.dtype) -> LoadedModel:
+        with _explained(str(folder)):
+            checkpoint = identify(str(folder))
+            module = unfilled(checkpoint, dtype)
+            return self._loaded(module, str(folder), checkpoint, {"class": type(module).__name__})
 
-def snapshot(name: str, file: str = "config.json", revision: str | None = None) -> Path | None:
-    """The folder of a hub model in the cache, if `file` is there; its name is the commit."""
-    from huggingface_hub import try_to_load_from_cache
+    def shapes(self, source: str, config: Mapping[str, Any] | None) -> LoadedModel:
+        import transformers
+        from transformers.utils import logging
 
-    try:
-        found = try_to_load_from_cache(name, file, revision=revision)
-    except ValueError:  # not the name of a model
-        found = None
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def _from_pretrained(where: str, source: str, name: str, dtype: torch.dtype | None,
-                     provenance: dict[str, str], stream: bool) -> LoadedModel:
-    import transformers
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()  # a hub that does not answer is reported once, below
-    try:
-        config = transformers.AutoConfig.from_pretrained(where)
-        auto = auto_class(config)
-        weights: Weights = WHOLE
-        if stream:
-            module, weights = _streamed(where, getattr(transformers, auto), config, dtype)
-        else:
-            module = getattr(transformers, auto).from_pretrained(where, dtype=dtype or "auto", config=config)
+        local = config is None and (Path(source) / "config.json").is_file()
+        if config is None and not local:
+            raise unknown_shapes(source)
+        if config is not None and "model_type" not in config:
+            raise UsageError("The section config of the recipe names no model_type.")
+        logging.set_verbosity_error()
+        try:
+            settings = (transformers.AutoConfig.from_pretrained(source, local_files_only=True) if config is None
+                        else transformers.AutoConfig.for_model(**config))
+            auto = auto_class(settings)
+            with torch.device("meta"):
+                # Other attention implementations look into the mask, and there is nothing to see.
+                module: Any = getattr(transformers, auto).from_config(
+                    settings, attn_implementation="eager", dtype=getattr(settings, "dtype", None) or torch.float32)
+        except NmsparseError:
+            raise
+        except Exception as error:
+            raise UsageError(f"The config of '{source}' makes no model: {first_line(error)}.") from error
         kind = family(module, auto)
-        processor = _processor(where, kind, config)
-    except NmsparseError:
-        raise
-    except Exception as error:
-        raise _explain(error, source) from error
-    cached = None if Path(where).exists() else snapshot(where)
-    facts = {**provenance, **({"revision": cached.name} if cached else {}), "class": type(module).__name__,
-             "dtype": str(module.dtype).removeprefix("torch.")}
-    return LoadedModel(module.eval(), source, name, kind, processor=processor, provenance=facts,
-                       weights=weights)
+        processor = from_config(settings) if kind == "vision" else None
+        return LoadedModel(module.eval(), source, source.rpartition("/")[2], kind, self, processor)
+
+    def _loaded(self, module: Any, source: str, checkpoint: Checkpoint, provenance: dict[str, str],
+                weights: Weights = WHOLE) -> LoadedModel:
+        kind = family(module, checkpoint.auto)
+        processor = _processor(checkpoint, kind)
+        return LoadedModel(module.eval(), source, checkpoint.name, kind, self, processor, provenance, weights)
+
+    def save(self, model: LoadedModel, folder: Path, changed: Changed | None = None) -> None:
+        """Write config, weights and tokenizer so that stock `from_pretrained` loads them."""
+        from nmsparse_deploy.models.adapters.streamed import Streamed
+
+        module: Any = model.module
+        if isinstance(model.weights, Streamed):
+            model.weights.save(folder, changed or {})
+        else:  # the older names that the library would restore are not the ones that masks are stored under
+            module.save_pretrained(folder, save_original_format=False)
+        if model.processor is not None:
+            model.processor.save_pretrained(folder)
+
+    def short_name(self, source: str) -> str:
+        name = super().short_name(source)
+        return name.removesuffix(SUFFIX)
+
+    def hub_name(self, source: str) -> str | None:
+        return None if source.endswith(SUFFIX) else super().hub_name(source)
+
+    def checkpoint(self, source: str) -> Path | None:
+        path = Path(source)
+        folder = dequantised(path) if path.suffix == SUFFIX else path if path.exists() else cached_folder(source)
+        return folder if folder is not None and any(folder.glob("*.safetensors")) else None
+
+    def download(self, source: str) -> Path | None:
+        from huggingface_hub import snapshot_download
+
+        name = self.hub_name(source)
+        if name is None:
+            return None
+        try:
+            # `model*`: some repositories hold the same weights once more under another name.
+            snapshot_download(name, allow_patterns=["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"])
+        except Exception:  # the hub's clients fail in many ways
+            return None
+        return self.checkpoint(name)
+
+    def input_name(self, model: LoadedModel) -> str:
+        return str(getattr(model.module, "main_input_name", "input_ids"))
+
+    def sample_inputs(self, model: LoadedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
+        config: Any = model.module.config
+        if model.family == "vision":
+            height, width = model.processor.size
+            return {"pixel_values": _noise(model, (batch, len(model.processor.mean), height, width))}
+        vocabulary = config.get_text_config().vocab_size
+        ids = (torch.arange(batch * length, device=model.device) % vocabulary).view(batch, length)
+        if model.family == "seq2seq":
+            return {**_encoder_inputs(model, ids), "decoder_input_ids": ids.flip(1)}
+        # Decoders look into positions for want of a mask, encoders into the mask; without memory nothing is to be seen.
+        given = model.family == ("llm" if ids.is_meta else "encoder")
+        mask = {"attention_mask": torch.ones_like(ids)} if given else {}
+        return {"input_ids": ids, **mask}
+
+    def batches(self, model: LoadedModel, inputs: Mapping[str, torch.Tensor], size: int) -> list[Batch]:
+        # A cache would only cost memory.
+        extra: Batch = {"use_cache": False} if model.family in ("llm", "seq2seq") else {}
+        return [{**batch, **extra} for batch in super().batches(model, inputs, size)]
+
+    def max_length(self, model: LoadedModel) -> int | None:
+        config: Any = getattr(model.module, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return getattr(text, "max_position_embeddings", None)
+
+    def features(self, model: LoadedModel, inputs: Mapping[str, torch.Tensor]) -> Features:
+        """Run one forward pass: tokens of the backbone and, where there is a head, logits."""
+        seen: list[Any] = []
+        backbone = getattr(model.module, getattr(model.module, "base_model_prefix", "") or "-", model.module)
+        handle = backbone.register_forward_hook(lambda _m, _args, output: seen.append(output))
+        try:
+            output = model.module(**inputs)
+        finally:
+            handle.remove()
+        return Features(None, seen[0].last_hidden_state, getattr(output, "logits", None))
+
+    def class_labels(self, model: LoadedModel) -> ClassLabels:
+        config: Any = model.module.config
+        labels = getattr(config, "label2id", None) or {}
+        return ClassLabels({str(name): int(number) for name, number in labels.items()},
+                           getattr(config, "num_labels", None))
+
+    def hub_card(self, folder: Path) -> HubCard:
+        try:
+            names = json.loads((folder / "config.json").read_text()).get("architectures") or [""]
+        except (OSError, ValueError):
+            names = [""]
+        task = next((task for end, task in TASKS.items() if names[0].endswith(end)), None)
+        kind = names[0] or "AutoModel"
+        usage = f"from transformers import {kind}\nmodel = {kind}.from_pretrained(\"FOLDER\")"
+        return HubCard(self.library, task, usage)
 
 
-def _streamed(where: str, auto: Any, config: Any, dtype: torch.dtype | None) -> tuple[Any, Weights]:
-    """The module without values, and its weights in the files of the checkpoint."""
-    from nmsparse_deploy.models.streamed import Streamed, stored_dtype
+ADAPTER = HuggingFaceAdapter()
 
-    folder = checkpoint(where)
+
+def identify(source: str) -> Checkpoint:
+    """Decide what a source is and what would load it; of a GGUF file by unpacking it, else without reading a weight.
+
+    Raises `UsageError` for what is no model, and what Transformers raises for a configuration that it does not take.
+    """
+    import transformers
+
+    path, place, provenance = Path(source), source, {}
+    if path.suffix == SUFFIX:
+        folder = dequantised(path)
+        place, provenance = str(folder), {"gguf_sha256": folder.name}
+    elif path.exists() and not (path / "config.json").is_file():
+        raise UsageError(f"'{source}' is not a model: the folder has no config.json.")
+    elif not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise UsageError(f"There is no model '{source}'.")
+    config = transformers.AutoConfig.from_pretrained(place)
+    commit = None if Path(place).exists() else cached_folder(place)
+    provenance |= {"revision": commit.name} if commit else {}
+    return Checkpoint(place, path.stem if path.suffix == SUFFIX else path.name, config, auto_class(config), provenance)
+
+
+def _load(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, Weights]:
+    import transformers
+
+    auto = getattr(transformers, checkpoint.auto)
+    return auto.from_pretrained(checkpoint.place, dtype=dtype or "auto", config=checkpoint.config), WHOLE
+
+
+def _stream(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, Weights]:
+    """Make the module without values, and its weights in the files of the checkpoint."""
+    from nmsparse_deploy.models.adapters.streamed import Streamed, stored_dtype
+
+    place, config = checkpoint.place, checkpoint.config
+    folder = ADAPTER.checkpoint(place)
     if folder is None:
-        raise UsageError(f"'{where}' has no safetensors files on this machine, so its weights cannot be streamed.",
-                         f"hf download {where}")
+        raise UsageError(f"'{place}' has no safetensors files on this machine, so its weights cannot be streamed.",
+                         f"hf download {place}")
     if getattr(config, "quantization_config", None):
-        raise UsageError(f"'{where}' is quantised; only a dense checkpoint can be streamed.")
+        raise UsageError(f"'{place}' is quantised; only a dense checkpoint can be streamed.")
     dtype = dtype or config.dtype or stored_dtype(folder)
-    module = unfilled(auto, config, dtype)
-    module.config.name_or_path = where
-    if module.can_generate():
-        module.adjust_generation_fn(None, True, None, where, cache_dir=None, force_download=False, proxies=None,
-                                    local_files_only=True, token=None, revision="main", subfolder="",
-                                    trust_remote_code=False)
+    module = unfilled(checkpoint, dtype)
+    transformers_private.restore_generation(module, place)
     return module, Streamed(module, folder, dtype)
 
 
 def auto_class(config: Any) -> str:
-    """The class of Transformers that loads a model of this config with its head."""
+    """Name the class of Transformers that loads a model of this config with its head."""
     import transformers
 
     architecture = (config.architectures or [""])[0]
@@ -145,31 +265,16 @@ def auto_class(config: Any) -> str:
     return next((name for end, name in HEADS.items() if architecture.endswith(end)), "AutoModel")
 
 
-def unfilled(auto: Any, config: Any, dtype: torch.dtype | None) -> Any:
-    """The module that `auto` (a class of Transformers) makes of `config`, its parameters without values."""
+def unfilled(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
+    """Make the module of a checkpoint, its parameters without values."""
+    import transformers
     from accelerate import init_empty_weights
 
-    make = auto.from_config if auto.__name__.startswith("AutoModel") else auto._from_config
+    auto = getattr(transformers, checkpoint.auto)
     with init_empty_weights(include_buffers=False):
-        module = make(config, dtype=dtype)
+        module = transformers_private.module_from_config(auto, checkpoint.config, dtype)
     module.tie_weights()
     return module
-
-
-def empty(folder: Path, dtype: torch.dtype) -> LoadedModel:
-    """The model of a folder as its configuration describes it, without its weights. Raises `UsageError`."""
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        auto = auto_class(config)
-        module = unfilled(getattr(transformers, auto), config, dtype)
-        kind = family(module, auto)
-        processor = _processor(str(folder), kind, config)
-    except Exception as error:
-        raise _explain(error, str(folder)) from error
-    return LoadedModel(module.eval(), str(folder), folder.name, kind, processor=processor,
-                       provenance={"class": type(module).__name__})
 
 
 def family(module: Any, auto: str) -> str:
@@ -181,34 +286,47 @@ def family(module: Any, auto: str) -> str:
     return "llm" if auto == "AutoModelForCausalLM" or auto.endswith(GENERATES) else "encoder"
 
 
-def _processor(where: str, family: str, config: Any) -> Any:
-    """The tokenizer, or what a picture goes through before it is seen."""
-    if family != "vision":
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(where)
-        except (OSError, ValueError, TypeError):
-            if family != "seq2seq":
-                raise
-            return None  # speech comes in as features; calibration data has to be prepared then
-    from transformers.image_processing_base import ImageProcessingMixin
+def _processor(checkpoint: Checkpoint, kind: str) -> Any:
+    """Load the tokenizer, or what an image goes through before it is seen."""
+    if kind == "vision":
+        return from_config(checkpoint.config, transformers_private.image_processor_settings(checkpoint.place))
+    from transformers import AutoTokenizer
 
     try:
-        raw, _ = ImageProcessingMixin.get_image_processor_dict(where)
-    except OSError:
-        raw = None  # the model comes without a preprocessor file
-    return from_config(config, raw)
+        return AutoTokenizer.from_pretrained(checkpoint.place)
+    except (OSError, ValueError, TypeError):
+        if kind != "seq2seq":
+            raise
+        return None  # speech comes in as features; calibration data has to be prepared then
 
 
-def _explain(error: Exception, source: str) -> NmsparseError:
-    """One sentence for the many ways in which loading fails."""
+def _quieten() -> None:
+    """Keep the libraries from drawing bars, and the hub from saying more than once that it does not answer."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    try:
+        yield
+    except NmsparseError:
+        raise
+    except Exception as error:
+        raise explain(error, source) from error
+
+
+def explain(error: Exception, source: str) -> NmsparseError:
+    """Put the many ways in which loading fails into one sentence."""
     from safetensors import SafetensorError
 
-    if refused := refusal(error, source, "give a local folder, or leave MODEL out to use the demo model"):
+    if refused := hub_error(error, source, "give a local folder, or leave MODEL out to use the demo model"):
         return refused
-    if any(isinstance(e, SafetensorError) for e in chain(error)):
-        return UsageError(f"The weights of '{source}' are damaged or truncated: {first_line(chain(error)[-1])}.")
+    if any(isinstance(e, SafetensorError) for e in causes(error)):
+        return UsageError(f"The weights of '{source}' are damaged or truncated: {first_line(causes(error)[-1])}.")
     if isinstance(error, (OSError, ValueError, KeyError, ImportError, RuntimeError)):
         line = first_line(error)
         hint = f"diffusers:{source} if it is a pipeline of diffusers" if "config.json" in line else None
@@ -216,85 +334,15 @@ def _explain(error: Exception, source: str) -> NmsparseError:
     return NmsparseError(f"'{source}' cannot be loaded: {type(error).__name__}: {first_line(error)}.")
 
 
-def _dequantised(path: Path) -> Path:
-    """A folder with the unpacked weights of a GGUF file, cached under the file's SHA-256 (unpacking takes a while)."""
-    if not path.is_file():
-        raise UsageError(f"There is no file '{path}'.")
-    with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UsageError(f"'{path}' is not a GGUF file.")
-    folder = cache_dir() / "dequantised" / digest(path)[:32]
-    if not (folder / "config.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=folder.parent))
-        try:
-            _unpack_gguf(path, work / "model")
-            (work / "model").rename(folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    return folder
+def _noise(model: LoadedModel, shape: tuple[int, ...]) -> torch.Tensor:
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return noise.to(model.device, next(model.module.parameters()).dtype)
 
 
-def _unpack_gguf(path: Path, folder: Path) -> None:
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    # Without this option the model keeps a quantizer that refuses to be saved.
-    options = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(
-        transformers, "GgufConfig") else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        module = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **options)
-    except Exception as error:
-        raise UsageError(f"The GGUF file '{path}' cannot be read: {first_line(error)}.") from error
-    logging.disable_progress_bar()
-    module.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def sample_inputs(model: LoadedModel, batch: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
-    """Keyword arguments for one forward pass of the right shapes; `length` is in tokens (text only)."""
-    config: Any = model.module.config
-    parameter = next(model.module.parameters())
-    if model.family == "vision":
-        height, width = model.processor.size
-        shape = (batch, len(model.processor.mean), height, width)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        return {"pixel_values": noise.to(model.device, parameter.dtype)}
-    vocabulary = config.get_text_config().vocab_size
-    ids = (torch.arange(batch * length, device=model.device) % vocabulary).view(batch, length)
-    if model.family == "seq2seq":
-        return {**_source(model, ids), "decoder_input_ids": ids.flip(1)}
-    # Decoders look into positions for want of a mask, encoders into the mask; without memory there is nothing to see.
-    given = model.family == ("llm" if ids.is_meta else "encoder")
-    mask = {"attention_mask": torch.ones_like(ids)} if given else {}
-    return {"input_ids": ids, **mask}
-
-
-def _source(model: LoadedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the encoder reads: tokens, or the spectrogram of a stretch of speech of the one length it takes."""
+def _encoder_inputs(model: LoadedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Make what the encoder reads: tokens, or the spectrogram of a piece of speech of the one length it takes."""
     module: Any = model.module
     if module.main_input_name == "input_ids":
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    parameter = next(module.parameters())
     frames = 2 * getattr(module.config, "max_source_positions", 1500)
-    shape = (len(ids), getattr(module.config, "num_mel_bins", 80), frames)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return {module.main_input_name: noise.to(model.device, parameter.dtype)}
-
-
-def save(model: LoadedModel, folder: Path, changed: Mapping[str, Callable[[], torch.Tensor]] | None = None) -> None:
-    """Write config, weights and tokenizer so that stock `from_pretrained` loads them.
-
-    Of a streamed model `changed` gives the weights that are not the checkpoint's.
-    """
-    from nmsparse_deploy.models.streamed import Streamed
-
-    module: Any = model.module
-    if isinstance(model.weights, Streamed):
-        model.weights.save(folder, changed or {})
-    else:  # the older names that the library would restore are not the ones that masks are stored under
-        module.save_pretrained(folder, save_original_format=False)
-    if model.processor is not None:
-        model.processor.save_pretrained(folder)
+    return {module.main_input_name: _noise(model, (len(ids), getattr(module.config, "num_mel_bins", 80), frames))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,34 +13,156 @@ import torch
 from torch import nn
 
 from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError, first_line
-from nmsparse_deploy.models.adapters.huggingface import snapshot
-from nmsparse_deploy.models.hub_errors import refusal
-from nmsparse_deploy.models.loaded import LoadedModel
-from nmsparse_deploy.models.preprocess import BICUBIC, Preprocess
+from nmsparse_deploy.models.hub_cache import cached_folder
+from nmsparse_deploy.models.hub_errors import hub_error
+from nmsparse_deploy.models.loaded import (
+    Changed,
+    ClassLabels,
+    HubCard,
+    LoadedModel,
+    ModelAdapter,
+    unknown_shapes,
+)
+from nmsparse_deploy.models.outputs import Features
+from nmsparse_deploy.models.preprocess import BICUBIC, RESAMPLE, ImagePipeline, Preprocess
+from nmsparse_deploy.models.state_dict import read_state_dict
 
-PREFIX = "timm:"
 INPUT = "x"
-"""timm's forward takes its pictures under this name."""
-_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
-_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": BICUBIC, "box": 4, "hamming": 5}
+"""timm's forward takes its images under this name."""
 
 
-def is_timm(source: str) -> bool:
-    """A timm name, or a folder that timm wrote?"""
-    return source.startswith(PREFIX) or _is_folder(Path(source))
+class TimmAdapter(ModelAdapter):
+    """Vision models of timm."""
+
+    library = "timm"
+    prefix = "timm:"
+
+    def claims(self, source: str) -> bool:
+        return source.startswith(self.prefix) or _config(Path(source)) is not None
+
+    def knows(self, name: str) -> bool:
+        return find_spec("timm") is not None and bool(_timm().is_model(name.partition(".")[0]))
+
+    def hub_name(self, source: str) -> str | None:
+        name = source.removeprefix(self.prefix)
+        if "?" in name or not source.startswith(self.prefix):
+            return None
+        owned = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
+        return super().hub_name(owned if "/" in name else f"timm/{name}")
+
+    def load(self, source: str, dtype: torch.dtype | None = None, stream: bool = False) -> LoadedModel:
+        """Load a timm model on the CPU.
+
+        Raises `UsageError` for an unknown name or a checkpoint that does not fit, `MissingExtra` without timm,
+        `NmsparseError` when the weights cannot be reached.
+        """
+        from huggingface_hub.utils import logging
+
+        timm = _timm()
+        logging.set_verbosity_error()  # a hub that does not answer is reported once, below
+        name, _, query = source.removeprefix(self.prefix).partition("?")
+        option, _, checkpoint = query.partition("=")
+        if query and (option != "checkpoint" or not checkpoint):
+            raise UsageError(f"'{source}' is not understood.", "write timm:NAME?checkpoint=FILE")
+        try:
+            if not source.startswith(self.prefix):
+                module = timm.create_model(f"local-dir:{Path(source).resolve()}", pretrained=True)
+                name = Path(source).name
+            elif checkpoint:
+                module = _from_checkpoint(timm, name, Path(checkpoint).expanduser())
+            else:
+                module = timm.create_model(name, pretrained=True)
+        except NmsparseError:
+            raise
+        except Exception as error:
+            raise _explain(error, source, name, timm) from error
+        module = module.eval().to(dtype) if dtype else module.eval()
+        commit = None if checkpoint or not source.startswith(self.prefix) else _commit(module.pretrained_cfg)
+        facts = {**({"revision": commit} if commit else {}),
+                 "architecture": str(module.pretrained_cfg.get("architecture", name)),
+                 "dtype": str(next(module.parameters()).dtype).removeprefix("torch.")}
+        return self._loaded(module, source, name.rpartition("/")[2], facts)
+
+    def meta_model(self, folder: Path, dtype: torch.dtype) -> LoadedModel:
+        from accelerate import init_empty_weights
+
+        timm = _timm()
+        try:
+            with init_empty_weights(include_buffers=False):
+                module = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=False).eval().to(dtype)
+        except Exception as error:
+            raise _explain(error, str(folder), folder.name, timm) from error
+        return self._loaded(module, str(folder), folder.name, {})
+
+    def shapes(self, source: str, config: Mapping[str, Any] | None) -> LoadedModel:
+        """Build an architecture of timm on the meta device. Raises like `load`."""
+        if not source.startswith(self.prefix):
+            raise unknown_shapes(source)
+        timm, name = _timm(), self.reference(source)
+        try:
+            with torch.device("meta"):
+                module = timm.create_model(name, pretrained=False)
+        except Exception as error:
+            raise _explain(error, source, name, timm) from error
+        return self._loaded(module.eval(), source, name, {})
+
+    def _loaded(self, module: nn.Module, source: str, name: str, facts: dict[str, str]) -> LoadedModel:
+        return LoadedModel(module, source, name, "vision", self, _preprocess(module),
+                           {"class": type(module).__name__, **facts})
+
+    def save(self, model: LoadedModel, folder: Path, changed: Changed | None = None) -> None:
+        """Write config and weights so that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads them."""
+        from timm.models import save_for_hf
+
+        save_for_hf(model.module, str(folder), safe_serialization=True)
+        for file in folder.iterdir():
+            os.chmod(file, 0o644)
+
+    def input_name(self, model: LoadedModel) -> str:
+        return INPUT
+
+    def sample_inputs(self, model: LoadedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
+        """Make seeded noise in the shape of one batch of images."""
+        parameter = next(model.module.parameters())
+        shape = (batch, len(model.processor.mean), *model.processor.size)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return {INPUT: noise.to(parameter.device, parameter.dtype)}
+
+    def features(self, model: LoadedModel, inputs: Mapping[str, torch.Tensor]) -> Features:
+        module: Any = model.module
+        features = module.forward_features(*inputs.values())
+        tokens = features
+        if features.ndim == 4 and features.shape[1] != module.num_features:  # channels last
+            tokens = features.permute(0, 3, 1, 2)
+        logits = module.forward_head(features) if module.num_classes else None
+        return Features(module.forward_head(features, pre_logits=True), tokens, logits)
+
+    def class_labels(self, model: LoadedModel) -> ClassLabels:
+        named = getattr(model.module, "pretrained_cfg", {}).get("label_names") or ()
+        return ClassLabels({str(name): number for number, name in enumerate(named)},
+                           int(getattr(model.module, "num_classes", 0)) or None)
+
+    def image_pipeline(self, model: LoadedModel) -> ImagePipeline:
+        found = _timm().data.resolve_model_data_config(model.module, use_test_size=True)
+        return ImagePipeline(input_size=found["input_size"], interpolation=found["interpolation"], mean=found["mean"],
+                             std=found["std"], crop_pct=found["crop_pct"], crop_mode=found["crop_mode"])
+
+    def hub_card(self, folder: Path) -> HubCard:
+        job = "image-classification" if (_config(folder) or {}).get("num_classes") else "image-feature-extraction"
+        usage = "import timm\nmodel = timm.create_model(\"local-dir:FOLDER\", pretrained=True)"
+        return HubCard(self.library, job, usage)
 
 
-def is_name(name: str) -> bool:
-    """An architecture timm knows, where timm is installed?"""
-    return find_spec("timm") is not None and bool(_timm().is_model(name.partition(".")[0]))
+ADAPTER = TimmAdapter()
 
 
-def _is_folder(path: Path) -> bool:
+def _config(folder: Path) -> dict[str, Any] | None:
+    """Return the configuration that timm wrote into a folder, or None."""
     try:
-        config = json.loads((path / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "architecture" in config and "model_type" not in config
+        return None
+    return config if isinstance(config, dict) and "architecture" in config and "model_type" not in config else None
 
 
 def _timm() -> Any:
@@ -54,76 +176,16 @@ def _timm() -> Any:
     return timm
 
 
-def load(source: str, dtype: torch.dtype | None = None) -> LoadedModel:
-    """Load a timm model on the CPU.
-
-    Raises `UsageError` for an unknown name or a checkpoint that does not fit, `MissingExtra` without timm,
-    `NmsparseError` when the weights cannot be reached.
-    """
-    from huggingface_hub.utils import logging
-
-    timm = _timm()
-    logging.set_verbosity_error()  # a hub that does not answer is reported once, below
-    name, _, query = source.removeprefix(PREFIX).partition("?")
-    option, _, checkpoint = query.partition("=")
-    if query and (option != "checkpoint" or not checkpoint):
-        raise UsageError(f"'{source}' is not understood.", "write timm:NAME?checkpoint=FILE")
-    try:
-        if not source.startswith(PREFIX):
-            module = timm.create_model(f"local-dir:{Path(source).resolve()}", pretrained=True)
-            name = Path(source).name
-        elif checkpoint:
-            module = _from_checkpoint(timm, name, Path(checkpoint).expanduser())
-        else:
-            module = timm.create_model(name, pretrained=True)
-    except NmsparseError:
-        raise
-    except Exception as error:
-        raise _explain(error, source, name, timm) from error
-    module = module.eval().to(dtype) if dtype else module.eval()
-    commit = None if checkpoint or not source.startswith(PREFIX) else _commit(module.pretrained_cfg)
-    facts = {**({"revision": commit} if commit else {}), "class": type(module).__name__,
-             "architecture": str(module.pretrained_cfg.get("architecture", name)),
-             "dtype": str(next(module.parameters()).dtype).removeprefix("torch.")}
-    return LoadedModel(module, source, name.rpartition("/")[2], "vision", "timm", _preprocess(timm, module), facts)
-
-
-def _commit(about: dict[str, Any]) -> str | None:
-    """Which commit of the hub the weights came from; timm does not say, so the cache is asked."""
+def _commit(about: Mapping[str, Any]) -> str | None:
+    """Tell which commit of the hub the weights came from; timm does not say, so the cache is asked."""
     name, _, revision = str(about.get("hf_hub_id") or "").partition("@")
     files = filter(None, (about.get("hf_hub_filename"), "model.safetensors", "pytorch_model.bin"))
-    found = next(filter(None, (snapshot(name, file, revision or None) for file in files)), None) if name else None
-    return found.name if found else None
-
-
-def empty(folder: Path, dtype: torch.dtype) -> LoadedModel:
-    """The model of a folder as its configuration describes it, without its weights. Raises `UsageError`."""
-    from accelerate import init_empty_weights
-
-    timm = _timm()
-    try:
-        with init_empty_weights(include_buffers=False):
-            module = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=False).eval().to(dtype)
-    except Exception as error:
-        raise _explain(error, str(folder), folder.name, timm) from error
-    return LoadedModel(module, str(folder), folder.name, "vision", "timm", _preprocess(timm, module),
-                       {"class": type(module).__name__})
-
-
-def shapes(source: str) -> LoadedModel:
-    """An architecture of timm with every parameter on the meta device. Raises like `load`."""
-    timm = _timm()
-    name = source.removeprefix(PREFIX).partition("?")[0]
-    try:
-        with torch.device("meta"):
-            module = timm.create_model(name, pretrained=False)
-    except Exception as error:
-        raise _explain(error, source, name, timm) from error
-    return LoadedModel(module.eval(), source, name, "vision", "timm", _preprocess(timm, module))
+    folders = (cached_folder(name, file, revision or None) for file in files) if name else iter(())
+    return next((folder.name for folder in folders if folder), None)
 
 
 def _from_checkpoint(timm: Any, name: str, path: Path) -> nn.Module:
-    state = read_state(path)
+    state = read_state_dict(path)
     head = timm.create_model(name, pretrained=False).pretrained_cfg.get("classifier") or "head"
     weight = state.get(f"{head if isinstance(head, str) else head[0]}.weight")
     module = timm.create_model(name, pretrained=False, num_classes=0 if weight is None else weight.shape[0])
@@ -135,58 +197,21 @@ def _from_checkpoint(timm: Any, name: str, path: Path) -> nn.Module:
     return module
 
 
-def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name from safetensors, or from a file of torch.save that holds nothing but tensors."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise UsageError(f"There is no checkpoint '{path}'.")
-    try:
-        state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UsageError(f"'{path}' holds more than tensors, and code from a file is never run.",
-                         "save its state_dict as safetensors") from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UsageError(f"The checkpoint '{path}' is damaged or truncated: {first_line(error)}.") from error
-    state = next((state[key] for key in _NESTED if isinstance(state, dict) and isinstance(state.get(key), dict)), state)
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UsageError(f"'{path}' is not a checkpoint: it holds no table of tensors.")
-    return {str(key).removeprefix("module."): value for key, value in state.items()}
-
-
 def _explain(error: Exception, source: str, name: str, timm: Any) -> NmsparseError:
     near = ", ".join(timm.list_models(f"*{name.partition('.')[0]}*")[:3])
-    if source.startswith(PREFIX) and not name.startswith("hf") and not timm.is_model(name.partition(".")[0]):
+    prefix = TimmAdapter.prefix
+    if source.startswith(prefix) and not name.startswith("hf") and not timm.is_model(name.partition(".")[0]):
         return UsageError(f"timm has no model '{name}'.", f"did you mean {near}?" if near else None)
     if "No pretrained weights" in str(error):
-        return UsageError(f"timm has no pretrained weights for '{name}'.", f"{PREFIX}{name}?checkpoint=FILE")
-    if refused := refusal(error, source, f"{PREFIX}{name}?checkpoint=FILE"):
+        return UsageError(f"timm has no pretrained weights for '{name}'.", f"{prefix}{name}?checkpoint=FILE")
+    if refused := hub_error(error, source, f"{prefix}{name}?checkpoint=FILE"):
         return refused
     return UsageError(f"'{source}' cannot be loaded: {first_line(error)}.")
 
 
-def _preprocess(timm: Any, module: nn.Module) -> Preprocess:
-    data = timm.data.resolve_model_data_config(module)
+def _preprocess(module: nn.Module) -> Preprocess:
+    data = _timm().data.resolve_model_data_config(module)
     _, height, width = data["input_size"]
     shorter = None if data.get("crop_mode") == "squash" else int(min(height, width) / data.get("crop_pct", 1.0))
     return Preprocess((height, width), shorter, tuple(data["mean"]), tuple(data["std"]),
-                      _RESAMPLE.get(data["interpolation"], BICUBIC))
-
-
-def sample_inputs(model: LoadedModel, batch: int) -> dict[str, torch.Tensor]:
-    """Seeded noise in the shape of one batch of pictures."""
-    parameter = next(model.module.parameters())
-    shape = (batch, len(model.processor.mean), *model.processor.size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return {INPUT: noise.to(parameter.device, parameter.dtype)}
-
-
-def save(model: LoadedModel, folder: Path) -> None:
-    """Write config and weights so that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads them."""
-    from timm.models import save_for_hf
-
-    _timm()
-    save_for_hf(model.module, str(folder), safe_serialization=True)
-    for file in folder.iterdir():
-        os.chmod(file, 0o644)
+                      RESAMPLE.get(data["interpolation"], BICUBIC))

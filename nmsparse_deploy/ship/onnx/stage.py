@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
-from nmsparse_deploy import models
 from nmsparse_deploy.errors import CheckFailed, MissingExtra, NmsparseError
 from nmsparse_deploy.masks import MaskSet
-from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.outputs import primary_output
 from nmsparse_deploy.pattern import TWO_FOUR
@@ -35,7 +33,7 @@ from nmsparse_deploy.system.progress import Progress, silent
 def export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str, spec: Export,
                ranges: dict[str, Range], progress: Progress) -> dict[str, Any]:
     """Write `onnx/PRECISION/` and return its record. `ranges` is filled by the first 8-bit precision."""
-    found = discover(loaded.module, models.sample_inputs(loaded))
+    found = loaded.discover()
     eight = precision in FORMATS
     targets = [target for target in found.targets if eight or target.name in masks.masks]
     if eight and not ranges:
@@ -43,7 +41,7 @@ def export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str,
     cached: tuple[CacheGraph, ...] = ()
     with run.replacing(f"onnx/{precision}") as folder:
         folder.mkdir()
-        result = export_onnx(loaded.module, models.sample_inputs(loaded), folder, GRAPH, targets,
+        result = export_onnx(loaded.module, loaded.sample_inputs(), folder, GRAPH, targets,
                              precision=BASE if eight else precision, opset=spec.opset, progress=progress)
         facts = {key: value for key, value in result.as_dict().items() if key != "link"}
         if loaded.family == "llm" and spec.cache:
@@ -84,7 +82,7 @@ def _quantise(folder: Path, result: ExportResult, cached: tuple[CacheGraph, ...]
 @torch.no_grad()
 def _agreement(path: Path, loaded: LoadedModel, eight: bool) -> dict[str, Any]:
     """Compare ONNX Runtime with PyTorch in fp32 on other shapes than the traced ones, or say why that is impossible."""
-    inputs = models.sample_inputs(loaded, batch=1, length=48)
+    inputs = loaded.sample_inputs(batch=1, length=48)
     reference = primary_output(loaded.module.float()(**inputs))
     try:
         output = next(iter(_session(path, eight).run(inputs).values()))
@@ -97,7 +95,7 @@ def _steps(graphs: dict[str, Path], loaded: LoadedModel, eight: bool) -> dict[st
     """Compare prefill and decode steps with one pass over the whole text."""
     try:
         sessions = {name: _session(path, eight) for name, path in graphs.items()}
-        return asdict(check_steps(loaded.module.float(), sessions, models.sample_inputs(loaded, 2, 16)["input_ids"]))
+        return asdict(check_steps(loaded.module.float(), sessions, loaded.sample_inputs(2, 16)["input_ids"]))
     except (MissingExtra, NmsparseError) as error:
         return {"not_checked": error.message}
 

@@ -23,12 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from nmsparse_deploy import models
 from nmsparse_deploy.errors import CheckFailed, NmsparseError, UsageError
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.models.base import Target, from_rows, to_rows
 from nmsparse_deploy.models.input_trace import group_axis
 from nmsparse_deploy.models.loaded import LoadedModel
-from nmsparse_deploy.models.meta_model import fits, settle, skeleton
+from nmsparse_deploy.models.meta_model import fits, settle
 from nmsparse_deploy.models.outputs import UNNAMED
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.ship.engine import Tensor
@@ -243,7 +244,7 @@ class Artefact:
         if any(choice.sparse for choice in choices.values()) and (why := kernels().why_not(self.precision)):
             raise NmsparseError(f"Sparse kernels cannot run {self.precision} here: {why}.",
                                 "mode 'dense' runs the same weights without them")
-        loaded = skeleton(self.folder, self.base)
+        loaded = models.adapter_for(str(self.folder)).meta_model(self.folder, self.base)
         with self._file() as file:
             held = {name: file.get_tensor(name).to(device) for name in self.plain}
         layers = {entry.layer: name for name, entry in self.entries.items() if entry.layer}

@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 
-from nmsparse_deploy import models
 from nmsparse_deploy.errors import CheckFailed, NmsparseError, first_line
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.models.base import Target
-from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.meta_model import description
 from nmsparse_deploy.models.outputs import primary_output
@@ -49,7 +47,7 @@ def export_torch(run: RunDir, spec: Pack = Pack(), progress: Progress = silent, 
     """
     start = time.perf_counter()
     masks, loaded = MaskSet.load(run / "masks.safetensors"), load_pruned(run)
-    targets = discover(loaded.module, models.sample_inputs(loaded)).targets
+    targets = loaded.discover().targets
     with run.lock():
         ranges: dict[str, Range] = {}
         if any(precision in FORMATS for precision in spec.precisions):
@@ -119,7 +117,7 @@ def decide(folder: Path, spec: Pack, machine: Machine, progress: Progress = sile
 def _agreement(folder: Path, loaded: LoadedModel) -> dict[str, Any]:
     """Compare the packed model on ordinary kernels with the run's model in fp32, on this machine's processor."""
     module = loaded.module.float().cpu()
-    inputs = models.sample_inputs(loaded, batch=1, length=48)
+    inputs = loaded.sample_inputs(batch=1, length=48)
     reference = primary_output(module(**inputs))
     try:
         outputs = TorchSparse.build(folder, {"mode": "dense", "device": "cpu"}).run(inputs)

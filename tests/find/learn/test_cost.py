@@ -8,8 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nmsparse_deploy.find.cost import Rates, estimate
 from nmsparse_deploy.find.plan.make_plan import make_plan
-from nmsparse_deploy.models import load, sample_inputs
-from nmsparse_deploy.models.discovery import discover
+from nmsparse_deploy.models import load
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.recipe import Prune, validate
 
@@ -23,7 +22,7 @@ def loaded(llama_dir):
 
 
 def cost(loaded, **section):
-    plan = make_plan(discover(loaded.module, sample_inputs(loaded)), TWO_FOUR)
+    plan = make_plan(loaded.discover(), TWO_FOUR)
     return estimate(loaded, plan, validate(Prune, {"calibration": CALIBRATION, **section}), SLOW)
 
 
@@ -62,5 +61,5 @@ def test_memory_follows_the_form(loaded, monkeypatch):
              ({}, {"form": "compact"}, {"form": "compact", "moments": 8})]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[2]
     weights = sum(row.target.k * row.target.n for row in make_plan(
-        discover(loaded.module, sample_inputs(loaded)), TWO_FOUR).pruned())
+        loaded.discover(), TWO_FOUR).pruned())
     assert sizes[0] - sizes[1] == pytest.approx(8 * weights / 1e6, rel=1e-3)

@@ -10,17 +10,15 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
-from nmsparse_deploy import models
 from nmsparse_deploy.find.calibration.suffix_replay import SuffixReplay
 from nmsparse_deploy.find.plan.make_plan import make_plan
 from nmsparse_deploy.find.plan.sensitivity import Trace, _quadratic_forms, direct, from_curvature, hutchinson, together
 from nmsparse_deploy.find.plan.stage import fusion_groups
 from nmsparse_deploy.masks import project
-from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.objective import Objective, objective
 from nmsparse_deploy.pattern import TWO_FOUR
-from nmsparse_deploy.registry import METHODS
+from nmsparse_deploy.registry import ADAPTERS, METHODS
 from tests.fixtures import pico
 
 WANDA = METHODS.load("wanda")
@@ -36,13 +34,13 @@ def bert(head: bool) -> nn.Module:
 def loaded(name: str) -> LoadedModel:
     made = {"llama": lambda: pico.llama(num_hidden_layers=3), "gpt2": pico.gpt2, "bert": lambda: bert(False),
             "bert-mlm": lambda: bert(True)}[name]()
-    return LoadedModel(made, name, name, "encoder" if name.startswith("bert") else "llm")
+    return LoadedModel(made, name, name, "encoder" if name.startswith("bert") else "llm", ADAPTERS.load("transformers"))
 
 
 def sample(model: LoadedModel, samples: int = 5, length: int = 24) -> list[dict]:
     ids = torch.randint(0, 250, (samples, length), generator=torch.Generator().manual_seed(3))
     mask = {"attention_mask": torch.ones_like(ids)} if model.family == "encoder" else {}
-    return models.batches(model, {"input_ids": ids, **mask}, 2)  # the last batch is a single sample
+    return model.batches({"input_ids": ids, **mask}, 2)  # the last batch is a single sample
 
 
 def by_hand(model: LoadedModel, batches: list[dict], names: list[tuple[str, str, int]]) -> float:
@@ -81,7 +79,7 @@ def by_hand(model: LoadedModel, batches: list[dict], names: list[tuple[str, str,
 def test_direct_equals_brute_force(name):
     model = loaded(name)
     batches = sample(model)
-    plan = make_plan(discover(model.module, models.sample_inputs(model)), TWO_FOUR)
+    plan = make_plan(model.discover(), TWO_FOUR)
     parts = fusion_groups(plan)
     before = {key: value.clone() for key, value in model.module.state_dict().items()}
     measure = objective(model, model.module(**batches[0]))
@@ -99,7 +97,7 @@ def test_direct_equals_brute_force(name):
 def test_single_targets_can_be_tried_too():
     model = loaded("llama")
     batches = sample(model)
-    plan = make_plan(discover(model.module, models.sample_inputs(model)), TWO_FOUR)
+    plan = make_plan(model.discover(), TWO_FOUR)
     found = direct(model, plan.blocks, [[row] for row in plan.pruned(1)], batches, Objective("cross-entropy"), WANDA)
     for row, rise in zip(plan.pruned(1), found):
         wanted = by_hand(model, batches, [(row.target.name, row.target.module, row.target.axis)])
@@ -165,7 +163,7 @@ def exact_mean_trace(module: Linear, x: torch.Tensor) -> float:
 
 def test_hutchinson_equals_the_trace_of_a_quadratic():
     module = Linear()
-    model = LoadedModel(module, "", "", "vision", "timm")
+    model = LoadedModel(module, "", "", "vision", ADAPTERS.load("timm"))
     x = torch.randn(7, 6)
     measure = objective(model, module(x))
     assert measure.kind == "hidden"
@@ -182,7 +180,7 @@ def test_hutchinson_equals_the_trace_of_a_quadratic():
 def test_quadratic_forms_are_those_of_the_exact_hessian_of_a_language_model():
     """Through fused attention: unit vectors in place of random signs read out the diagonal, several weights at once the
     cross terms."""
-    model = LoadedModel(pico.llama(hidden_size=8, intermediate_size=16, num_attention_heads=2), "", "", "llm")
+    model = LoadedModel(pico.llama(hidden_size=8, intermediate_size=16, num_attention_heads=2), "", "", "llm", ADAPTERS.load("transformers"))
     for number, parameter in enumerate(model.module.parameters()):
         torch.nn.init.normal_(parameter, std=0.4, generator=torch.Generator().manual_seed(number))
     batches = sample(model, 2, 8)
@@ -222,7 +220,7 @@ def test_hutchinson_repeats_itself_and_leaves_the_model_alone():
 def test_curvature_times_damage():
     model = loaded("llama")
     batches = sample(model, 2, 12)
-    plan = make_plan(discover(model.module, models.sample_inputs(model)), TWO_FOUR)
+    plan = make_plan(model.discover(), TWO_FOUR)
     parts = fusion_groups(plan)
     traces = {row.target.name: Trace(float(i + 1), 0.5, 1) for i, row in enumerate(plan.pruned())}
     found = from_curvature(model, plan.blocks, parts, batches, Objective("cross-entropy"), METHODS.load("magnitude"), traces)

@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 
-from nmsparse_deploy import models
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.masks import Mask, MaskSet, project
 from nmsparse_deploy.measure.bench.arms import (
@@ -23,9 +22,9 @@ from nmsparse_deploy.measure.bench.arms import (
     make_auto,
 )
 from nmsparse_deploy.measure.bench.model_arms import Job, bench_arms
-from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.pattern import TWO_FOUR
+from nmsparse_deploy.registry import ADAPTERS
 from nmsparse_deploy.ship.evidence import NOT_SPARSE
 from nmsparse_deploy.ship.torch_sparse.kernel_choice import GemmDecision, Verdict
 from nmsparse_deploy.ship.torch_sparse.linear import Sparse
@@ -35,11 +34,11 @@ from tests.fixtures import pico
 
 
 def loaded(module=None) -> LoadedModel:
-    return LoadedModel(module or pico.llama(), "pico", "pico", "llm")
+    return LoadedModel(module or pico.llama(), "pico", "pico", "llm", ADAPTERS.load("transformers"))
 
 
 def magnitude(model: LoadedModel) -> MaskSet:
-    found = discover(model.module, models.sample_inputs(model))
+    found = model.discover()
     return MaskSet({one.name: Mask.pack(project(model.module.get_parameter(one.name).detach().abs(), TWO_FOUR, one.axis),
                                         one.axis, TWO_FOUR, "") for one in found.targets})
 
@@ -49,7 +48,7 @@ def made(request):
     """A model, its arm_layers and its arms on stand-in kernels."""
     model = loaded(getattr(pico, request.param)().half())
     masks = magnitude(model)
-    found = arm_layers(model.module, discover(model.module, models.sample_inputs(model)).targets, masks.masks, "fp16")
+    found = arm_layers(model.module, model.discover().targets, masks.masks, "fp16")
     with standing_in(StandIn()):
         arms = make_arms(model.module, found, {name: mask.unpack() for name, mask in masks.masks.items()}, "fp16", {}, {})
         yield model, masks, found, arms

@@ -11,12 +11,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import nmsparse_deploy as nms
-from nmsparse_deploy import models
 from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError
 from nmsparse_deploy.find.prune import prune
-from nmsparse_deploy.measure.evaluate.imagenet import class_numbers, data_settings, printed
+from nmsparse_deploy.measure.evaluate.imagenet import class_numbers, printed
+from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.recipe import Evaluate, Prune, validate
+from nmsparse_deploy.registry import ADAPTERS
 from tests.fixtures import small_vision as small
 
 timm = pytest.importorskip("timm")
@@ -127,10 +128,10 @@ def test_folders_that_are_not_the_models_classes(timm_run, images, tmp_path):
 
 def test_wordnet_ids_are_known_to_an_imagenet_head():
     module = timm.create_model("test_vit", num_classes=1000)
-    model = models.loaded.LoadedModel(module, "x", "x", "vision", "timm")
+    model = LoadedModel(module, "x", "x", "vision", ADAPTERS.load("timm"))
     assert class_numbers(model, ["n01440764", "n01443537", "n15075141"]) == {"n01440764": 0, "n01443537": 1,
                                                                              "n15075141": 999}
-    assert data_settings(model)["input_size"] == (3, 160, 160)
+    assert model.adapter.image_pipeline(model)["input_size"] == (3, 160, 160)
 
 
 def test_rounding_is_timms():

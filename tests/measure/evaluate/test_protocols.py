@@ -19,6 +19,7 @@ from nmsparse_deploy.data.text import load_text
 from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError
 from nmsparse_deploy.measure.evaluate.protocols import PROTOCOLS, find_file, protocol_perplexity, protocol_sample
 from nmsparse_deploy.models.loaded import LoadedModel
+from nmsparse_deploy.registry import ADAPTERS
 from tests.fixtures import pico
 
 ROWS = {"wikitext2": ["", " = A title = \n", "", " One paragraph , tokenised . \n", " Another one . \n", ""],
@@ -80,7 +81,7 @@ def test_the_text_is_the_papers(name, kind, tmp_path):
 
 
 def model() -> LoadedModel:
-    return LoadedModel(pico.llama(), "pico", "pico", "llm", processor=WithStart())
+    return LoadedModel(pico.llama(), "pico", "pico", "llm", ADAPTERS.load("transformers"), WithStart())
 
 
 @torch.no_grad()

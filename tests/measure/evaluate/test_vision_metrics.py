@@ -13,7 +13,6 @@ from nmsparse_deploy.data.sentence_pairs import load_pairs
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.measure.evaluate.agree import feature_agreement
 from nmsparse_deploy.measure.evaluate.encoder import ranks, spearman
-from nmsparse_deploy.measure.evaluate.features import Features
 from nmsparse_deploy.measure.evaluate.probe import fit_probe, hits, nearest_classes
 from nmsparse_deploy.measure.evaluate.result import (
     EvalResult,
@@ -23,6 +22,7 @@ from nmsparse_deploy.measure.evaluate.result import (
     paired_difference,
 )
 from nmsparse_deploy.measure.evaluate.saliency_maps import map_agreement, strips
+from nmsparse_deploy.models.outputs import Features
 from tests.fixtures import small_vision as small
 
 

@@ -22,7 +22,7 @@ def test_a_packed_family_gives_what_the_pruned_model_gives(name, tmp_path):
         pytest.importorskip("timm")
     FAMILIES[name].build(tmp_path / "model")
     loaded = models.load(str(tmp_path / "model"), torch.float16)
-    inputs = models.sample_inputs(loaded)
+    inputs = loaded.sample_inputs()
     targets = discover(loaded.module, inputs).targets
     masks = {}
     for target in targets:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.models.adapters import transformers_private
 from nmsparse_deploy.models.discovery import find_blocks
 from nmsparse_deploy.models.forwards import within
 from nmsparse_deploy.prove.tensor_files import StoredTensor, find_tensors
@@ -43,7 +44,7 @@ class Streamed:
         self._dtype = dtype
         self._stored = {tensor.name: tensor for tensor in find_tensors(folder)}
         self._empty: dict[str, nn.Parameter] = dict(module.named_parameters(remove_duplicate=False))
-        self._targets = _targets(module, self._stored)
+        self._targets = transformers_private.checkpoint_targets(module, self._stored)
         self._sources: dict[str, list[str]] = {}
         for key, names in self._targets.items():
             for name in names:
@@ -98,21 +99,15 @@ class Streamed:
         self.module.config.save_pretrained(folder)
         if self.module.can_generate():
             self.module.generation_config.save_pretrained(folder)
-        plan = split_torch_state_dict_into_shards(
-            {name: value for name, value in self.module.state_dict(keep_vars=True).items() if self._is_saved(name)},
-            filename_pattern=PATTERN, max_shard_size=SHARD)
+        saved = {name: value for name, value in self.module.state_dict(keep_vars=True).items()
+                 if transformers_private.is_saved(self.module, name, self._empty)}
+        plan = split_torch_state_dict_into_shards(saved, filename_pattern=PATTERN, max_shard_size=SHARD)
         for file, names in plan.filename_to_tensors.items():
             save_file({name: (changed[name]() if name in changed else self.dense(name)).cpu().contiguous()
                        for name in names}, folder / file, {"format": "pt"})
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    def _is_saved(self, name: str) -> bool:
-        """Of tied parameters one is saved."""
-        source = self.module.all_tied_weights_keys.get(name)
-        tied = source is not None and self._empty.get(name) is self._empty.get(source)
-        return not tied and name not in (self.module._keys_to_ignore_on_save or ())
 
     def _inside(self, path: str) -> list[str]:
         prefix = f"{path}." if path else ""
@@ -130,14 +125,11 @@ class Streamed:
 
     def _fill(self, names: Collection[str]) -> set[str]:
         """Give parameters their values; returns the names of all that had none before."""
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-
         wanted = {self._origin.get(name, name) for name in names}
         keys = {key for name in wanted for key in self._sources[name]}
         if keys:
-            info, _ = convert_and_load_state_dict_in_model(
-                self.module, {key: _read(self._stored[key]) for key in keys}, self._config())
-            wrong = [name for name, *_ in info.mismatched_keys] + list(info.conversion_errors)
+            wrong = transformers_private.fill(self.module, {key: _read(self._stored[key]) for key in keys}, self._dtype,
+                                              self.device)
             if wrong:
                 raise UsageError(f"'{wrong[0]}' in '{self.folder}' does not fit the model that its config.json says.")
         for name in names:
@@ -147,12 +139,6 @@ class Streamed:
         new = {name for name in given if name in self._empty} - self._full
         self._full |= new
         return new
-
-    def _config(self) -> Any:
-        from transformers.modeling_utils import LoadStateDictConfig
-
-        return LoadStateDictConfig(dtype=self._dtype, dtype_plan=self.module._get_dtype_plan(self._dtype),
-                                   weight_mapping=_conversions(self.module), device_map={"": self.device})
 
 
 def _put(module: nn.Module, name: str, value: torch.Tensor) -> None:
@@ -168,35 +154,6 @@ def _read(tensor: StoredTensor) -> torch.Tensor:
         raw[done : done + stretch.size] = torch.from_numpy(stretch)
         done += stretch.size
     return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
-
-
-def _conversions(module: Any) -> Any:
-    """What the library does to names and layouts of older checkpoints of this kind."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    return get_model_conversion_mapping(module)
-
-
-def _targets(module: Any, stored: Collection[str]) -> dict[str, list[str]]:
-    """Tensor of the checkpoint -> the module's parameters and buffers that are made of it, as the library does it."""
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = _conversions(module)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    made_by = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    own, prefix = module.state_dict(), module.base_model_prefix
-    targets: dict[str, list[str]] = {}
-    for key in stored:
-        name, pattern = rename_source_key(key, renamings, converters, prefix, own)
-        if name not in own and key in own:
-            name, pattern = rename_source_key(key, [], [], prefix, own)
-        names = [name]
-        if pattern is not None:
-            first, *others = made_by[pattern].target_patterns
-            names += [name.replace(first, other) for other in others]
-        targets[key] = [name for name in names if name in own]
-    return {key: names for key, names in targets.items() if names}
 
 
 def _parts(module: nn.Module, blocks: Collection[str]) -> tuple[list[str], list[str]]:
