@@ -62,9 +62,9 @@ def measure(name: str, method: dict[str, Any], seed: int, samples: dict[str, Tok
         for sample in samples.values():
             check_disjoint(load_file(run / "calibration.safetensors")["ids"], sample.ids)
     manifest = run.manifest()
-    facts = manifest["stages"]["prune"]
-    return {"method": name, "seed": seed, "seconds": facts["seconds"], "peak_memory_mb": facts["peak_memory_mb"],
-            "recipe": manifest["recipe"], "scores": run.read_json("scores.json")}
+    record = manifest.stages["prune"]
+    return {"method": name, "seed": seed, "seconds": record.seconds, "peak_memory_mb": record.peak_memory_mb,
+            "recipe": manifest.recipe.to_json(), "scores": run.read_json("scores.json")}
 
 
 def table(rows: list[dict[str, Any]], texts: list[str]) -> list[dict[str, Any]]:

@@ -88,8 +88,7 @@ def measure(name: str, seed: int, dense: Path, sample: TokenSample, runs: Path, 
     reset_peak()
     run = prune(str(dense), spec, runs / f"{name.replace(' ', '')}-{seed}", progress=say)
     peak = peak_since_reset_mb()
-    facts = run.manifest()["stages"]["prune"]
-    row = {"method": name, "seed": seed, "seconds": facts["seconds"], "peak_memory_mb": peak,
+    row = {"method": name, "seed": seed, "seconds": run.manifest().stages["prune"].seconds, "peak_memory_mb": peak,
            "changed": _changed(run, RunDir(runs / f"{PRIOR}-{seed}")), **_score(str(run / "model"), sample)}
     learnt = next((told for told in _refinements(run) if "history" in told), None)
     if learnt:

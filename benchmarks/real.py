@@ -54,9 +54,9 @@ def measure(model: str, name: str, seed: int, runs: Path) -> dict[str, Any]:
     found = evaluate(run, EVALUATION[model], say)["results"]
     values = {label: {row["metric"]: {key: row[key] for key in ("value", "standard_error", "samples")}
                       for row in found[label]} for label in ("dense", "pruned")}
-    facts = run.manifest()["stages"]["prune"]
+    record = run.manifest().stages["prune"]
     return {"model": model, "method": name, "seed": seed, "fingerprint": fingerprint(model, spec),
-            "seconds": facts["seconds"], "peak_memory_mb": facts["peak_memory_mb"], **values}
+            "seconds": record.seconds, "peak_memory_mb": record.peak_memory_mb, **values}
 
 
 def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -87,16 +87,16 @@ def measure(folder: Path, runs: Path, seeds: int, drawn_count: int,
             if seed and METHODS.load(ROWS[name]["method"]).needs == "none":
                 continue
             run = prune(str(folder), spec_of(name, seed), runs / f"{name}-{seed}", progress=say)
-            stage = run.manifest()["stages"]["prune"]
-            if stage["calibration"]:
-                hashes = [bytes.fromhex(digest) for digest in stage["calibration"]["sha256"]]
+            record = run.manifest().stages["prune"]
+            if record.calibration:
+                hashes = [bytes.fromhex(digest) for digest in record.calibration["sha256"]]
                 check_images_disjoint(torch.tensor([list(digest) for digest in hashes]), sample.images.hashes)
             pruned = models.load(str(run / "model"))
             row, _ = predictions(pruned, told, sample)
             if seed == 0:
                 looks, sheets[name] = samples(pruned, drawn, viewer, real, drawn_count)
                 row, lines[name] = {**row, **looks}, row["timesteps"]
-            rows.append({"method": name, "seed": seed, "seconds": stage["seconds"], "layers": stage["layers"], **row})
+            rows.append({"method": name, "seed": seed, "seconds": record.seconds, "layers": record.layers, **row})
             print(name, seed, {key: value for key, value in rows[-1].items() if isinstance(value, float)}, flush=True)
     return rows, sheets, lines, accuracy
 

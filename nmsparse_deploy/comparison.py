@@ -61,16 +61,16 @@ def compare(recipes: dict[str, Prune], model: str = DEFAULT_MODEL, spec: Evaluat
     for number, (name, prune_spec) in enumerate(recipes.items()):
         progress(f"recipe {number + 1} of {len(recipes)}: {name}", number, len(recipes))
         run = prune(model, prune_spec, folder / name, progress=progress)
-        done = run.manifest()["stages"]
-        if done.get("evaluate", {}).get("spec") != spec.model_dump(mode="json"):
+        manifest = run.manifest()
+        if manifest.spec("evaluate") != spec.model_dump(mode="json"):
             evaluate(run, spec, progress)
         measured = run.read_json("evaluate.json")
         dense, pruned = (_headline(measured["results"][label]) for label in ("dense", "pruned"))
-        facts = run.manifest()["stages"]["prune"]
-        if facts["calibration"]:
-            samples[name] = facts["calibration"]["fingerprint"]
+        record = manifest.stages["prune"]
+        if record.calibration:
+            samples[name] = str(record.calibration["fingerprint"])
         rows.append({"recipe": name, "spec": prune_spec.model_dump(mode="json"), "run": str(run.path),
-                     "seconds": facts["seconds"], "peak_memory_mb": facts["peak_memory_mb"], **pruned})
+                     "seconds": record.seconds, "peak_memory_mb": record.peak_memory_mb, **pruned})
     for row in rows:
         row |= _against(row, rows[0], dense)
     result = {"model": model, "date": now(), "evaluate": spec.model_dump(mode="json"), "dense": dense, "rows": rows,

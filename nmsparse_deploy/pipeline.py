@@ -25,9 +25,9 @@ def run_recipe(recipe: Recipe, out: Path | None = None, force: bool = False, pro
         return run
     stages: dict[str, tuple[Any, Any]] = {"export": (export, recipe.export), "evaluate": (evaluate, recipe.evaluate),
                                           "build": (build, recipe.build), "bench": (bench, recipe.bench)}
-    done = run.manifest()["stages"]
+    manifest = run.manifest()
     for name, (stage, spec) in stages.items():
-        if spec is not None and done.get(name, {}).get("spec") != spec.model_dump(mode="json"):
+        if spec is not None and manifest.spec(name) != spec.model_dump(mode="json"):
             stage(run, spec, progress)
     progress("writing the report", 0, 0)
     report(run)

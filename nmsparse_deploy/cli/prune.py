@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nmsparse_deploy.cli.app import DEMO, output, say_default, verb
 from nmsparse_deploy.cli.options import Asked, Fields
 from nmsparse_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from nmsparse_deploy.runs.manifest import StageRecord
 
 
 @verb(Fields("Prune", "method refine sequential permute pattern wbits wgroup learn.steps learn.objective "
@@ -42,23 +45,23 @@ def prune(asked: Asked, model: str = DEMO, *, plan: Path | None = None, time_bud
         output.message(choice.why)
         spec = choice.spec
     run = api(model, spec, out, force, output.progress, limit)
-    facts = run.manifest()["stages"]["prune"]
+    record = run.manifest().stages["prune"]
     how = "as planned" if plan else f"to {spec.pattern}"
-    output.result({"run": str(run.path), **facts},
-                  [f"{run.path}: {facts['layers']} layers pruned {how} and verified in {facts['seconds']:.0f} s.",
-                   *_remarks(facts), f"next: nmsparse-deploy evaluate {run.path}"])
+    output.result({"run": str(run.path), **record.to_json()},
+                  [f"{run.path}: {record.layers} layers pruned {how} and verified in {record.seconds:.0f} s.",
+                   *_remarks(record), f"next: nmsparse-deploy evaluate {run.path}"])
 
 
-def _remarks(facts: dict[str, Any]) -> Iterator[str]:
+def _remarks(record: "StageRecord") -> Iterator[str]:
     """Say how the model was held if not simply in memory, which experts saw too little, and what was learned."""
-    held, few = facts.get("memory", {}), facts.get("experts_by_magnitude", {"matrices": 0})
-    if held.get("weights") == "streamed" or held.get("limit_bytes"):
-        yield (f"weights {held['weights']}, hidden states {held['hidden_states']}; peak memory "
-               f"{held['peak_bytes'] / 1e9:.2f} GB, predicted {held['predicted_bytes'] / 1e9:.2f} GB.")
-    if few["matrices"]:
-        yield (f"{few['matrices']} of {few['of']} expert matrices were reached by too few calibration tokens and were "
+    held, few = record.memory, record.experts_by_magnitude
+    if held and (held.weights == "streamed" or held.limit_bytes):
+        yield (f"weights {held.weights}, hidden states {held.hidden_states}; peak memory "
+               f"{held.peak_bytes / 1e9:.2f} GB, predicted {held.predicted_bytes / 1e9:.2f} GB.")
+    if few and few.matrices:
+        yield (f"{few.matrices} of {few.of} expert matrices were reached by too few calibration tokens and were "
                "pruned by magnitude (layers.json names them); more --samples reach more.")
-    if "learned" in facts:
+    if record.learned:
         from nmsparse_deploy.find.learn.session import sentence
 
-        yield sentence(facts["learned"])
+        yield sentence(record.learned.to_json())

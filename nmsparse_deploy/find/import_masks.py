@@ -35,6 +35,7 @@ from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.prove import verify_checkpoint
 from nmsparse_deploy.prove.report import NOT_CHECKED
 from nmsparse_deploy.recipe import Prune, fingerprint
+from nmsparse_deploy.runs.manifest import ImportedFrom, RecipeRecord
 from nmsparse_deploy.runs.run_dir import RUNS, RunDir
 from nmsparse_deploy.system.memory import peak_memory_mb
 from nmsparse_deploy.system.progress import Progress, silent
@@ -107,8 +108,8 @@ def import_result(model: str, masks: Path | None = None, sparse: str | None = No
     plan = Plan(tuple(PlanRow(target, wanted if name in kept else None, "imported" if name in kept else "has no mask")
                       for name, target in targets.items()), found.skipped, found.blocks)
     spec = Prune(method="magnitude", pattern=str(wanted))
-    recipe = {"model": model, **spec.model_dump(mode="json"), "method": "imported",
-              "imported": {"masks": str(masks) if masks else None, "sparse": sparse}}
+    source = ImportedFrom(masks=str(masks) if masks else None, sparse=sparse)
+    recipe = RecipeRecord.of(model, spec).model_copy(update={"method": "imported", "imported": source})
     normalised = _apply(pruned, kept)
     run = RunDir.create(path, recipe, fingerprint(f"{model} {masks} {sparse}", spec), force=True)
     with run.lock():
@@ -289,11 +290,11 @@ def _apply(loaded: LoadedModel, kept: Mapping[str, torch.Tensor]) -> dict[str, i
 
 def _write(run: RunDir, pruned: LoadedModel, kept: Mapping[str, torch.Tensor], targets: Mapping[str, Target],
            hashes: Mapping[str, str], normalised: Mapping[str, int], pattern: NMPattern,
-           recipe: dict[str, Any]) -> list[dict[str, Any]]:
+           recipe: RecipeRecord) -> list[dict[str, Any]]:
     """Weights, masks and their records."""
     masks = {name: Mask.pack(mask.contiguous(), targets[name].axis, pattern, hashes[name])
              for name, mask in kept.items()}
-    info = {"method": "imported", "recipe": run.manifest()["fingerprint"], "model": recipe["model"]}
+    info = {"method": "imported", "recipe": run.manifest().fingerprint, "model": recipe.model}
     with run.replacing("model") as folder:
         folder.mkdir()
         pruned.save(folder)

@@ -41,6 +41,7 @@ from nmsparse_deploy.prove import VerifyReport, verify_checkpoint
 from nmsparse_deploy.prove.report import NOT_CHECKED
 from nmsparse_deploy.recipe import DEFAULT_MODEL, Prune, fingerprint
 from nmsparse_deploy.registry import METHODS, REFINEMENTS
+from nmsparse_deploy.runs.manifest import RecipeRecord
 from nmsparse_deploy.runs.run_dir import RUNS, RunDir
 from nmsparse_deploy.system import distributed, hardware
 from nmsparse_deploy.system.distributed import ALONE, Processes
@@ -59,7 +60,7 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
     through the whole model; the first one writes.
     """
     model = str(Path(model).resolve()) if Path(model).exists() else model
-    recipe = {"model": model, **spec.model_dump(mode="json")}
+    recipe = RecipeRecord.of(model, spec)
     identity = fingerprint(model, spec)
     path = out or _default_path(model, spec, identity)
     if not force and (path / "manifest.json").is_file():
@@ -107,7 +108,7 @@ def _default_path(model: str, spec: Prune, identity: str) -> Path:
     how = "-".join([*(["permute"] if spec.permute else []), spec.method, *([f"w{spec.wbits}"] if spec.wbits else []),
                     *(step.name for step in spec.refine), *(["plan"] if spec.patterns else [])])
     path = RUNS / f"{models.short_name(model)}-{how}-{spec.pattern.replace(':', '-')}"
-    if (path / "manifest.json").is_file() and RunDir(path).manifest()["fingerprint"] != identity:
+    if (path / "manifest.json").is_file() and RunDir(path).manifest().fingerprint != identity:
         return path.with_name(f"{path.name}-{identity[:8]}")
     return path
 
@@ -358,7 +359,7 @@ class _Stage:
 
     def _save(self, rows: list[dict[str, Any]]) -> VerifyReport:
         """Write weights, masks and records, and check the weights as they are on disk."""
-        info = {"method": self.spec.method, "recipe": self.run.manifest()["fingerprint"], "model": self.loaded.source}
+        info = {"method": self.spec.method, "recipe": self.run.manifest().fingerprint, "model": self.loaded.source}
         with self.run.replacing("model") as folder:
             folder.mkdir()
             self.loaded.save(folder, self._changed(rows))

@@ -25,12 +25,13 @@ def load_dense(run: RunDir) -> LoadedModel:
 
     Raises `CheckFailed` when it is not the very model that the masks were found for.
     """
-    recipe = run.manifest()["recipe"]
-    if "imported" in recipe and not any(recipe["imported"].values()):
+    recipe = run.manifest().recipe
+    source = recipe.imported
+    if source is not None and source.masks is None and source.sparse is None:
         raise NmsparseError(f"'{run.path}' was imported from a checkpoint that was sparse already; its dense twin is "
                             "not known, so there is nothing to compare it with.",
-                            f"nmsparse-deploy import DENSE_MODEL --sparse '{recipe['model']}'")
-    loaded = models.load(recipe["model"])
+                            f"nmsparse-deploy import DENSE_MODEL --sparse '{recipe.model}'")
+    loaded = models.load(recipe.model)
     if (run / "permutations.safetensors").is_file():
         Permutations.load(run / "permutations.safetensors").apply(loaded.module)
     MaskSet.load(run / "masks.safetensors").check_base(dict(loaded.module.named_parameters()))

@@ -33,9 +33,8 @@ from safetensors import SafetensorError
 
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.recipe import differences
-from nmsparse_deploy.system.environment import environment, now
+from nmsparse_deploy.runs.manifest import Manifest, RecipeRecord
 
-FORMAT = 1
 RUNS = Path("runs")
 GRAPH = "model"
 """Stem of the ONNX file of a whole model."""
@@ -65,7 +64,7 @@ class RunDir:
         return run
 
     @classmethod
-    def create(cls, path: Path, recipe: dict[str, Any], fingerprint: str, force: bool) -> RunDir:
+    def create(cls, path: Path, recipe: RecipeRecord, fingerprint: str, force: bool) -> RunDir:
         """A new run, or the same run to be resumed.
 
         Raises `UsageError` when the folder holds a run of another recipe (naming the fields) or foreign files, unless
@@ -76,23 +75,21 @@ class RunDir:
             shutil.rmtree(path)
         if (path / "manifest.json").is_file():
             manifest = run.manifest()
-            if manifest["fingerprint"] != fingerprint:
-                changed = "; ".join(differences(manifest["recipe"], recipe)) or "an unrecorded field"
+            if manifest.fingerprint != fingerprint:
+                recorded = manifest.recipe.to_json()
+                changed = "; ".join(differences(recorded, recipe.to_json())) or "an unrecorded field"
                 raise UsageError(f"'{path}' holds a run of another recipe: {changed}.",
                                  "choose another --out, or --force to start over")
             return run
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UsageError(f"'{path}' exists and is not a run folder.", "choose another --out")
         path.mkdir(parents=True, exist_ok=True)
-        run.write_json("manifest.json", {"format": FORMAT, "fingerprint": fingerprint, "recipe": recipe,
-                                         "created": now(), **environment(), "stages": {}})
+        run.write_json("manifest.json", Manifest.new(recipe, fingerprint).to_json())
         return run
 
-    def manifest(self) -> dict[str, Any]:
-        manifest = self.read_json("manifest.json")
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "fingerprint" not in manifest:
-            raise UsageError(f"'{self.path}' was not written by this version of the tool.")
-        return manifest
+    def manifest(self) -> Manifest:
+        """Read the manifest. Raises `UsageError` when it is missing, damaged or foreign."""
+        return Manifest.parse(self.read_json("manifest.json"), self.path)
 
     def read_json(self, name: str) -> Any:
         """Raises `UsageError` when the file is missing or damaged."""
@@ -130,14 +127,13 @@ class RunDir:
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
-    def finish(self, stage: str, seconds: float, **facts: Any) -> None:
-        """Record a finished stage in the manifest."""
-        manifest = self.manifest()
-        manifest["stages"][stage] = {"finished": now(), "seconds": round(seconds, 1), **facts}
-        self.write_json("manifest.json", manifest)
+    def finish(self, stage: str, seconds: float, **facts: object) -> None:
+        """Record a finished stage in the manifest; `facts` are fields of its record."""
+        self.write_json("manifest.json", self.manifest().with_stage(stage, seconds, facts).to_json())
 
     def finished(self, stage: str) -> bool:
-        return stage in self.manifest()["stages"]
+        """Tell whether a stage has finished."""
+        return stage in self.manifest().stages
 
     def graphs(self, whole: bool = False) -> list[Path]:
         """Exported ONNX files; `whole`: those that take what the model takes, because those with a cache take more."""

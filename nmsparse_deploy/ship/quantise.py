@@ -28,7 +28,6 @@ from nmsparse_deploy.data.text import MIX
 from nmsparse_deploy.errors import CheckFailed, NmsparseError
 from nmsparse_deploy.models.base import Target
 from nmsparse_deploy.models.loaded import LoadedModel
-from nmsparse_deploy.recipe import Calibration
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.system.progress import Progress, silent
 
@@ -141,7 +140,7 @@ def calibrate(module: nn.Module, targets: Sequence[Target], batches: Iterable[Ma
 
 def activation_ranges(run: RunDir, loaded: LoadedModel, targets: list[Target], progress: Progress) -> dict[str, Range]:
     """Return what the layers read and write on the run's calibration sample."""
-    spec = Calibration(**run.manifest()["recipe"]["calibration"])
+    spec = run.manifest().recipe.calibration
     if GENERATED in spec.data.split(MIX):  # by the dense model, and kept
         inputs = {"input_ids": load_file(run / "calibration.safetensors")["ids"][:WINDOWS].long()}
     else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import TypedDict
+
+from typing_extensions import TypedDict  # the one that pydantic reads
 
 from nmsparse_deploy.system.hardware import cpu_name
 

@@ -41,8 +41,8 @@ def test_a_vision_transformer(pictures, photos, tmp_path):
     run = prune(str(small.dinov2(tmp_path / "dino")), spec(pictures), tmp_path / "run")
     holds(run, AutoModel.from_pretrained(run / "model"))
     AutoImageProcessor.from_pretrained(run / "model")
-    manifest = run.manifest()["stages"]["prune"]
-    assert manifest["layers"] == 12 and manifest["calibration"]["ids"][0].startswith("colours/train/")
+    record = run.manifest().stages["prune"]
+    assert record.layers == 12 and record.calibration["ids"][0].startswith("colours/train/")
     assert all(row["relative_error"] < 1 for row in run.read_json("layers.json"))
     (row,) = nms.export(run, Export(precisions=("fp32",)))
     assert row["agreement"]["max_abs"] < 1e-3 and row["links"] == 12

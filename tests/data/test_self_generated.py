@@ -127,7 +127,7 @@ def test_a_run_on_its_own_text_is_verified_and_exported_in_8_bits(writer, tmp_pa
         data=GENERATED, samples=6, length=32)), tmp_path / "run")
     ids = load_file(run / "calibration.safetensors")["ids"]
     assert torch.equal(ids.long(), write(models.load(writer.source), 6, 32, 0, torch.float32))
-    assert run.manifest()["stages"]["prune"]["calibration"]["source"] == GENERATED
+    assert run.manifest().stages["prune"].calibration["source"] == GENERATED
     pytest.importorskip("onnxscript")
     [row] = nms.export(run, Export(precisions=("int8",), cache=False))
     assert row["quantisation"]["gemms"]

@@ -229,7 +229,7 @@ def test_both_layouts_of_the_library_through_a_whole_run(config, axes, texts, tm
     rows = {row["name"]: row for row in json.loads((run / "layers.json").read_text())}
     reached = rows[stacks[0].name]["experts"]["tokens"]
     assert sum(reached) == 4 * 32 * 2 and 0 < rows[stacks[0].name]["relative_error"] < 1
-    assert run.manifest()["stages"]["prune"]["experts_by_magnitude"]["of"] == 16
+    assert run.manifest().stages["prune"].experts_by_magnitude.of == 16
 
 
 def test_rows_of_a_stack_and_back():

@@ -220,6 +220,6 @@ def test_a_finished_run_is_never_replaced_and_an_unfinished_one_is(dense, truth,
     run = import_result(str(dense), masks, out=tmp_path / "run").run
     with pytest.raises(UsageError, match="exists already"):
         import_result(str(dense), masks, out=tmp_path / "run")
-    manifest = run.manifest()
+    manifest = run.read_json("manifest.json")
     run.write_json("manifest.json", manifest | {"stages": {}})
     assert import_result(str(dense), masks, out=tmp_path / "run").layers == 14

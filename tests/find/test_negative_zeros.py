@@ -60,7 +60,7 @@ def agrees(run, dense, kept_negative=None):
         assert after[name].dtype == before[name].dtype
         assert torch.equal(after[name].view(torch.uint8), before[name].view(torch.uint8))
     counts = {row["name"]: row["negative_zeros_normalised"] for row in run.read_json("layers.json")}
-    assert run.manifest()["stages"]["prune"]["negative_zeros_normalised"] == sum(counts.values())
+    assert run.manifest().stages["prune"].negative_zeros_normalised == sum(counts.values())
     if kept_negative is None:
         kept_negative = {name: int((negative_zeros(before[name]) & mask.unpack()).sum())
                          for name, mask in masks.masks.items()}

@@ -53,10 +53,10 @@ def test_every_method_ends_verified_and_loads_in_the_stock_library(name, llama_d
         if not METHODS.load(name).updates_weights and key in masks.masks:
             assert torch.equal(weight, masks.masks[key].apply(dense[key]))
     assert verify_checkpoint(run / "model", masks).ok
-    facts = run.manifest()["stages"]["prune"]
-    assert facts["layers"] == 14 and not (run / "blocks").exists()
+    record = run.manifest().stages["prune"]
+    assert record.layers == 14 and not (run / "blocks").exists()
     layers = run.read_json("layers.json")
-    assert all(0 < row["peak_memory_mb"] <= facts["peak_memory_mb"] for row in layers)
+    assert all(0 < row["peak_memory_mb"] <= record.peak_memory_mb for row in layers)
     assert all((row["relative_error"] is not None) == (METHODS.load(name).needs == "gram") for row in layers)
 
 
@@ -131,7 +131,7 @@ def test_a_finished_run_is_kept_and_another_recipe_refused(llama_dir, texts, tmp
     with pytest.raises(UsageError, match=r"method \('sparsegpt' there, 'wanda' now\)"):
         prune(str(llama_dir), spec(texts, "wanda"), tmp_path / "run")
     prune(str(llama_dir), spec(texts, "wanda"), tmp_path / "run", force=True)
-    assert run.manifest()["recipe"]["method"] == "wanda"
+    assert run.manifest().recipe.method == "wanda"
 
 
 def test_default_folders_of_two_recipes_differ(llama_dir, texts, tmp_path, monkeypatch):

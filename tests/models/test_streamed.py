@@ -63,8 +63,8 @@ def same_model(one: Path, two: Path) -> None:
 
 
 def held(run) -> tuple[str, str]:
-    facts = run.manifest()["stages"]["prune"]["memory"]
-    return facts["weights"], facts["hidden_states"]
+    memory = run.manifest().stages["prune"].memory
+    return memory.weights, memory.hidden_states
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -184,9 +184,9 @@ def test_a_limit_is_predicted_and_refused(llama_dir, texts, tmp_path):
 
 def test_a_limit_that_the_whole_model_fits_changes_nothing(llama_dir, texts, tmp_path):
     run = prune(str(llama_dir), spec(texts), tmp_path / "run", max_memory=10**12)
-    facts = run.manifest()["stages"]["prune"]["memory"]
-    assert held(run) == ("in memory", "in memory") and facts["limit_bytes"] == 10**12
-    assert 0 < facts["peak_bytes"] < 10**12
+    memory = run.manifest().stages["prune"].memory
+    assert held(run) == ("in memory", "in memory") and memory.limit_bytes == 10**12
+    assert 0 < memory.peak_bytes < 10**12
 
 
 def test_a_limit_that_is_passed_stops_the_run_and_a_larger_one_resumes(llama_dir, texts, tmp_path, streaming):

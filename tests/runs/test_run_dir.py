@@ -10,18 +10,20 @@ from pathlib import Path
 import pytest
 
 from nmsparse_deploy.errors import NmsparseError, UsageError, from_os_error
+from nmsparse_deploy.recipe import Prune
+from nmsparse_deploy.runs.manifest import RecipeRecord
 from nmsparse_deploy.runs.run_dir import RunDir
 from tests import ROOT
 
-RECIPE = {"model": "m", "prune": {"method": "wanda", "seed": 0}}
+RECIPE = RecipeRecord.of("m", Prune(method="wanda"))
 
 
 def test_create_resume_and_refuse(tmp_path):
     run = RunDir.create(tmp_path / "r", RECIPE, "aaaa", force=False)
-    assert {"versions", "hardware", "recipe", "created"} <= run.manifest().keys()
+    assert {"versions", "hardware", "recipe", "created"} <= run.read_json("manifest.json").keys()
     assert RunDir.create(tmp_path / "r", RECIPE, "aaaa", force=False).path == run.path
-    other = {"model": "m", "prune": {"method": "wanda", "seed": 1}}
-    with pytest.raises(UsageError, match=r"prune.seed \(0 there, 1 now\)"):
+    other = RecipeRecord.of("m", Prune(method="wanda", calibration={"seed": 1}))
+    with pytest.raises(UsageError, match=r"calibration.seed \(0 there, 1 now\)"):
         RunDir.create(tmp_path / "r", other, "bbbb", force=False)
     (tmp_path / "r" / "old.txt").write_text("x")
     RunDir.create(tmp_path / "r", other, "bbbb", force=True)

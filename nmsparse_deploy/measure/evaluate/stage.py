@@ -42,19 +42,19 @@ def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = sile
     Raises `NmsparseError` when the samples overlap with the calibration data.
     """
     start = time.perf_counter()
-    recipe = run.manifest()["recipe"]
+    recipe = run.manifest().recipe
     pruned = load_pruned(run)
     if pruned.family == "seq2seq" and pruned.input_name != "input_ids":
         raise NmsparseError(f"'{pruned.name}' reads {pruned.input_name}, and no packaged data has that to "
                             "evaluate it on; its export is compared with the model.")
     _check_protocols(pruned, spec)
     device = hardware.device()
-    compute = hardware.compute_dtype(recipe["compute"], device)
+    compute = hardware.compute_dtype(recipe.compute, device)
     stages = {"llm": _evaluate_text, "seq2seq": _evaluate_text, "diffusion": _evaluate_diffusion}
     stage = stages.get(pruned.family, _evaluate_features)
     if pruned.family == "llm" and (spec.protocols or spec.tasks):
         stage = _evaluate_papers
-    data = {**stage(run, pruned, recipe["model"], spec, device, compute, progress), **environment()}
+    data = {**stage(run, pruned, recipe.model, spec, device, compute, progress), **environment()}
     run.write_json("evaluate.json", data)
     run.finish("evaluate", time.perf_counter() - start, spec=spec.model_dump(mode="json"),
                peak_memory_mb=peak_memory_mb())

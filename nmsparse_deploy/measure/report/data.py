@@ -29,10 +29,11 @@ from nmsparse_deploy.measure.report.quality import (
     quality,
     written,
 )
-from nmsparse_deploy.measure.report.stages import NotChecked, RecipeRecord, Stages, read_stage
+from nmsparse_deploy.measure.report.stages import NotChecked, Stages, read_stage
 from nmsparse_deploy.measure.report.verdict import Headline, Pruning, headline
 from nmsparse_deploy.models import short_name
 from nmsparse_deploy.pattern import TWO_FOUR, parse_pattern
+from nmsparse_deploy.runs.manifest import RecipeRecord
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.runs.section import Paragraph, Section
 
@@ -76,7 +77,7 @@ class Report:
 def collect(run: RunDir) -> Report:
     """Read what the run holds. Raises `UsageError` when nothing is pruned yet or a stage file is damaged."""
     stages = Stages.read(run)
-    model = ReportedModel(stages.recipe.model, short_name(stages.recipe.model))
+    model = ReportedModel(stages.manifest.recipe.model, short_name(stages.manifest.recipe.model))
     verified, measured, latencies = compliance(stages), quality(stages.evaluate), latency(stages.bench)
     on_disk, exported = sizes(stages), graphs(stages)
     engines, torch = read_stage(run, "engines.json", EnginesFile), read_stage(run, "torch.json", TorchFile)
@@ -93,8 +94,8 @@ def collect(run: RunDir) -> Report:
 
 
 def _pruning(stages: Stages) -> Pruning:
-    patterns = sorted({row.pattern for row in stages.layers}) or [stages.recipe.pattern]
-    return Pruning(_method(stages.recipe), ", ".join(patterns), len(stages.layers),
+    patterns = sorted({row.pattern for row in stages.layers}) or [stages.manifest.recipe.pattern]
+    return Pruning(_method(stages.manifest.recipe), ", ".join(patterns), len(stages.layers),
                    all(parse_pattern(text).implies(TWO_FOUR) for text in patterns),
                    len({row.block for row in stages.layers}), sum(math.prod(row.shape) for row in stages.layers),
                    "prune" in stages.manifest.stages)

@@ -32,7 +32,7 @@ def push(run: RunDir, repo: str, private: bool = False, progress: Progress = sil
     try:
         name = api.create_repo(repo, private=private, exist_ok=True).repo_id
         commit = api.create_commit(name, [CommitOperationAdd(where, file) for where, file in files.items()],
-                                   commit_message=f"{run.manifest()['recipe']['method']} with nmsparse-deploy")
+                                   commit_message=f"{run.manifest().recipe.method} with nmsparse-deploy")
     except Exception as error:
         raise _explain(error, repo) from error
     return str(commit.commit_url)

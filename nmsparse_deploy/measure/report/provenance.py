@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import yaml
 
 from nmsparse_deploy.measure.report.quality import Quality
-from nmsparse_deploy.measure.report.stages import Circumstances, RecipeRecord, Recorded, StageRecord, Stages
+from nmsparse_deploy.measure.report.stages import Circumstances, Recorded, Stages
 from nmsparse_deploy.recipe import Calibration, Prune
+from nmsparse_deploy.runs.manifest import RecipeRecord
 from nmsparse_deploy.runs.section import Block, Code, Facts, Paragraph, Section, Table, columns
 from nmsparse_deploy.runs.wording import facts, moment, quantity, shape
 
@@ -21,8 +22,8 @@ class FinishedStage:
     """A stage with its cost."""
 
     stage: str
-    finished: str | None
-    seconds: float | None
+    finished: str
+    seconds: float
     peak_memory_mb: int | None
 
 
@@ -33,7 +34,7 @@ class Provenance:
     recipe: Recorded
     recipe_yaml: str
     fingerprint: str
-    created: str | None
+    created: str
     versions: dict[str, str]
     hardware: Recorded
     base_model: Recorded
@@ -55,12 +56,13 @@ class StayedDense:
 def provenance(stages: Stages) -> Provenance:
     """Collect where the run comes from."""
     manifest = stages.manifest
-    prune = manifest.stages.get("prune", StageRecord())
+    prune = manifest.stages.get("prune")
     done = tuple(FinishedStage(name, record.finished, record.seconds, record.peak_memory_mb)
                  for name, record in manifest.stages.items())
-    return Provenance(manifest.recipe, _yaml(manifest.recipe), manifest.fingerprint, manifest.created,
-                      manifest.versions, manifest.hardware, prune.provenance, prune.compute, prune.calibration, done,
-                      commands(stages))
+    recipe = manifest.recipe.to_json()
+    return Provenance(recipe, _yaml(recipe), manifest.fingerprint, manifest.created, manifest.versions,
+                      manifest.hardware, (prune.provenance if prune else None) or {},
+                      prune.compute if prune else None, prune.calibration if prune else None, done, commands(stages))
 
 
 def _yaml(recipe: Recorded) -> str:
@@ -72,8 +74,8 @@ def _yaml(recipe: Recorded) -> str:
 def commands(stages: Stages) -> tuple[str, ...]:
     """Return one command per stage that the run holds, with every setting that was recorded."""
     run = f"runs/{stages.path.resolve().name}"
-    specs = {name: record.spec for name, record in stages.manifest.stages.items()}
-    lines = [_prune(stages.recipe, run)]
+    specs = {name: record.spec or {} for name, record in stages.manifest.stages.items()}
+    lines = [_prune(stages.manifest.recipe, run)]
     if stages.export and stages.export.files:
         options: Options = [("precision", graph.precision) for graph in stages.export.files]
         lines.append(_command("export", [run], [*options, ("opset", stages.export.files[0].opset)]))
@@ -112,19 +114,20 @@ def _evaluate(stages: Stages, spec: Recorded) -> Options:
 def _prune(recipe: RecipeRecord, run: str) -> str:
     """Return `prune` with its options, or `run` where the recipe sets what has no option; `import` for found masks."""
     if recipe.imported:
-        return _command("import", [recipe.model], [*recipe.imported.items(), ("pattern", recipe.pattern), ("out", run)])
+        return _command("import", [recipe.model], [*recipe.imported.to_json().items(), ("pattern", recipe.pattern),
+                                                   ("out", run)])
     steps = [str(step.get("name")) for step in recipe.refine]
     usual = [step.model_dump(mode="json") for step in Prune.model_validate(
         {"refine": [{"name": name} for name in steps]}).refine]
     calibration = recipe.calibration
-    if calibration.get("batch", Calibration().batch) != Calibration().batch or list(recipe.refine) != usual or (
+    if calibration.batch != Calibration().batch or list(recipe.refine) != usual or (
             recipe.compute != Prune().compute) or recipe.patterns:
         return f"{_command('run', ['recipe.yaml'], [('out', run)])}  # the recipe below, saved as recipe.yaml"
     flags = [name for name, wanted in (("permute", recipe.permute), ("sequential", recipe.sequential)) if wanted]
     return _command("prune", [recipe.model], [
         ("method", recipe.method), *(("refine", step) for step in steps), *((name, "") for name in flags),
         ("pattern", recipe.pattern), ("wbits", recipe.wbits), ("wgroup", recipe.wgroup),
-        *((key, calibration.get(key)) for key in ("data", "samples", "length", "seed")),
+        *((key, getattr(calibration, key)) for key in ("data", "samples", "length", "seed")),
         *(("include", glob) for glob in recipe.include), *(("exclude", glob) for glob in recipe.exclude), ("out", run)])
 
 

@@ -14,6 +14,7 @@ from nmsparse_deploy.measure.evaluate.result import Evaluation
 from nmsparse_deploy.models.roofline import Prediction
 from nmsparse_deploy.prove.agreement import Agreement
 from nmsparse_deploy.prove.report import VerifyReport
+from nmsparse_deploy.runs.manifest import Manifest
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.runs.wording import clean
 from nmsparse_deploy.system.timing import TimedArm
@@ -24,54 +25,11 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class RecipeRecord:
-    """What the report reads of the recipe in a manifest; read without asking whether its methods are installed."""
-
-    model: str
-    method: str
-    pattern: str
-    permute: bool = False
-    wbits: int | None = None
-    wgroup: int | None = None
-    refine: tuple[Recorded, ...] = ()
-    sequential: bool = False
-    calibration: Recorded = field(default_factory=dict)
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    patterns: dict[str, str] | None = None
-    compute: str = "auto"
-    imported: Recorded = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class StageRecord:
-    """What a stage wrote into the manifest when it finished."""
-
-    finished: str | None = None
-    seconds: float | None = None
-    peak_memory_mb: int | None = None
-    spec: Recorded = field(default_factory=dict)
-    provenance: Recorded = field(default_factory=dict)
-    compute: str | None = None
-    calibration: Recorded | None = None
-
-
-@dataclass(frozen=True)
 class Circumstances:
     """Versions and hardware of a measurement."""
 
     versions: dict[str, str] = field(default_factory=dict)
     hardware: Recorded = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ManifestFile(Circumstances):
-    """`manifest.json`."""
-
-    fingerprint: str = ""
-    created: str | None = None
-    recipe: Recorded = field(default_factory=dict)
-    stages: dict[str, StageRecord] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -225,8 +183,7 @@ class Stages:
     """What the run holds so far."""
 
     path: Path
-    manifest: ManifestFile
-    recipe: RecipeRecord
+    manifest: Manifest
     plan: PlanFile | None
     layers: tuple[PrunedMatrix, ...]
     verify: VerifyFile | None
@@ -237,13 +194,13 @@ class Stages:
     @classmethod
     def read(cls, run: RunDir) -> Stages:
         """Raise `UsageError` when nothing is pruned yet or a file is damaged."""
-        manifest = _read(run, "manifest.json", ManifestFile, run.manifest())
+        manifest = Manifest.parse(clean(run.read_json("manifest.json"), numbers=False), run.path)
         layers = read_stage(run, "layers.json", tuple[PrunedMatrix, ...])
         if layers is None:
             raise UsageError(f"The run '{run.path}' is not pruned yet.",
                              "nmsparse-deploy prune with the same options resumes it")
-        return cls(run.path, manifest, _read(run, "manifest.json", RecipeRecord, manifest.recipe),
-                   read_stage(run, "plan.json", PlanFile), layers, read_stage(run, "verify.json", VerifyFile),
+        return cls(run.path, manifest, read_stage(run, "plan.json", PlanFile), layers,
+                   read_stage(run, "verify.json", VerifyFile),
                    read_stage(run, "evaluate.json", Evaluation), read_stage(run, "export.json", ExportFile),
                    read_stage(run, "bench.json", BenchFile))
 

@@ -44,8 +44,8 @@ def test_masks_on_untouched_weights(name, pattern, objective, llama_dir, texts, 
                 masks[key].unpack()]).all()
         else:
             assert (value == dense[key]).all()
-    learned = run.manifest()["stages"]["prune"]["learned"]
-    assert learned["best"] <= learned["prior"]
+    learned = run.manifest().stages["prune"].learned
+    assert learned.best <= learned.prior
 
 
 def test_three_fused_projections_in_a_conv1d(texts, tmp_path):

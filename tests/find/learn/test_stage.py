@@ -58,9 +58,9 @@ def test_a_learned_run_is_a_run_like_any_other(objective, llama_dir, texts, tmp_
             assert check(value, TWO_FOUR).bad == 0 and torch.equal(value, masks.masks[name].apply(dense[name]))
         else:
             assert torch.equal(value, dense[name])
-    learned = run.manifest()["stages"]["prune"]["learned"]
-    assert learned["objective"] == objective and learned["parts"] == (2 if objective == "block" else 1)
-    assert learned["best"] <= learned["prior"]
+    learned = run.manifest().stages["prune"].learned
+    assert learned.objective == objective and learned.parts == (2 if objective == "block" else 1)
+    assert learned.best <= learned.prior
     told = run.read_json("refinements.json")
     assert all(row["priors"].keys() == {"magnitude", "wanda"} for row in told)
     assert all(row["prior"] == min(row["priors"].values()) for row in told)  # the first judgement is the one-shot result
@@ -110,8 +110,9 @@ def test_refinements_may_follow(objective, llama_dir, texts, tmp_path):
 def test_a_rate_of_nothing_hands_back_the_prior_and_says_so(llama_dir, texts, tmp_path):
     recipe = spec(texts, learn={"step_size": 1e-9, "priors": ["magnitude"]})
     run = prune(str(llama_dir), recipe, tmp_path / "run")
-    learned = run.manifest()["stages"]["prune"]["learned"]
-    assert learned["unmoved"] == 2 and learned["changed"] == 0 and "no learned mask beat" in sentence(learned)
+    learned = run.manifest().stages["prune"].learned
+    assert learned.unmoved == 2 and learned.changed == 0
+    assert "no learned mask beat" in sentence(learned.to_json())
     other = validate(Prune, {**spec(texts).model_dump(exclude={"learn"}), "method": "magnitude"})
     one_shot_run = prune(str(llama_dir), other, tmp_path / "one")
     masks = [MaskSet.load(r / "masks.safetensors").masks for r in (run, one_shot_run)]

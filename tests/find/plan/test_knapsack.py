@@ -360,7 +360,7 @@ def test_what_was_planned_is_what_gets_pruned(name, small, texts, capfd, tmp_pat
     assert dense and all("kept dense by plan: sensitivity" in reason and "gain" in reason for reason in dense)
     assert len(opened.read_json("layers.json")) == 14 - len(dense)
     assert full["totals"]["groups_pruned"] == len([g for g in full["groups"] if g["pattern"] != "dense"])
-    assert opened.manifest()["recipe"]["patterns"] == planned.patterns
+    assert opened.manifest().recipe.patterns == planned.patterns
 
 
 def test_plans_that_do_not_fit(small, capfd, tmp_path):

@@ -121,8 +121,8 @@ def spec(data, method="sparsegpt", **changes):
 def test_a_run_is_pruned_evaluated_and_reported(tmp_path, pictures):
     source = str(small.pipeline(tmp_path / "pipeline"))
     run = prune(source, spec(pictures), tmp_path / "run")
-    stage = run.manifest()["stages"]["prune"]
-    assert stage["calibration"]["unconditional"] == 4 and stage["calibration"]["scheduler"] == "DDIMScheduler"
+    calibration = run.manifest().stages["prune"].calibration
+    assert calibration["unconditional"] == 4 and calibration["scheduler"] == "DDIMScheduler"
     module = diffusers.DiTTransformer2DModel.from_pretrained(run / "model")
     masks = MaskSet.load(run / "masks.safetensors").masks
     assert len(masks) == 12 and all(check(module.get_parameter(name).data, TWO_FOUR).bad == 0 for name in masks)
@@ -163,7 +163,7 @@ def test_a_model_that_reads_text_is_judged_on_other_latents_than_it_was_calibrat
     (seen, fresh) = (small.latents(tmp_path / "seen.safetensors"), small.latents(
         tmp_path / "fresh.safetensors", latents=torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(9))))
     run = prune(source, spec(str(seen), "wanda"), tmp_path / "run")
-    assert run.manifest()["stages"]["prune"]["calibration"]["unconditional"] == 3
+    assert run.manifest().stages["prune"].calibration["unconditional"] == 3
     with pytest.raises(NmsparseError, match="calibrated on"):
         nms.evaluate(run, validate(Evaluate, {"data": str(seen), **QUICK}))
     found = nms.evaluate(run, validate(Evaluate, {"data": str(fresh), **QUICK}))

@@ -70,7 +70,7 @@ def test_the_card_says_what_the_run_holds(tmp_path):
     low = run.read_json("evaluate.json")["ratio"]["low"]
     plain = text.replace("\\", "")
     assert "± " in plain and "95 % interval" in plain and f"{low:.1f}"[:3] in plain
-    assert "| saved model | 4 | 0 |" in plain and run.manifest()["fingerprint"] in plain
+    assert "| saved model | 4 | 0 |" in plain and run.manifest().fingerprint in plain
     assert "method: sparsegpt" in text and "AutoModel" not in text.split("## Use")[0]
     assert str(ModelCard(text).data.base_model) == "owner/pico"  # the hub's own reader takes it
 

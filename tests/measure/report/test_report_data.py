@@ -12,7 +12,8 @@ from nmsparse_deploy.measure.report import plots
 from nmsparse_deploy.measure.report.build import build_report, summary
 from nmsparse_deploy.measure.report.layers import masks
 from nmsparse_deploy.pattern import NMPattern
-from nmsparse_deploy.recipe import Recipe, fingerprint
+from nmsparse_deploy.recipe import Prune, Recipe, fingerprint
+from nmsparse_deploy.runs.manifest import RecipeRecord
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.runs.section import Picture
 from nmsparse_deploy.runs.wording import clean, interval, number, with_error, within
@@ -67,7 +68,7 @@ def test_the_method_is_named_with_what_surrounds_it(tmp_path):
 
 
 def test_a_run_that_is_not_pruned_is_refused(tmp_path):
-    run = RunDir.create(tmp_path / "run", {"model": "pico"}, "0", force=False)
+    run = RunDir.create(tmp_path / "run", RecipeRecord.of("pico", Prune()), "0", force=False)
     with pytest.raises(UsageError, match="not pruned yet"):
         build_report(run)
 
@@ -176,7 +177,7 @@ def test_the_recipe_and_the_commands_give_the_same_run(tmp_path):
     origin = report_of(run)["provenance"]
     (tmp_path / "recipe.yaml").write_text(origin["recipe_yaml"])
     recipe = Recipe.load(tmp_path / "recipe.yaml")
-    assert fingerprint(recipe.model, recipe.prune) == run.manifest()["fingerprint"]
+    assert fingerprint(recipe.model, recipe.prune) == run.manifest().fingerprint
     words = [shlex.split(command) for command in origin["commands"]]
     assert [line[1] for line in words] == ["prune", "export", "evaluate", "bench", "report"]
     assert words[0][2] == "pico" and {"--samples", "2", "--length", "16"} <= set(words[0])
@@ -184,7 +185,7 @@ def test_the_recipe_and_the_commands_give_the_same_run(tmp_path):
 
 def test_settings_without_an_option_are_reproduced_through_the_recipe(tmp_path):
     run = make_run(tmp_path / "run", ())
-    manifest = run.manifest()
+    manifest = run.read_json("manifest.json")
     manifest["recipe"]["compute"] = "fp32"
     run.write_json("manifest.json", manifest)
     assert report_of(run)["provenance"]["commands"][0].startswith("nmsparse-deploy run recipe.yaml --out runs/run")
@@ -192,7 +193,7 @@ def test_settings_without_an_option_are_reproduced_through_the_recipe(tmp_path):
 
 def test_imported_masks_are_imported_again(tmp_path):
     run = make_run(tmp_path / "run", ())
-    manifest = run.manifest()
+    manifest = run.read_json("manifest.json")
     manifest["recipe"] |= {"method": "imported", "imported": {"masks": "found.npz", "sparse": None}}
     run.write_json("manifest.json", manifest)
     first = report_of(run)["provenance"]["commands"][0]

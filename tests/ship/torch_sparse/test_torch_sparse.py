@@ -108,7 +108,7 @@ def test_other_precisions(llama, texts, precision, share):
 
 def _eight(run: RunDir, texts, precision: str) -> dict:
     """With the calibration sample of the run set to something that is here."""
-    manifest = run.manifest()
+    manifest = run.read_json("manifest.json")
     manifest["recipe"]["calibration"] |= {"data": str(texts["calibration"]), "samples": 4, "length": 32}
     run.write_json("manifest.json", manifest)
     return export_torch(run, Pack(precisions=(precision,)))[0]
