@@ -100,7 +100,7 @@ def main() -> None:
     rows = [{"method": "dense", "seed": 0, "seconds": 0, "peak_memory_mb": 0, "scores": json.loads(kept.read_text())}]
     for seed in range(options.seeds):
         for name, method in ROWS.items():
-            deterministic = METHODS.load(method["method"]).needs == "none"
+            deterministic = METHODS[method["method"]].needs == "none"
             finished = (options.runs / f"{name}-{seed}" / "scores.json").is_file()
             if (finished or not options.collect) and not (seed and deterministic):
                 rows.append(measure(name, method, seed, samples, options.runs))

@@ -23,10 +23,8 @@ from files import write_json
 from oneshot import recipe, refined
 
 from nmsparse_deploy.find.prune import prune
-from nmsparse_deploy.find.prune_block import needs
 from nmsparse_deploy.measure.evaluate.stage import evaluate
 from nmsparse_deploy.recipe import Evaluate, Prune, fingerprint, validate
-from nmsparse_deploy.registry import METHODS
 from nmsparse_deploy.system.environment import environment, now
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -103,7 +101,7 @@ def main() -> None:
     for model, name, seed in product(models, names, range(options.seeds)):
         wanted = model in (options.model or CALIBRATION) and name in (options.only or USUAL)
         spec = spec_of(model, name, seed)
-        if not wanted or (seed and not spec.learn and needs(spec, METHODS.load(spec.method)) == "none"):
+        if not wanted or (seed and not spec.learn and spec.needs == "none"):
             continue  # nothing of it depends on the sample
         if have.get((model, name, seed), {}).get("fingerprint") != fingerprint(model, spec):
             have[model, name, seed] = measure(model, name, seed, options.runs)

@@ -84,7 +84,7 @@ def measure(folder: Path, runs: Path, seeds: int, drawn_count: int,
     lines = {"dense": start["timesteps"]}
     for name in ROWS:
         for seed in range(seeds):
-            if seed and METHODS.load(ROWS[name]["method"]).needs == "none":
+            if seed and METHODS[ROWS[name]["method"]].needs == "none":
                 continue
             run = prune(str(folder), spec_of(name, seed), runs / f"{name}-{seed}", progress=say)
             record = run.manifest().stages["prune"]

@@ -44,7 +44,7 @@ def methods_table() -> str:
     from nmsparse_deploy.registry import METHODS
 
     rows = [(f"`{name}`", m.summary, "updated" if m.updates_weights else "kept", m.needs, m.source)
-            for name in METHODS.names() for m in [METHODS.load(name)]]
+            for name in METHODS.names() for m in [METHODS[name]]]
     return markdown(("method", "what it does", "weights", "statistics", "source"), rows)
 
 
@@ -52,7 +52,7 @@ def learned_table() -> str:
     from nmsparse_deploy.registry import LEARNERS
 
     rows = [(f"`{name}`", m.summary, "trained" if m.updates_weights else "kept", m.source)
-            for name in LEARNERS.names() for m in [LEARNERS.load(name)]]
+            for name in LEARNERS.names() for m in [LEARNERS[name]]]
     return markdown(("method", "what it does", "weights", "source"), rows)
 
 
@@ -60,7 +60,7 @@ def refinements_table() -> str:
     from nmsparse_deploy.registry import REFINEMENTS
 
     rows = [(f"`{name}`", r.summary, r.changes, r.needs, r.source)
-            for name in REFINEMENTS.names() for r in [REFINEMENTS.load(name)]]
+            for name in REFINEMENTS.names() for r in [REFINEMENTS[name]]]
     return markdown(("refinement", "what it does", "changes", "statistics", "source"), rows)
 
 

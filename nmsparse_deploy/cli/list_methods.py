@@ -8,16 +8,20 @@ def list_methods() -> None:
     """List the methods that find a mask, the refinements that can follow, and where they come from."""
     from nmsparse_deploy.registry import LEARNERS, METHODS, REFINEMENTS
 
-    methods, learned, refinements = ([(name, registry.load(name)) for name in registry.names()]
-                                     for registry in (METHODS, LEARNERS, REFINEMENTS))
+    methods, learned, refinements = METHODS.readable(), LEARNERS.readable(), REFINEMENTS.readable()
+    damaged = [error.message for _, errors in (methods, learned, refinements) for error in errors]
     data = {"methods": [{"name": n, "needs": m.needs, "updates_weights": m.updates_weights, "unstructured": m.scope,
-                         "summary": m.summary, "source": m.source} for n, m in methods],
+                         "summary": m.summary, "source": m.source} for n, m in methods[0].items()],
             "learned": [{"name": n, "updates_weights": m.updates_weights, "summary": m.summary, "source": m.source}
-                        for n, m in learned],
+                        for n, m in learned[0].items()],
             "refinements": [{"name": n, "needs": r.needs, "changes": r.changes, "summary": r.summary,
-                             "source": r.source} for n, r in refinements]}
-    rows = [(f"--method {n}", m.summary, "updated" if m.updates_weights else "kept", getattr(m, "needs", "learned"),
-             m.source) for n, m in methods + learned]
+                             "source": r.source} for n, r in refinements[0].items()],
+            **({"damaged": damaged} if damaged else {})}
+    rows: list[tuple[str, ...]] = []
+    rows += [(f"--method {n}", m.summary, "updated" if m.updates_weights else "kept", m.needs, m.source)
+             for n, m in methods[0].items()]
+    rows += [(f"--method {n}", m.summary, "updated" if m.updates_weights else "kept", "learned", m.source)
+             for n, m in learned[0].items()]
     rows += [(f"--refine {n}", r.summary, "kept" if r.changes == "mask" else "updated", r.needs, r.source)
-             for n, r in refinements]
-    output.table(data, ("option", "what it does", "weights", "data", "source"), rows)
+             for n, r in refinements[0].items()]
+    output.table(data, ("option", "what it does", "weights", "data", "source"), rows, damaged)

@@ -11,7 +11,7 @@ from typing import Any
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.cost import Rates, estimate, footprint
-from nmsparse_deploy.find.offload import load_fitting, planned, whole_model
+from nmsparse_deploy.find.offload import load_fitting, planned
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import CLOSED_FORM, Prune, validate
 from nmsparse_deploy.system import hardware
@@ -60,9 +60,10 @@ def choose(model: str, settings: dict[str, Any], minutes: float = MINUTES, progr
     passed: list[tuple[str, float]] = []
     for name, rung in LADDER.items():
         spec = validate(Prune, {**settings, **rung})
-        if loaded.streamed and whole_model(spec) and footprint(loaded, plan, spec, rates.dtype).whole > room:
+        settled = spec.settled(gpu=device.type == "cuda")
+        if loaded.streamed and settled.whole_model and footprint(loaded, plan, settled, rates.dtype).whole > room:
             continue
-        predicted = SLACK * estimate(loaded, plan, spec, rates).seconds / 60
+        predicted = SLACK * estimate(loaded, plan, settled, rates).seconds / 60
         if predicted <= minutes:
             said = "".join(f"; '{other}' would take {time:.0f} min" for other, time in passed)
             return Choice(spec, f"auto: '{name}', predicted {predicted:.1f} of the {minutes:g} min{said}")

@@ -11,11 +11,8 @@ from torch import nn
 
 from nmsparse_deploy.find.learn.learner import ADAM, BEST, Learned
 from nmsparse_deploy.find.learn.memory_budget import Weights, budget
-from nmsparse_deploy.find.learn.session import one_shot_method, resolved
-from nmsparse_deploy.find.methods.base import Method
 from nmsparse_deploy.find.methods.hessian import FP64_WIDTH
 from nmsparse_deploy.find.plan.make_plan import Plan
-from nmsparse_deploy.find.prune_block import needs
 from nmsparse_deploy.models.adapters.streamed import SHARD
 from nmsparse_deploy.models.base import Target
 from nmsparse_deploy.models.loaded import LoadedModel
@@ -54,7 +51,7 @@ class Cost:
 
 
 def estimate(loaded: LoadedModel, plan: Plan, spec: Prune, rates: Rates) -> Cost:
-    """What the prune section `spec` would take on `loaded` under `plan`.
+    """What the settled prune section `spec` would take on `loaded` under `plan`.
 
     Formulas: block forwards over T tokens (2·T·P each): one to advance, one for statistics in each stream (two when
     sequential), three per epoch of reconstruction, and four through the head where a block looks so far; passes of
@@ -62,13 +59,12 @@ def estimate(loaded: LoadedModel, plan: Plan, spec: Prune, rates: Rates) -> Cost
     `2Rn²` per sweep and per conjugate-gradient step. Layers that read the same input share the Gram but are factorised
     one by one.
     """
-    method: Method = METHODS.load(one_shot_method(spec))
-    need = needs(spec, method)
+    need = spec.needs
     tokens = spec.walked * spec.calibration.length if need != "none" or spec.learn else 0
     targets = [row.target for row in plan.pruned()]
     inside = sum(row.target.k * row.target.n for row in plan.rows)
-    gram, swept = need == "gram", (method.needs == "gram") + spec.rounds_last
-    dense = any(step.dense_stream for step in spec.refine) or spec.learn is not None
+    gram, swept = need == "gram", (METHODS[spec.one_shot_method].needs == "gram") + spec.rounds_last
+    dense = spec.dense_stream or spec.learn is not None
     widths = {t.fusion: t.k for t in targets}
     once = 2 * tokens * inside
     rebuilt = [step for step in spec.refine if isinstance(step, Reconstruct)]
@@ -104,13 +100,12 @@ def _training(module: nn.Module, spec: Prune, inside: float) -> float:
         if run is None:
             continue
         learn = run if isinstance(run, Learn) else None
-        scope = resolved(learn.objective, spec.permute) if learn else "global"
-        settled: Training = learn.settled(scope) if learn else run
-        tokens = settled.steps * (settled.batch or spec.calibration.batch) * spec.calibration.length
+        scope = learn.objective if learn else "global"
+        tokens = run.steps * (run.batch or spec.calibration.batch) * spec.calibration.length
         forwards = isinstance(run, MaskPro)  # alone: the draw, and the prior
-        taught = scope == "global" and bool(settled.distill)
+        taught = scope == "global" and bool(run.distill)
         passes = 2 + 2 * taught if forwards else 3 + taught
-        judged = (1 + -(-settled.steps // settled.evaluate_every)) * settled.holdout * sample
+        judged = (1 + -(-run.steps // run.evaluate_every)) * run.holdout * sample
         width = inside if scope == "block" else _multiplied(module)
         found += 2 * width * (passes * tokens + judged)
     return found
@@ -134,10 +129,9 @@ def _state(module: nn.Module, plan: Plan, spec: Prune, compute: torch.dtype) -> 
     tokens, found = spec.calibration.batch * spec.calibration.length, [0.0]
     if spec.learn is not None:
         learn = spec.learn
-        scope = resolved(learn.objective, spec.permute)
-        parts = [every] if scope == "global" else list(sizes.values())
+        parts = [every] if learn.objective == "global" else list(sizes.values())
         method: Learned = LEARNERS.load(learn.name)
-        found += [budget(part, lambda pattern: method.bytes_per_weight(learn.settled(scope), pattern), tokens, compute,
+        found += [budget(part, lambda pattern: method.bytes_per_weight(learn, pattern), tokens, compute,
                          recomputed=learn.gradient_checkpointing).total for part in parts]
     if spec.finetune is not None:
         teacher = sum(value.numel() for value in module.parameters()) * compute.itemsize
@@ -164,9 +158,8 @@ def footprint(loaded: LoadedModel, plan: Plan, spec: Prune, compute: torch.dtype
     Between blocks the hidden states stay: two buffers, five where a dense stream runs beside. At the end come
     a shard, read and written, and then all masks, one bit a weight. What training holds (`_state`) comes on top.
     """
-    method: Method = METHODS.load(one_shot_method(spec))
-    need = needs(spec, method)
-    dense = any(step.dense_stream for step in spec.refine) or spec.learn is not None
+    need = spec.needs
+    dense = spec.dense_stream or spec.learn is not None
     parameters = dict(loaded.module.named_parameters())
     weights = {name: p.numel() * p.itemsize for name, p in parameters.items()}
     widths = [row.target.k for row in plan.rows if row.target.block == 0]
@@ -191,17 +184,16 @@ def footprint(loaded: LoadedModel, plan: Plan, spec: Prune, compute: torch.dtype
 
 def _of_block(loaded: LoadedModel, plan: Plan, number: int, spec: Prune, compute: torch.dtype) -> int:
     """Bytes that come and go while a block is pruned, beside its own weights and the hidden states."""
-    method: Method = METHODS.load(one_shot_method(spec))
     parameters = list(loaded.module.get_submodule(plan.blocks[number]).parameters())
     values, stored = sum(p.numel() for p in parameters), sum(p.numel() * p.itemsize for p in parameters)
     targets = [row.target for row in plan.pruned(number)]
     if not targets:
         return values * compute.itemsize
     chosen = sum(t.k * t.n for t in targets)
-    dense = any(step.dense_stream for step in spec.refine)
-    moves = method.updates_weights or bool(spec.refine) or spec.learn is not None
+    dense = spec.dense_stream
+    moves = METHODS[spec.one_shot_method].updates_weights or bool(spec.refine) or spec.learn is not None
     widest = max(t.k for t in targets)
-    need = needs(spec, method)
+    need = spec.needs
     grams = _grams(targets) * (1 + dense) if need == "gram" else 0
     factor = 3 * widest**2 * (8 if widest <= FP64_WIDTH else 4) if need == "gram" else 0
     tokens = spec.calibration.batch * spec.calibration.length if need != "none" else 0
@@ -209,7 +201,7 @@ def _of_block(loaded: LoadedModel, plan: Plan, number: int, spec: Prune, compute
     copies = values * compute.itemsize * (1 + spec.sequential) if need != "none" else 0
     ranked = 12 * max(t.k * t.n for t in targets)  # values and int64 places while the largest layer is projected
     rows = chosen * (4 + 1 + 4 * moves) + ranked
-    trained = 16 * values if any(REFINEMENTS.load(step.name).block for step in spec.refine) else 0
+    trained = 16 * values if any(REFINEMENTS[step.name].level == "block" for step in spec.refine) else 0
     return max(copies + grams + passing, grams + rows + max(factor, trained + passing, 2 * stored))
 
 

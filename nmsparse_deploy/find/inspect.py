@@ -58,4 +58,4 @@ def _cost(loaded: LoadedModel, spec: Prune) -> dict[str, Any]:
         spec = spec.model_copy(update={"calibration": spec.calibration.model_copy(update={"length": tokens})})
     device = hardware.device()
     compute = hardware.compute_dtype(spec.compute, device)
-    return estimate(loaded, plan, spec, Rates.measure(compute)).to_json()
+    return estimate(loaded, plan, spec.settled(gpu=device.type == "cuda"), Rates.measure(compute)).to_json()

@@ -79,7 +79,7 @@ def open_model(model: str, spec: Prune, compute: torch.dtype, limit: int | None 
     room = limit or memory.free_memory()
     if need.whole <= room:
         return Opened(models.load(model), plan, False, need.whole, limit)
-    if reason := whole_model(spec):
+    if reason := spec.whole_model:
         raise NmsparseError(f"{reason} needs the whole model in memory, {megabytes(need.whole)} as predicted, and "
                             f"there are {megabytes(room)}.", "leave it out, or take a machine with more memory")
     on_disk = need.streamed > room
@@ -96,13 +96,3 @@ def _refuse_over(limit: int | None, predicted: int, how: str) -> None:
         raise NmsparseError(f"Pruning this model is predicted to take {megabytes(predicted)} of memory, {how}; "
                             f"--max-memory allows {megabytes(limit)}.",
                             "raise --max-memory, shorten --length, or take a method without a Gram (wanda, magnitude)")
-
-
-def whole_model(spec: Prune) -> str | None:
-    """What in the recipe looks at more than one block at a time."""
-    if spec.finetune is not None:
-        return "finetune"
-    if spec.learn is not None and (spec.learn.objective != "block" or spec.learn.prior_files):
-        return "Learning through the whole model, or from mask files,"
-    looks_on = next((step for step in spec.refine if step.outlook(1)), None)
-    return f"{looks_on.name} with an outlook on the model's output" if looks_on else None

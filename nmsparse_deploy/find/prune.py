@@ -27,11 +27,11 @@ from nmsparse_deploy.find.calibration.block_walk import BlockWalk
 from nmsparse_deploy.find.calibration.buffers import DiskBuffers
 from nmsparse_deploy.find.learn.checkpoint import Checkpoints
 from nmsparse_deploy.find.learn.prior_selection import Masks
-from nmsparse_deploy.find.learn.session import FOLDER, Session, one_shot_method, resolved, stored_priors, summary
+from nmsparse_deploy.find.learn.session import FOLDER, Session, stored_priors, summary
 from nmsparse_deploy.find.methods.base import LayerResult, Method
 from nmsparse_deploy.find.offload import Opened, open_model
 from nmsparse_deploy.find.plan.make_plan import Plan
-from nmsparse_deploy.find.prune_block import PrunedBlock, needs, prune_block
+from nmsparse_deploy.find.prune_block import PrunedBlock, prune_block
 from nmsparse_deploy.masks import Mask, MaskSet, mask_follows, normalise_zeros, tensor_hash
 from nmsparse_deploy.models.base import from_rows, to_rows
 from nmsparse_deploy.models.loaded import LoadedModel
@@ -69,16 +69,14 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
             progress(f"'{path}' is finished; --force starts over", 0, 0)
             return run
     start_run()
+    device = hardware.device()
+    spec = spec.settled(gpu=device.type == "cuda")
     team = distributed.current()
     if team.world > 1:
         progress = progress if team.first else silent
         _check_shared(spec, team)
-    if spec.learn is not None:
-        settled = spec.learn.settled(resolved(spec.learn.objective, spec.permute))
-        spec = spec.model_copy(update={"learn": settled})
-    method: Method = METHODS.load(one_shot_method(spec))
-    method.require(spec.method)
-    device = hardware.device()
+    METHODS[spec.one_shot_method].require(f"The method '{spec.method}'")
+    method = Method.load(spec.one_shot_method)
     compute = hardware.compute_dtype(spec.compute, device)
     progress(f"loading {model}", 0, 0)
     opened = open_model(model, spec, compute, max_memory, progress)
@@ -86,7 +84,7 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
     _check_finite(loaded, plan)
     stored = stored_priors(spec.learn, loaded.module, plan) if spec.learn else {}
     _check_scales_fit(plan, spec)
-    idle = needs(spec, method) == "none" and not spec.learn and not spec.finetune
+    idle = spec.needs == "none" and not spec.learn and not spec.finetune
     sample = None if idle else draw(loaded, spec.calibration, progress, compute)
     if team.first:
         RunDir.create(path, recipe, identity, force)
@@ -124,13 +122,13 @@ def _check_finite(loaded: LoadedModel, plan: Plan) -> None:
 
 def _check_shared(spec: Prune, team: Processes) -> None:
     """Several processes can share the sequences where statistics are drawn from them, or masks learned globally."""
-    if spec.learn is not None and resolved(spec.learn.objective, spec.permute) == "global" and not spec.finetune:
+    if spec.learn is not None and spec.learn.objective == "global" and not spec.finetune:
         return
-    alone = next((step.name for step in spec.refine if REFINEMENTS.load(step.name).layer is None), None)
+    alone = next((step.name for step in spec.refine if REFINEMENTS[step.name].level != "layer"), None)
     if spec.learn is not None or alone:
         raise UsageError(f"'{alone or spec.method}' sees all sequences at a time, so {team.world} processes cannot "
                          "share them.", "run it in one process; masks learned with --objective global can be shared")
-    if needs(spec, METHODS.load(spec.method)) == "none":
+    if spec.needs == "none":
         raise UsageError(f"'{spec.method}' uses no data, so there is nothing for {team.world} processes to share.",
                          "run it in one process")
     batches = -(-spec.calibration.samples // spec.calibration.batch)
@@ -246,12 +244,12 @@ class _Stage:
 
     def _walk(self) -> BlockWalk | None:
         """The calibration stream, or None when the method needs no data."""
-        if self.sample is None or needs(self.spec, self.method) == "none":
+        if self.sample is None or self.spec.needs == "none":
             return None
         batches = self.loaded.batches(some(self.sample, self.spec.walked), self.spec.calibration.batch)
         batches = batches[self.team.rank :: self.team.world]
         self.progress("capturing the inputs of the first block", 0, 0)
-        both = any(step.dense_stream for step in self.spec.refine) or self._blockwise()
+        both = self.spec.dense_stream or self._blockwise()
         buffers = DiskBuffers(self.run / f"{ACTIVATIONS}/{self.team.rank}") if self.opened.on_disk else list
         return BlockWalk(self.loaded.module, self.plan.blocks, batches, self.compute, both, self.loaded.weights,
                          buffers, self.team)
@@ -326,8 +324,8 @@ class _Stage:
 
     def _scope(self) -> Scope | None:
         """What the method compared; None when a refinement may have moved places since."""
-        moved = any(REFINEMENTS.load(step.name).changes != "weights" for step in self.spec.refine)
-        return None if moved else self.method.scope
+        moved = any(REFINEMENTS[step.name].changes != "weights" for step in self.spec.refine)
+        return None if moved else self.method.facts.scope
 
     def _commit(self, name: str, pruned: PrunedBlock) -> None:
         """Write the block's weights and masks; from here on it survives a kill."""

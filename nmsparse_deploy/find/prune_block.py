@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nmsparse_deploy.find.calibration.block_walk import BlockWalk
-from nmsparse_deploy.find.calibration.layer_stats import NEEDS, LayerStats, Need
+from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.learn.losses import divergence
 from nmsparse_deploy.find.methods.base import LayerResult, Method, prune_matrices
 from nmsparse_deploy.find.methods.grid import Grid
@@ -24,7 +24,7 @@ from nmsparse_deploy.find.refine.permute import Orders, permute
 from nmsparse_deploy.models.base import to_rows
 from nmsparse_deploy.models.objective import unlabelled
 from nmsparse_deploy.recipe import Prune, Step
-from nmsparse_deploy.registry import METHODS, REFINEMENTS
+from nmsparse_deploy.registry import REFINEMENTS
 from nmsparse_deploy.system.memory import peak_since_reset_mb, reset_peak
 
 LearnBlock = Callable[[Block, Any, int, str], BlockResult]
@@ -46,23 +46,6 @@ class PrunedBlock:
     """Where the entries of the dense weights come from, by parameter and axis, where channels were permuted."""
 
 
-def needs(spec: Prune, method: Method) -> Need:
-    """The statistics that the method and the refinements ask for together.
-
-    Learning a block at a time asks for what its priors need; learning the whole model is done before the walk.
-    """
-    asked: set[Need] = {REFINEMENTS.load(step.name).needs for step in spec.refine} | {NEEDS[0]}
-    if spec.learn is None:
-        asked.add(method.needs)
-    elif spec.learn.objective != "global":
-        asked |= {"norms", *(METHODS.load(name).needs for name in spec.learn.prior_methods)}
-    if spec.permute:
-        asked.add("norms")
-    if spec.wbits:
-        asked.add("gram")
-    return max(asked, key=NEEDS.index)
-
-
 def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method: Method,
                 walk: BlockWalk | None, probe: BlockWalk | None = None, learn: LearnBlock | None = None,
                 given: Mapping[str, LayerResult] | None = None) -> PrunedBlock:
@@ -72,9 +55,8 @@ def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method:
     small one in fp32; with it the channels are permuted first, and the dense weights in `module` with them. `learn`
     finds the block's masks in place of the method, `given` holds them where they are known already.
     """
-    found = [(step, REFINEMENTS.load(step.name)) for step in spec.refine]
-    steps = [(step, refinement) for step, refinement in found if refinement.model is None]
-    leading = [] if learn else list(takewhile(lambda pair: pair[1].layer is not None, steps))
+    steps = [step for step in spec.refine if REFINEMENTS[step.name].level != "model"]
+    leading = [] if learn else list(takewhile(lambda step: REFINEMENTS[step.name].level == "layer", steps))
     rows = plan.pruned(number)
     parts = list(by_fusion(rows).values()) if spec.sequential and walk else [rows]
     pruned = PrunedBlock(number, {})
@@ -84,14 +66,14 @@ def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method:
         stats: dict[str, LayerStats] = {}
         if walk:
             done = {name: layer.stored(torch.float32) for name, layer in pruned.layers.items()}
-            stats = walk.statistics(number, [row.target for row in part], needs(spec, method), done,
+            stats = walk.statistics(number, [row.target for row in part], spec.needs, done,
                                     last=place == len(parts) - 1)
         for row in part:
             start = time.perf_counter()
             reset_peak()
             layer = _prune_layer(module, row, stats.get(row.target.fusion, LayerStats.none()), spec, method, given)
-            for step, refinement in leading:
-                layer = replace(layer, result=refine_matrices(refinement.layer, layer, step))
+            for step in leading:
+                layer = replace(layer, result=refine_matrices(REFINEMENTS.load(step.name), layer, step))
             pruned.layers[row.target.name] = layer
             pruned.seconds[row.target.name] = time.perf_counter() - start
             pruned.peaks[row.target.name] = peak_since_reset_mb()
@@ -99,12 +81,13 @@ def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method:
         assert walk is not None
         path = plan.blocks[number]
         _refine_block(module, plan, pruned, walk, spec.learn, lambda block, step: learn(block, step, number, path))
-    for step, refinement in steps[len(leading):]:
-        if refinement.layer is None:
+    for step in steps[len(leading):]:
+        refine = REFINEMENTS.load(step.name)
+        if REFINEMENTS[step.name].level == "block":
             assert walk is not None
-            _refine_block(module, plan, pruned, walk, step, refinement.block)
-            continue
-        _each_layer(pruned, partial(refine_matrices, refinement.layer, step=step))
+            _refine_block(module, plan, pruned, walk, step, refine)
+        else:
+            _each_layer(pruned, partial(refine_matrices, refine, step=step))
     if spec.rounds_last:
         _each_layer(pruned, partial(_rounded, spec=spec))
     return pruned
@@ -147,7 +130,7 @@ def _rounded(layer: Layer, spec: Prune) -> LayerResult:
     """The survivors on a grid of their own, by a sweep that keeps the mask and lets later columns compensate."""
     assert spec.wbits is not None
     weight = layer.weight
-    return prune_matrices(METHODS.load("sparsegpt"), weight, layer.stats, layer.pattern,
+    return prune_matrices(Method.load("sparsegpt"), weight, layer.stats, layer.pattern,
                           Grid.of(weight, spec.wbits, spec.wgroup), layer.result.mask)
 
 

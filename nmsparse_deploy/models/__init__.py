@@ -20,7 +20,7 @@ FALLBACK = "transformers"
 
 def libraries() -> Iterator[ModelAdapter]:
     """Yield every model library in the order in which they are asked."""
-    for name in sorted(ADAPTERS.entries, key=FALLBACK.__eq__):
+    for name in sorted(ADAPTERS.names(), key=FALLBACK.__eq__):
         yield ADAPTERS.load(name)
 
 

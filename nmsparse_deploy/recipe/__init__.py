@@ -10,7 +10,6 @@ from nmsparse_deploy.recipe.refine_steps import (
     Bias,
     Dsnot,
     Finetune,
-    Frozen,
     GroupDescent,
     LlmBarber,
     Reconstruct,
@@ -19,6 +18,7 @@ from nmsparse_deploy.recipe.refine_steps import (
     Swap,
     Training,
 )
+from nmsparse_deploy.recipe.section import Frozen
 from nmsparse_deploy.recipe.stages import Allocate, Bench, Build, Evaluate, Export, Pack, Published
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from nmsparse_deploy.recipe.refine_steps import Frozen
+from nmsparse_deploy.recipe.section import Frozen
 
 AUTO = "auto"
 """Data that suits the model's family: text, or pictures. What it came to is recorded with the run."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, SerializeAsAny, field_validator
 
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.recipe.refine_steps import Frozen, Training
-from nmsparse_deploy.registry import METHODS
+from nmsparse_deploy.recipe.refine_steps import Training
+from nmsparse_deploy.recipe.section import Frozen, one_of
+from nmsparse_deploy.registry import LEARNERS, METHODS
 
 Objective = Literal["auto", "block", "global"]
 STEPS = {"block": 60, "global": 1000}
@@ -35,6 +36,7 @@ class Augment(Frozen):
 class Learn(Training):
     """What every learned method has: how long, on what, judged how often. `name` is that of the method."""
 
+    name: str
     objective: Objective = Field("auto", description="what a learned method learns from: block, the output of one "
                                  "dense block; global, the whole model's loss; auto, global where there is a GPU")
     steps: int = Field(0, ge=0, description="optimiser steps of a learned method, of every block with the block "
@@ -126,5 +128,7 @@ class MaskPro(Learn):
         return super().settled(objective).model_copy(update={"steps": self.steps or steps})
 
 
-AnyLearn = Annotated[MaskLLM | MaskPro | ProxSparse, Field(discriminator="name")]
-"""The section of any learned method, told apart by `name`."""
+_OWN = Annotated[MaskLLM | MaskPro | ProxSparse, Field(discriminator="name")]
+
+AnyLearn = Annotated[Learn, one_of(_OWN, LEARNERS, Learn), SerializeAsAny()]
+"""The section of a learned method: one of ours, told apart by `name`, or of a plug-in."""

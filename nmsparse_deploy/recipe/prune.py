@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.pattern import TWO_FOUR, Pattern, Unstructured, parse_pattern
+from nmsparse_deploy.pattern import Pattern, Unstructured, parse_pattern
 from nmsparse_deploy.recipe.calibration import Calibration
 from nmsparse_deploy.recipe.learn_settings import AnyLearn
-from nmsparse_deploy.recipe.refine_steps import AnyStep, Finetune, Frozen, Refit
-from nmsparse_deploy.registry import LEARNERS, METHODS, REFINEMENTS, check_method
+from nmsparse_deploy.recipe.refine_steps import AnyStep, Finetune, Refit
+from nmsparse_deploy.recipe.section import Frozen
+from nmsparse_deploy.registry import LEARNERS, METHODS, NEEDS, REFINEMENTS, Need, check_method
 
 
 class Prune(Frozen):
@@ -41,7 +42,7 @@ class Prune(Frozen):
         if not isinstance(data, dict):
             return data
         method, section = data.get("method"), data.get("learn")
-        if method not in LEARNERS.entries:
+        if method not in LEARNERS:
             if section is not None:
                 name = method or cls.model_fields["method"].default
                 raise UsageError(f"The section learn belongs to a learned method, and '{name}' is none.",
@@ -64,8 +65,58 @@ class Prune(Frozen):
 
     @property
     def rounds_last(self) -> bool:
-        """Does `wbits` take a sweep of its own on the finished mask, because the method's own is not the last word?"""
-        return self.wbits is not None and (bool(self.refine) or not METHODS.load(self.method).quantises)
+        """Whether `wbits` takes a sweep of its own on the finished mask: the method's own is not the last word."""
+        return self.wbits is not None and (bool(self.refine) or not METHODS[self.method].quantises)
+
+    @property
+    def dense_stream(self) -> bool:
+        """Whether a refinement looks at what the dense model computes beside the pruned one."""
+        return any(step.dense_stream for step in self.refine)
+
+    @property
+    def one_shot_method(self) -> str:
+        """The method that scores layers: the recipe's own, or the first prior of a learned one."""
+        return self.method if self.learn is None else next(iter(self.learn.prior_methods), "magnitude")
+
+    @property
+    def needs(self) -> Need:
+        """The statistics that the method and the refinements ask for together.
+
+        Learning a block at a time asks for what its priors need; learning the whole model is done before the walk.
+        """
+        asked: set[Need] = {"none", *(REFINEMENTS[step.name].needs for step in self.refine)}
+        if self.learn is None:
+            asked.add(METHODS[self.method].needs)
+        elif self.learn.objective != "global":
+            asked |= {"norms", *(METHODS[name].needs for name in self.learn.prior_methods)}
+        if self.permute:
+            asked.add("norms")
+        if self.wbits:
+            asked.add("gram")
+        return max(asked, key=NEEDS.index)
+
+    @property
+    def whole_model(self) -> str | None:
+        """What in the recipe looks at more than one block at a time."""
+        if self.finetune is not None:
+            return "finetune"
+        if self.learn is not None and (self.learn.objective != "block" or self.learn.prior_files):
+            return "Learning through the whole model, or from mask files,"
+        looks_on = next((step for step in self.refine if step.outlook(1)), None)
+        return f"{looks_on.name} with an outlook on the model's output" if looks_on else None
+
+    def settled(self, *, gpu: bool) -> Self:
+        """Return the same recipe with nothing left to be decided, for a machine with or without a GPU.
+
+        `objective: auto` is the whole model where there is a GPU and channels stay where they are, else a block at a
+        time. Identity (`fingerprint`) is that of the recipe as asked.
+        """
+        if self.learn is None:
+            return self
+        objective = self.learn.objective
+        if objective == "auto":
+            objective = "global" if gpu and not self.permute else "block"
+        return self.model_copy(update={"learn": self.learn.settled(objective)})
 
     @field_validator("patterns")
     @classmethod
@@ -99,16 +150,17 @@ class Prune(Frozen):
         """What needs groups, or knows one pattern only, refuses others before anything is loaded."""
         named = [decided(text)[0] for text in (self.patterns or {}).values()]
         asked = [p for p in (parse_pattern(self.pattern), *named) if p is not None]
-        other = next((p for p in asked if p != TWO_FOUR), None)  # 2:4 every method finds; it need not be loaded to ask
-        if other is not None and self.method in METHODS.entries and (only := METHODS.load(self.method).only):
+        only = METHODS[self.method].only if self.method in METHODS else None
+        other = next((p for p in asked if str(p) != only), None)
+        if only and other is not None:
             raise UsageError(f"The method '{self.method}' finds {only} masks only, not {other}.")
         loose = next((p for p in asked if isinstance(p, Unstructured)), None)
         if loose is not None:
-            able = [name for name in METHODS.names() if METHODS.load(name).scope]
-            _refuse_others("method", [self.method], able, str(loose))
-            found = {name: REFINEMENTS.load(name) for name in REFINEMENTS.names()}
-            able = [name for name, step in found.items() if step.changes == "weights" or step.unstructured]
-            _refuse_others("refinement", [step.name for step in self.refine], able, str(loose))
+            methods = {name: bool(entry.scope) for name, entry in METHODS.readable()[0].items()}
+            _refuse_others("method", [self.method], methods, loose)
+            steps = {name: entry.changes == "weights" or entry.unstructured
+                     for name, entry in REFINEMENTS.readable()[0].items()}
+            _refuse_others("refinement", [step.name for step in self.refine], steps, loose)
             if self.permute:
                 raise UsageError(f"Permuting channels makes better groups, and {loose} has none.",
                                  "leave out --permute")
@@ -166,10 +218,11 @@ class Prune(Frozen):
         return self
 
 
-def _refuse_others(kind: str, asked: list[str], able: list[str], pattern: str) -> None:
+def _refuse_others(kind: str, asked: list[str], able: dict[str, bool], pattern: Pattern) -> None:
     for name in asked:
-        if name not in able:
-            raise UsageError(f"The {kind} '{name}' works in N:M groups only; for {pattern} take {' or '.join(able)}.")
+        if not able.get(name):
+            others = " or ".join(other for other in able if able[other])
+            raise UsageError(f"The {kind} '{name}' works in N:M groups only; for {pattern} take {others}.")
 
 
 DENSE = "dense"

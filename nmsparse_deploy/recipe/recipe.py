@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.recipe.prune import Prune
-from nmsparse_deploy.recipe.refine_steps import Frozen
+from nmsparse_deploy.recipe.section import Frozen
 from nmsparse_deploy.recipe.stages import Bench, Build, Evaluate, Export, Published
 
 DEFAULT_MODEL = "demo"

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, SerializeAsAny
 
-
-class Frozen(BaseModel):
-    """Part of a recipe: immutable, and unknown fields are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from nmsparse_deploy.recipe.section import Frozen, one_of
+from nmsparse_deploy.registry import REFINEMENTS
 
 
 class Step(Frozen):
-    """A refinement of the mask or of the weights that stay; `name` is that of its file in `refine/`."""
+    """A refinement of the mask or of the weights that stay; `name` is that of its entry in the registry."""
+
+    name: str
 
     @property
     def dense_stream(self) -> bool:
@@ -152,5 +151,8 @@ class Finetune(Step, Training):
         return self.how in ("sr-ste", "s-ste")
 
 
-AnyStep = Annotated[Admm | Bias | Dsnot | Finetune | GroupDescent | LlmBarber | Reconstruct | Refit | Swap,
-                    Field(discriminator="name")]
+_OWN = Annotated[Admm | Bias | Dsnot | Finetune | GroupDescent | LlmBarber | Reconstruct | Refit | Swap,
+                 Field(discriminator="name")]
+
+AnyStep = Annotated[Step, one_of(_OWN, REFINEMENTS, Step), SerializeAsAny()]
+"""A step of the recipe: one of ours, told apart by `name`, or of a plug-in."""

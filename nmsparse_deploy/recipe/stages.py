@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.pattern import Unstructured, parse_pattern
 from nmsparse_deploy.recipe.calibration import AUTO, Calibration
-from nmsparse_deploy.recipe.refine_steps import Frozen
+from nmsparse_deploy.recipe.section import Frozen
 from nmsparse_deploy.registry import METHODS
 
 

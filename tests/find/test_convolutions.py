@@ -9,11 +9,11 @@ from transformers.pytorch_utils import Conv1D
 
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.find.calibration.layer_stats import StatsAccumulator
+from nmsparse_deploy.find.methods.base import Method
 from nmsparse_deploy.models.base import from_rows, to_rows
 from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.prove.group_counter import check
-from nmsparse_deploy.registry import METHODS
 
 GEOMETRIES = [{}, {"stride": 2}, {"padding": 1}, {"dilation": 2}, {"stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)}]
 
@@ -38,7 +38,7 @@ def test_the_gram_of_a_convolution_is_that_of_the_equivalent_linear(geometry):
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "2:8"])
 def test_a_pruned_convolution_holds_the_pattern_along_its_channels(method, pattern):
     torch.manual_seed(1)
-    layer, wanted, chosen = nn.Conv2d(16, 6, 3, padding=1), NMPattern.parse(pattern), METHODS.load(method)
+    layer, wanted, chosen = nn.Conv2d(16, 6, 3, padding=1), NMPattern.parse(pattern), Method.load(method)
     total = StatsAccumulator("gram")
     total.update(layer, torch.randn(3, 16, 9, 9))
     result = chosen.prune_layer(to_rows(layer.weight.detach(), 1), total.finish(), wanted)
@@ -55,7 +55,7 @@ def test_conv1d_and_its_transposed_linear_get_the_same_mask():
         total = StatsAccumulator("gram")
         total.update(layer, x)
         rows = to_rows(layer.weight.detach(), axis)
-        masks.append(METHODS.load("sparsegpt").prune_layer(rows, total.finish(), NMPattern.parse("2:4")).mask)
+        masks.append(Method.load("sparsegpt").prune_layer(rows, total.finish(), NMPattern.parse("2:4")).mask)
     assert torch.equal(*masks)
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig
 
 from nmsparse_deploy.find.calibration.block_walk import BlockWalk
 from nmsparse_deploy.find.calibration.expert_statistics import MIN_TOKENS
-from nmsparse_deploy.find.methods.base import relative_error
+from nmsparse_deploy.find.methods.base import Method, relative_error
 from nmsparse_deploy.find.plan.make_plan import make_plan
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.find.prune_block import prune_block
@@ -22,7 +22,6 @@ from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.prove.group_counter import check
 from nmsparse_deploy.recipe import Prune, validate
-from nmsparse_deploy.registry import METHODS
 from tests.fixtures import pico
 
 WIDTH, EXPERTS = 8, 4
@@ -140,7 +139,7 @@ def test_every_expert_is_pruned_by_its_own_tokens_along_its_own_axis(layout, met
     net, x = Net(lambda: Experts(layout)), pictures()
     plan = make_plan(discover(net, {"x": x[:2]}), TWO_FOUR, include=["*experts*"])
     walk = BlockWalk(net, plan.blocks, [{"x": part} for part in x.split(2)])
-    layer = prune_block(net, plan, 0, validate(Prune, {"method": method}), METHODS.load(method), walk).layers[
+    layer = prune_block(net, plan, 0, validate(Prune, {"method": method}), Method.load(method), walk).layers[
         "blocks.0.experts.weight"]
     mask = from_rows(layer.result.mask, layer.shape, layer.axis)
     assert check(mask.float(), TWO_FOUR, layer.axis).bad == 0
@@ -172,7 +171,7 @@ def test_unreached_experts_of_a_stack_are_pruned_by_magnitude_and_the_record_say
     for method in ("wanda", "sparsegpt"):
         walk = BlockWalk(net, plan.blocks, [{"x": x}], both=True)
         spec = validate(Prune, {"method": method, "refine": [{"name": "refit"}]})
-        layer = prune_block(net, plan, 0, spec, METHODS.load(method), walk).layers["blocks.0.experts.weight"]
+        layer = prune_block(net, plan, 0, spec, Method.load(method), walk).layers["blocks.0.experts.weight"]
         told = layer.reached()["experts"]
         assert told["by_magnitude"] == [2] and told["tokens"][2] == 0 and sum(told["tokens"]) == x.numel() // WIDTH
         dense, part = net.blocks[0].experts.weight[2].detach(), layer.matrices()[2]
@@ -193,7 +192,7 @@ def test_listed_experts():
     assert {s.reason for s in found.skipped} == {"router of a mixture of experts"}
     plan = make_plan(found, TWO_FOUR)
     walk = BlockWalk(net, found.blocks, [{"x": x}])
-    pruned = prune_block(net, plan, 0, Prune(method="wanda"), METHODS.load("wanda"), walk)
+    pruned = prune_block(net, plan, 0, Prune(method="wanda"), Method.load("wanda"), walk)
     for name, layer in pruned.layers.items():
         never = ".1." in name
         assert layer.stats.white == never == bool(layer.reached())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,7 +12,7 @@ from nmsparse_deploy.find.import_masks import import_result
 from nmsparse_deploy.find.learn import finetune_model
 from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.prune import prune
-from nmsparse_deploy.find.refine.base import Layer, Refinement
+from nmsparse_deploy.find.refine.base import Layer
 from nmsparse_deploy.masks import MaskSet, normalise_zeros
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.prove import verify_checkpoint
@@ -88,11 +90,9 @@ def _shrink(layer: Layer, step) -> LayerResult:
     return LayerResult(layer.result.mask, weight)
 
 
-SHRINK = Refinement("none", "weights", "", "", layer=_shrink)
-
-
 def test_minus_zeros_of_a_refinement_are_normalised(dense, texts, tmp_path, monkeypatch):
-    monkeypatch.setitem(REFINEMENTS.entries, "refit", f"{__name__}:SHRINK")
+    monkeypatch.setitem(REFINEMENTS.own, "refit", replace(REFINEMENTS.own["refit"], code=f"{__name__}:_shrink",
+                                                          needs="none"))
     run = prune(str(dense), spec(texts, refine=[{"name": "refit"}]), tmp_path / "run")
     masks = MaskSet.load(run / "masks.safetensors").masks
     rounded = 2 if weights_of(dense)[UNTOUCHED[0]].dtype == torch.bfloat16 else 1

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from nmsparse_deploy.errors import CheckFailed, NmsparseError, UsageError
+from nmsparse_deploy.find.methods.base import Method
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.models.loaded import LoadedModel
@@ -50,14 +51,14 @@ def test_every_method_ends_verified_and_loads_in_the_stock_library(name, llama_d
             assert (weight[~masks.masks[key].unpack()] == 0).all()
         else:
             assert torch.equal(weight, dense[key])
-        if not METHODS.load(name).updates_weights and key in masks.masks:
+        if not METHODS[name].updates_weights and key in masks.masks:
             assert torch.equal(weight, masks.masks[key].apply(dense[key]))
     assert verify_checkpoint(run / "model", masks).ok
     record = run.manifest().stages["prune"]
     assert record.layers == 14 and not (run / "blocks").exists()
     layers = run.read_json("layers.json")
     assert all(0 < row["peak_memory_mb"] <= record.peak_memory_mb for row in layers)
-    assert all((row["relative_error"] is not None) == (METHODS.load(name).needs == "gram") for row in layers)
+    assert all((row["relative_error"] is not None) == (METHODS[name].needs == "gram") for row in layers)
 
 
 def test_conv1d_groups_along_its_first_axis(texts, tmp_path):
@@ -219,7 +220,7 @@ def test_conv1d_is_its_transposed_linear():
     x = torch.randn(64, 32)
     stats = LayerStats(64, x.square().sum(0), x.T @ x)
     for name in METHODS_HERE:
-        method = METHODS.load(name)
+        method = Method.load(name)
         stored = from_rows(method.prune_layer(to_rows(weight, 0), stats, TWO_FOUR).mask, weight.shape, 0)
         linear = method.prune_layer(to_rows(weight.T.contiguous(), 1), stats, TWO_FOUR).mask
         assert torch.equal(stored, linear.T)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -21,7 +22,6 @@ from nmsparse_deploy.find.methods.hessian import inverse_factor
 from nmsparse_deploy.find.methods.sparsegpt import prune_layer
 from nmsparse_deploy.find.plan.make_plan import make_plan
 from nmsparse_deploy.find.prune import prune
-from nmsparse_deploy.find.refine.base import Refinement
 from nmsparse_deploy.masks import Mask, MaskSet, mask_follows, project, tensor_hash
 from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.pattern import STRETCH, TWO_FOUR, NMPattern, Unstructured, parse_pattern
@@ -34,7 +34,7 @@ from tests.find.test_prune import Stop, mask_bytes, spec, stop_at
 from tests.fixtures import pico
 
 HALF = Unstructured(0.5)
-ABLE = [name for name in METHODS.names() if METHODS.load(name).scope]
+ABLE = [name for name in METHODS.names() if METHODS[name].scope]
 seeds = st.integers(0, 2**31)
 ratios = st.sampled_from([0.5, 0.3, 0.7, 0.625, 0.95, 0.01])
 scopes = st.sampled_from(["layer", "row", "stretch"])
@@ -118,20 +118,20 @@ def test_bad_patterns_are_usage_errors(text):
 @pytest.mark.parametrize("name", ABLE)
 def test_every_method_that_declares_it_is_exact(name, ratio):
     """Correlated inputs, a dead column, a tie, an empty row, and a width that no group divides."""
-    method: Method = METHODS.load(name)
+    method = Method.load(name)
     weight, stats = layer(3, rows=7, width=STRETCH + 13, tokens=400)
     weight[:, 3], weight[4], weight[5] = weight[:, 2], 0.0, 1.0
     stats.gram[5] = stats.gram[:, 5] = 0
     stats.square_sum[5] = 0
     result = method.prune_layer(weight, stats, Unstructured(ratio))
-    assert mask_follows(result.mask, Unstructured(ratio), scope=method.scope)
-    assert (result.weight is not None) == method.updates_weights
+    assert mask_follows(result.mask, Unstructured(ratio), scope=method.facts.scope)
+    assert (result.weight is not None) == method.facts.updates_weights
     if result.weight is not None:
         assert torch.isfinite(result.weight).all() and (result.weight[~result.mask] == 0).all()
 
 
 def test_what_the_papers_compare():
-    scopes = {name: METHODS.load(name).scope for name in METHODS.names()}
+    scopes = {name: METHODS[name].scope for name in METHODS.names()}
     assert scopes["magnitude"] == "layer" and scopes["wanda"] == "row" and scopes["sparsegpt"] == "stretch"
     assert scopes["group-obs"] is None
 
@@ -190,7 +190,7 @@ def test_a_refinement_that_chooses_masks_has_to_declare_it(monkeypatch):
     """One that changes weights alone follows any mask."""
     asked = {"method": "wanda", "pattern": "unstructured:0.5", "refine": [{"name": "refit"}]}
     assert validate(Prune, asked).pattern == "unstructured:0.5"
-    monkeypatch.setattr(REFINEMENTS, "load", lambda name: Refinement("gram", "both", "", "", unstructured=name != "refit"))
+    monkeypatch.setitem(REFINEMENTS.own, "refit", replace(REFINEMENTS.own["refit"], changes="both"))
     with pytest.raises(UsageError, match=r"The refinement 'refit' works in N:M groups only; .* take .*reconstruct"):
         validate(Prune, asked)
     assert validate(Prune, {**asked, "pattern": "2:4"})
@@ -221,7 +221,7 @@ def runs(odd_dir, texts, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
 def test_pruned_and_verified(name, runs, odd_dir):
-    run, scope = runs[name], METHODS.load(name).scope
+    run, scope = runs[name], METHODS[name].scope
     masks = MaskSet.load(run / "masks.safetensors")
     dense = dict(AutoModelForCausalLM.from_pretrained(odd_dir).named_parameters())
     masks.check_base(dense)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import nn
 
 from nmsparse_deploy.errors import NmsparseError
-
-Need = Literal["none", "norms", "gram"]
-NEEDS: tuple[Need, ...] = ("none", "norms", "gram")
-"""From least to most; each contains those before it."""
+from nmsparse_deploy.registry import Need
 
 
 @dataclass(frozen=True)

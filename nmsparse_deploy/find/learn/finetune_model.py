@@ -73,7 +73,7 @@ def refine_model(checkpoints: Checkpoints, loaded: LoadedModel, plan: Plan, spec
 
         whole = Whole(subject, rows, dense, spec.calibration.seed, checkpoints, progress)
         with recomputed(loaded.module, plan.blocks if step.gradient_checkpointing else ()):
-            outcome = REFINEMENTS.load(step.name).model(whole, step)
+            outcome = REFINEMENTS.load(step.name)(whole, step)
         better = outcome.facts["best_step"] > 0  # norms and biases were trained in place: they are written in any case
         found = {name: one for name, one in outcome.learnt.items() if better or name not in sites}
         _write(loaded.module, found, sites)

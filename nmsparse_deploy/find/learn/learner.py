@@ -106,12 +106,9 @@ class Learner:
 
 @dataclass(frozen=True)
 class Learned:
-    """One line of the registry: what makes a learner from the method's settings, what it does, who published it."""
+    """The code of a learned method: what makes a learner from the method's settings, and what that holds."""
 
     make: Callable[[Any], Learner]
-    summary: str
-    source: str
-    updates_weights: bool = False
     bytes_per_weight: Callable[[Any, NMPattern], float] = lambda spec, pattern: ADAM + BEST
     """What the method holds for every weight that learns, from settings and pattern: trained values, gradients,
     optimiser state, best masks."""

@@ -6,10 +6,10 @@ one the whole model is learned first (`learn_model.py`) and the walk only writes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,14 +22,14 @@ from nmsparse_deploy.find.learn.mask_parametrization import Site
 from nmsparse_deploy.find.learn.memory_budget import Budget, Weights, budget
 from nmsparse_deploy.find.learn.prior_selection import Masks, best_prior
 from nmsparse_deploy.find.learn.subjects import BlockSubject
-from nmsparse_deploy.find.methods.base import LayerResult
+from nmsparse_deploy.find.methods.base import LayerResult, Method
 from nmsparse_deploy.find.plan.make_plan import Plan
 from nmsparse_deploy.find.refine.base import Block, BlockResult
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.models.base import to_rows
 from nmsparse_deploy.pattern import NMPattern
-from nmsparse_deploy.recipe import Learn, Prune
-from nmsparse_deploy.registry import LEARNERS, METHODS
+from nmsparse_deploy.recipe import Learn
+from nmsparse_deploy.registry import LEARNERS
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.system import distributed
 from nmsparse_deploy.system.progress import Progress
@@ -38,13 +38,6 @@ FOLDER = "learning"
 """In the run folder while masks are learned: priors and checkpoints."""
 
 ADVICE = "a smaller calibration.batch, gradient_checkpointing, objective: block, or more processes with shard: true"
-
-
-def resolved(wanted: str, permute: bool) -> Literal["block", "global"]:
-    """What `objective: auto` means here: the whole model where there is a GPU, else a block at a time."""
-    if wanted == "auto":
-        return "global" if torch.cuda.is_available() and not permute else "block"
-    return "global" if wanted == "global" else "block"
 
 
 @dataclass(frozen=True)
@@ -119,13 +112,6 @@ class Session:
                       outputs, self.spec.gradient_checkpointing, self.shares)
 
 
-def one_shot_method(spec: Prune) -> str:
-    """The method that scores layers: the recipe's own, or the first prior of a learned one."""
-    if spec.learn is None:
-        return spec.method
-    return next(iter(spec.learn.prior_methods), "magnitude")
-
-
 def stored_priors(spec: Learn, module: nn.Module, plan: Plan) -> dict[str, Masks]:
     """The mask files among the priors as bool rows.
 
@@ -149,8 +135,7 @@ def stored_priors(spec: Learn, module: nn.Module, plan: Plan) -> dict[str, Masks
 
 def mask_of(method: str, weight: torch.Tensor, stats: Any, pattern: NMPattern) -> torch.Tensor:
     """What a one-shot method would keep, for the original weights."""
-    prune_layer: Callable[..., LayerResult] = METHODS.load(method).prune_layer
-    return prune_layer(weight, stats, pattern).mask
+    return Method.load(method).prune_layer(weight, stats, pattern).mask
 
 
 def changed(learnt: Mapping[str, Learnt], priors: Masks, patterns: Mapping[str, NMPattern]) -> float:

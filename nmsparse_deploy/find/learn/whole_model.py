@@ -34,7 +34,6 @@ from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.objective import Objective, objective
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import Prune
-from nmsparse_deploy.registry import METHODS
 from nmsparse_deploy.system import distributed
 from nmsparse_deploy.system.hardware import autocast_for
 from nmsparse_deploy.system.progress import Progress
@@ -111,9 +110,9 @@ def one_shot(module: nn.Module, plan: Plan, spec: Prune, name: str, batches: Seq
              compute: torch.dtype, progress: Progress) -> dict[str, torch.Tensor]:
     """Bool rows by parameter name: walk the blocks, and let every block see what the pruned ones before it make of the
     data. Weights stay as they are."""
-    method: Method = METHODS.load(name)
+    method = Method.load(name)
     alone = spec.model_copy(update={"method": name, "learn": None, "refine": (), "permute": False})
-    walk = None if method.needs == "none" else BlockWalk(module, plan.blocks, batches, compute)
+    walk = None if method.facts.needs == "none" else BlockWalk(module, plan.blocks, batches, compute)
     masks: dict[str, torch.Tensor] = {}
     for number in range(max(row.target.block for row in plan.pruned()) + 1):
         progress(f"prior {name}, block {number}", number, len(plan.blocks))

@@ -23,7 +23,7 @@ import torch
 
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
-from nmsparse_deploy.find.methods.base import LayerResult, Method
+from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.methods.hessian import normalised
 from nmsparse_deploy.find.methods.least_squares import conjugate_gradients
 from nmsparse_deploy.masks import project
@@ -95,7 +95,3 @@ def _factor(hessian: torch.Tensor, rho: float) -> torch.Tensor:
         raise NmsparseError("The calibration statistics of this layer cannot be factorised, even damped.",
                             "use more calibration samples")
     return factor
-
-
-METHOD = Method(prune_layer, "gram", True, "ADMM searches the support, least squares its weights",
-                "Meng et al. 2024, arXiv:2406.07831")

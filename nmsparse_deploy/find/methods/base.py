@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
-from nmsparse_deploy.errors import MissingExtra
-from nmsparse_deploy.find.calibration.layer_stats import LayerStats, Need
+from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.methods.grid import Grid
 from nmsparse_deploy.masks import project
 from nmsparse_deploy.pattern import Pattern, Scope
+from nmsparse_deploy.registry import METHODS, MethodEntry
 
 
 @dataclass(frozen=True)
@@ -40,38 +40,21 @@ class PruneLayer(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """One line of the registry: what it needs, what it does, who published it.
+    """A one-shot method with its code loaded; `facts` is its line of the registry."""
 
-    `scope` says which weights compete for an unstructured mask; None: the method needs groups and finds N:M masks only.
-    A method that `quantises` takes a `grid` besides and rounds what it keeps to it. `only` is the one pattern of a
-    method that knows no other; `package` is an optional library that it calls, and the extra that brings it.
-    """
-
+    facts: MethodEntry
     prune_layer: PruneLayer
-    needs: Need
-    updates_weights: bool
-    summary: str
-    source: str
-    scope: Scope | None = None
-    quantises: bool = False
-    only: str | None = None
-    package: tuple[str, str] | None = None
 
-    def require(self, name: str) -> None:
-        """Raise `MissingExtra` when the method `name` calls a library that is not installed."""
-        if self.package is not None and find_spec(self.package[0]) is None:
-            raise MissingExtra(*self.package, f"The method '{name}'")
+    @classmethod
+    def load(cls, name: str) -> Method:
+        """Import the method `name`. One that only ranks weights gets the shared projection."""
+        facts, code = METHODS[name], METHODS.load(name)
+        return cls(facts, partial(_keep_highest, code, facts.scope or "row") if facts.ranks else code)
 
 
-def score_method(scores: Callable[[torch.Tensor, LayerStats], torch.Tensor], needs: Need, summary: str,
-                 source: str, scope: Scope = "row") -> Method:
-    """A method that only ranks weights: the shared projection keeps the highest of every group, or of `scope`."""
-
-    def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: Pattern,
-                    mask: torch.Tensor | None = None) -> LayerResult:
-        return LayerResult(project(scores(weight, stats), pattern, scope=scope))
-
-    return Method(prune_layer, needs, False, summary, source, scope)
+def _keep_highest(scores: Callable[[torch.Tensor, LayerStats], torch.Tensor], scope: Scope, weight: torch.Tensor,
+                  stats: LayerStats, pattern: Pattern, mask: torch.Tensor | None = None) -> LayerResult:
+    return LayerResult(project(scores(weight, stats), pattern, scope=scope))
 
 
 def prune_matrices(method: Method, weight: torch.Tensor, stats: LayerStats, pattern: Pattern,

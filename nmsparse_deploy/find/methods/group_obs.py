@@ -21,7 +21,7 @@ from math import comb
 import torch
 
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
-from nmsparse_deploy.find.methods.base import LayerResult, Method
+from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.methods.grid import Grid
 from nmsparse_deploy.find.methods.hessian import inverse_factor
 from nmsparse_deploy.find.methods.sweep import COLUMNS, Freeze, sweep
@@ -85,7 +85,3 @@ def _apply(w: torch.Tensor, factor: torch.Tensor, errors: torch.Tensor, kept: to
     torch.mm(factor, multipliers, out=errors)
     w.addmm_(factor.T, errors, alpha=-1).masked_fill_(~kept, 0.0)
     return kept
-
-
-METHOD = Method(prune_layer, "gram", True, "SparseGPT's sweep, exact inside each group",
-                "this project, after Kurtic et al. 2022, arXiv:2203.07259", quantises=True)

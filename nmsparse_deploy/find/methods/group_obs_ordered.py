@@ -13,7 +13,7 @@ import torch
 
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.methods import group_obs
-from nmsparse_deploy.find.methods.base import LayerResult, Method
+from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.masks import project
 from nmsparse_deploy.pattern import NMPattern
 
@@ -36,7 +36,3 @@ def by_damage(weight: torch.Tensor, energy: torch.Tensor, pattern: NMPattern) ->
     lost = prices.masked_fill(project(prices, pattern), 0.0).sum(0)
     groups = lost.view(-1, pattern.group).sum(1).argsort(descending=True, stable=True)
     return (groups.unsqueeze(1) * pattern.group + torch.arange(pattern.group, device=groups.device)).flatten()
-
-
-METHOD = Method(prune_layer, "gram", True, "group-OBS, the groups that lose most first",
-                "this project, after Frantar et al. 2023, arXiv:2210.17323")

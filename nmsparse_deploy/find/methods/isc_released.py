@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
-from nmsparse_deploy.find.methods.base import LayerResult, Method
+from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.methods.grid import Grid
 from nmsparse_deploy.find.methods.hessian import dampen, inverse_factor
 from nmsparse_deploy.find.methods.sparsegpt import DAMPING, freezer
@@ -31,7 +31,3 @@ def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: Pattern, mask:
     prices = dampen(gram, damping).diagonal().float() + factor.diagonal().reciprocal()
     pruned, kept, _ = sweep(weight, factor, pattern, freezer(pattern), mask, columns, prices, grid)
     return LayerResult(kept, pruned, grid)
-
-
-METHOD = Method(prune_layer, "gram", True, "ISC with the released code's mixed units, to reproduce it",
-                "Shao et al. 2023, arXiv:2310.09499 (released code)", scope="stretch", quantises=True)

@@ -4,7 +4,13 @@ Han et al., Learning both Weights and Connections for Efficient Neural Networks,
 Sparse Deep Neural Networks, 2021 (the 2:4 form). Unstructured, all weights of the matrix compete.
 """
 
-from nmsparse_deploy.find.methods.base import score_method
+from __future__ import annotations
 
-METHOD = score_method(lambda weight, stats: weight.abs(), "none", "largest weights of each group",
-                      "Mishra et al. 2021, arXiv:2104.08378", scope="layer")
+import torch
+
+from nmsparse_deploy.find.calibration.layer_stats import LayerStats
+
+
+def scores(weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
+    """Return `|W|`, `[R, n]`."""
+    return weight.abs()

@@ -24,7 +24,7 @@ from math import comb
 import torch
 
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
-from nmsparse_deploy.find.methods.base import LayerResult, Method
+from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.masks import project
 from nmsparse_deploy.pattern import NMPattern
 
@@ -85,7 +85,3 @@ def _deal(one: torch.Tensor, two: torch.Tensor, gain: torch.Tensor) -> tuple[tor
     ranks = gain.masked_fill(~single, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
     first = single & (ranks < (one & single).sum(1, keepdim=True))
     return (one & two) | first, (one & two) | (single & ~first)
-
-
-METHOD = Method(prune_layer, "none", False, "largest weights with the pattern along rows and columns",
-                "NVIDIA apex; Hubara et al. 2021, arXiv:2102.08124")

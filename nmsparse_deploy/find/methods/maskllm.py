@@ -55,6 +55,4 @@ def bytes_per_weight(spec: MaskLLM, pattern: NMPattern) -> float:
     return number * values + BEST
 
 
-LEARNED = Learned(make, "a distribution over the masks of every group, learned by gradient",
-                  "Fang et al. 2024, arXiv:2409.17481", bytes_per_weight=bytes_per_weight,
-                  lighter=({"form": "compact"}, {"form": "compact", "moments": 8}))
+LEARNED = Learned(make, bytes_per_weight, lighter=({"form": "compact"}, {"form": "compact", "moments": 8}))

@@ -182,6 +182,4 @@ def _law(law: Law) -> Drawn:
     return law
 
 
-LEARNED = Learned(PolicyGradient, "a logit per weight, learned from forward passes alone",
-                  "Sun et al. 2025, arXiv:2506.12876",
-                  bytes_per_weight=lambda spec, pattern: 8.0 + BEST)
+LEARNED = Learned(PolicyGradient, lambda spec, pattern: 8.0 + BEST)

@@ -19,12 +19,9 @@ from torch import nn
 
 from nmsparse_deploy.errors import CheckFailed, MissingExtra, NmsparseError
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
-from nmsparse_deploy.find.methods.base import LayerResult, Method
+from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.masks import project
 from nmsparse_deploy.pattern import NMPattern
-
-PACKAGE, EXTRA = "modelopt", "modelopt"
-PATTERN = "2:4"
 
 
 def magnitude(weight: torch.Tensor, stats: LayerStats, pattern: NMPattern,
@@ -49,7 +46,7 @@ def _found(mode: str, settings: Mapping[str, Any], weight: torch.Tensor, pattern
         with warnings.catch_warnings(action="ignore"):
             import modelopt.torch.sparsity as backend
     except ImportError as error:
-        raise MissingExtra("nvidia-modelopt", EXTRA, "A mask by NVIDIA ModelOpt") from error
+        raise MissingExtra("nvidia-modelopt", "modelopt", "A mask by NVIDIA ModelOpt") from error
     outputs, width = weight.shape
     layer = nn.Linear(width, outputs, bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -63,10 +60,3 @@ def _found(mode: str, settings: Mapping[str, Any], weight: torch.Tensor, pattern
         raise CheckFailed(f"NVIDIA ModelOpt's {mode} returned a mask that is not {pattern}.")
     size = weight.abs()
     return project(size / size.max().clamp(min=torch.finfo(size.dtype).tiny) + 2 * kept, pattern)
-
-
-_SOURCE = "NVIDIA Model Optimizer 0.47, 2026"
-MAGNITUDE = Method(magnitude, "none", False, "ModelOpt's mask by magnitude (2:4 only)", _SOURCE,
-                   only=PATTERN, package=(PACKAGE, EXTRA))
-SPARSEGPT = Method(sparsegpt, "gram", False, "ModelOpt's SparseGPT mask, original weights (2:4 only)", _SOURCE,
-                   only=PATTERN, package=(PACKAGE, EXTRA))

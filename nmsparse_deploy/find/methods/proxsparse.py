@@ -126,5 +126,4 @@ def _law(law: Law) -> Support:
     return law
 
 
-LEARNED = Learned(Prox, "train a copy towards the pattern with a proximal operator, keep its support",
-                  "Liu et al. 2025, arXiv:2502.00258")
+LEARNED = Learned(Prox)

@@ -16,7 +16,7 @@ import torch
 
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.learn.prox import prox
-from nmsparse_deploy.find.methods.base import LayerResult, Method
+from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.methods.hessian import normalised
 from nmsparse_deploy.find.methods.least_squares import conjugate_gradients
 from nmsparse_deploy.masks import project
@@ -71,7 +71,3 @@ def largest_eigenvalue(hessian: torch.Tensor) -> float:
         vector = hessian @ vector
         vector = vector / vector.norm()
     return float(vector @ hessian @ vector)
-
-
-METHOD = Method(prune_layer, "gram", True, "the regulariser of ProxSparse on the layer's least squares",
-                "Kübler et al. 2025, arXiv:2501.18015")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import torch
 
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
-from nmsparse_deploy.find.methods.base import score_method
 
 POWER = 0.5
 
@@ -25,7 +24,3 @@ def scores(weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
     tiny = torch.finfo(size.dtype).tiny
     shares = size / size.sum(0).clamp(min=tiny) + size / size.sum(1, keepdim=True).clamp(min=tiny)
     return shares * stats.rms**POWER
-
-
-METHOD = score_method(scores, "norms", "share of the row and of the column times the root of input norms",
-                      "Zhang et al. 2024, ICLR (RIA)")

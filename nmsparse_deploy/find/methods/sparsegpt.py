@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
-from nmsparse_deploy.find.methods.base import LayerResult, Method
+from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.methods.grid import Grid
 from nmsparse_deploy.find.methods.hessian import inverse_factor
 from nmsparse_deploy.find.methods.sweep import COLUMNS, Freeze, sweep
@@ -46,7 +46,3 @@ def freezer(pattern: Pattern) -> Freeze:
         return kept
 
     return freeze
-
-
-METHOD = Method(prune_layer, "gram", True, "sweep with weight compensation",
-                "Frantar & Alistarh 2023, arXiv:2301.00774", scope="stretch", quantises=True)

@@ -10,7 +10,7 @@ import torch
 
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.methods import sparsegpt
-from nmsparse_deploy.find.methods.base import LayerResult, Method
+from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.pattern import Pattern
 
 
@@ -18,7 +18,3 @@ def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: Pattern,
                 mask: torch.Tensor | None = None) -> LayerResult:
     """The mask of `sparsegpt.prune_layer`, without its weights."""
     return LayerResult(sparsegpt.prune_layer(weight, stats, pattern, mask).mask)
-
-
-METHOD = Method(prune_layer, "gram", False, "SparseGPT's mask on original weights",
-                "Frantar & Alistarh 2023, arXiv:2301.00774 (mask only)", scope="stretch")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
-from nmsparse_deploy.find.methods.base import score_method
 from nmsparse_deploy.find.methods.hessian import inverse_factor
 from nmsparse_deploy.find.methods.sparsegpt import DAMPING
 
@@ -19,7 +18,3 @@ def scores(weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
     """`w²/d²`, `[R, n]`. Needs `stats.gram`."""
     assert stats.gram is not None
     return (weight / inverse_factor(stats.gram, DAMPING).diagonal()).square()
-
-
-METHOD = score_method(scores, "gram", "SparseGPT's score on original weights, no sweep",
-                      "Frantar & Alistarh 2023, arXiv:2301.00774 (score only)", scope="stretch")

@@ -4,7 +4,13 @@ With the Gram matrix replaced by its diagonal this minimises the layer's output 
 not changed. Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2024, section 3.
 """
 
-from nmsparse_deploy.find.methods.base import score_method
+from __future__ import annotations
 
-METHOD = score_method(lambda weight, stats: weight.abs() * stats.rms, "norms", "weights times input norms",
-                      "Sun et al. 2024, arXiv:2306.11695")
+import torch
+
+from nmsparse_deploy.find.calibration.layer_stats import LayerStats
+
+
+def scores(weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
+    """Return `|W_ij| · ‖X_j‖`, `[R, n]`, with the root mean square for the norm. Needs the norms."""
+    return weight.abs() * stats.rms

@@ -131,7 +131,7 @@ def _tail(loaded: LoadedModel, blocks: Sequence[str], batches: Sequence[Batch], 
 
 
 def _statistics(tail: SuffixReplay, rows: Sequence[PlanRow], method: Method) -> dict[str, LayerStats]:
-    return {} if method.needs == "none" else tail.statistics([row.target for row in rows], method.needs)
+    return {} if method.facts.needs == "none" else tail.statistics([row.target for row in rows], method.facts.needs)
 
 
 def _rise(dense: Sequence[torch.Tensor], pruned: Sequence[torch.Tensor]) -> Rise:

@@ -34,7 +34,6 @@ from nmsparse_deploy.models.objective import Objective, objective
 from nmsparse_deploy.models.roofline import count_flops
 from nmsparse_deploy.pattern import Pattern, Unstructured, parse_pattern
 from nmsparse_deploy.recipe import DEFAULT_MODEL, Allocate
-from nmsparse_deploy.registry import METHODS
 from nmsparse_deploy.system import hardware
 from nmsparse_deploy.system.progress import Progress, silent
 
@@ -67,7 +66,7 @@ def plan(model: str = DEFAULT_MODEL, spec: Allocate = Allocate(budget=1.0), prog
     curved = spec.estimator == "hutchinson"  # second derivatives drown in the rounding of 16 bits
     loaded.module.to(device, torch.float32 if curved else compute)
     trials = _Trials(loaded, base.blocks, _batches(loaded, sample.inputs, spec.calibration.batch),
-                     METHODS.load(spec.method), progress)
+                     Method.load(spec.method), progress)
     rises = trials.rises(parts, patterns, spec)
     weights = sum(row.target.k * row.target.n for row in base.rows)
     groups, chosen = _choose(asked, parts, patterns, rises, times, spec, share, weights)

@@ -21,7 +21,7 @@ import torch
 
 from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.methods.hessian import FP64_WIDTH
-from nmsparse_deploy.find.refine.base import Layer, Refinement
+from nmsparse_deploy.find.refine.base import Layer
 from nmsparse_deploy.masks import project
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import Admm
@@ -75,7 +75,3 @@ def refine(layer: Layer, step: Admm) -> LayerResult:
     assert layer.stats.gram is not None
     mask = None if step.gradual else layer.result.mask
     return solve(layer.dense, layer.stats.gram, layer.groups, mask, step.steps, step.damping, step.rho)
-
-
-REFINEMENT = Refinement("gram", "both", "weights by ADMM, the mask tightened on the way",
-                        "Boža 2024, arXiv:2401.02938", layer=refine)

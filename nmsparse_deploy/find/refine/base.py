@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nmsparse_deploy.find.calibration.layer_stats import LayerStats, Need
+from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.learn.checkpoint import Checkpoints
 from nmsparse_deploy.find.learn.learner import Subject
 from nmsparse_deploy.find.learn.loop import Outcome
@@ -151,21 +151,3 @@ class Whole:
 
 RefineModel = Callable[[Whole, Any], Outcome]
 """`(whole, step)`: what every parameter that changed is now, by name, and facts. The module is left as it was."""
-
-
-@dataclass(frozen=True)
-class Refinement:
-    """One line of the registry. Exactly one of `layer`, `block` and `model` is set; `changes` is `mask`, `weights` or
-    `both`. What refines a whole model comes after everything else.
-
-    What changes weights alone follows any mask; `unstructured` says that a mask may be an unstructured one as well.
-    """
-
-    needs: Need
-    changes: str
-    summary: str
-    source: str
-    layer: RefineLayer | None = None
-    block: RefineBlock | None = None
-    model: RefineModel | None = None
-    unstructured: bool = False

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from nmsparse_deploy.find.refine.base import Block, BlockResult, Layer, Refinement
+from nmsparse_deploy.find.refine.base import Block, BlockResult, Layer
 from nmsparse_deploy.recipe import Bias
 
 
@@ -37,7 +37,3 @@ def refine(block: Block, step: Bias) -> BlockResult:
         others[place] = corrected(bias, layer)
         moved = max(moved, float((others[place] - bias).abs().max()))
     return BlockResult({}, others, {"corrected": len(others), "without a bias": without, "largest change": moved})
-
-
-REFINEMENT = Refinement("norms", "weights", "biases absorb the mean of what pruning took",
-                        "Nagel et al. 2019, arXiv:1906.04721", block=refine)

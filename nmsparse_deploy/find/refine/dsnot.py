@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 
 from nmsparse_deploy.find.methods.base import LayerResult
-from nmsparse_deploy.find.refine.base import Layer, Refinement
+from nmsparse_deploy.find.refine.base import Layer
 from nmsparse_deploy.recipe import Dsnot
 
 
@@ -52,7 +52,3 @@ def balance(layer: Layer, cycles: int, threshold: float) -> torch.Tensor:
 
 def refine(layer: Layer, step: Dsnot) -> LayerResult:
     return LayerResult(balance(layer, step.cycles, step.threshold))
-
-
-REFINEMENT = Refinement("norms", "mask", "swaps inside groups that bring each row's mean error to zero",
-                        "Zhang et al. 2024, arXiv:2310.08915", layer=refine)

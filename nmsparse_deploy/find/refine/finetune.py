@@ -23,7 +23,7 @@ from nmsparse_deploy.find.learn.loop import Outcome, fit
 from nmsparse_deploy.find.learn.mask_parametrization import Law, LawOf, Site
 from nmsparse_deploy.find.learn.sparse_training import Adapters, Fixed, SrSte, SSte
 from nmsparse_deploy.find.learn.step_context import Moment
-from nmsparse_deploy.find.refine.base import Refinement, Whole
+from nmsparse_deploy.find.refine.base import Whole
 from nmsparse_deploy.recipe import Finetune
 
 
@@ -93,8 +93,3 @@ def refine(whole: Whole, step: Finetune) -> Outcome:
 def _law(law: Law) -> Fixed:
     assert isinstance(law, Fixed)
     return law
-
-
-REFINEMENT = Refinement("none", "both", "train the survivors of the whole model against the dense one",
-                        "Zhou et al. 2021, arXiv:2102.04010; Huang et al. 2025, arXiv:2407.20584; Hu et al. 2024, "
-                        "arXiv:2409.09099", model=refine, unstructured=True)

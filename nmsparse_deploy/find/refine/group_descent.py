@@ -24,7 +24,7 @@ import torch
 from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.methods.group_obs import ENUMERATED
 from nmsparse_deploy.find.methods.sweep import COLUMNS
-from nmsparse_deploy.find.refine.base import Layer, Refinement
+from nmsparse_deploy.find.refine.base import Layer
 from nmsparse_deploy.find.refine.swap import WORTH, best_swaps, precise, strongest
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import GroupDescent
@@ -105,7 +105,3 @@ def refine(layer: Layer, step: GroupDescent) -> LayerResult:
     w, gram = precise(layer)
     fixed = strongest(layer, step.protect)
     return LayerResult(descend(w, layer.result.mask, fixed, gram, layer.groups, step.sweeps))
-
-
-REFINEMENT = Refinement("gram", "mask", "each group in turn takes the pattern that is best beside its row",
-                        "this project, after Zimmer et al. 2025, arXiv:2512.10922", layer=refine)

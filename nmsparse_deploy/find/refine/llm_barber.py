@@ -25,7 +25,7 @@ from torch import nn
 
 from nmsparse_deploy.find.calibration.layer_stats import as_rows
 from nmsparse_deploy.find.methods.base import LayerResult
-from nmsparse_deploy.find.refine.base import Block, BlockResult, Layer, Refinement
+from nmsparse_deploy.find.refine.base import Block, BlockResult, Layer
 from nmsparse_deploy.find.refine.units import Unit, units
 from nmsparse_deploy.models.capture import capture
 from nmsparse_deploy.pattern import NMPattern, Pattern
@@ -143,7 +143,3 @@ def _columns(layer: nn.Module, gradient: torch.Tensor) -> torch.Tensor:
     """The gradient at a layer's output as `[R, tokens]`."""
     channels = gradient.movedim(1, -1) if isinstance(layer, nn.Conv2d) else gradient
     return channels.float().flatten(0, -2).T
-
-
-REFINEMENT = Refinement("norms", "mask", "swaps the pairs that a block's loss prices the other way round",
-                        "Su et al. 2024, arXiv:2408.10631", block=refine, unstructured=True)

@@ -20,7 +20,7 @@ import torch
 
 from nmsparse_deploy.find.learn.losses import relative_error
 from nmsparse_deploy.find.methods.base import LayerResult
-from nmsparse_deploy.find.refine.base import Block, BlockResult, Refinement
+from nmsparse_deploy.find.refine.base import Block, BlockResult
 from nmsparse_deploy.find.refine.units import Unit, units
 from nmsparse_deploy.models.base import from_rows, to_rows
 from nmsparse_deploy.recipe import Reconstruct
@@ -94,7 +94,3 @@ def _error(block: Block, unit: Unit, number: int, target: torch.Tensor) -> torch
     if block.distance is None or not unit.leaves:
         return relative_error(output, target)
     return block.distance(number, output, target)
-
-
-REFINEMENT = Refinement("norms", "weights", "gradient steps on a block's surviving weights against the dense stream",
-                        "Guo et al. 2024, arXiv:2402.12419; Zimmer et al. 2025, arXiv:2510.14444", block=refine)

@@ -25,7 +25,7 @@ import torch
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.methods.least_squares import conjugate_gradients
-from nmsparse_deploy.find.refine.base import Layer, Refinement
+from nmsparse_deploy.find.refine.base import Layer
 from nmsparse_deploy.recipe import Refit
 
 STEPS = 20
@@ -62,7 +62,3 @@ def refine(layer: Layer, step: Refit) -> LayerResult:
     weight = refit(layer.dense, layer.weight, layer.result.mask, layer.stats, step.blend, step.steps, step.damping,
                    step.residual)
     return LayerResult(layer.result.mask, weight)
-
-
-REFINEMENT = Refinement("gram", "weights", "least squares on the mask, a share of the dense stream in the target",
-                        "Meng et al. 2024, arXiv:2406.07831; Li et al. 2025, arXiv:2504.02692", layer=refine)

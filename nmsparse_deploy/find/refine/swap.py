@@ -18,7 +18,7 @@ import torch
 
 from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.methods.hessian import FP64_WIDTH
-from nmsparse_deploy.find.refine.base import Layer, Refinement
+from nmsparse_deploy.find.refine.base import Layer
 from nmsparse_deploy.recipe import Swap
 
 CELLS = 1 << 18
@@ -91,7 +91,3 @@ def refine(layer: Layer, step: Swap) -> LayerResult:
         worth = WORTH * (lost * c).sum(1).clamp(min=0)
         masks.append(best_swaps(w[rows], c, kept, fixed[rows], gram, layer.groups.group, step.steps, worth))
     return LayerResult(torch.cat(masks))
-
-
-REFINEMENT = Refinement("gram", "mask", "the best exchange of a kept and a pruned weight in every row, repeatedly",
-                        "Zimmer et al. 2025, arXiv:2512.10922", layer=refine)

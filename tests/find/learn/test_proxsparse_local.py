@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
-from nmsparse_deploy.find.methods.base import relative_error
+from nmsparse_deploy.find.methods.base import Method, relative_error
 from nmsparse_deploy.find.methods.hessian import dampen
 from nmsparse_deploy.find.methods.proxsparse_local import descend, largest_eigenvalue, prune_layer
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
-from nmsparse_deploy.registry import METHODS
 
 seeds = st.integers(0, 2**31)
 
@@ -28,7 +27,7 @@ def layer(seed: int, rows: int = 16, width: int = 64):
 def test_correlated_inputs_take_over_for_each_other(seed):
     """By experiment 0.40 to 0.50 of SparseGPT's error on layers 256 wide (bar 0.75 at this width)."""
     weight, stats = layer(seed)
-    swept = METHODS.load("sparsegpt").prune_layer(weight, stats, TWO_FOUR).weight
+    swept = Method.load("sparsegpt").prune_layer(weight, stats, TWO_FOUR).weight
     found = prune_layer(weight, stats, TWO_FOUR).weight
     assert relative_error(weight, found, stats.gram) < 0.75 * relative_error(weight, swept, stats.gram)
 
@@ -42,7 +41,7 @@ def test_with_independent_inputs_it_is_wanda(seed, text):
     diagonal = stats.gram.diagonal()
     alone = LayerStats(512, diagonal.clone(), torch.diag(diagonal))
     result = prune_layer(weight, alone, pattern, damping=1e-9)
-    mask = METHODS.load("wanda").prune_layer(weight, alone, pattern).mask
+    mask = Method.load("wanda").prune_layer(weight, alone, pattern).mask
     assert torch.equal(result.mask, mask)
     torch.testing.assert_close(result.weight, torch.where(mask, weight, 0.0), rtol=1e-4, atol=1e-5)
 

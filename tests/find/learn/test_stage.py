@@ -16,6 +16,7 @@ from nmsparse_deploy.find.learn import loop
 from nmsparse_deploy.find.learn.memory_budget import Budget
 from nmsparse_deploy.find.learn.session import sentence, summary
 from nmsparse_deploy.find.learn.whole_model import one_shot, recomputed
+from nmsparse_deploy.find.methods.base import Method
 from nmsparse_deploy.find.plan.make_plan import make_plan
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.masks import MaskSet
@@ -137,9 +138,8 @@ def test_one_shot_priors_are_those_of_the_method(texts):
     walk.advance(0)
     stats = walk.statistics(1, [row.target for row in plan.pruned(1)], "norms")
     [row] = [row for row in plan.pruned(1) if row.target.name.endswith("up_proj.weight")]
-    from nmsparse_deploy.registry import METHODS
 
-    wanted = METHODS.load("wanda").prune_layer(before[row.target.name], stats[row.target.fusion], TWO_FOUR).mask
+    wanted = Method.load("wanda").prune_layer(before[row.target.name], stats[row.target.fusion], TWO_FOUR).mask
     assert torch.equal(found[row.target.name], wanted)
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.methods import alps, isc, magnitude_2d, ria, sparsegpt
+from nmsparse_deploy.find.methods.base import Method
 from nmsparse_deploy.find.methods.hessian import dampen
 from nmsparse_deploy.masks import mask_follows, project
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
-from nmsparse_deploy.registry import METHODS
 from tests.find.methods.test_methods import energy, exact_refit, layer, seeds
 
 FOUR_EIGHT, ONE_FOUR = NMPattern(4, 8), NMPattern(1, 4)
@@ -70,14 +70,14 @@ def test_the_scale_of_the_activations_changes_no_mask(seed, power):
     """Powers of two scale without rounding, so the equality is exact."""
     weight, stats = layer(seed)
     for name in ("alps", "isc", "ria"):
-        one, two = (METHODS.load(name).prune_layer(weight, s, TWO_FOUR) for s in (stats, scaled(stats, 4.0**power)))
+        one, two = (Method.load(name).prune_layer(weight, s, TWO_FOUR) for s in (stats, scaled(stats, 4.0**power)))
         assert torch.equal(one.mask, two.mask)
 
 
 def test_the_scale_of_the_activations_changes_the_mask_of_the_released_isc():
     """Its terms have different units: this is the defect that the name stands for."""
     weight, stats = layer(1, rows=64)
-    masks = [METHODS.load("isc-released").prune_layer(weight, scaled(stats, 4.0**power), TWO_FOUR).mask for power in (-3, 0, 3)]
+    masks = [Method.load("isc-released").prune_layer(weight, scaled(stats, 4.0**power), TWO_FOUR).mask for power in (-3, 0, 3)]
     assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
 
 
@@ -110,7 +110,7 @@ def test_ria_of_dead_columns_and_zero_rows():
     stats.square_sum[6] = 0.0
     scores = ria.scores(weight, stats)
     assert torch.isfinite(scores).all() and (scores[2] == 0).all() and (scores[:, [1, 6]] == 0).all()
-    assert mask_follows(METHODS.load("ria").prune_layer(weight, stats, TWO_FOUR).mask, TWO_FOUR)
+    assert mask_follows(Method.load("ria").prune_layer(weight, stats, TWO_FOUR).mask, TWO_FOUR)
 
 
 # --- ALPS ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.errors import CheckFailed, UsageError
 from nmsparse_deploy.find.methods import group_obs, sparsegpt
-from nmsparse_deploy.find.methods.base import prune_matrices, relative_error
+from nmsparse_deploy.find.methods.base import Method, prune_matrices, relative_error
 from nmsparse_deploy.find.methods.grid import Grid
 from nmsparse_deploy.find.methods.hessian import dampen, inverse_factor
 from nmsparse_deploy.find.methods.sparsegpt import freezer
@@ -33,7 +33,7 @@ from tests.fixtures import pico
 seeds = st.integers(0, 2**31)
 bits = st.sampled_from([4, 8])
 widths = st.sampled_from([None, 8, 16])
-able = [name for name in METHODS.names() if METHODS.load(name).quantises]
+able = [name for name in METHODS.names() if METHODS[name].quantises]
 
 
 # --- the grid --------------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def test_kept_weights_are_on_the_grid_and_pruned_ones_are_zero(name, seed, patte
     """Property 19."""
     weight, stats = layer(seed)
     grid = Grid.of(weight, bits, width)
-    result = METHODS.load(name).prune_layer(weight, stats, pattern, grid=grid)
+    result = Method.load(name).prune_layer(weight, stats, pattern, grid=grid)
     assert mask_follows(result.mask, pattern) and result.grid is grid
     assert (result.weight[~result.mask] == 0).all() and check(result.weight, pattern).negative_zeros == 0
     levels = result.weight / grid.scales.repeat_interleave(width or 32, 1)
@@ -94,7 +94,7 @@ def test_sixteen_bits_are_the_unrounded_sweep(name, seed):
     """Property 19. The widest rows have room for what compensation adds, so nothing is clipped."""
     weight, stats = layer(seed)
     fine = Grid(Grid.of(8 * weight, 16).scales, 32, 16)
-    plain, joint = (METHODS.load(name).prune_layer(weight, stats, TWO_FOUR, **grid) for grid in ({}, {"grid": fine}))
+    plain, joint = (Method.load(name).prune_layer(weight, stats, TWO_FOUR, **grid) for grid in ({}, {"grid": fine}))
     same = (plain.mask == joint.mask).all(1)  # a near tie may fall the other way after a rounding
     assert float(same.float().mean()) > 0.7
     torch.testing.assert_close(joint.weight[same], plain.weight[same], rtol=0, atol=0.02 * float(weight.abs().max()))
@@ -139,7 +139,7 @@ def test_reported_loss_counts_the_rounding(seed, pattern, bits, width, name):
 @pytest.mark.parametrize("width", [None, 16])
 def test_joint_usually_beats_pruning_first_and_rounding_after(name, width):
     """Statistical: lower layer error at 4 bits in most of twenty random correlated layers."""
-    method, wins = METHODS.load(name), 0
+    method, wins = Method.load(name), 0
     for seed in range(20):
         weight, stats = layer(seed, rows=16, width=64, tokens=256)
         hessian, grid = dampen(stats.gram, 0.01), Grid.of(weight, 4, width)
@@ -242,7 +242,7 @@ def test_the_sweep_after_a_mask_loses_less_than_rounding_to_the_nearest(seed):
     mask = project((weight.abs() * stats.square_sum.sqrt()), TWO_FOUR)
     kept = torch.where(mask, weight, 0.0)
     grid = Grid.of(kept, 4)
-    swept = prune_matrices(METHODS.load("sparsegpt"), kept, stats, TWO_FOUR, grid, mask)
+    swept = prune_matrices(Method.load("sparsegpt"), kept, stats, TWO_FOUR, grid, mask)
     nearest = grid.codes(kept) * grid.scales
     assert torch.equal(swept.mask, mask) and grid.holds(swept.weight)
     assert relative_error(kept, swept.weight, stats.gram) < relative_error(kept, nearest, stats.gram)

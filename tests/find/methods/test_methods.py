@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.methods import group_obs, group_obs_ordered
-from nmsparse_deploy.find.methods.base import relative_error
+from nmsparse_deploy.find.methods.base import Method, relative_error
 from nmsparse_deploy.find.methods.hessian import dampen, inverse_factor
 from nmsparse_deploy.find.methods.sparsegpt import freezer, prune_layer
 from nmsparse_deploy.find.methods.sweep import sweep
@@ -21,7 +21,7 @@ from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
 from nmsparse_deploy.prove.group_counter import check
 from nmsparse_deploy.registry import METHODS
 
-METHODS_HERE = [name for name in METHODS.names() if METHODS.load(name).package is None]
+METHODS_HERE = [name for name in METHODS.names() if METHODS[name].package is None]
 """Those that need no other library; the others have tests of their own."""
 
 PATTERNS = [NMPattern.parse(text) for text in ("2:4", "1:4", "4:8", "2:8")]
@@ -55,11 +55,11 @@ def exact_refit(weight: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("name", METHODS_HERE)
 def test_every_method_is_exact(name, pattern, dtype):
-    method = METHODS.load(name)
+    method = Method.load(name)
     weight, stats = layer(3)
     result = method.prune_layer(weight.to(dtype).float(), stats, pattern)
     assert result.mask.dtype == torch.bool and mask_follows(result.mask, pattern)
-    assert (result.weight is not None) == method.updates_weights
+    assert (result.weight is not None) == method.facts.updates_weights
     kept = weight if result.weight is None else result.weight
     baked = torch.where(result.mask, kept.to(dtype), 0)
     assert check(baked, pattern).bad == 0 and check(baked, pattern).negative_zeros == 0
@@ -68,7 +68,7 @@ def test_every_method_is_exact(name, pattern, dtype):
 @pytest.mark.parametrize("name", METHODS_HERE)
 def test_every_method_survives_odd_layers(name):
     """Dead, duplicated and all-zero columns and rows, ties, one token, one group."""
-    method = METHODS.load(name)
+    method = Method.load(name)
     weight, stats = layer(5)
     weight[:, 3] = weight[:, 2]
     weight[4] = 0.0
@@ -93,7 +93,7 @@ def _kill(gram: torch.Tensor, columns: list[int]) -> torch.Tensor:
 def test_wanda_is_optimal_for_a_diagonal_gram(seed):
     weight, stats = layer(seed, rows=3, width=8)
     diagonal = stats.gram.diagonal()
-    mask = METHODS.load("wanda").prune_layer(weight, stats, TWO_FOUR).mask
+    mask = Method.load("wanda").prune_layer(weight, stats, TWO_FOUR).mask
     scores = weight.square() * diagonal
     assert torch.equal(mask, project(scores, TWO_FOUR))
 
@@ -202,7 +202,7 @@ def test_the_order_of_damage_pays_on_average_and_a_given_mask_is_kept():
     ratios = []
     for seed in range(8):
         weight, stats = layer(seed, rows=32, width=96, tokens=384)
-        plain, ordered = (METHODS.load(name).prune_layer(weight, stats, TWO_FOUR) for name in ("group-obs", "group-obs-ordered"))
+        plain, ordered = (Method.load(name).prune_layer(weight, stats, TWO_FOUR) for name in ("group-obs", "group-obs-ordered"))
         errors = [relative_error(weight, result.weight, stats.gram) for result in (plain, ordered)]
         ratios.append(errors[1] / errors[0])
         again = group_obs_ordered.prune_layer(weight, stats, TWO_FOUR, plain.mask)
@@ -254,7 +254,7 @@ def test_diagonal_gram_makes_sparsegpt_wanda(seed):
     gram = torch.diag(stats.gram.diagonal())
     plain = LayerStats(96, gram.diagonal(), gram)
     result = prune_layer(weight, plain, TWO_FOUR, damping=1e-9)
-    wanda = METHODS.load("wanda").prune_layer(weight, plain, TWO_FOUR).mask
+    wanda = Method.load("wanda").prune_layer(weight, plain, TWO_FOUR).mask
     assert torch.equal(result.mask, wanda)
     torch.testing.assert_close(result.weight, torch.where(wanda, weight, 0))
 
@@ -271,7 +271,7 @@ def test_channel_scaling_changes_nothing(seed):
     gram = stats.gram * scale[:, None] * scale[None]
     scaled = LayerStats(512, gram.diagonal().clone(), gram)
     for name in ("wanda", "sparsegpt"):
-        method = METHODS.load(name)
+        method = Method.load(name)
         extra = {"damping": 0.0} if name == "sparsegpt" else {}
         one = method.prune_layer(weight, stats, TWO_FOUR, **extra)
         two = method.prune_layer(weight / scale, scaled, TWO_FOUR, **extra)

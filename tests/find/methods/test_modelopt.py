@@ -79,7 +79,7 @@ def test_it_knows_one_pattern(wrong):
 
 
 def test_without_the_package_nothing_is_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr("nmsparse_deploy.find.methods.base.find_spec", lambda name: None)
+    monkeypatch.setattr("nmsparse_deploy.registry.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match="needs the package 'modelopt'") as caught:
         prune("no such model", Prune(method="modelopt-magnitude"), tmp_path / "run")
     assert "nmsparse-deploy[modelopt]" in caught.value.hint and not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from nmsparse_deploy.find.calibration.suffix_replay import SuffixReplay
+from nmsparse_deploy.find.methods.base import Method
 from nmsparse_deploy.find.plan.make_plan import make_plan
 from nmsparse_deploy.find.plan.sensitivity import Trace, _quadratic_forms, direct, from_curvature, hutchinson, together
 from nmsparse_deploy.find.plan.stage import fusion_groups
@@ -18,10 +19,10 @@ from nmsparse_deploy.masks import project
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.objective import Objective, objective
 from nmsparse_deploy.pattern import TWO_FOUR
-from nmsparse_deploy.registry import ADAPTERS, METHODS
+from nmsparse_deploy.registry import ADAPTERS
 from tests.fixtures import pico
 
-WANDA = METHODS.load("wanda")
+WANDA = Method.load("wanda")
 
 
 def bert(head: bool) -> nn.Module:
@@ -223,7 +224,7 @@ def test_curvature_times_damage():
     plan = make_plan(model.discover(), TWO_FOUR)
     parts = fusion_groups(plan)
     traces = {row.target.name: Trace(float(i + 1), 0.5, 1) for i, row in enumerate(plan.pruned())}
-    found = from_curvature(model, plan.blocks, parts, batches, Objective("cross-entropy"), METHODS.load("magnitude"), traces)
+    found = from_curvature(model, plan.blocks, parts, batches, Objective("cross-entropy"), Method.load("magnitude"), traces)
     for part, rise in zip(parts, found):
         wanted = 0.0
         for row in part:

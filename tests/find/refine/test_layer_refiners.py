@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
-from nmsparse_deploy.find.methods.base import LayerResult
+from nmsparse_deploy.find.methods.base import LayerResult, Method
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.find.refine import admm, bias, dsnot, group_descent, swap
 from nmsparse_deploy.find.refine.base import Block, Layer
@@ -24,12 +24,12 @@ from nmsparse_deploy.masks import MaskSet, mask_follows, project
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
 from nmsparse_deploy.prove.group_counter import check
 from nmsparse_deploy.recipe import Admm, AnyStep, Bias, Dsnot, GroupDescent, Prune, Swap, validate
-from nmsparse_deploy.registry import METHODS, REFINEMENTS
+from nmsparse_deploy.registry import REFINEMENTS
 from tests.find.test_prune import Stop, mask_bytes, spec, stop_at
 from tests.fixtures import pico
 
 PATTERNS = [NMPattern.parse(text) for text in ("2:4", "1:4", "4:8", "2:8")]
-LAYER_STEPS = [name for name in REFINEMENTS.names() if REFINEMENTS.load(name).layer is not None]
+LAYER_STEPS = [name for name in REFINEMENTS.names() if REFINEMENTS[name].level == "layer"]
 seeds = st.integers(0, 2**31)
 patterns = st.sampled_from(PATTERNS)
 
@@ -50,7 +50,7 @@ def problem(seed: int, pattern: NMPattern = TWO_FOUR, rows: int = 6, width: int 
     stats = LayerStats(tokens, gram.diagonal().clone(), gram, gram.clone(), x.sum(0))
     start = LayerResult(project(torch.rand(weight.shape, generator=generator), pattern))
     if method is not None:
-        start = METHODS.load(method).prune_layer(weight, stats, pattern)
+        start = Method.load(method).prune_layer(weight, stats, pattern)
     return Layer(weight, stats, pattern, 1, weight.shape, start), x
 
 
@@ -95,7 +95,7 @@ def test_the_error_never_rises(seed, pattern, name):
     layer, _ = problem(seed, pattern)
     limit = {"group-descent": "sweeps", "swap": "steps"}[name]
     masks = [layer.result.mask]
-    masks += [REFINEMENTS.load(name).layer(layer, settings_of(name, **{limit: n})).mask for n in (1, 2, 3, 5, 50)]
+    masks += [REFINEMENTS.load(name)(layer, settings_of(name, **{limit: n})).mask for n in (1, 2, 3, 5, 50)]
     values = [losses(layer, mask) for mask in masks]
     assert all((after <= before * (1 + 1e-9)).all() for before, after in pairwise(values))
 
@@ -116,7 +116,7 @@ def test_swaps_end_where_no_swap_is_better(seed, name):
     """Also for group descent on a pattern that is too wide to enumerate."""
     pattern = NMPattern(2, 4) if name == "swap" else NMPattern(5, 10)
     layer, _ = problem(seed, pattern, rows=3, width=20)
-    mask = REFINEMENTS.load(name).layer(layer, settings_of(name)).mask
+    mask = REFINEMENTS.load(name)(layer, settings_of(name)).mask
     reached, start = losses(layer, mask), losses(layer, layer.result.mask)
     assert mask_follows(mask, pattern) and (reached <= start).all()
     for first, p, u in product(range(0, 20, pattern.group), range(pattern.group), range(pattern.group)):
@@ -137,7 +137,7 @@ def test_one_group_alone_ends_at_the_best_mask_of_all(seed):
 @given(seeds, st.sampled_from(["group-descent", "swap"]), st.sampled_from([0.5, 0.9, 1.0]))
 def test_protected_weights_stay(seed, name, share):
     layer, x = problem(seed, rows=5, width=32)
-    mask = REFINEMENTS.load(name).layer(layer, settings_of(name, protect=share)).mask
+    mask = REFINEMENTS.load(name)(layer, settings_of(name, protect=share)).mask
     scores = layer.dense.abs() * x.square().mean(0).sqrt()
     for row in range(5):
         kept = layer.result.mask[row].nonzero().flatten()
@@ -150,8 +150,8 @@ def test_frozen_masks_come_back_to_the_original_weights():
     """From a method that has moved the weights, these three return to the original ones."""
     layer, _ = problem(0, method="sparsegpt")
     for name in ("group-descent", "swap", "dsnot"):
-        assert REFINEMENTS.load(name).layer(layer, settings_of(name)).weight is None
-        assert REFINEMENTS.load(name).changes == "mask"
+        assert REFINEMENTS.load(name)(layer, settings_of(name)).weight is None
+        assert REFINEMENTS[name].changes == "mask"
 
 
 def test_long_rows_and_many_rows_are_cut_without_a_trace(monkeypatch):
@@ -321,8 +321,8 @@ def test_a_bias_is_corrected_once_however_often_it_is_asked(texts, gpt2_dir, tmp
 @pytest.mark.parametrize("name", LAYER_STEPS)
 def test_every_layer_refinement_is_exact(name, pattern, method):
     layer, _ = problem(3, pattern, rows=12, width=32, tokens=96, method=method)
-    refinement = REFINEMENTS.load(name)
-    result = refinement.layer(layer, settings_of(name))
+    refinement = REFINEMENTS[name]
+    result = REFINEMENTS.load(name)(layer, settings_of(name))
     assert result.mask.dtype == torch.bool and mask_follows(result.mask, pattern)
     assert refinement.changes != "weights" or torch.equal(result.mask, layer.result.mask)
     assert refinement.changes != "mask" or result.weight is None
@@ -335,7 +335,7 @@ def test_every_layer_refinement_is_exact(name, pattern, method):
 @pytest.mark.parametrize("name", LAYER_STEPS)
 def test_every_layer_refinement_survives_odd_layers(name):
     """Property 25: dead and duplicated columns, rows of zeros and of ties, one token, no signal at all, one group."""
-    refinement, step = REFINEMENTS.load(name), settings_of(name)
+    refine, step = REFINEMENTS.load(name), settings_of(name)
     layer, x = problem(5, rows=8, width=32)
     weight = layer.dense.clone()
     weight[4], weight[5] = 0.0, 1.0
@@ -346,8 +346,8 @@ def test_every_layer_refinement_survives_odd_layers(name):
         gram, width = inputs.T @ inputs, inputs.shape[1]
         stats = LayerStats(len(inputs), gram.diagonal().clone(), gram, gram.clone(), inputs.sum(0))
         w = weight[:, :width]
-        start = METHODS.load("sparsegpt").prune_layer(w, stats, TWO_FOUR)
-        result = refinement.layer(Layer(w, stats, TWO_FOUR, 1, w.shape, start), step)
+        start = Method.load("sparsegpt").prune_layer(w, stats, TWO_FOUR)
+        result = refine(Layer(w, stats, TWO_FOUR, 1, w.shape, start), step)
         assert mask_follows(result.mask, TWO_FOUR)
         assert result.weight is None or torch.isfinite(result.weight).all()
 
@@ -374,7 +374,7 @@ def test_every_refinement_ends_verified_and_resumes_to_the_same_bits(name, texts
         weight = weights[key]
         assert mask.axis == 0 and (weight[~mask.unpack()] == 0).all()
         assert mask_follows(mask.unpack(), mask.pattern, mask.axis)
-        assert REFINEMENTS.load(name).changes != "mask" or torch.equal(weight, mask.apply(dense[key]))
+        assert REFINEMENTS[name].changes != "mask" or torch.equal(weight, mask.apply(dense[key]))
     with pytest.raises(Stop):
         prune(str(gpt2_dir), recipe, tmp_path / "broken", progress=stop_at(1))
     resumed = prune(str(gpt2_dir), recipe, tmp_path / "broken")

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from nmsparse_deploy.find.calibration.block_walk import BlockWalk
+from nmsparse_deploy.find.methods.base import Method
 from nmsparse_deploy.find.plan.make_plan import make_plan
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.find.prune_block import prune_block
@@ -27,7 +28,6 @@ from nmsparse_deploy.models.residual_stream import EXIT, find_middle, parameters
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.prove.group_counter import check
 from nmsparse_deploy.recipe import Prune, validate
-from nmsparse_deploy.registry import METHODS
 from tests.find.test_prune import Stop, mask_bytes, spec, stop_at
 from tests.fixtures import pico
 
@@ -55,16 +55,15 @@ def blocks(model, monkeypatch, step=None):
                for i in range(10)]
     walk = BlockWalk(model, plan.blocks, batches, torch.float32, both=True)
     seen = []
-    original = reconstruct.REFINEMENT.block
+    original = reconstruct.refine
 
     def refine(block, settings):
         seen.append((block, {n: v.clone() for n, v in block.module.named_parameters()}, original(block, settings)))
         return seen[-1][2]
 
-    monkeypatch.setitem(reconstruct.__dict__, "REFINEMENT", reconstruct.Refinement(
-        "norms", "weights", "", "", block=refine))
+    monkeypatch.setattr(reconstruct, "refine", refine)
     recipe = validate(Prune, {"method": "wanda", "refine": [{"name": "reconstruct", **(step or {})}]})
-    pruned = prune_block(model, plan, 0, recipe, METHODS.load("wanda"), walk)
+    pruned = prune_block(model, plan, 0, recipe, Method.load("wanda"), walk)
     return *seen[0], pruned
 
 
