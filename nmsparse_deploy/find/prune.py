@@ -113,7 +113,7 @@ def _default_path(model: str, spec: Prune, identity: str) -> Path:
 
 def _check_finite(loaded: LoadedModel, plan: Plan) -> None:
     for number, path in enumerate(plan.blocks):
-        with loaded.weights.hold(path):
+        with loaded.weights.materialise(path):
             for name in (row.target.name for row in plan.pruned(number)):
                 if not torch.isfinite(loaded.module.get_parameter(name)).all():
                     raise NmsparseError(f"The weight '{name}' of '{loaded.source}' contains NaN or Inf.",
@@ -212,7 +212,7 @@ class _Stage:
         rows: list[dict[str, Any]] = []
         for number in range(blocks[-1] + 1):
             self.progress(f"{self.spec.method} {self.spec.pattern}, block {number}", number, len(self.plan.blocks))
-            with self.loaded.weights.hold(self.plan.blocks[number]):
+            with self.loaded.weights.materialise(self.plan.blocks[number]):
                 if number in blocks:
                     rows += self._block(walk, probe, number)
                 elif walk is not None:

@@ -15,13 +15,13 @@ from torch import nn
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.models.base import Discovery, Skipped, Target, block_index, weights
 from nmsparse_deploy.models.experts import expert_lists, is_router, sibling
-from nmsparse_deploy.models.input_trace import Read, Trace, group_axis, trace
-from nmsparse_deploy.models.weights import WHOLE, Weights
+from nmsparse_deploy.models.input_trace import InputTrace, Read, group_axis, trace
+from nmsparse_deploy.models.weight_store import IN_MEMORY, WeightStore
 
 __all__ = ["discover", "find_blocks", "group_axis", "trace_inputs"]
 
 
-def discover(module: nn.Module, inputs: Mapping[str, torch.Tensor], held: Weights = WHOLE) -> Discovery:
+def discover(module: nn.Module, inputs: Mapping[str, torch.Tensor], store: WeightStore = IN_MEMORY) -> Discovery:
     """Discover blocks, targets and what is skipped, by one forward pass on `inputs` (batch of 2 or more).
 
     Blocks come in the order in which they run. Raises `NmsparseError` when the model has no repeated blocks, or runs
@@ -30,7 +30,7 @@ def discover(module: nn.Module, inputs: Mapping[str, torch.Tensor], held: Weight
     found = find_blocks(module)
     if not found:
         raise NmsparseError("Found no repeated blocks in this model, so there is nothing to prune block by block.")
-    traced = trace(module, found, inputs, held)
+    traced = trace(module, found, inputs, store)
     again = next((path for path in traced.order if traced.order.count(path) > 1), None)
     if again is not None:
         raise NmsparseError(f"The block '{again}' runs several times in one forward pass; shared blocks are not "
@@ -64,7 +64,7 @@ def trace_inputs(module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str
     return trace(module, blocks, inputs).reads
 
 
-def _read(traced: Trace, lists: Mapping[str, int], path: str, name: str, parameter: nn.Parameter,
+def _read(traced: InputTrace, lists: Mapping[str, int], path: str, name: str, parameter: nn.Parameter,
           layer: nn.Module) -> Read | None:
     """What a weight reads; an expert that no token reached reads as its siblings do."""
     if parameter.ndim != 3 and group_axis(layer) is None:

@@ -10,8 +10,8 @@ from torch import nn
 
 from nmsparse_deploy.models.base import block_index, weights
 from nmsparse_deploy.models.forwards import within
-from nmsparse_deploy.models.matmul_observer import Product, Watch, place
-from nmsparse_deploy.models.weights import WHOLE, Weights
+from nmsparse_deploy.models.matmul_observer import MatmulObserver, Product, place
+from nmsparse_deploy.models.weight_store import IN_MEMORY, WeightStore
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Read:
 
 
 @dataclass
-class Trace:
+class InputTrace:
     """Reads by parameter name, and the blocks in the order in which they were entered."""
 
     reads: dict[str, Read] = field(default_factory=dict)
@@ -56,9 +56,9 @@ def gemms(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def trace(module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str, torch.Tensor],
-          held: Weights = WHOLE) -> Trace:
+          store: WeightStore = IN_MEMORY) -> InputTrace:
     """Run one forward pass and see which weights read which tensor, and in which order the blocks run."""
-    found = Trace()
+    found = InputTrace()
     seen: dict[tuple, str] = {}
     products: dict[tuple, str] = {}
     alive: list[torch.Tensor] = []  # a freed tensor's address could be used again
@@ -89,15 +89,15 @@ def trace(module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str, torch
     handles += [module.get_submodule(path).register_forward_pre_hook(
         lambda _m, _args, path=path: found.entered.append(path)) for path in blocks]
 
-    def watch(index: int) -> Watch:
+    def observer(index: int) -> MatmulObserver:
         path = blocks[index]
-        return Watch({f"{path}.{name}": parameter for _, name, parameter in weights(module.get_submodule(path))
+        return MatmulObserver({f"{path}.{name}": parameter for _, name, parameter in weights(module.get_submodule(path))
                       if parameter.ndim < 4}, multiplied)
 
     layers = [module.get_submodule(path) for path in blocks]
     training = module.training
     try:
-        with torch.no_grad(), within(layers, watch), held.flowing():  # a block is watched once it has its weights
+        with torch.no_grad(), within(layers, observer), store.on_demand():  # a block is watched once it has its weights
             module.eval()(**inputs)
     finally:
         module.train(training)

@@ -17,7 +17,7 @@ from nmsparse_deploy.models.base import Discovery
 from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.models.outputs import Features, primary_output
 from nmsparse_deploy.models.preprocess import ImagePipeline
-from nmsparse_deploy.models.weights import WHOLE, Weights
+from nmsparse_deploy.models.weight_store import IN_MEMORY, WeightStore
 
 Batch = dict[str, Any]
 """Keyword arguments of one forward pass."""
@@ -42,7 +42,7 @@ class LoadedModel:
     """Tokenizer (text) or preprocessing settings (images)."""
     provenance: dict[str, str] = field(default_factory=dict)
     """Revision, file hashes, dtype, library versions."""
-    weights: Weights = WHOLE
+    weights: WeightStore = IN_MEMORY
 
     @property
     def streamed(self) -> bool:

@@ -35,7 +35,7 @@ def place(tensor: torch.Tensor) -> tuple[Any, Any]:
     return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
-class Watch(TorchDispatchMode):
+class MatmulObserver(TorchDispatchMode):
     """Tells `seen` about every product with one of `weights` while it is entered. Nothing is computed differently."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], seen: Callable[[Product], None]) -> None:

@@ -1,7 +1,7 @@
 """Channels of a block that may be renumbered without changing what it computes, found by asking the block.
 
-A space is the reduction axis of the layers that read one tensor (its consumers) together with the rows, and biases, of
-the layers that write it (its producers). Three questions find it, without names and without head counts:
+They are entries of the reduction axis of the layers that read one tensor (the consumers), together with the rows, and
+biases, of the layers that write it (the producers). Three questions find it, without names and without head counts:
 
 1. *Which row writes channel j?* In a copy of the block every matrix product answers a constant: ones, but one layer
    answers `1 + bit b of the row's number`. A channel written by a single row repeats, bit by bit, what it gave for all
@@ -43,8 +43,8 @@ class Side:
 
 
 @dataclass(frozen=True)
-class PermutationSpace:
-    """`segments` runs of `length` channels; each has a permutation of its own, which its `copies` share.
+class PermutableChannels:
+    """Channels in `segments` runs of `length`; each has a permutation of its own, which its `copies` share.
 
     Parameter names are those inside the block.
     """
@@ -75,9 +75,9 @@ def reorder(module: nn.Module, orders: Mapping[tuple[str, int], torch.Tensor]) -
             parameter.copy_(parameter.index_select(axis, order.to(parameter.device)))
 
 
-def find_spaces(block: nn.Module, run: Run, x: torch.Tensor,
-                readers: Sequence[Sequence[str]]) -> tuple[list[PermutationSpace], dict[str, str]]:
-    """The spaces of `block`, and for every other reader the reason why its channels are not free.
+def find_permutable_channels(block: nn.Module, run: Run, x: torch.Tensor,
+                             readers: Sequence[Sequence[str]]) -> tuple[list[PermutableChannels], dict[str, str]]:
+    """Find what may be permuted in `block`, and for every other reader the reason why its channels are not free.
 
     `readers` are layers by path, those that read the same tensor together; `x` `[batch, tokens, hidden]` is one input.
     """
@@ -85,16 +85,16 @@ def find_spaces(block: nn.Module, run: Run, x: torch.Tensor,
     stubs = _Stubs(block, run, x)
     groups = {group[0]: group for group in readers}
     written = _writers(stubs, [first for first in groups if first in stubs.width])
-    spaces, reasons = [], {}
+    sets, reasons = [], {}
     for first, group in groups.items():
-        found = _spaces(stubs, group, written[first]) if first in written else "it was not reached by the probe"
-        if not isinstance(found, str) and not all(_holds(block, run, x, space) for space in found):
+        found = _channels_of(stubs, group, written[first]) if first in written else "it was not reached by the probe"
+        if not isinstance(found, str) and not all(_holds(block, run, x, channels) for channels in found):
             found = "shuffling its channels changes what the block computes"
         if isinstance(found, str):
             reasons[first] = found
         else:
-            spaces += found
-    return spaces, reasons
+            sets += found
+    return sets, reasons
 
 
 def _matrices(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -123,7 +123,7 @@ class _Stubs:
 
     @torch.no_grad()
     def ask(self, answer: Answer) -> dict[str, torch.Tensor]:
-        """What every layer then reads, `[channels, tokens]`."""
+        """Return what every layer then reads, `[channels, tokens]`."""
         self._answer, self._seen = answer, {}
         self._run(self.block, self._x)
         return self._seen
@@ -134,11 +134,11 @@ class _Stubs:
 
 
 Writers = dict[tuple[str, int], torch.Tensor]
-"""By layer and first row of the stretch that was probed: the row that writes each channel, `UNWRITTEN` or `MIXED`."""
+"""By layer and first of the rows that were probed: the row that writes each channel, `UNWRITTEN` or `MIXED`."""
 
 
 def _writers(stubs: _Stubs, consumers: Sequence[str]) -> dict[str, Writers]:
-    """What writes each consumer. A layer that mixes is asked again in pieces: gate and up may be one matrix."""
+    """Find what writes each consumer. A layer that mixes is asked again in pieces: gate and up may be one matrix."""
     low = stubs.ask(lambda path, shape: torch.ones(shape))
     written: dict[str, Writers] = {name: {} for name in consumers if name in low}
     for path, width in stubs.width.items():
@@ -157,7 +157,7 @@ def _writers(stubs: _Stubs, consumers: Sequence[str]) -> dict[str, Writers]:
 
 
 def _rows(stubs: _Stubs, low: Mapping[str, torch.Tensor], path: str, start: int, stop: int) -> dict[str, torch.Tensor]:
-    """Which of the rows `start` to `stop` of a layer writes each channel of everything that they reach."""
+    """Find which of the rows `start` to `stop` of a layer writes each channel of everything that they reach."""
     def ask(values: torch.Tensor) -> dict[str, torch.Tensor]:
         rows = torch.ones(stubs.width[path])
         rows[start:stop] += values
@@ -192,8 +192,8 @@ def _spell(low: torch.Tensor, high: torch.Tensor, answers: Sequence[torch.Tensor
     return torch.where(_moved(low, high), rows, UNWRITTEN).cpu()
 
 
-def _spaces(stubs: _Stubs, group: Sequence[str], written: Writers) -> list[PermutationSpace] | str:
-    """The spaces of the consumers `group`, or why there is none."""
+def _channels_of(stubs: _Stubs, group: Sequence[str], written: Writers) -> list[PermutableChannels] | str:
+    """Find what may be permuted of the consumers `group`, or why there is nothing."""
     if not written:
         return "no layer of the block writes its channels one by one"
     mixed = [path for (path, _), rows in written.items() if (rows == MIXED).any()]
@@ -204,7 +204,7 @@ def _spaces(stubs: _Stubs, group: Sequence[str], written: Writers) -> list[Permu
     _, unit, copies = keys[:, columns].unique(dim=1, return_inverse=True, return_counts=True)
     profiles = _profiles(stubs, written)[group[0]].cpu()
     by_unit = columns[unit.argsort(stable=True)].split(copies.tolist())  # the channels of each unit, ascending
-    spaces: list[PermutationSpace] = []
+    sets: list[PermutableChannels] = []
     for count in copies.unique().tolist():
         places = torch.stack([channels for channels in by_unit if len(channels) == count])
         places = places[places[:, 0].argsort()]
@@ -213,14 +213,14 @@ def _spaces(stubs: _Stubs, group: Sequence[str], written: Writers) -> list[Permu
             return "its channels are not interchangeable"
         for length in sorted({len(segment) for segment in segments}):
             members = torch.stack([segment for segment in segments if len(segment) == length])
-            spaces.append(_space(stubs, group, written, places[members].permute(2, 0, 1)))
-    if any(side.places.unique().numel() < side.places.numel() for space in spaces for side in space.producers):
+            sets.append(_with_writers(stubs, group, written, places[members].permute(2, 0, 1)))
+    if any(side.places.unique().numel() < side.places.numel() for channels in sets for side in channels.producers):
         return "one row writes channels that other rows tell apart"
-    return spaces
+    return sets
 
 
 def _profiles(stubs: _Stubs, written: Writers) -> dict[str, torch.Tensor]:
-    """What is read when the writing rows all put out the same series over tokens, and everything else noise."""
+    """Return what is read when the writing rows all put out the same series over tokens, and everything else noise."""
     seeds = {path: number for number, path in enumerate(stubs.width, 1)}
 
     def answer(path: str, shape: torch.Size) -> torch.Tensor:
@@ -235,7 +235,7 @@ def _profiles(stubs: _Stubs, written: Writers) -> dict[str, torch.Tensor]:
 
 
 def _alike(profiles: torch.Tensor, unwritten: torch.Tensor) -> list[torch.Tensor] | None:
-    """Units with equal profiles and writers, as lists of unit numbers; None as soon as one is unlike all others."""
+    """List units with equal profiles and writers by their numbers; None as soon as one is unlike all others."""
     limit = TOLERANCE * profiles.abs().max()
     left, segments = torch.arange(len(profiles)), []
     while len(left):
@@ -248,9 +248,9 @@ def _alike(profiles: torch.Tensor, unwritten: torch.Tensor) -> list[torch.Tensor
     return segments
 
 
-def _space(stubs: _Stubs, group: Sequence[str], written: Writers,
-           columns: torch.Tensor) -> PermutationSpace:
-    """`columns` `[copies, segments, length]` of the consumers, with the rows that write them."""
+def _with_writers(stubs: _Stubs, group: Sequence[str], written: Writers,
+                  columns: torch.Tensor) -> PermutableChannels:
+    """Join `columns` `[copies, segments, length]` of the consumers, with the rows that write them."""
     consumers, producers = [], []
     for path in group:
         axis = group_axis(stubs.layers[path]) or 0
@@ -263,26 +263,26 @@ def _space(stubs: _Stubs, group: Sequence[str], written: Writers,
         producers.append(Side(f"{path}.weight", axis, stubs.width[path], places))
         if getattr(stubs.layers[path], "bias", None) is not None:
             producers.append(Side(f"{path}.bias", 0, stubs.width[path], places))
-    return PermutationSpace(tuple(consumers), tuple(producers))
+    return PermutableChannels(tuple(consumers), tuple(producers))
 
 
-def _holds(block: nn.Module, run: Run, x: torch.Tensor, space: PermutationSpace) -> bool:
-    """Does a random shuffle leave the block and its other layers as they were, and would a wrong one be noticed?"""
+def _holds(block: nn.Module, run: Run, x: torch.Tensor, channels: PermutableChannels) -> bool:
+    """Check that a random shuffle leaves the block and its other layers as they were, and a wrong one is noticed."""
     generator = torch.Generator().manual_seed(0)
-    _, segments, length = space.shape
-    orders = space.orders(torch.rand(segments, length, generator=generator).argsort(1))
-    half = {(side.parameter, side.axis): orders[side.parameter, side.axis] for side in space.consumers}
+    _, segments, length = channels.shape
+    orders = channels.orders(torch.rand(segments, length, generator=generator).argsort(1))
+    half = {(side.parameter, side.axis): orders[side.parameter, side.axis] for side in channels.consumers}
     noise = torch.randn(x.shape, generator=generator).to(x)
     before, after, wrong = (_outputs(block, run, noise, moved) for moved in ({}, orders, half))
-    writers = {side.parameter.rpartition(".")[0] for side in space.producers}
+    writers = {side.parameter.rpartition(".")[0] for side in channels.producers}
     same = all(_close(after[path], before[path]) for path in before if path not in writers)
-    reader = space.consumers[0].parameter.rpartition(".")[0]
+    reader = channels.consumers[0].parameter.rpartition(".")[0]
     return same and reader in before and not _close(wrong[reader], before[reader])
 
 
 def _outputs(block: nn.Module, run: Run, x: torch.Tensor,
              orders: Mapping[tuple[str, int], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Outputs of the layers by path, and of the block under the empty path, after `orders`."""
+    """Return the outputs of the layers by path, and of the block under the empty path, after `orders`."""
     block = copy.deepcopy(block)
     reorder(block, orders)
     outputs: dict[str, torch.Tensor] = {}

@@ -7,10 +7,9 @@ another order, so a run keeps the orders: per parameter and axis one index, `new
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,14 +27,14 @@ ORDER = "|order"
 
 @dataclass(frozen=True)
 class Permutations:
-    """The orders of one model by parameter and axis, and a description of the spaces they come from."""
+    """The orders of one model by parameter and axis, and a description of the channels that were permuted."""
 
     orders: Mapping[tuple[str, int], torch.Tensor]
-    spaces: list[dict[str, Any]] = field(default_factory=list)
+    channels: Sequence[Mapping[str, object]] = ()
 
     def save(self, path: Path) -> None:
         """Write one safetensors file. The caller makes it atomic."""
-        header = {"spaces": self.spaces, "rule": "new[i] = old[order[i]] along the axis after the name"}
+        header = {"spaces": list(self.channels), "rule": "new[i] = old[order[i]] along the axis after the name"}
         save_file(to_tensors(self.orders), path, {FORMAT: json.dumps(header, sort_keys=True)})
 
     @classmethod
@@ -67,6 +66,6 @@ def to_tensors(orders: Mapping[tuple[str, int], torch.Tensor]) -> dict[str, torc
 
 
 def from_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, int], torch.Tensor]:
-    """The orders among `tensors`; whatever has another kind of name is passed over."""
+    """Return the orders among `tensors`; whatever has another kind of name is passed over."""
     split = {name: name.rpartition(ORDER) for name in tensors}
     return {(name, int(axis)): tensors[key].long() for key, (name, mark, axis) in split.items() if mark}

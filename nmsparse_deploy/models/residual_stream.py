@@ -2,7 +2,7 @@
 
 The *middle* is the last module without a GEMM that ran after some GEMM, takes hidden states of the block's width, and
 whose output is what another GEMM reads: the norm before the MLP (or, in a block that norms afterwards, the one after
-attention). Its input is the residual stream between the halves. A block whose attention and MLP read the same input
+attention). Its input is the residual stream between the two. A block whose attention and MLP read the same input
 runs them side by side and has no middle. The other place is the block's exit.
 """
 

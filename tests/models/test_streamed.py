@@ -118,14 +118,14 @@ def test_only_the_parts_that_run_have_weights(llama_dir):
     seen = []
     for path in (*blocks, "model.norm", "lm_head"):
         module.get_submodule(path).register_forward_pre_hook(lambda *_: seen.append(present()))
-    with torch.no_grad(), loaded.weights.flowing():
+    with torch.no_grad(), loaded.weights.on_demand():
         out = module(**loaded.sample_inputs())
     assert not any(seen), "weights come after the hooks of a module, so nothing else has any"
     assert not present()
     whole = models.load(str(llama_dir))
     with torch.no_grad():
         assert torch.equal(out.logits, whole.module(**whole.sample_inputs()).logits)
-    with loaded.weights.hold(blocks[1]):
+    with loaded.weights.materialise(blocks[1]):
         assert present() == {name for name, _ in module.named_parameters() if name.startswith(blocks[1] + ".")}
         assert torch.equal(module.get_parameter(f"{blocks[1]}.mlp.up_proj.weight"),
                            whole.module.get_parameter(f"{blocks[1]}.mlp.up_proj.weight"))
@@ -219,7 +219,7 @@ def test_checkpoints_that_cannot_be_streamed(llama_dir, tmp_path):
     state["model.norm.weight"] = torch.ones(3)
     save_file(state, tmp_path / "cut/model.safetensors", {"format": "pt"})
     loaded = models.load(str(tmp_path / "cut"), stream=True)
-    with pytest.raises(UsageError, match=r"'model.norm.weight'.*does not fit"), loaded.weights.hold("model.norm"):
+    with pytest.raises(UsageError, match=r"'model.norm.weight'.*does not fit"), loaded.weights.materialise("model.norm"):
         pass
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.models.capture import capture
 from nmsparse_deploy.models.forwards import replaced
-from nmsparse_deploy.models.weights import WHOLE, Weights
+from nmsparse_deploy.models.weight_store import IN_MEMORY, WeightStore
 from nmsparse_deploy.system.hardware import autocast_for
 
 Batch = Mapping[str, Any]
@@ -58,7 +58,7 @@ class BlockRunner:
     """A model and the paths of its blocks, in the order in which they run; `compute` is the stream's dtype."""
 
     def __init__(self, module: nn.Module, blocks: Sequence[str], compute: torch.dtype,
-                 weights: Weights = WHOLE) -> None:
+                 weights: WeightStore = IN_MEMORY) -> None:
         self.module, self.weights = module, weights
         self.blocks = list(blocks)
         self.compute = compute
@@ -80,7 +80,7 @@ class BlockRunner:
 
         inputs = {path: partial(enters, index) for index, path in enumerate(self.blocks)}
         outputs = {path: partial(_leaves, left, index) for index, path in enumerate(self.blocks)} if left else {}
-        with (self.weights.flowing(), answering(layers[:answered], answer or (lambda _index: None)),
+        with (self.weights.on_demand(), answering(layers[:answered], answer or (lambda _index: None)),
               capture(self.module, inputs, outputs, stop=lambda: reached == last)):
             self._run(batch)
 

@@ -26,9 +26,9 @@ from nmsparse_deploy.find.calibration.layer_stats import LayerStats, Need, Stats
 from nmsparse_deploy.find.calibration.shared import share
 from nmsparse_deploy.models.base import Target
 from nmsparse_deploy.models.capture import OnInput, capture
-from nmsparse_deploy.models.matmul_observer import Product, Watch
+from nmsparse_deploy.models.matmul_observer import MatmulObserver, Product
 from nmsparse_deploy.models.residual_stream import EXIT, residual_writers
-from nmsparse_deploy.models.weights import WHOLE, Weights
+from nmsparse_deploy.models.weight_store import IN_MEMORY, WeightStore
 from nmsparse_deploy.system.distributed import ALONE, Processes
 
 Accumulator = StatsAccumulator | ExpertAccumulator
@@ -55,7 +55,7 @@ class BlockWalk:
     """
 
     def __init__(self, module: nn.Module, blocks: Sequence[str], batches: Sequence[Batch],
-                 compute: torch.dtype = torch.float32, both: bool = False, weights: Weights = WHOLE,
+                 compute: torch.dtype = torch.float32, both: bool = False, weights: WeightStore = IN_MEMORY,
                  buffer: MakeBuffer = list, team: Processes = ALONE) -> None:
         self.module = module.eval()
         self._team = team
@@ -182,7 +182,7 @@ class BlockWalk:
         inputs |= {place: partial(arrives, place) for place in {*places.values()} - {EXIT}}
         observer: AbstractContextManager = nullcontext()
         if observed:
-            observer = Watch({name: block.get_parameter(name) for name in observed}, multiplied)
+            observer = MatmulObserver({name: block.get_parameter(name) for name in observed}, multiplied)
         with (observer, torch.no_grad(), capture(block, inputs, {layer: partial(writes, layer) for layer in places},
                                                  stop=lambda: not whole and not waiting)):
             trace.output = self._call(block, index, number, stream.hidden[number], stream)

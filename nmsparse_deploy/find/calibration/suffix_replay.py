@@ -21,7 +21,7 @@ from nmsparse_deploy.find.calibration.expert_statistics import accumulator
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats, Need
 from nmsparse_deploy.models.base import Target
 from nmsparse_deploy.models.capture import OnInput, capture
-from nmsparse_deploy.models.matmul_observer import Product, Watch
+from nmsparse_deploy.models.matmul_observer import MatmulObserver, Product
 
 Reduce = Callable[[int, Output], torch.Tensor]
 """Turns the output of batch `number` into what is wanted of it, so that outputs need not be kept."""
@@ -77,7 +77,7 @@ class SuffixReplay:
         inputs: dict[str, OnInput] = {target.module: partial(reads, target) for target in readers.values()
                                       if not target.watched}
         weights = {name: self.module.get_parameter(name) for name in observed}
-        with capture(self.module, inputs), Watch(weights, multiplied) if observed else nullcontext():
+        with capture(self.module, inputs), MatmulObserver(weights, multiplied) if observed else nullcontext():
             for number in range(len(self.batches)):
                 self._output_of(number, self.start)
         return {fusion: total.finish() for fusion, total in sums.items()}

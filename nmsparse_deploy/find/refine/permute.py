@@ -1,7 +1,7 @@
 """Permute: before a mask is chosen, bring channels into an order in which the groups lose less.
 
-With scores `S_ij = |W_ij| ‖X_j‖` and a permutation `π` of the channels of a space (`models/spaces.py`), the search
-raises what the shared projection will keep,
+With scores `S_ij = |W_ij| ‖X_j‖` and a permutation `π` of the channels that may be permuted
+(`models/permutable_channels.py`), the search raises what the shared projection will keep,
 
     Σ_rows Σ_groups  sum of the `keep` largest of S[row, π(group)]
 
@@ -27,7 +27,7 @@ from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.plan.make_plan import PlanRow, by_fusion
 from nmsparse_deploy.masks import project
 from nmsparse_deploy.models.base import to_rows
-from nmsparse_deploy.models.permutable_channels import PermutationSpace, Run, find_spaces, reorder
+from nmsparse_deploy.models.permutable_channels import PermutableChannels, Run, find_permutable_channels, reorder
 from nmsparse_deploy.pattern import NMPattern
 
 ROUNDS = 100
@@ -141,11 +141,11 @@ def permute(module: nn.Module, block: str, rows: Sequence[PlanRow], stats: Mappi
     """Reorder the free channels of the dense block at path `block` of `module`, in place.
 
     `rows` are its targets that get a pattern, `stats` the statistics of their inputs; `run` and `x` are one call of the
-    block in fp32 (see `find_spaces`).
+    block in fp32 (see `find_permutable_channels`).
     """
     prefix = block + "."
     readers = [[row.target.module.removeprefix(prefix) for row in group] for group in by_fusion(rows).values()]
-    spaces, reasons = find_spaces(module.get_submodule(block), run, x, readers)
+    spaces, reasons = find_permutable_channels(module.get_submodule(block), run, x, readers)
     shared = _shared(module)
     orders: Orders = {}
     done, moved = [], dict(stats)
@@ -176,7 +176,7 @@ def _shared(module: nn.Module) -> set[str]:
     return {name for group in names.values() if len(group) > 1 for name in group}
 
 
-def _not_free(space: PermutationSpace, consumers: Sequence[PlanRow], tied: set[str]) -> str | None:
+def _not_free(space: PermutableChannels, consumers: Sequence[PlanRow], tied: set[str]) -> str | None:
     if tied:
         return f"'{min(tied)}' is shared with another layer"
     if len({row.pattern for row in consumers}) > 1:
@@ -190,7 +190,7 @@ def _not_free(space: PermutationSpace, consumers: Sequence[PlanRow], tied: set[s
     return None
 
 
-def _scores(module: nn.Module, consumers: Sequence[PlanRow], space: PermutationSpace,
+def _scores(module: nn.Module, consumers: Sequence[PlanRow], space: PermutableChannels,
             stats: LayerStats) -> torch.Tensor:
     """Wanda's scores `[segments * length, rows]`; a row is an output of one consumer, once per copy."""
     parts = []
@@ -201,7 +201,7 @@ def _scores(module: nn.Module, consumers: Sequence[PlanRow], space: PermutationS
     return torch.cat(parts, 1).contiguous()
 
 
-def _described(space: PermutationSpace, prefix: str) -> dict[str, Any]:
+def _described(space: PermutableChannels, prefix: str) -> dict[str, Any]:
     copies, segments, length = space.shape
     names = {"consumers": space.consumers, "producers": space.producers}
     return {**{kind: sorted({prefix + side.parameter for side in sides}) for kind, sides in names.items()},

@@ -27,7 +27,7 @@ from nmsparse_deploy.models.loaded import (
 )
 from nmsparse_deploy.models.outputs import Features
 from nmsparse_deploy.models.preprocess import from_config
-from nmsparse_deploy.models.weights import WHOLE, Weights
+from nmsparse_deploy.models.weight_store import IN_MEMORY, WeightStore
 
 HEADS = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM",
          "ForImageClassification": "AutoModelForImageClassification", "ForMaskedLM": "AutoModelForMaskedLM",
@@ -110,17 +110,17 @@ class HuggingFaceAdapter(ModelAdapter):
         return LoadedModel(module.eval(), source, source.rpartition("/")[2], kind, self, processor)
 
     def _loaded(self, module: Any, source: str, checkpoint: Checkpoint, provenance: dict[str, str],
-                weights: Weights = WHOLE) -> LoadedModel:
+                weights: WeightStore = IN_MEMORY) -> LoadedModel:
         kind = family(module, checkpoint.auto)
         processor = _processor(checkpoint, kind)
         return LoadedModel(module.eval(), source, checkpoint.name, kind, self, processor, provenance, weights)
 
     def save(self, model: LoadedModel, folder: Path, changed: Changed | None = None) -> None:
         """Write config, weights and tokenizer so that stock `from_pretrained` loads them."""
-        from nmsparse_deploy.models.adapters.streamed import Streamed
+        from nmsparse_deploy.models.adapters.streamed import StreamedWeights
 
         module: Any = model.module
-        if isinstance(model.weights, Streamed):
+        if isinstance(model.weights, StreamedWeights):
             model.weights.save(folder, changed or {})
         else:  # the older names that the library would restore are not the ones that masks are stored under
             module.save_pretrained(folder, save_original_format=False)
@@ -231,16 +231,16 @@ def identify(source: str) -> Checkpoint:
     return Checkpoint(place, path.stem if path.suffix == SUFFIX else path.name, config, auto_class(config), provenance)
 
 
-def _load(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, Weights]:
+def _load(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, WeightStore]:
     import transformers
 
     auto = getattr(transformers, checkpoint.auto)
-    return auto.from_pretrained(checkpoint.place, dtype=dtype or "auto", config=checkpoint.config), WHOLE
+    return auto.from_pretrained(checkpoint.place, dtype=dtype or "auto", config=checkpoint.config), IN_MEMORY
 
 
-def _stream(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, Weights]:
+def _stream(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, WeightStore]:
     """Make the module without values, and its weights in the files of the checkpoint."""
-    from nmsparse_deploy.models.adapters.streamed import Streamed, stored_dtype
+    from nmsparse_deploy.models.adapters.streamed import StreamedWeights, stored_dtype
 
     place, config = checkpoint.place, checkpoint.config
     folder = ADAPTER.checkpoint(place)
@@ -252,7 +252,7 @@ def _stream(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, Wei
     dtype = dtype or config.dtype or stored_dtype(folder)
     module = unfilled(checkpoint, dtype)
     transformers_private.restore_generation(module, place)
-    return module, Streamed(module, folder, dtype)
+    return module, StreamedWeights(module, folder, dtype)
 
 
 def auto_class(config: Any) -> str:

@@ -27,7 +27,7 @@ from nmsparse_deploy.prove.tensor_files import StoredTensor, find_tensors
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-STRETCH = 16 << 20
+CHUNK = 16 << 20
 """Bytes that are read at a time."""
 SHARD = 256 << 20
 """Bytes of a shard that is written; one is in memory at a time."""
@@ -35,7 +35,7 @@ PATTERN = "model{suffix}.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-class Streamed:
+class StreamedWeights:
     """The weights of `module`, whose parameters have no values yet, in the files of `folder`."""
 
     def __init__(self, module: Any, folder: Path, dtype: torch.dtype) -> None:
@@ -68,12 +68,12 @@ class Streamed:
             origin |= dict.fromkeys(names, found)
         return origin
 
-    def hold(self, path: str) -> AbstractContextManager[None]:
-        return self._held(self._inside(path))
+    def materialise(self, path: str) -> AbstractContextManager[None]:
+        return self._filled(self._inside(path))
 
-    def flowing(self) -> AbstractContextManager[None]:
+    def on_demand(self) -> AbstractContextManager[None]:
         return within([self.module.get_submodule(path) for path in self._parts],
-                      lambda index: self.hold(self._parts[index]))
+                      lambda index: self.materialise(self._parts[index]))
 
     def to(self, device: torch.device) -> None:
         self.device = device
@@ -87,7 +87,7 @@ class Streamed:
         if name not in self._empty:
             found: torch.Tensor = self.module.get_buffer(name)
             return found
-        with self._held([name]):
+        with self._filled([name]):
             value: torch.Tensor = self.module.get_parameter(name).detach()
             return value
 
@@ -114,7 +114,7 @@ class Streamed:
         return [prefix + name for name, _ in self.module.get_submodule(path).named_parameters(remove_duplicate=False)]
 
     @contextmanager
-    def _held(self, names: Collection[str]) -> Iterator[None]:
+    def _filled(self, names: Collection[str]) -> Iterator[None]:
         filled = self._fill([name for name in names if name not in self._full])
         try:
             yield
@@ -150,9 +150,9 @@ def _read(tensor: StoredTensor) -> torch.Tensor:
     if tensor.dtype not in DTYPES:
         raise UsageError(f"Values of type {tensor.dtype} ('{tensor.name}') cannot be streamed.")
     raw, done = torch.empty(tensor.source.nbytes, dtype=torch.uint8), 0
-    for stretch in tensor.source.stretches(STRETCH):
-        raw[done : done + stretch.size] = torch.from_numpy(stretch)
-        done += stretch.size
+    for chunk in tensor.source.stretches(CHUNK):
+        raw[done : done + chunk.size] = torch.from_numpy(chunk)
+        done += chunk.size
     return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 

@@ -36,7 +36,7 @@ from nmsparse_deploy.find.refine.permute import permute, retained, search
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.models.base import to_rows
 from nmsparse_deploy.models.discovery import discover
-from nmsparse_deploy.models.permutable_channels import find_spaces
+from nmsparse_deploy.models.permutable_channels import find_permutable_channels
 from nmsparse_deploy.models.permutations import Permutations
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
 from nmsparse_deploy.prove.group_counter import check
@@ -192,7 +192,7 @@ FAMILIES = {  # (copies, segments, length) and the first value row of each segme
 
 
 def probe(module: nn.Module, inputs: dict, number: int = 0):
-    """What `find_spaces` is asked with: block, run, input, readers."""
+    """What `find_permutable_channels` is asked with: block, run, input, readers."""
     found = discover(module, inputs)
     walk = BlockWalk(module, found.blocks, [inputs])
     prefix, readers = found.blocks[number] + ".", {}
@@ -246,7 +246,7 @@ def test_permuting_every_block_leaves_the_model_as_it_was(family):
 def test_sides_of_a_space_are_found_where_they_are(family):
     build, expected = FAMILIES[family]
     torch.manual_seed(0)
-    spaces, reasons = find_spaces(*probe(*build()))
+    spaces, reasons = find_permutable_channels(*probe(*build()))
     for space in spaces:
         name = space.consumers[0].parameter
         _, firsts = next(value for key, value in expected.items() if name.endswith(key + ".weight"))
@@ -258,7 +258,7 @@ def test_siblings_get_the_same_permutation():
     """Gate and up; every query head of a group; the weight and the bias of one layer."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    attention, mlp = find_spaces(*probe(*decoder(pico.llama())))[0]
+    attention, mlp = find_permutable_channels(*probe(*decoder(pico.llama())))[0]
     order = torch.randperm(128, generator=generator)
     orders = mlp.orders(order.unsqueeze(0))
     assert all(torch.equal(found, order) for found in orders.values())
@@ -269,7 +269,7 @@ def test_siblings_get_the_same_permutation():
     for head in range(4):
         assert torch.equal(heads[head] - 16 * head, local[head // 2])
     torch.manual_seed(0)
-    space = find_spaces(*probe(*bloom()))[0][0]
+    space = find_permutable_channels(*probe(*bloom()))[0][0]
     orders = {name.rpartition(".")[2]: order for (name, _), order in space.orders(
         torch.rand(4, 8, generator=generator).argsort(1)).items() if "query_key_value" in name}
     assert torch.equal(orders["weight"], orders["bias"])
@@ -314,7 +314,7 @@ class Shift(nn.Module):
 
 def asked(block: nn.Module):
     x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
-    return find_spaces(block.eval(), lambda module, x: module(x), x, [["up"], ["down"]])
+    return find_permutable_channels(block.eval(), lambda module, x: module(x), x, [["up"], ["down"]])
 
 
 def test_what_stands_between_decides():
@@ -468,4 +468,4 @@ def test_permutation_files_that_are_wrong(llama_dir, texts, tmp_path):
         Permutations({key: torch.zeros_like(found.orders[key])}).apply(pico.llama())
     with safe_open(path, framework="pt") as file:
         assert len(file.metadata()) == 1  # several keys are written in random order
-    assert {tuple(space["consumers"]) for space in found.spaces} >= {("model.layers.0.mlp.down_proj.weight",)}
+    assert {tuple(space["consumers"]) for space in found.channels} >= {("model.layers.0.mlp.down_proj.weight",)}

@@ -8,18 +8,18 @@ from typing import Protocol
 import torch
 
 
-class Weights(Protocol):
-    """Of one module. A part that is not held may have parameters without values (on the meta device)."""
+class WeightStore(Protocol):
+    """The weights of one module. A part that is not materialised may have none (parameters on the meta device)."""
 
     device: torch.device | None
     """Where a part gets its weights; None: where its parameters are."""
 
-    def hold(self, path: str) -> AbstractContextManager[None]:
-        """The submodule at `path` has its weights while this is entered; changes are forgotten then."""
+    def materialise(self, path: str) -> AbstractContextManager[None]:
+        """Give the submodule at `path` its weights while this is entered; changes are forgotten then."""
         ...
 
-    def flowing(self) -> AbstractContextManager[None]:
-        """The whole module can be called while this is entered."""
+    def on_demand(self) -> AbstractContextManager[None]:
+        """Give each part its weights when it is called, while this is entered: the whole module can run."""
         ...
 
     def to(self, device: torch.device) -> None:
@@ -27,19 +27,19 @@ class Weights(Protocol):
         ...
 
 
-class Whole:
+class WeightsInMemory:
     """Everything is in memory all the time, and changes stay."""
 
     device: torch.device | None = None
 
-    def hold(self, path: str) -> AbstractContextManager[None]:
+    def materialise(self, path: str) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def flowing(self) -> AbstractContextManager[None]:
+    def on_demand(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def to(self, device: torch.device) -> None:
         raise AssertionError("the module itself is moved")
 
 
-WHOLE = Whole()
+IN_MEMORY = WeightsInMemory()
