@@ -23,7 +23,7 @@ os.environ["COLUMNS"] = os.environ["TERMINAL_WIDTH"] = "100"
 
 
 def cli_reference() -> str:
-    """Every `--help` page."""
+    """Return every `--help` page."""
     from typer.main import get_command
     from typer.testing import CliRunner
 
@@ -41,10 +41,11 @@ def cli_reference() -> str:
 
 
 def methods_table() -> str:
+    """Return our own methods; what other packages add is not ours to describe."""
     from nmsparse_deploy.registry import METHODS
 
     rows = [(f"`{name}`", m.summary, "updated" if m.updates_weights else "kept", m.needs, m.source)
-            for name in METHODS.names() for m in [METHODS[name]]]
+            for name, m in sorted(METHODS.own.items())]
     return markdown(("method", "what it does", "weights", "statistics", "source"), rows)
 
 
@@ -52,7 +53,7 @@ def learned_table() -> str:
     from nmsparse_deploy.registry import LEARNERS
 
     rows = [(f"`{name}`", m.summary, "trained" if m.updates_weights else "kept", m.source)
-            for name in LEARNERS.names() for m in [LEARNERS[name]]]
+            for name, m in sorted(LEARNERS.own.items())]
     return markdown(("method", "what it does", "weights", "source"), rows)
 
 
@@ -60,7 +61,7 @@ def refinements_table() -> str:
     from nmsparse_deploy.registry import REFINEMENTS
 
     rows = [(f"`{name}`", r.summary, r.changes, r.needs, r.source)
-            for name in REFINEMENTS.names() for r in [REFINEMENTS[name]]]
+            for name, r in sorted(REFINEMENTS.own.items())]
     return markdown(("refinement", "what it does", "changes", "statistics", "source"), rows)
 
 
@@ -71,8 +72,7 @@ def measured(names: tuple[str, ...] | None = None) -> str:
     """Return the rows of the baseline and of the one-shot benchmark, best last; all of them, or those in `names`."""
     from benchmarks.gap import gap_closed, gap_ends
 
-    baseline, oneshot = (json.loads((ROOT / f"results/{name}-smollm2-135m.json").read_text())
-                         for name in ("baseline", "oneshot"))
+    baseline, oneshot = result("baseline-smollm2-135m"), result("oneshot-smollm2-135m")
     texts, ends = baseline["protocol"]["texts"], gap_ends(baseline)
     rows, every = [], baseline["rows"] + oneshot["rows"]
     lines = [line for line in baseline["table"] + oneshot["table"] if names is None or line["method"] in names]
@@ -100,11 +100,10 @@ COLUMNS = {"discover": "discovered", "wanda": "Wanda", "sparsegpt": "SparseGPT",
 
 
 def families_table() -> str:
-    """What passed and what did not; every failure with its reason below the table."""
-    found = json.loads((ROOT / "results/families.json").read_text())["families"]
+    """Return what passed and what did not; every failure with its reason below the table."""
     reasons: list[str] = []
     rows = []
-    for name, row in found.items():
+    for name, row in result("families")["families"].items():
         cells = [name]
         for column in COLUMNS:
             if row[column] != "yes" and row[column] not in reasons:
@@ -116,9 +115,9 @@ def families_table() -> str:
 
 
 def deploy_table() -> str:
-    """Every family, precision and opset: did the pattern hold, and what did ONNX Runtime and TensorRT-RTX say?"""
+    """Return for every family, precision and opset whether the pattern held, and what both runtimes made of it."""
     rows = []
-    for row in json.loads((ROOT / "results/deploy-cpu.json").read_text())["rows"]:
+    for row in result("deploy-cpu")["rows"]:
         name = f"{row['precision']}, a scale per {row['scales']}" if row["scales"] else row["precision"]
         cells = (row["family"], name, str(row["opset"]))
         if "failed" in row:
@@ -139,18 +138,15 @@ def deploy_table() -> str:
                      "q/k/v, gate/up merged", "8-bit GEMMs"), rows)
 
 
-SMALL = ROOT / "results/learned-small.json"
-
-
 def small_table() -> str:
-    """Every row of the small language model, worst first."""
-    if not SMALL.is_file():
+    """Return every row of the small language model, worst first."""
+    small = result("learned-small")
+    if small is None:
         return "Not measured yet: `python benchmarks/learned_small.py`."
-    found = json.loads(SMALL.read_text())
-    rows = [("dense", f"{found['dense']['loss']:.4f}", "", "", "", "", "")]
-    for line in sorted(found["table"], key=lambda line: -line["loss"]):
+    rows = [("dense", f"{small['dense']['loss']:.4f}", "", "", "", "", "")]
+    for line in sorted(small["table"], key=lambda line: -line["loss"]):
         around = f" ± {line['seed_spread']:.4f}" if line["seed_spread"] is not None else ""
-        closed = "" if line["method"] == found["protocol"]["prior"] else f"{line['gap_closed']:.0%}"
+        closed = "" if line["method"] == small["protocol"]["prior"] else f"{line['gap_closed']:.0%}"
         changed = "" if line["changed"] is None else f"{line['changed']:.1%}"
         rows.append((line["method"], f"{line['loss']:.4f}{around}", closed, changed, f"{line['tokens']:,}",
                      f"{line['seconds']:.0f} s", str(line["seeds"])))
@@ -161,11 +157,9 @@ def small_table() -> str:
 
 
 def small_plot() -> str | None:
-    """Held-out loss over tokens and over minutes, of the first seed; None before it was measured."""
-    if not SMALL.is_file():
-        return None
-    curves = {row["method"]: row["curve"] for row in json.loads(SMALL.read_text())["rows"]
-              if row["seed"] == 0 and "curve" in row}
+    """Return the held-out loss over tokens and over minutes, of the first seed; None before it was measured."""
+    rows = (result("learned-small") or {"rows": []})["rows"]
+    curves = {row["method"]: row["curve"] for row in rows if row["seed"] == 0 and "curve" in row}
     if not curves:
         return None
     lines = {axis: {name: [(point[axis] * scale, point["loss"]) for point in points] for name, points in curves.items()}
@@ -174,30 +168,28 @@ def small_plot() -> str | None:
 
 
 def demo_table() -> str:
-    """What minutes of learning do to the demo model."""
-    file = ROOT / "results/learned-smollm2-135m.json"
-    if not file.is_file():
+    """Return what minutes of learning do to the demo model."""
+    demo = result("learned-smollm2-135m")
+    if demo is None:
         return "Not measured yet: `python benchmarks/learned_demo.py`."
-    found = json.loads(file.read_text())
-    texts = found["protocol"]["texts"]
-    steps = {row["method"]: row["steps"] for row in found["rows"]}
+    texts = demo["protocol"]["texts"]
+    steps = {row["method"]: row["steps"] for row in demo["rows"]}
     rows = [(line["method"], *(f"{line[text]['ppl']:.1f} ({line[text]['gap_closed']:.2f})" for text in texts),
-             str(steps[line["method"]] or ""), f"{line['seconds'] / 60:.0f} min") for line in found["table"]]
+             str(steps[line["method"]] or ""), f"{line['seconds'] / 60:.0f} min") for line in demo["table"]]
     return markdown(("2:4 method", *(f"{TITLES[text]}, perplexity" for text in texts), "steps", "prune time"), rows)
 
 
 def cost_table() -> str:
-    """A step of every form of MaskLLM against the dense step."""
+    """Return a step of every form of MaskLLM against the dense step."""
     rows = []
     for device in ("cpu", "cuda"):
-        file = ROOT / f"results/learned-cost-{device}.json"
-        if not file.is_file():
+        cost = result(f"learned-cost-{device}")
+        if cost is None:
             continue
-        found = json.loads(file.read_text())
-        where = f"{device}, {found['shape']['samples']} x {found['shape']['length']} tokens"
+        where = f"{device}, {cost['shape']['samples']} x {cost['shape']['length']} tokens"
         rows += [(where, row["compute"], row["form"], f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
                   f"{row['extra_ns_per_weight']:.0f}", f"{row['bytes_per_weight']:.1f}",
-                  f"{row['grown_bytes_per_weight']:.1f}") for row in found["rows"]]
+                  f"{row['grown_bytes_per_weight']:.1f}") for row in cost["rows"]]
     if not rows:
         return "Not measured yet: `python benchmarks/learned_cost.py`."
     return markdown(("where", "forward passes", "form", "dense steps it takes", "more than dense, ns per weight",
@@ -205,9 +197,9 @@ def cost_table() -> str:
 
 
 def steps_table() -> str:
-    """Prefill and decode of every language model."""
+    """Return prefill and decode of every language model."""
     rows = []
-    for row in json.loads((ROOT / "results/deploy-cpu.json").read_text())["steps"]:
+    for row in result("deploy-cpu")["steps"]:
         if "failed" in row:
             rows.append((row["family"], f"FAILS: {row['failed']}", "", ""))
             continue
@@ -218,7 +210,7 @@ def steps_table() -> str:
 
 
 def published_table() -> str:
-    """What others measured, what was measured here (results/published/NAME.json, a run's evaluate.json), by recipe."""
+    """Return by recipe what others measured, and what was measured here (results/published/NAME.json)."""
     from nmsparse_deploy.models import short_name
     from nmsparse_deploy.recipe import Recipe
 
@@ -237,28 +229,28 @@ def published_table() -> str:
 
 
 def measured_here(name: str, metric: str) -> str:
-    path = ROOT / f"results/published/{name}.json"
-    rows = json.loads(path.read_text())["results"]["pruned"] if path.is_file() else []
+    """Return a figure of a run's `evaluate.json`, if somebody has put it there."""
+    rows = (result(f"published/{name}") or {"results": {"pruned": []}})["results"]["pruned"]
     return next((shown(metric, row["value"]) for row in rows if row["metric"] == metric), "")
 
 
 def shown(metric: str, value: float) -> str:
-    """Accuracies in percent, perplexities as they are."""
+    """Return accuracies in percent, perplexities as they are."""
     return f"{value:g}" if "ppl" in metric or "perplexity" in metric else f"{100 * value:.2f} %"
 
 
 def dit_table() -> str:
-    """One-shot recipes on the small diffusion transformer."""
-    path = ROOT / "results/dit-small.json"
-    if not path.is_file():
+    """Return the one-shot recipes on the small diffusion transformer."""
+    small = result("dit-small")
+    if small is None:
         return "Not measured yet: `python benchmarks/small_dit.py --out results/dit-small.json --images docs`."
     rows = []
-    for line in json.loads(path.read_text())["table"]:
+    for line in small["table"]:
         cells = [line["method"]]
         for metric in ("denoising_error", "prediction_shift"):
-            found = line[metric]
-            spread = f" ± {found['seed_spread']:.2g}" if found and found["seed_spread"] else ""
-            cells.append(f"{found['mean']:.4f}{spread}" if found else "")
+            cell = line[metric]
+            spread = f" ± {cell['seed_spread']:.2g}" if cell and cell["seed_spread"] else ""
+            cells.append(f"{cell['mean']:.4f}{spread}" if cell else "")
         moved = "" if line["sample_shift"] is None else f"{line['sample_shift']:.3f}"
         rows.append((*cells, moved, f"{line['frechet']:.2f} ± {line['frechet_standard_error']:.2f}",
                      f"{line['recognised']:.0%}", str(line["seeds"] or ""),
@@ -280,13 +272,12 @@ REAL = {
 
 
 def real_table(model: str) -> str:
-    """Every recipe on one of the two real models beside the demo's."""
-    path = ROOT / "results/real-models.json"
-    found = json.loads(path.read_text())["tables"].get(model) if path.is_file() else None
-    if not found:
+    """Return every recipe on one of the two real models beside the demo's."""
+    lines = (result("real-models") or {"tables": {}})["tables"].get(model)
+    if not lines:
         return "Not measured yet: `python benchmarks/real.py --out results/real-models.json`."
     rows = []
-    for line in found:
+    for line in lines:
         cells = []
         for metric in REAL[model]:
             cell = line.get(metric)
@@ -298,12 +289,12 @@ def real_table(model: str) -> str:
 
 
 def size_table() -> str:
-    """Peak memory of every size and method, or that nobody has measured it yet."""
-    path = ROOT / "results/size-cpu.json"
-    if not path.is_file():
-        return "Not measured yet."
+    """Return the peak memory of every size and method, or that nobody has measured it yet."""
+    sizes = result("size-cpu")
+    if sizes is None:
+        return "Not measured yet: `python -m benchmarks.size`."
     rows = []
-    for row in json.loads(path.read_text())["rows"]:
+    for row in sizes["rows"]:
         stored, allowed, predicted, peak = (f"{row[key] / 1e9:.2f} GB" for key in (
             "bytes", "limit_bytes", "predicted_bytes", "peak_bytes"))
         rows.append((f"{stored}, {row['blocks']} blocks", row["method"], allowed, predicted, peak,
@@ -311,6 +302,12 @@ def size_table() -> str:
                      "identical" if row["resumed_is_identical"] else "DIFFERS"))
     return markdown(("checkpoint", "method", "allowed", "predicted peak", "measured peak", "time per GB", "verified",
                      "killed and resumed"), rows)
+
+
+def result(name: str) -> Any:
+    """Return what `results/NAME.json` holds; None before it was measured."""
+    path = ROOT / f"results/{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
