@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from nmsparse_deploy.cli.options import Fields, gather, parameter
+from nmsparse_deploy.cli.options import Asked, Fields, field_option, parameter
 from nmsparse_deploy.cli.output import Output
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -52,11 +52,11 @@ def command(name: str) -> Any:
         output.listen(as_json, quiet)
         typed = {key: value for key, value in values.items()
                  if getattr(ctx.get_parameter_source(key), "name", "") == "COMMANDLINE"}
-        asked = {"asked": gather(groups, typed)} if groups else {}
+        asked = {"asked": Asked(groups, typed)} if groups else {}
         function(**asked, **{one.name: values[one.name] for one in own})
 
     ctx, *shared, _ = inspect.signature(call, eval_str=True).parameters.values()
-    every = [ctx, *(option for group in groups for option in group.options()),
+    every = [ctx, *(field_option(group, path) for group in groups for path in group.paths.split()),
              *(parameter(one.name, one.annotation, one.default, helps[one.name],
                          positional=one.kind is not one.KEYWORD_ONLY) for one in own), *shared]
     call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

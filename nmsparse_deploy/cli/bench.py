@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import nmsparse_deploy as nms
 from nmsparse_deploy.cli.app import Run, output, verb
 from nmsparse_deploy.cli.options import Asked, Fields
 from nmsparse_deploy.errors import UsageError
@@ -13,26 +14,22 @@ def bench(asked: Asked, run: Run = None, *, device: str = "auto", precision: str
     """Time the dense and the pruned model side by side on this machine; on a GPU in all arms, with kernel names."""
     import torch
 
-    from nmsparse_deploy.measure.bench.cpu import bench as api
     from nmsparse_deploy.measure.bench.model_arms import Job
-    from nmsparse_deploy.measure.bench.stages import bench_run
-    from nmsparse_deploy.recipe import Bench
-    from nmsparse_deploy.runs.run_dir import RunDir
     from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES
 
     for what, value, choices in (("device", device, ("auto", "cpu", "cuda")), ("precision", precision, DTYPES)):
         if value not in choices:
             raise UsageError(f"There is no {what} '{value}'.", f"one of: {', '.join(choices)}")
-    spec, opened = asked.read(Bench), RunDir.open(run)
+    spec, opened = asked.read(nms.Bench), nms.RunDir.open(run)
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         job = Job(spec.batch, spec.length, precision, max(spec.rounds, 5))
-        phases = bench_run(opened, job, progress=output.progress)
+        phases = nms.bench_run(opened, job, progress=output.progress)
         rows = [(f"{phase['name']}, {'CUDA graph' if phase['replayed'] else 'plain'}", arm["name"],
                  f"{arm['median_ms']:.3f}", f"{arm['p99_ms']:.3f}", _speed_up(arm["name"], phase["over_dense"]))
                 for phase in phases["phases"] for arm in phase["arms"]]
         output.table(phases, ("work", "arm", "median ms", "p99 ms", "speed-up over dense"), rows, [phases["verdict"]])
         return
-    result = api(opened, spec, output.progress)
+    result = nms.bench(opened, spec, output.progress)
     rows = [(arm.name, arm.kernel, f"{arm.median_ms:.1f}", f"{arm.p10_ms:.1f} to {arm.p90_ms:.1f}",
              _speed_up(arm.name, result.ratios)) for arm in result.arms]
     bounds = [f"predicted upper bound, {p['gpu']}, {p['rows']} rows: GEMMs {p['gemm_speedup']:.2f}x, model "

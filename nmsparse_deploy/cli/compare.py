@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import nmsparse_deploy as nms
 from nmsparse_deploy.cli.app import DEMO, output, verb
 from nmsparse_deploy.cli.options import Asked, Fields
 
@@ -11,11 +12,9 @@ from nmsparse_deploy.cli.options import Asked, Fields
       out="where the runs go [default: runs/compare]")
 def compare(asked: Asked, recipes: tuple[str, ...], *, model: str = DEMO, out: Path | None = None) -> None:
     """Prune one model by several recipes and put accuracy beside cost; finished runs are kept."""
-    from nmsparse_deploy.comparison import compare as api
     from nmsparse_deploy.comparison import load
-    from nmsparse_deploy.recipe import Evaluate
 
-    result = api(load(recipes), model, asked.read(Evaluate, continuation=0), out, output.progress)
+    result = nms.compare(load(recipes), model, asked.read(nms.Evaluate, continuation=0), out, output.progress)
     dense = result["dense"]
     rows = [("dense", f"{dense['value']:.4g} ± {dense['standard_error']:.2g}", "", "", "")]
     rows += [(row["recipe"], f"{row['value']:.4g} ± {row['standard_error']:.2g}",

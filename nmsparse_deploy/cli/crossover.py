@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import nmsparse_deploy as nms
 from nmsparse_deploy.cli.app import output, verb
 
 
@@ -13,9 +14,9 @@ def crossover(model: str | None = None, *, shape: tuple[str, ...] = (),
               out: Path = Path("crossover")) -> None:
     """Find from how many rows on sparse kernels win, for a model's GEMM shapes; `plan --latency-table` reads it."""
     from nmsparse_deploy.measure.bench.crossover import parse_shape, wins
-    from nmsparse_deploy.measure.bench.stages import crossover as api
 
-    lines = api(model, [parse_shape(text) for text in shape], rows, precision, out, rounds, progress=output.progress)
+    shapes = [parse_shape(text) for text in shape]
+    lines = nms.crossover(model, shapes, rows, precision, out, rounds, progress=output.progress)
     results = {name: wins([line for line in lines if line.precision == name]) for name in precision}
     table = [(name, f"{row['k']}x{row['n']}", row["from_rows"] or "nowhere",
               f"{row['best_speedup']:.2f} at {row['best_rows']} rows" if row["best_speedup"] else row["why_not"])

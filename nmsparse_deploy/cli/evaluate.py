@@ -2,6 +2,7 @@
 
 import json
 
+import nmsparse_deploy as nms
 from nmsparse_deploy.cli.app import Run, output, verb
 from nmsparse_deploy.cli.options import Asked, Fields
 
@@ -10,12 +11,8 @@ from nmsparse_deploy.cli.options import Asked, Fields
              "protocols tasks paper_context limit"))
 def evaluate(asked: Asked, run: Run = None) -> None:
     """Compare the dense and the pruned model on held-out data: perplexity, accuracy, similarity or denoising."""
-    from nmsparse_deploy.measure.evaluate.stage import evaluate as api
-    from nmsparse_deploy.recipe import Evaluate
-    from nmsparse_deploy.runs.run_dir import RunDir
-
-    spec = asked.read(Evaluate)
-    result = api(RunDir.open(run), spec, output.progress)
+    spec = asked.read(nms.Evaluate)
+    result = nms.evaluate(nms.RunDir.open(run), spec, output.progress)
     rows = [(label, row["metric"], f"{row['value']:.4g} ± {row['standard_error']:.2g}", row["samples"])
             for label, found in result["results"].items() for row in (found if isinstance(found, list) else [found])]
     share = result.get("ratio")

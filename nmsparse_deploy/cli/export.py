@@ -1,5 +1,6 @@
 """`nmsparse-deploy export`."""
 
+import nmsparse_deploy as nms
 from nmsparse_deploy.cli.app import Run, output, verb
 from nmsparse_deploy.cli.options import Asked, Fields
 
@@ -10,28 +11,25 @@ from nmsparse_deploy.cli.options import Asked, Fields
 def export(asked: Asked, run: Run = None, *, trt: bool = False, torch: bool = False) -> None:
     """Export a run to ONNX, verify each graph, compare it with the model, and compile it with TensorRT-RTX if here."""
     from nmsparse_deploy.cli.build import show_engines
-    from nmsparse_deploy.recipe import Build, Export, Pack
-    from nmsparse_deploy.runs.run_dir import RunDir
-    from nmsparse_deploy.ship.onnx import stage as onnx
-    from nmsparse_deploy.ship.tensorrt.stage import build
-    from nmsparse_deploy.ship.torch_sparse import stage as torch_sparse
+    from nmsparse_deploy.ship.onnx.stage import told
+    from nmsparse_deploy.ship.torch_sparse.stage import told as told_torch
 
-    opened = RunDir.open(run)
+    opened = nms.RunDir.open(run)
     if torch:
         typed = asked.sections["Export"].get("precisions", [])
         low = [name for name in typed if name != "fp32"] or typed
-        pack = asked.read(Pack, **({"precisions": low} if low else {}))
-        rows = torch_sparse.export_torch(opened, pack, output.progress)
+        pack = asked.read(nms.Pack, **({"precisions": low} if low else {}))
+        rows = nms.export_torch(opened, pack, output.progress)
         output.result({"run": str(opened.path), "artefacts": rows},
-                      [line for row in rows for line in torch_sparse.told(row, opened / row["path"])])
+                      [line for row in rows for line in told_torch(row, opened / row["path"])])
         return
-    spec = asked.read(Export)
-    files = onnx.export(opened, spec, output.progress)
-    lines = [*(line for row in files for line in onnx.told(row, str(opened / row["path"]))), files[0]["size_note"]]
+    spec = asked.read(nms.Export)
+    files = nms.export(opened, spec, output.progress)
+    lines = [*(line for row in files for line in told(row, str(opened / row["path"]))), files[0]["size_note"]]
     if not trt:
         output.result({"run": str(opened.path), "files": files}, lines)
         return
     for line in lines:
         output.message(line)
     low = next((name for name in spec.precisions if name != "fp32"), "fp32")
-    show_engines(build(opened, Build(precision=low), output.progress), {"files": files})
+    show_engines(nms.build(opened, nms.Build(precision=low), output.progress), {"files": files})

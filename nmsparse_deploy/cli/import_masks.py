@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import nmsparse_deploy as nms
 from nmsparse_deploy.cli.app import output, verb
 
 
@@ -12,7 +13,5 @@ from nmsparse_deploy.cli.app import output, verb
 def import_masks(model: str, *, masks: Path | None = None, sparse: str | None = None, pattern: str = "2:4",
                  out: Path | None = None) -> None:
     """Make a run of masks or of a sparse model that were found elsewhere, and verify it."""
-    from nmsparse_deploy.find.import_masks import import_result
-
-    done = import_result(model, masks, sparse, pattern, out, output.progress)
+    done = nms.import_result(model, masks, sparse, pattern, out, output.progress)
     output.result(done.to_json(), [done.summary(), f"next: nmsparse-deploy export {done.run.path}"])

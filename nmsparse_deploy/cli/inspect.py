@@ -1,5 +1,6 @@
 """`nmsparse-deploy inspect`."""
 
+import nmsparse_deploy as nms
 from nmsparse_deploy.cli.app import DEMO, output, say_default, verb
 from nmsparse_deploy.cli.options import Asked, Fields
 
@@ -10,18 +11,16 @@ from nmsparse_deploy.cli.options import Asked, Fields
       cost="predict time, memory and disk of a prune")
 def inspect(asked: Asked, model: str = DEMO, *, cost: bool = False) -> None:
     """Show what would be pruned, in which fusion groups, and why the rest stays dense; or what it would cost."""
-    from nmsparse_deploy.find.inspect import inspect as api
     from nmsparse_deploy.find.inspect import predict_cost
-    from nmsparse_deploy.recipe import Prune
 
-    spec = asked.read(Prune)
+    spec = asked.read(nms.Prune)
     say_default(model)
     if cost:
         predicted = predict_cost(model, spec, output.progress)
         output.table(predicted, ("predicted", ""), [(name.replace("_", " "), f"{value:,.0f}")
                                                     for name, value in predicted.items() if not isinstance(value, str)])
         return
-    plan = api(model, spec.pattern, spec.include, spec.exclude, output.progress)
+    plan = nms.inspect(model, spec.pattern, spec.include, spec.exclude, output.progress)
     rows = [(r.target.name, f"{r.target.k}x{r.target.n}", r.pattern or "dense", r.shape_verdict() or "", r.reason)
             for r in plan.rows]
     rows += [(s.name, "x".join(map(str, s.shape)), "dense", "", s.reason) for s in plan.skipped]

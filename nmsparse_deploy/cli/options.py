@@ -43,39 +43,30 @@ class Fields:
     def model(self) -> type[BaseModel]:
         return getattr(import_module("nmsparse_deploy.recipe"), self.section)
 
-    def options(self) -> list[inspect.Parameter]:
-        return [_field_option(self.model, path, self.note) for path in self.paths.split()]
 
-
-@dataclass(frozen=True)
 class Asked:
     """What was typed, by section of the recipe. What was left out is not there, so that the recipe's defaults hold."""
 
-    sections: dict[str, dict[str, Any]]
-    options: dict[str, str]
+    def __init__(self, groups: Iterable[Fields], typed: Mapping[str, Any]) -> None:
+        self.sections: dict[str, dict[str, Any]] = {group.section: {} for group in groups}
+        self.flags: dict[str, str] = {}
+        for group in groups:
+            section, defaults = self.sections[group.section], group.model.model_fields
+            for path in group.paths.split():
+                head, _, deeper = path.partition(".")
+                name = _name(path)
+                self.flags[deeper or head] = _flag(name)
+                if name in typed and deeper:
+                    start = defaults[head].default
+                    section.setdefault(head, start.model_dump() if start else {})[deeper] = typed[name]
+                elif name in typed:
+                    section[head] = [{"name": one} for one in typed[name]] if head == "refine" else typed[name]
 
     def read(self, section: type[S], **more: Any) -> S:
         """Return the section, validated, with `more` of its fields. Raises `UsageError` that names the option."""
         from nmsparse_deploy.recipe import validate
 
-        return validate(section, {**self.sections[section.__name__], **more}, self.options)
-
-
-def gather(groups: Iterable[Fields], typed: Mapping[str, Any]) -> Asked:
-    """Put values that were typed, by name of their parameter, into the sections that they belong to."""
-    asked = Asked({group.section: {} for group in groups}, {})
-    for group in groups:
-        section, defaults = asked.sections[group.section], group.model.model_fields
-        for path in group.paths.split():
-            head, _, deeper = path.partition(".")
-            name = _name(path)
-            asked.options[deeper or head] = _flag(name)
-            if name in typed and deeper:
-                start = defaults[head].default
-                section.setdefault(head, start.model_dump() if start else {})[deeper] = typed[name]
-            elif name in typed:
-                section[head] = [{"name": one} for one in typed[name]] if head == "refine" else typed[name]
-    return asked
+        return validate(section, {**self.sections[section.__name__], **more}, self.flags)
 
 
 def parameter(name: str, annotation: Any, default: Any, text: str, positional: bool = False,
@@ -93,9 +84,10 @@ def parameter(name: str, annotation: Any, default: Any, text: str, positional: b
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, made])
 
 
-def _field_option(section: type[BaseModel], path: str, note: str) -> inspect.Parameter:
+def field_option(group: Fields, path: str) -> inspect.Parameter:
+    """Return the parameter of a field's option."""
     head, _, deeper = path.partition(".")
-    field = section.model_fields[head]
+    field = group.model.model_fields[head]
     default = field.default
     if deeper:
         inner = next(part for part in _parts(field.annotation) if deeper in getattr(part, "model_fields", {}))
@@ -103,7 +95,7 @@ def _field_option(section: type[BaseModel], path: str, note: str) -> inspect.Par
         default = field.default if default is None else getattr(default, deeper)
     bounds = [f"{word} {limit:g}" for rule in field.metadata for name, word in BOUNDS.items()
               if (limit := getattr(rule, name, None)) is not None]
-    text = note + "; ".join([str(field.description), *bounds])
+    text = group.note + "; ".join([str(field.description), *bounds])
     return parameter(_name(path), field.annotation, default, text, metavar=METAVARS.get(path, ""))
 
 

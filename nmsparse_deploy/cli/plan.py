@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import nmsparse_deploy as nms
 from nmsparse_deploy.cli.app import DEMO, output, say_default, verb
 from nmsparse_deploy.cli.options import Asked, Fields
 
@@ -13,14 +14,12 @@ from nmsparse_deploy.cli.options import Asked, Fields
 def plan(asked: Asked, model: str = DEMO, *, out: Path | None = None) -> None:
     """Decide which fusion groups get the pattern, under exactly one constraint."""
     from nmsparse_deploy.find.plan.file import check_name, save
-    from nmsparse_deploy.find.plan.stage import plan as api
-    from nmsparse_deploy.recipe import Allocate
 
-    spec = asked.read(Allocate)
+    spec = asked.read(nms.Allocate)
     if out:
         check_name(out)
     say_default(model)
-    result = api(model, spec, output.progress)
+    result = nms.plan(model, spec, output.progress)
     if out:
         save(result.to_json(), out)
     rows = [(", ".join(result.short_names(d)), f"{d.k}x{d.n}", f"{d.sensitivity:.2g} ± {d.error:.1g}",

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import nmsparse_deploy as nms
 from nmsparse_deploy.cli.app import DEMO, output, say_default, verb
 from nmsparse_deploy.cli.options import Asked, Fields
 from nmsparse_deploy.errors import UsageError
@@ -22,8 +23,6 @@ def prune(asked: Asked, model: str = DEMO, *, plan: Path | None = None, time_bud
     """Find a mask, apply it, verify it, and save the pruned model with its masks."""
     from nmsparse_deploy.find.auto import MINUTES, choose
     from nmsparse_deploy.find.plan.file import load
-    from nmsparse_deploy.find.prune import prune as api
-    from nmsparse_deploy.recipe import Prune
     from nmsparse_deploy.system.memory import parse_size
 
     settings = asked.sections["Prune"]
@@ -38,13 +37,13 @@ def prune(asked: Asked, model: str = DEMO, *, plan: Path | None = None, time_bud
         decided = load(plan)
         settings |= {"pattern": decided.pattern, "patterns": decided.patterns}
     limit = parse_size(max_memory) if max_memory else None
-    spec = asked.read(Prune)
+    spec = asked.read(nms.Prune)
     say_default(model)
     if automatic:
         choice = choose(model, settings, time_budget or MINUTES, output.progress, limit)
         output.message(choice.why)
         spec = choice.spec
-    run = api(model, spec, out, force, output.progress, limit)
+    run = nms.prune(model, spec, out, force, output.progress, limit)
     record = run.manifest().stages["prune"]
     how = "as planned" if plan else f"to {spec.pattern}"
     output.result({"run": str(run.path), **record.to_json()},

@@ -1,24 +1,17 @@
 """`nmsparse-deploy run`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import nmsparse_deploy as nms
 from nmsparse_deploy.cli.app import output, verb
-
-if TYPE_CHECKING:
-    from nmsparse_deploy.runs.run_dir import RunDir
 
 
 @verb(recipe="YAML file, see recipes/", dry_run="validate and price it, and stop")
 def run(recipe: Path, *, out: Path | None = None, force: bool = False, dry_run: bool = False) -> None:
     """Run every stage of a recipe."""
-    from nmsparse_deploy.recipe import Recipe
-
-    loaded = Recipe.load(recipe)
+    loaded = nms.Recipe.load(recipe)
     if not dry_run:
-        from nmsparse_deploy.pipeline import run_recipe
-
-        show_run(run_recipe(loaded, out, force, output.progress))
+        show_run(nms.run_recipe(loaded, out, force, output.progress))
         return
     from nmsparse_deploy.find.inspect import price
 
@@ -32,7 +25,7 @@ def run(recipe: Path, *, out: Path | None = None, force: bool = False, dry_run: 
     output.result({**loaded.model_dump(mode="json"), "cost": cost}, [f"{recipe} is valid.", line])
 
 
-def show_run(run: "RunDir") -> None:
+def show_run(run: "nms.RunDir") -> None:
     """Say what a run holds, once: other processes have only helped the first one to prune."""
     from nmsparse_deploy.measure.report.build import summary
     from nmsparse_deploy.system import distributed

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import nmsparse_deploy as nms
 from nmsparse_deploy.cli.app import output, verb
 from nmsparse_deploy.errors import CheckFailed
 
@@ -30,9 +31,7 @@ def verify(target: Path | None = None, *, pattern: str = "2:4", expect: tuple[st
 
 
 def _verify_engine(engine: Path, counters: Path | None) -> None:
-    from nmsparse_deploy.ship.tensorrt.stage import verify_engine
-
-    evidence = verify_engine(engine, counters, output.progress)
+    evidence = nms.verify_engine(engine, counters, output.progress)
     rows = [(layer.name, f"{layer.k}x{layer.n}", layer.dtype, layer.level or "none", layer.reason or "", layer.why_not)
             for layer in evidence.layers]
     output.table(evidence.to_json(), ("weight", "K x N", "type", "evidence", "stopped because", ""), rows,

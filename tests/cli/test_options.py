@@ -9,7 +9,7 @@ import pytest
 from nmsparse_deploy import recipe
 from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.cli.app import DEMO, VERBS, command
-from nmsparse_deploy.cli.options import NAMES, gather
+from nmsparse_deploy.cli.options import NAMES, Asked
 
 FIELDS = [(verb, group, path) for verb, (_, groups, _) in VERBS.items() for group in groups for path in group.paths.split()]
 BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
@@ -77,11 +77,11 @@ def test_the_demo_model_is_the_default_of_a_recipe():
 def test_what_is_left_out_is_the_recipe_s():
     """A section within a section starts from its default there: a plan's calibration is not that of `prune`."""
     groups = VERBS["plan"][1]
-    spec = gather(groups, {"budget": 0.5, "samples": 4}).read(recipe.Allocate)
+    spec = Asked(groups, {"budget": 0.5, "samples": 4}).read(recipe.Allocate)
     assert (spec.calibration.samples, spec.calibration.length) == (4, recipe.Allocate(budget=0.5).calibration.length)
     groups = VERBS["prune"][1]
-    assert gather(groups, {}).read(recipe.Prune) == recipe.Prune()
-    spec = gather(groups, {"method": "maskllm", "steps": 7, "refine": ["refit"]}).read(recipe.Prune)
+    assert Asked(groups, {}).read(recipe.Prune) == recipe.Prune()
+    spec = Asked(groups, {"method": "maskllm", "steps": 7, "refine": ["refit"]}).read(recipe.Prune)
     assert (spec.learn.steps, spec.learn.objective, spec.refine) == (7, "auto", (recipe.Refit(),))
 
 

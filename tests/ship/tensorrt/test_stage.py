@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import nmsparse_deploy as nms
 from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.runs.run_dir import RunDir
@@ -177,7 +178,7 @@ def test_without_tensorrt_the_graph_stays(arguments, pruned, capfd):
 def test_export_with_engines_is_one_document(pruned, install, capfd, monkeypatch):
     install(11)
     # a machine that only says it has a GPU cannot trace; the exported files are there already
-    monkeypatch.setattr("nmsparse_deploy.ship.onnx.stage.export", lambda run, *rest: run.read_json("export.json")["files"])
+    monkeypatch.setattr(nms, "export", lambda run, *rest: run.read_json("export.json")["files"])
     code, out, _ = run(capfd, "--json", "export", pruned, "--precision", "fp16", "--trt")
     document = json.loads(out)
     assert code == 0 and document["files"][0]["precision"] == "fp16" and len(document["engines"]) == 2
