@@ -57,13 +57,13 @@ matrix: setup  ## real small models and slow combinations (under 40 minutes)
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/.done),$(BIN)/python,$(PYTHON))
 
 gpu-bundle: setup  ## what a GPU machine without network lacks (wheels, models, texts), into gpu-bundle/
-	$(BIN)/python -m benchmarks.gpu_bundle
+	$(BIN)/python -m benchmarks.gpu.bundle
 
 gpu-proof:  ## needs a CUDA device: everything it can show, unattended, under 9 minutes; writes results/gpu
-	$(GPU_PYTHON) -m benchmarks.gpu_proof
+	$(GPU_PYTHON) -m benchmarks.gpu.proof
 
 gpu-learn:  ## needs a CUDA device: a slice of the longer learning runs, 8 minutes; call it until it is done
-	$(GPU_PYTHON) -m benchmarks.gpu_learn
+	$(GPU_PYTHON) -m benchmarks.gpu.learn
 
 clean:  ## remove what the targets made, but not the runs
 	rm -rf $(VENV) build dist site *.egg-info

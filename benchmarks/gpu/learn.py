@@ -24,12 +24,12 @@ from typing import Any
 
 from benchmarks.files import read_json, write_json
 from benchmarks.gap import gap_closed, gap_ends
-from benchmarks.gpu_bundle import BUNDLE, BundleError, unpacked
+from benchmarks.gpu.bundle import BUNDLE, ROOT, BundleError, use
 
 MINUTES = 8.0
 RESERVE = 45
 """Seconds for loading and for the last checkpoint."""
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = ROOT / "results"
 DATA = {"data": "wikipedia+generated", "samples": 4096, "length": 1024, "batch": 8}
 """The sample of Wikipedia has 524 such windows; the model writes the rest."""
 JOBS: dict[str, dict[str, Any]] = {
@@ -68,12 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
         print("gpu-learn: there is no CUDA device that this Python's torch can use (docs/gpu.md).", file=sys.stderr)
         return 1
     try:  # beside the runs, where the next slice finds what the model wrote
-        environment = unpacked(given.bundle, given.out) if given.bundle.is_dir() and not given.dry else {}
+        use(Path() / "none" if given.dry else given.bundle, given.out)
     except BundleError as error:
         print(f"gpu-learn: {error}", file=sys.stderr)
         return 1
-    os.environ.update({name: value for name, value in environment.items() if name != "PYTHONPATH"})
-    sys.path[:0] = [environment["PYTHONPATH"]] if "PYTHONPATH" in environment else []
     return learn(given)
 
 

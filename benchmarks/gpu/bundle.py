@@ -4,7 +4,7 @@
     gpu-bundle/files/       the packaged models and texts, split so that no file passes 60 MB
     gpu-bundle/manifest.json   which pieces make which file, with SHA-256
 
-`gpu_proof.py` and `gpu_learn.py` install the wheels into a temporary folder, put the pieces together again, check them,
+`proof.py` and `learn.py` install the wheels into a temporary folder, put the pieces together again, check them,
 and point the package's cache there. Standard library only, because it runs before anything is installed.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from typing import Any
 
 from benchmarks.files import write_json
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "gpu-bundle"
 PIECE = 50_000_000
 """Bytes of a piece."""
@@ -133,6 +134,14 @@ def unpacked(bundle: Path, work: Path) -> dict[str, str]:
     for row in data["files"]:
         join(row, bundle / "files", cache)
     return {"NMSPARSE_CACHE": str(cache), **({"PYTHONPATH": str(site)} if found else {})}
+
+
+def use(bundle: Path, work: Path) -> None:
+    """Let this process and those that it starts find the checkout, and what a bundle brings if there is one."""
+    environment = unpacked(bundle, work) if bundle.is_dir() else {}
+    paths = [str(ROOT), *filter(None, (environment.pop("PYTHONPATH", None), os.environ.get("PYTHONPATH")))]
+    os.environ.update(environment, PYTHONPATH=os.pathsep.join(paths))
+    sys.path[:0] = paths
 
 
 def join(row: dict[str, Any], folder: Path, target: Path) -> Path:

@@ -1,12 +1,20 @@
-"""What a step of learning a mask costs beside a step of ordinary training: the same model, the same 32 x 1024 tokens.
+"""Two more parts of the proof: what a step of learning a mask costs, and the tests that need a CUDA device.
 
-Both run in bf16 autocast on fp32 masters with AdamW, one micro-batch at a time. The masked step trains six logits a
-group on frozen weights, with the dense model as its teacher where that is asked for; the plain one trains the weights.
+A masked step stands beside a step of ordinary training: the same model, the same 32 x 1024 tokens. Both run in bf16
+autocast on fp32 masters with AdamW, one micro-batch at a time. The masked step trains six logits a group on frozen
+weights, with the dense model as its teacher where that is asked for; the plain one trains the weights.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
+
+from nmsparse_deploy.measure.proof import parts
+
+ROOT = Path(__file__).parents[2]
 
 SMOL = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
         "num_key_value_heads": 3, "vocab_size": 49152}
@@ -15,7 +23,7 @@ TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "nu
         "num_key_value_heads": 2, "vocab_size": 64}
 
 
-def compare_steps(setting: Any) -> None:
+def learning(setting: parts.Setting) -> None:
     """Time and peak memory of a plain, a masked and a masked step with distillation."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -117,3 +125,20 @@ def masked_step(module: Any, batches: list[Any], distill: float) -> Any:
             learner.after_step(moment)
 
     return step
+
+
+def tests(setting: parts.Setting) -> None:
+    """Run the tests that need a CUDA device."""
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-o",
+               "addopts=", *(["--collect-only"] if setting.dry else [])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    summary = lines[-1] if lines else done.stderr[-300:]
+    setting.save({"code": done.returncode, "summary": summary,
+                  "failures": [line for line in lines if line.startswith(("FAILED", "ERROR"))]})
+    if done.returncode:
+        raise SystemExit(f"pytest ended with {done.returncode}: {summary}")
+
+
+if __name__ == "__main__":
+    parts.main({"learning": learning, "tests": tests})
