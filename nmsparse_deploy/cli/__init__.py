@@ -18,7 +18,7 @@ from nmsparse_deploy.errors import NmsparseError, from_os_error
 __all__ = ["app", "invoke", "main"]
 
 for name in ("inspect", "plan", "prune", "import_masks", "crossover", "verify", "export", "build", "evaluate", "bench",
-             "report", "compare", "run", "demo", "doctor", "list_methods"):  # in the order of --help
+             "report", "compare", "run", "demo", "proof", "doctor", "list_methods"):  # in the order of --help
     import_module(f"{__name__}.{name}")
 
 

@@ -108,7 +108,7 @@ def test_a_wrong_value_is_one_sentence_that_names_the_option(arguments, sentence
 ARGUMENTS = {"inspect": ["./nowhere"], "plan": ["./nowhere", "--budget", "0.5"], "prune": ["./nowhere"],
              "import": ["./nowhere"], "crossover": ["./nowhere"], "verify": ["nowhere"], "export": [], "build": [],
              "evaluate": [], "bench": ["--device", "cpu"], "report": [], "compare": ["nonsense"], "run": ["nowhere.yaml"],
-             "demo": ["--model", "./nowhere"], "doctor": [], "list": []}
+             "demo": ["--model", "./nowhere"], "doctor": [], "proof": [], "list": []}
 """A call of every verb that is soon over in an empty folder."""
 
 

@@ -128,3 +128,33 @@ def test_every_result_of_a_gpu_fits():
     for path in (ROOT / "results/gpu").glob("*.json"):
         if not path.name.startswith("learn-"):
             assert not ProofRecord.load(path).dry, path
+
+
+def test_the_verb_checks_a_file_and_refuses_what_is_none(tmp_path, capsys):
+    from nmsparse_deploy.cli import app, invoke
+
+    machine = {"versions": {}, "libraries": {}, "state": {}}
+    record = ProofRecord(command="x", dry=True, gpu="dry run", machine=machine, started="2026-11-25T00:00:00Z",
+                         parts={"vit": PartRecord(state="failed", reason="out of memory", seconds=1)})
+    record.save(tmp_path / "proof.json")
+    assert invoke(lambda: app(["proof", "--check", str(tmp_path / "proof.json"), "--json"])) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["parts"] == {"vit": "failed"} and "Not every part finished" in printed.err
+    (tmp_path / "proof.json").write_text('{"format": ')
+    assert invoke(lambda: app(["proof", "--check", str(tmp_path / "proof.json")])) == 1
+    assert "no record of a proof" in capsys.readouterr().err
+    assert invoke(lambda: app(["proof", "--check", str(tmp_path / "none.json")])) == 2
+    assert invoke(lambda: app(["proof", "--dry", "--check", str(tmp_path / "none.json")])) == 2
+    assert invoke(lambda: app(["proof", "--out", str(tmp_path / "out")])) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.matrix
+def test_the_whole_proof_typed_dry(tmp_path):
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-m", "nmsparse_deploy", "proof", "--dry", "--out", str(tmp_path), "--json"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert set(answer["parts"].values()) == {"done"} and ProofRecord.load(tmp_path / answer["file"]).dry
