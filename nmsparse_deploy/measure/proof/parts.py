@@ -23,10 +23,10 @@ from nmsparse_deploy.errors import NmsparseError, first_line
 from nmsparse_deploy.masks import Mask, MaskSet, project
 from nmsparse_deploy.measure.bench.crossover import Line, crossover, markdown, wins
 from nmsparse_deploy.measure.bench.model_arms import Job, bench_arms
-from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.preprocess import from_config
 from nmsparse_deploy.pattern import TWO_FOUR
+from nmsparse_deploy.registry import ADAPTERS
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.ship.torch_sparse.kernel_choice import twins
 from nmsparse_deploy.ship.torch_sparse.semi_structured import StandIn, standing_in
@@ -86,7 +86,8 @@ def vit(setting: Setting) -> None:
             hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, image_size=224,
             patch_size=16)
         size.num_labels = 10 if setting.dry else 1000
-        return LoadedModel(ViTForImageClassification(size), VIT, VIT, "vision", processor=from_config(size))
+        return LoadedModel(ViTForImageClassification(size), VIT, VIT, "vision", ADAPTERS.load("transformers"),
+                           from_config(size))
 
     _arms(setting, VIT, build, [(2 if setting.dry else 64, 1)])
 
@@ -100,7 +101,7 @@ def llama(setting: Setting) -> None:
                            num_key_value_heads=2, vocab_size=64) if setting.dry else LlamaConfig(
             hidden_size=4096, intermediate_size=14336, num_hidden_layers=4, num_attention_heads=32,
             num_key_value_heads=8, vocab_size=32000, max_position_embeddings=8192)
-        return LoadedModel(LlamaForCausalLM(size), LLAMA, LLAMA, "llm")
+        return LoadedModel(LlamaForCausalLM(size), LLAMA, LLAMA, "llm", ADAPTERS.load("transformers"))
 
     _arms(setting, LLAMA, build, [(1, 16)] if setting.dry else [(1, 4096), (16, 512)])
 
@@ -139,7 +140,7 @@ def _release(machine: Machine) -> None:
 
 def magnitude(loaded: LoadedModel) -> MaskSet:
     """Return a 2:4 mask for every target, by magnitude."""
-    targets = discover(loaded.module, models.sample_inputs(loaded)).targets
+    targets = loaded.discover().targets
     return MaskSet({target.name: Mask.pack(project(loaded.module.get_parameter(target.name).detach().abs(), TWO_FOUR,
                                                    target.axis), target.axis, TWO_FOUR, "")
                     for target in targets if target.k % TWO_FOUR.group == 0})
