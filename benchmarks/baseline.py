@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from nmsparse_deploy import models
 from nmsparse_deploy.data.text import TokenSample, check_disjoint, evaluation_sample, load_text
 from nmsparse_deploy.find.prune import prune
-from nmsparse_deploy.measure.evaluate import perplexity
+from nmsparse_deploy.measure.evaluate.perplexity import perplexity
 from nmsparse_deploy.recipe import Prune, validate
 from nmsparse_deploy.registry import METHODS
 from nmsparse_deploy.runs.run_dir import RunDir

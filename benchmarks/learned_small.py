@@ -29,7 +29,7 @@ from nmsparse_deploy import models
 from nmsparse_deploy.data.text import TokenSample, evaluation_sample
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.masks import MaskSet
-from nmsparse_deploy.measure.evaluate import perplexity
+from nmsparse_deploy.measure.evaluate.perplexity import perplexity
 from nmsparse_deploy.recipe import Prune, fingerprint, validate
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.system.environment import environment, now

@@ -142,7 +142,7 @@ def scores(run: Path) -> dict[str, Any]:
     from nmsparse_deploy import models
     from nmsparse_deploy.data.text import check_disjoint, evaluation_sample, load_text
     from nmsparse_deploy.errors import UsageError
-    from nmsparse_deploy.measure.evaluate import perplexity
+    from nmsparse_deploy.measure.evaluate.perplexity import perplexity
 
     baseline = json.loads((RESULTS / "baseline-smollm2-135m.json").read_text())
     protocol, ends = baseline["protocol"], gap_ends(baseline)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from nmsparse_deploy import models
 from nmsparse_deploy.data.text import evaluation_sample, load_text
 from nmsparse_deploy.find.prune import prune
-from nmsparse_deploy.measure.evaluate import perplexity
+from nmsparse_deploy.measure.evaluate.perplexity import perplexity
 from nmsparse_deploy.recipe import CLOSED_FORM, Calibration, Prune
 
 pytestmark = pytest.mark.matrix

@@ -10,7 +10,7 @@ import torch
 
 from nmsparse_deploy.errors import MissingExtra, NmsparseError
 from nmsparse_deploy.measure.evaluate.features import Runner, collect, onnx_runner, torch_runner
-from nmsparse_deploy.measure.evaluate.result import EvalResult
+from nmsparse_deploy.measure.evaluate.result import NotChecked
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.outputs import Features
 from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime
@@ -48,22 +48,16 @@ def torch_arm(label: str, model: LoadedModel) -> Arm:
     return Arm(label, torch_runner(model), parameter.device.type, str(parameter.dtype).removeprefix("torch."))
 
 
-def onnx_arms(model: LoadedModel, paths: Sequence[Path]) -> tuple[list[Arm], list[dict[str, str]]]:
-    """An arm per exported graph that runs here, and why the others do not."""
+def onnx_arms(model: LoadedModel, paths: Sequence[Path]) -> tuple[list[Arm], list[NotChecked]]:
+    """Return an arm per exported graph that runs here, and why the others do not."""
     arms, missing = [], []
     for path in paths:
         try:
             session = OnnxRuntime.build(path)
         except (MissingExtra, NmsparseError) as error:
-            missing.append({"place": f"ONNX {path.parent.name}", "why": error.message})
+            missing.append(NotChecked(f"ONNX {path.parent.name}", error.message))
             continue
         arms.append(Arm(f"pruned, ONNX {path.parent.name}", onnx_runner(model, session), "onnxruntime",
                         path.parent.name, fixed=model.family == "vision"))
     return arms, missing
 
-
-Results = dict[str, list[EvalResult]]
-
-
-def to_json(results: Results) -> dict[str, list[dict]]:
-    return {label: [result.to_json() for result in found] for label, found in results.items() if found}

@@ -17,7 +17,7 @@ BATCH = 16
 
 @torch.inference_mode()
 def predict(model: LoadedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What the model says about noised samples, fp32 on the CPU; a predicted variance is left out."""
+    """Return what the model says about noised samples, fp32 on the CPU; a predicted variance is left out."""
     parameter = next(model.module.parameters())
     parts = []
     for start in range(0, len(inputs[INPUT]), BATCH):
@@ -29,7 +29,7 @@ def predict(model: LoadedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Ten
 
 
 def starting_noise(model: LoadedModel, count: int, seed: int = 0) -> torch.Tensor:
-    """Where samples begin, `[count, channels, height, width]`; the same for every model of this shape."""
+    """Return where samples begin, `[count, channels, height, width]`; the same for every model of this shape."""
     module: Any = model.module
     shape = (count, module.config.in_channels, *sample_size(module))
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -38,7 +38,7 @@ def starting_noise(model: LoadedModel, count: int, seed: int = 0) -> torch.Tenso
 @torch.inference_mode()
 def draw(model: LoadedModel, noise: torch.Tensor, given: Mapping[str, torch.Tensor], null: Mapping[str, torch.Tensor],
          steps: int, guidance: float, progress: Progress = silent, seed: int = 0) -> torch.Tensor:
-    """Samples in the model's space, from `noise` under conditions `given` `[samples, ...]`.
+    """Draw samples in the model's space, from `noise` under conditions `given` `[samples, ...]`.
 
     With `null` conditions (of one sample) and `guidance` g other than 1, every step goes by `e_null + g (e - e_null)`.
     Schedulers that add noise on the way draw it from `seed`, so two models see the same.
@@ -53,10 +53,10 @@ def draw(model: LoadedModel, noise: torch.Tensor, given: Mapping[str, torch.Tens
         progress(f"drawing {len(noise)} samples", number, len(scheduler.timesteps))
         seen = scheduler.scale_model_input(state, timestep) if hasattr(scheduler, "scale_model_input") else state
         asked = {INPUT: seen, "timestep": timestep.expand(len(seen)), **given}
-        told = predict(model, asked)
+        predicted = predict(model, asked)
         if guided:
             plain = {name: null[name].expand(value.shape) for name, value in given.items()}
             without = predict(model, {**asked, **plain})
-            told = without + guidance * (told - without)
-        state = scheduler.step(told, timestep, state, **extra).prev_sample
+            predicted = without + guidance * (predicted - without)
+        state = scheduler.step(predicted, timestep, state, **extra).prev_sample
     return state

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch.nn.functional import cosine_similarity
@@ -11,20 +10,28 @@ from torch.nn.functional import cosine_similarity
 from nmsparse_deploy.data.sentence_pairs import Pairs, load_pairs
 from nmsparse_deploy.data.sequences import check_sentences_disjoint, longest
 from nmsparse_deploy.measure.evaluate.agree import feature_agreement
-from nmsparse_deploy.measure.evaluate.arms import DENSE, PRUNED, Arm, Results, to_json
-from nmsparse_deploy.measure.evaluate.result import EvalResult, bootstrap_error, bootstrap_pairs
+from nmsparse_deploy.measure.evaluate.arms import DENSE, PRUNED, Arm
+from nmsparse_deploy.measure.evaluate.result import (
+    Difference,
+    EvalResult,
+    Evaluation,
+    Protocol,
+    Results,
+    bootstrap_error,
+    bootstrap_pairs,
+)
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.outputs import Features
 from nmsparse_deploy.system.progress import Progress, silent
 
 BATCH = 32
-MOST = 128
+MAX_TOKENS = 128
 """Tokens of a sentence that are read; sentences are shorter."""
 
 
 def evaluate_encoder(arms: Sequence[Arm], model: LoadedModel, data: str, calibration: torch.Tensor | None,
-                     progress: Progress = silent) -> dict[str, Any]:
-    """Spearman correlation of cosine similarities with ratings, and agreement with the dense model on the same texts.
+                     progress: Progress = silent) -> Evaluation:
+    """Measure rank correlation of cosine similarities with ratings, and agreement with the dense model on them.
 
     `calibration` are the token ids of the run's calibration windows. Raises `NmsparseError` when an evaluated sentence
     lies in them.
@@ -46,33 +53,34 @@ def evaluate_encoder(arms: Sequence[Arm], model: LoadedModel, data: str, calibra
         rated = torch.tensor([rating for _, _, rating in pairs.rated], dtype=torch.float64)
         for arm in arms:
             protocol = {"data": pairs.name, "data_fingerprint": pairs.fingerprint, "pairs": len(pairs.rated),
-                        "pooling": "mean of the sequence's tokens", "similarity": "cosine", "longest": MOST,
+                        "pooling": "mean of the sequence's tokens", "similarity": "cosine", "longest": MAX_TOKENS,
                         "dtype": arm.dtype}
-            found = similar[arm.label]
-            if found is not None:
-                results[arm.label].append(_spearman(found, rated, arm, pairs.name, protocol))
+            similarities = similar[arm.label]
+            if similarities is not None:
+                results[arm.label].append(_spearman(similarities, rated, arm, pairs.name, protocol))
             if arm.label != DENSE:
                 results[arm.label] += feature_agreement(features[DENSE], features[arm.label], arm.where, pairs.name,
                                                         {**protocol, "against": DENSE})
         if difference is None:
             difference = _difference(similar.get(DENSE), similar.get(PRUNED), rated, pairs.name)
-    return {"results": to_json(results), "difference": difference, "samples": samples, "images": [],
-            "held_out": {"sentences_compared": compared, "overlaps": 0}, "not_checked": []}
+    return Evaluation({**results}, {"sentences_compared": compared, "overlaps": 0}, difference=difference,
+                      samples=samples)
 
 
 def _encode(arm: Arm, model: LoadedModel, texts: Sequence[str], what: str, progress: Progress) -> Features:
-    """Pooled features of every text, in the order given; token features are averaged away here."""
+    """Return pooled features of every text, in the order given; token features are averaged away here."""
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    found = arm.features(_batches(model, [texts[index] for index in order]), len(texts), what, progress)
+    by_length = arm.features(_batches(model, [texts[index] for index in order]), len(texts), what, progress)
     back = torch.tensor(order).argsort()
-    return Features(*(value if value is None else value[back] for value in (found.pooled, None, found.logits)))
+    return Features(None if by_length.pooled is None else by_length.pooled[back], None,
+                    None if by_length.logits is None else by_length.logits[back])
 
 
 def _batches(model: LoadedModel, texts: Sequence[str]) -> Iterator[Mapping[str, torch.Tensor]]:
     tokenizer = model.processor
     for start in range(0, len(texts), BATCH):
         batch = tokenizer(list(texts[start : start + BATCH]), padding=True, truncation=True, return_tensors="pt",
-                          max_length=min(MOST, longest(tokenizer)))
+                          max_length=min(MAX_TOKENS, longest(tokenizer)))
         yield {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
@@ -86,28 +94,27 @@ def _similarities(features: Features, pairs: Pairs, texts: Sequence[str]) -> tor
 
 
 def _spearman(similar: torch.Tensor, rated: torch.Tensor, arm: Arm, name: str,
-              protocol: dict[str, Any]) -> EvalResult:
+              protocol: Protocol) -> EvalResult:
     error = bootstrap_error(lambda index: spearman(similar[index], rated[index]), len(rated))
     return EvalResult(f"sts_spearman@{name}", spearman(similar, rated), error, len(rated), arm.where, protocol)
 
 
 def _difference(dense: torch.Tensor | None, pruned: torch.Tensor | None, rated: torch.Tensor,
-                name: str) -> dict[str, Any] | None:
+                name: str) -> Difference | None:
     if dense is None or pruned is None:
         return None
-    return {"metric": f"sts_spearman@{name}", **bootstrap_pairs(
-        lambda index: spearman(dense[index], rated[index]), lambda index: spearman(pruned[index], rated[index]),
-        len(rated))}
+    return bootstrap_pairs(lambda index: spearman(dense[index], rated[index]),
+                           lambda index: spearman(pruned[index], rated[index]), len(rated), f"sts_spearman@{name}")
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Correlation of the ranks; ties share the mean of their ranks."""
+    """Return the correlation of the ranks; ties share the mean of their ranks."""
     x, y = (ranks(values) - (len(values) - 1) / 2 for values in (a, b))
     return float((x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-300))
 
 
 def ranks(values: torch.Tensor) -> torch.Tensor:
-    """Ranks from 0, ties averaged."""
+    """Return ranks from 0, ties averaged."""
     _, place, count = values.unique(return_inverse=True, return_counts=True)
     last = count.cumsum(0).double() - 1
     return (last - (count.double() - 1) / 2)[place]

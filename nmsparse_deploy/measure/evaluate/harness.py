@@ -25,7 +25,7 @@ BOOTSTRAP = 200
 
 
 def torch_lm(model: LoadedModel, batch: int = 8) -> Any:
-    """The model in memory behind the harness's own wrapper. Raises `MissingExtra` without the harness."""
+    """Put the model in memory behind the harness's own wrapper. Raises `MissingExtra` without the harness."""
     _require()
     from lm_eval.models.huggingface import HFLM
 
@@ -35,7 +35,7 @@ def torch_lm(model: LoadedModel, batch: int = 8) -> Any:
 
 
 def engine_lm(model: LoadedModel, session: OnnxRuntime) -> Any:
-    """An exported graph of `model` behind the same interface."""
+    """Put an exported graph of `model` behind the same interface."""
     _require()
     from nmsparse_deploy.measure.evaluate.engine_lm import EngineLM
 
@@ -46,7 +46,7 @@ def engine_lm(model: LoadedModel, session: OnnxRuntime) -> Any:
 
 
 def zero_shot(lm: Any, tasks: Sequence[str], limit: int | None, where: str, dtype: str) -> list[EvalResult]:
-    """Every metric of every task. A task is a name that the harness knows, or a YAML file that describes one.
+    """Measure every metric of every task. A task is a name that the harness knows, or a YAML file that describes one.
 
     `limit` takes only the first so many documents of a task; the metric's name then says so. Raises `UsageError` for an
     unknown task, `NmsparseError` when a task's data cannot be had.
@@ -69,11 +69,11 @@ def zero_shot(lm: Any, tasks: Sequence[str], limit: int | None, where: str, dtyp
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process with a model in it
     try:
         with redirect_stdout(sys.stderr):  # the harness prints where only results belong
-            found = simple_evaluate(lm, tasks=names, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False,
-                                    task_manager=manager)
+            scores = simple_evaluate(lm, tasks=names, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False,
+                                     task_manager=manager)
     except Exception as error:
         raise _explain(error, names) from error
-    return [row for name in found["results"] for row in _results(found, name, limit, where, dtype)]
+    return [row for name in scores["results"] for row in _results(scores, name, limit, where, dtype)]
 
 
 def _require() -> None:
@@ -105,16 +105,16 @@ def _explain(error: Exception, names: Sequence[str]) -> NmsparseError:
     return NmsparseError(f"A task among {', '.join(names)} failed: {line[:200]}.")
 
 
-def _results(found: dict[str, Any], name: str, limit: int | None, where: str, dtype: str) -> list[EvalResult]:
-    """The harness writes `METRIC,FILTER` beside `METRIC_stderr,FILTER`."""
-    rows, samples = [], found.get("n-samples", {}).get(name, {}).get("effective", 0)
-    protocol = {"harness": _version(), "task_version": found.get("versions", {}).get(name),
-                "shots": found.get("n-shot", {}).get(name), "limit": limit, "dtype": dtype}
-    for key, value in found["results"][name].items():
+def _results(scores: dict[str, Any], name: str, limit: int | None, where: str, dtype: str) -> list[EvalResult]:
+    """Read `METRIC,FILTER` beside `METRIC_stderr,FILTER`, as the harness writes them."""
+    rows, samples = [], scores.get("n-samples", {}).get(name, {}).get("effective", 0)
+    protocol = {"harness": _version(), "task_version": scores.get("versions", {}).get(name),
+                "shots": scores.get("n-shot", {}).get(name), "limit": limit, "dtype": dtype}
+    for key, value in scores["results"][name].items():
         metric, _, picked = key.partition(",")
         if not picked or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
-        error = found["results"][name].get(f"{metric}_stderr,{picked}")
+        error = scores["results"][name].get(f"{metric}_stderr,{picked}")
         spread = float(error) if isinstance(error, (int, float)) and math.isfinite(error) else 0.0
         first = f"-first{limit}" if limit else ""
         rows.append(EvalResult(f"{metric}@{name}{first}", float(value), spread, int(samples), where,

@@ -12,7 +12,7 @@ from nmsparse_deploy.data.images import check_images_disjoint, content_hash
 from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError
 from nmsparse_deploy.measure.evaluate.arms import DENSE, PRUNED, Arm
 from nmsparse_deploy.measure.evaluate.probe import hits
-from nmsparse_deploy.measure.evaluate.result import EvalResult, mean_result, paired_difference
+from nmsparse_deploy.measure.evaluate.result import EvalResult, Evaluation, TimmRow, mean_result, paired_difference
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.preprocess import ImagePipeline
 from nmsparse_deploy.system.progress import Progress, silent
@@ -21,12 +21,12 @@ BATCH = 32
 
 
 def evaluate_imagenet(arms: Sequence[Arm], model: LoadedModel, folder: str, limit: int | None,
-                      calibration: torch.Tensor | None, progress: Progress = silent) -> dict[str, Any]:
-    """Accuracy of every arm on the same pictures, each decoded once.
+                      calibration: torch.Tensor | None, progress: Progress = silent) -> Evaluation:
+    """Measure the accuracy of every arm on the same images, each decoded once.
 
     `folder` holds one folder per class, or a `validation` (or `val`) folder that does. Under `timm` come the fields
     that timm's `validate.py` prints, in percent. Raises `UsageError` when the folders cannot be matched with the
-    model's classes, `NmsparseError` when a picture was calibrated on.
+    model's classes, `NmsparseError` when an image was calibrated on.
     """
     settings = model.adapter.image_pipeline(model)
     dataset = _dataset(folder, settings, model, limit)
@@ -34,37 +34,33 @@ def evaluate_imagenet(arms: Sequence[Arm], model: LoadedModel, folder: str, limi
     loader = _loader(dataset, settings, hashes.append if calibration is not None else None)
     right: dict[str, dict[int, list[float]]] = {arm.label: {1: [], 5: []} for arm in arms}
     seen = 0
-    for pictures, classes in _read(loader, folder):
+    for images, classes in _read(loader, folder):
         progress("images of the validation set", seen, len(dataset))
         for arm in arms:
-            logits = arm.run({model.input_name: pictures}).logits
+            logits = arm.run({model.input_name: images}).logits
             if logits is None:
                 raise UsageError("The model has no head of its own, so it names no classes.",
                                  "leave the protocol out to judge its features by a probe")
-            for k, found in right[arm.label].items():
-                found += hits(logits, classes, k)
+            for k, right_so_far in right[arm.label].items():
+                right_so_far += hits(logits, classes, k)
         seen += len(classes)
     compared = check_images_disjoint(calibration, hashes) if calibration is not None else None
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
     suffix = f"-of{seen}" if limit else ""
     facts = {"data": folder, "images": seen, "classes": len(dataset.reader.class_to_idx), **settings}
-    rows = {arm.label: [mean_result(f"imagenet_top{k}{suffix}", found, arm.where, {**facts, "dtype": arm.dtype})
-                        for k, found in right[arm.label].items()] for arm in arms}
-    difference = {"metric": rows[DENSE][0].metric, **paired_difference(rows[DENSE][0], rows[PRUNED][0])}
-    return {"results": {label: [row.to_json() for row in found] for label, found in rows.items()},
-            "difference": difference, "samples": {"labelled": facts},
-            "timm": {label: printed(model.name, found, parameters, settings) for label, found in rows.items()},
-            "images": [], "not_checked": [],
-            "held_out": {"images_compared": compared, "overlaps": 0}}
+    rows = {arm.label: [mean_result(f"imagenet_top{k}{suffix}", hit, arm.where, {**facts, "dtype": arm.dtype})
+                        for k, hit in right[arm.label].items()] for arm in arms}
+    return Evaluation({**rows}, {"images_compared": compared, "overlaps": 0}, samples={"labelled": facts},
+                      difference=paired_difference(rows[DENSE][0], rows[PRUNED][0]),
+                      timm={label: printed(model.name, tops, parameters, settings) for label, tops in rows.items()})
 
 
-def printed(name: str, rows: Sequence[EvalResult], parameters: int, settings: ImagePipeline) -> dict[str, Any]:
-    """The fields of timm's `validate.py` with its rounding."""
+def printed(name: str, rows: Sequence[EvalResult], parameters: int, settings: ImagePipeline) -> TimmRow:
+    """Return what timm's `validate.py` prints."""
     top1, top5 = (100 * row.value for row in rows)
-    return {"model": name, "top1": round(top1, 4), "top1_err": round(100 - top1, 4), "top5": round(top5, 4),
-            "top5_err": round(100 - top5, 4), "param_count": round(parameters / 1e6, 2),
-            "img_size": settings["input_size"][-1], "crop_pct": settings["crop_pct"],
-            "interpolation": settings["interpolation"]}
+    return TimmRow(name, round(top1, 4), round(100 - top1, 4), round(top5, 4), round(100 - top5, 4),
+                   round(parameters / 1e6, 2), settings["input_size"][-1], settings["crop_pct"],
+                   settings["interpolation"])
 
 
 def _dataset(folder: str, settings: ImagePipeline, model: LoadedModel, limit: int | None) -> Any:
@@ -83,16 +79,16 @@ def _dataset(folder: str, settings: ImagePipeline, model: LoadedModel, limit: in
     except (RuntimeError, AssertionError, AttributeError) as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise UsageError(f"'{folder}' is no folder of labelled images: {reason[:200]}.",
-                         "one folder per class, with pictures in it") from error
+                         "one folder per class, with images in it") from error
     if limit and limit < len(dataset):
         places = torch.linspace(0, len(dataset) - 1, limit).round().long().tolist()
         dataset.reader.samples = [dataset.reader.samples[place] for place in places]
-    dataset._max_retries = 1  # timm would put the next picture in the place of a damaged one
+    dataset._max_retries = 1  # timm would put the next image in the place of a damaged one
     return dataset
 
 
 def class_numbers(model: LoadedModel, names: Sequence[str]) -> dict[str, int]:
-    """Which output of the head each folder is: by the head's labels, or in order where there are as many of both.
+    """Match outputs of the head with folders: by the head's labels, or in order where there are as many of both.
 
     Raises `UsageError` otherwise: numbering some folders of many classes from 0 would measure nothing.
     """
@@ -107,7 +103,7 @@ def class_numbers(model: LoadedModel, names: Sequence[str]) -> dict[str, int]:
 
 
 def _labels(model: LoadedModel) -> tuple[dict[str, int], int | None]:
-    """The head's labels with their numbers, and how many outputs it has."""
+    """Return the head's labels with their numbers, and how many outputs it has."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     numbers, outputs = model.adapter.class_labels(model)
@@ -117,7 +113,7 @@ def _labels(model: LoadedModel) -> tuple[dict[str, int], int | None]:
 
 
 def _loader(dataset: Any, settings: ImagePipeline, seen: Callable[[str], None] | None) -> Any:
-    """Batches of pictures and class numbers, in the dataset's order; `seen` is told the content hash of each."""
+    """Return batches of images and class numbers, in the dataset's order; `seen` gets the content hash of each."""
     from timm.data import create_loader
 
     loader = create_loader(dataset, input_size=settings["input_size"], batch_size=BATCH, is_training=False,
@@ -126,10 +122,10 @@ def _loader(dataset: Any, settings: ImagePipeline, seen: Callable[[str], None] |
                            crop_pct=settings["crop_pct"], crop_mode=settings["crop_mode"], pin_memory=False)
     transform = dataset.transform
 
-    def watched(picture: Any) -> Any:
+    def watched(image: Any) -> Any:
         if seen is not None:
-            seen(content_hash(picture))
-        return transform(picture)
+            seen(content_hash(image))
+        return transform(image)
 
     dataset.transform = watched
     return loader
@@ -141,5 +137,5 @@ def _read(loader: Any, folder: str) -> Iterator[tuple[torch.Tensor, torch.Tensor
     except RuntimeError as error:
         if "Failed to load" not in str(error):
             raise
-        raise NmsparseError(f"A picture in '{folder}' is damaged.",
-                            "remove it; every picture has to count once") from error
+        raise NmsparseError(f"An image in '{folder}' is damaged.",
+                            "remove it; every image has to count once") from error

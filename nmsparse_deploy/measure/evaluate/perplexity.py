@@ -11,7 +11,7 @@ from torch import nn
 
 from nmsparse_deploy.data.sequences import decoder_start, taught
 from nmsparse_deploy.data.text import TokenSample
-from nmsparse_deploy.measure.evaluate.result import EvalResult, bootstrap_interval
+from nmsparse_deploy.measure.evaluate.result import Continuation, EvalResult, Ratio, bootstrap_interval
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.system.progress import Progress, silent
 
@@ -21,7 +21,7 @@ PROMPTS = ("The capital of France is", "Three things you need to bake bread are"
 @torch.no_grad()
 def perplexity(module: nn.Module, sample: TokenSample, where: str, label: str = "",
                progress: Progress = silent) -> EvalResult:
-    """Token perplexity over non-overlapping windows; the first token of a window has no prediction.
+    """Measure token perplexity over non-overlapping windows; the first token of a window has no prediction.
 
     An encoder-decoder reads the first half of a window and is asked for the second. The standard error is that of the
     mean over windows, carried to the perplexity (delta method). Logits are reduced in fp32, whatever dtype the forward
@@ -51,7 +51,7 @@ def _two_sided(module: nn.Module) -> bool:
 
 
 def _predicted(module: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits `[tokens, vocabulary]` of one window `[1, length]`, and the tokens that they should foretell."""
+    """Return logits `[tokens, vocabulary]` of one window `[1, length]`, and the tokens that they should foretell."""
     if not _two_sided(module):
         return module(input_ids=ids, use_cache=False).logits[0, :-1], ids[0, 1:]
     read, asked = ids[:, : ids.shape[1] // 2], ids[:, ids.shape[1] // 2 :]
@@ -59,11 +59,11 @@ def _predicted(module: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, torc
     return module(input_ids=read, decoder_input_ids=given, use_cache=False).logits[0], asked[0]
 
 
-def paired_ratio(dense: EvalResult, pruned: EvalResult, seed: int = 0) -> dict[str, float]:
-    """Pruned over dense perplexity on the same windows, with a 95 % bootstrap interval over windows."""
+def paired_ratio(dense: EvalResult, pruned: EvalResult, seed: int = 0) -> Ratio:
+    """Return pruned over dense perplexity on the same windows, with a 95 % bootstrap interval over windows."""
     difference = torch.tensor([b - a for a, b in zip(dense.per_sample, pruned.per_sample)], dtype=torch.float64)
     low, high = bootstrap_interval(difference, seed)
-    return {"ratio": _exp(float(difference.mean())), "low": _exp(low), "high": _exp(high)}
+    return Ratio(_exp(float(difference.mean())), _exp(low), _exp(high))
 
 
 def _exp(x: float) -> float:
@@ -71,8 +71,8 @@ def _exp(x: float) -> float:
 
 
 @torch.no_grad()
-def continuations(model: LoadedModel, tokens: int, prompts: tuple[str, ...] = PROMPTS) -> list[dict[str, str]]:
-    """Greedy continuations of a few prompts: what the numbers look like to a reader."""
+def continuations(model: LoadedModel, tokens: int, prompts: tuple[str, ...] = PROMPTS) -> list[Continuation]:
+    """Write greedy continuations of a few prompts: what the numbers look like to a reader."""
     rows = []
     device = next(model.module.parameters()).device
     for prompt in prompts:
@@ -80,6 +80,6 @@ def continuations(model: LoadedModel, tokens: int, prompts: tuple[str, ...] = PR
         generate: Any = model.module.generate
         output = generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=tokens,
                           do_sample=False, pad_token_id=model.processor.eos_token_id)
-        rows.append({"prompt": prompt, "text": model.processor.decode(output[0, inputs["input_ids"].shape[1] :],
-                                                                      skip_special_tokens=True)})
+        text = model.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        rows.append(Continuation(prompt, text))
     return rows

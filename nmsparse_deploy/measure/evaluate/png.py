@@ -1,11 +1,11 @@
-"""Pictures for a report: small PNG files in base64."""
+"""Images for a report: small PNG files in base64."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 COLOURS = 128
-"""A palette keeps a picture at a third of its size; a report holds several."""
+"""A palette keeps an image at a third of its size; a report holds several."""
 SIDE = 84
-"""Pixels per side of a picture in a sheet, about."""
+"""Pixels per side of an image in a sheet, about."""
 GAP = 4
 
 
@@ -26,16 +26,16 @@ def png(image: Image) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def as_pictures(images: torch.Tensor) -> list[Image]:
-    """PIL pictures of `[count, channels, height, width]` in -1 to 1."""
+def as_images(pixels: torch.Tensor) -> list[Image]:
+    """Return PIL images of `[count, channels, height, width]` in -1 to 1."""
     from PIL import Image as pil
 
-    levels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return [pil.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in levels]
 
 
 def sheet(rows: Sequence[torch.Tensor]) -> Image:
-    """Pictures `[count, channels, height, width]` in -1 to 1, a row of the sheet for each entry of `rows`."""
+    """Lay out images `[count, channels, height, width]` in -1 to 1, a row of the sheet for each entry of `rows`."""
     from PIL import Image as pil
 
     height, width = rows[0].shape[-2:]
@@ -43,14 +43,14 @@ def sheet(rows: Sequence[torch.Tensor]) -> Image:
     step, down = width * scale + GAP, height * scale + GAP
     paper = pil.new("RGB", (step * len(rows[0]) - GAP, down * len(rows) - GAP), "white")
     for line, row in enumerate(rows):
-        for place, picture in enumerate(as_pictures(row)):
-            grown = picture.convert("RGB").resize((width * scale, height * scale), pil.Resampling.NEAREST)
+        for place, image in enumerate(as_images(row)):
+            grown = image.convert("RGB").resize((width * scale, height * scale), pil.Resampling.NEAREST)
             paper.paste(grown, (place * step, line * down))
     return paper
 
 
-def by_timestep_plot(rows: Sequence[dict[str, Any]], lines: Sequence[str], ylabel: str) -> Image:
-    """One line a name of `lines` over the schedule, whose stretches are `rows`."""
+def by_timestep_plot(rows: Sequence[Mapping[str, float]], lines: Sequence[str], ylabel: str) -> Image:
+    """Draw one line per name of `lines` over the schedule, whose parts are `rows`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from PIL import Image as pil

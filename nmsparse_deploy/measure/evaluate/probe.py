@@ -28,7 +28,7 @@ class Probe:
 
 
 def fit_probe(features: torch.Tensor, labels: torch.Tensor, classes: int) -> Probe:
-    """The minimum of a convex loss, found with L-BFGS from zero: no seed, no schedule.
+    """Find the minimum of a convex loss with L-BFGS from zero: no seed, no schedule.
 
     `features` [samples, width], `labels` [samples] of class numbers. Computed in float64.
     """

@@ -84,7 +84,7 @@ def protocol_perplexity(model: LoadedModel, protocol: TextProtocol, sample: Toke
 
 def protocol_sample(protocol: TextProtocol, data: str, tokenizer: Any, context: int,
                     limit: int | None = None) -> TokenSample:
-    """The protocol's windows of `context` tokens, from `data` (a file, a folder that holds one, or `auto`: the hub).
+    """Cut the protocol's windows of `context` tokens from `data` (a file, a folder that holds one, or `auto`: the hub).
 
     `limit` takes only the first so many windows, which is no published protocol any more. Raises `UsageError` when the
     file is not there or too short, `NmsparseError` when the hub cannot be reached.
@@ -113,7 +113,7 @@ def _rows(protocol: TextProtocol, data: str) -> Iterable[str]:
 
 
 def find_file(protocol: TextProtocol, path: Path) -> Path:
-    """The set's file: `path` itself, or the first in that folder which goes by one of its names."""
+    """Find the set's file: `path` itself, or the first in that folder which goes by one of its names."""
     if path.is_file():
         return path
     if not path.is_dir():

@@ -6,7 +6,7 @@ import base64
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,21 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class TimmRow:
+    """The fields that timm's `validate.py` prints, with its rounding; shares are in percent."""
+
+    model: str
+    top1: float
+    top1_err: float
+    top5: float
+    top5_err: float
+    param_count: float
+    img_size: int
+    crop_pct: float
+    interpolation: str
+
+
+@dataclass(frozen=True)
 class Continuation:
     """What a model wrote after a prompt."""
 
@@ -77,21 +92,42 @@ class DrawnImage:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """The content of an `evaluate.json`."""
+class NotChecked:
+    """A step that was not taken, and why."""
 
-    results: dict[str, EvalResult | tuple[EvalResult, ...]]
+    place: str
+    why: str
+
+
+Results = dict[str, list[EvalResult]]
+"""Model -> its metrics, the one that matters most first."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The content of an `evaluate.json`, without versions and hardware.
+
+    `held_out` counts what was compared with the calibration sample (None: there was none), and the overlaps.
+    """
+
+    results: dict[str, EvalResult | list[EvalResult]]
+    held_out: dict[str, int | None] = field(default_factory=dict)
     ratio: Ratio | None = None
     difference: Difference | None = None
-    continuations: dict[str, tuple[Continuation, ...]] = field(default_factory=dict)
-    images: tuple[DrawnImage, ...] = ()
-    held_out: dict[str, int | None] | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    hardware: Protocol = field(default_factory=dict)
+    continuations: dict[str, list[Continuation]] = field(default_factory=dict)
+    images: list[DrawnImage] = field(default_factory=list)
+    samples: Mapping[str, object] = field(default_factory=dict)
+    timesteps: list[dict[str, float]] = field(default_factory=list)
+    timm: dict[str, TimmRow] = field(default_factory=dict)
+    not_checked: list[NotChecked] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as it is written; models without a result are left out."""
+        return asdict(replace(self, results={label: rows for label, rows in self.results.items() if rows}))
 
 
 def mean_result(metric: str, values: Sequence[float], where: str, protocol: Protocol) -> EvalResult:
-    """The mean over samples with its standard error."""
+    """Return the mean over samples with its standard error."""
     mean = math.fsum(values) / len(values)
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return EvalResult(metric, mean, error, len(values), where, protocol, tuple(values))
@@ -102,30 +138,32 @@ def _draws(count: int, seed: int) -> torch.Tensor:
 
 
 def bootstrap_interval(values: torch.Tensor, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of `values` [samples]."""
-    means = values[_draws(len(values), seed)].mean(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    """Return the 95 % bootstrap interval of the mean of `values` [samples]."""
+    return _quantiles(values[_draws(len(values), seed)].mean(1))
+
+
+def _quantiles(values: torch.Tensor) -> tuple[float, float]:
+    low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return low, high
 
 
 def bootstrap_error(statistic: Callable[[torch.Tensor], float], count: int, draws: int = 200, seed: int = 0) -> float:
-    """Standard error of a statistic that is no mean: its spread over resampled indices of `count` samples."""
-    found = [statistic(index) for index in _draws(count, seed)[:draws]]
-    finite = [value for value in found if math.isfinite(value)]
+    """Return the standard error of a statistic that is no mean: its spread over `count` resampled indices."""
+    finite = [value for index in _draws(count, seed)[:draws] if math.isfinite(value := statistic(index))]
     return statistics.stdev(finite) if len(finite) > 1 else 0.0
 
 
-def paired_difference(dense: EvalResult, pruned: EvalResult, seed: int = 0) -> dict[str, float]:
-    """Pruned minus dense on the same samples, with a 95 % bootstrap interval over samples."""
+def paired_difference(dense: EvalResult, pruned: EvalResult, seed: int = 0) -> Difference:
+    """Return pruned minus dense on the same samples, with a 95 % bootstrap interval over samples."""
     difference = torch.tensor([b - a for a, b in zip(dense.per_sample, pruned.per_sample)], dtype=torch.float64)
     low, high = bootstrap_interval(difference, seed)
-    return {"difference": float(difference.mean()), "low": low, "high": high}
+    return Difference(float(difference.mean()), low, high, pruned.metric)
 
 
 def bootstrap_pairs(dense: Callable[[torch.Tensor], float], pruned: Callable[[torch.Tensor], float], count: int,
-                    draws: int = 400, seed: int = 0) -> dict[str, float]:
-    """Pruned minus dense of a statistic that is no mean, with a 95 % interval; both see the same resampled indices."""
-    found = torch.tensor([pruned(index) - dense(index) for index in _draws(count, seed)[:draws]], dtype=torch.float64)
-    low, high = torch.quantile(found, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+                    metric: str = "", draws: int = 400, seed: int = 0) -> Difference:
+    """Return pruned minus dense of a statistic that is no mean, on the same resampled indices, with a 95 % interval."""
+    differences = [pruned(index) - dense(index) for index in _draws(count, seed)[:draws]]
+    low, high = _quantiles(torch.tensor(differences, dtype=torch.float64))
     whole = torch.arange(count)
-    return {"difference": pruned(whole) - dense(whole), "low": low, "high": high}
+    return Difference(pruned(whole) - dense(whole), low, high, metric)

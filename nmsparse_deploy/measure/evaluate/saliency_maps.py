@@ -1,15 +1,16 @@
-"""Saliency maps of the dense and the pruned model: how much they agree, and pictures of both."""
+"""Saliency maps of the packaged ViT, dense and pruned: how much they agree, and images of both."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from nmsparse_deploy.measure.evaluate.png import png
-from nmsparse_deploy.measure.evaluate.result import EvalResult, mean_result
+from nmsparse_deploy.measure.evaluate.result import DrawnImage, EvalResult, Protocol, mean_result
+from nmsparse_deploy.models.packaged import visual_saliency
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -17,13 +18,20 @@ if TYPE_CHECKING:
 THRESHOLD = 0.5
 """Where a map says "object"."""
 SIDE = 160
-"""Pixels per side of each picture in a strip."""
+"""Pixels per side of each image in a strip."""
 GAP = 6
+LABELLED_SIZES = {visual_saliency.KEY: 112}
+"""The packaged ViT takes any size, and labelled images of 28 pixels gain nothing from more tokens."""
+
+
+def saliency_head(typed: str) -> visual_saliency.SaliencyHead | None:
+    """Load the head that belongs to a model, by what was typed for it; None for every model but one."""
+    return visual_saliency.load_head() if typed == visual_saliency.KEY else None
 
 
 def map_agreement(dense: torch.Tensor, other: torch.Tensor, where: str, suffix: str,
-                  protocol: dict[str, Any]) -> list[EvalResult]:
-    """Mean absolute error, correlation, and intersection over union above `THRESHOLD`; maps [samples, side, side].
+                  protocol: Protocol) -> list[EvalResult]:
+    """Measure mean absolute error, correlation, and overlap above `THRESHOLD` of maps [samples, side, side].
 
     Two empty objects agree: their intersection over union is 1.
     """
@@ -38,35 +46,35 @@ def map_agreement(dense: torch.Tensor, other: torch.Tensor, where: str, suffix: 
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Intersection over union above `THRESHOLD` of each row."""
+    """Return the intersection over union above `THRESHOLD` of each row."""
     x, y = a.flatten(1) > THRESHOLD, b.flatten(1) > THRESHOLD
     union = (x | y).sum(1)
     return torch.where(union > 0, (x & y).sum(1) / union.clamp(min=1), 1.0)
 
 
-def strips(pictures: Sequence[Image], names: Sequence[str], dense: torch.Tensor,
-           other: torch.Tensor) -> list[dict[str, str]]:
-    """A row for the report per picture: the photograph, its dense map and its pruned map side by side."""
+def strips(images: Sequence[Image], names: Sequence[str], dense: torch.Tensor,
+           other: torch.Tensor) -> list[DrawnImage]:
+    """Draw a strip per image: the photograph, its dense map and its pruned map side by side."""
     rows = []
     shared = overlap(dense, other).tolist()
-    for picture, name, first, second, iou in zip(pictures, names, dense, other, shared):
+    for image, name, first, second, iou in zip(images, names, dense, other, shared):
         title = f"{name}: photograph, saliency dense, saliency pruned (overlap {iou:.2f})"
-        rows.append({"title": title, "png_base64": png(_strip(picture, first, second))})
+        rows.append(DrawnImage(title, png(_strip(image, first, second))))
     return rows
 
 
-def _strip(picture: Image, dense: torch.Tensor, other: torch.Tensor) -> Image:
+def _strip(image: Image, dense: torch.Tensor, other: torch.Tensor) -> Image:
     from PIL import Image as pil
 
     strip = pil.new("RGB", (3 * SIDE + 2 * GAP, SIDE), "white")
-    panels = [picture.convert("RGB"), _heat(dense), _heat(other)]
+    panels = [image.convert("RGB"), _heat(dense), _heat(other)]
     for number, panel in enumerate(panels):
         strip.paste(panel.resize((SIDE, SIDE)), (number * (SIDE + GAP), 0))
     return strip
 
 
 def _heat(saliency: torch.Tensor) -> Image:
-    """Black over blue and orange to white, rising in lightness so that it also reads in grey."""
+    """Colour a map from black over blue and orange to white, rising in lightness so that it also reads in grey."""
     from PIL import Image as pil
 
     stops = np.array([[0, 0, 0], [20, 40, 110], [170, 60, 60], [245, 160, 40], [255, 255, 230]], dtype=np.float64)

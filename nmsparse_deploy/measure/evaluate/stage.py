@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,18 +13,14 @@ from safetensors.torch import load_file
 from nmsparse_deploy.data.latents import LATENT_HASHES
 from nmsparse_deploy.data.text import check_disjoint, evaluation_sample, load_text
 from nmsparse_deploy.errors import NmsparseError, UsageError
-from nmsparse_deploy.measure.evaluate import (
-    continuations,
-    evaluate_diffusion,
-    evaluate_encoder,
-    evaluate_imagenet,
-    evaluate_papers,
-    evaluate_vision,
-    onnx_arms,
-    paired_ratio,
-    perplexity,
-    torch_arm,
-)
+from nmsparse_deploy.measure.evaluate.arms import DENSE, PRUNED, onnx_arms, torch_arm
+from nmsparse_deploy.measure.evaluate.diffusion import evaluate_diffusion
+from nmsparse_deploy.measure.evaluate.encoder import evaluate_encoder
+from nmsparse_deploy.measure.evaluate.imagenet import evaluate_imagenet
+from nmsparse_deploy.measure.evaluate.perplexity import continuations, paired_ratio, perplexity
+from nmsparse_deploy.measure.evaluate.published_protocols import evaluate_published
+from nmsparse_deploy.measure.evaluate.result import Continuation, EvalResult, Evaluation
+from nmsparse_deploy.measure.evaluate.vision import evaluate_vision
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.recipe import AUTO, Evaluate
 from nmsparse_deploy.runs.load import load_dense, load_pruned
@@ -34,10 +31,35 @@ from nmsparse_deploy.system.memory import peak_memory_mb
 from nmsparse_deploy.system.progress import Progress, silent
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What every kind of evaluation needs. `typed` is the model as the recipe names it."""
+
+    run: RunDir
+    pruned: LoadedModel
+    typed: str
+    spec: Evaluate
+    device: torch.device
+    compute: torch.dtype
+    progress: Progress
+
+    def models(self) -> Iterator[tuple[str, LoadedModel]]:
+        """Yield the pruned and then the dense model, ready to run; the caller may hold one at a time."""
+        for label in (PRUNED, DENSE):
+            loaded = self.pruned if label == PRUNED else load_dense(self.run)
+            loaded.module.to(self.device, self.compute)
+            yield label, loaded
+
+    def calibration(self) -> dict[str, torch.Tensor]:
+        """Return what the run keeps of its calibration sample; nothing when the method used no data."""
+        path = self.run / "calibration.safetensors"
+        return load_file(path) if path.is_file() else {}
+
+
 def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = silent) -> dict[str, Any]:  # noqa: B008
-    """The dense and the pruned model on the same held-out samples: perplexity of a language model, continuations of a
-    decoder, accuracy and agreement of a vision model, similarity and agreement of an encoder, predictions and samples
-    of a diffusion model.
+    """Measure the dense and the pruned model on the same held-out samples: perplexity of a language model,
+    continuations of a decoder, accuracy and agreement of a vision model, similarity and agreement of an encoder,
+    predictions and samples of a diffusion model. Returns the content of `evaluate.json`.
 
     Raises `NmsparseError` when the samples overlap with the calibration data.
     """
@@ -49,42 +71,38 @@ def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = sile
                             "evaluate it on; its export is compared with the model.")
     _check_protocols(pruned, spec)
     device = hardware.device()
-    compute = hardware.compute_dtype(recipe.compute, device)
-    stages = {"llm": _evaluate_text, "seq2seq": _evaluate_text, "diffusion": _evaluate_diffusion}
-    stage = stages.get(pruned.family, _evaluate_features)
-    if pruned.family == "llm" and (spec.protocols or spec.tasks):
-        stage = _evaluate_papers
-    data = {**stage(run, pruned, recipe.model, spec, device, compute, progress), **environment()}
+    job = _Job(run, pruned, recipe.model, spec, device, hardware.compute_dtype(recipe.compute, device), progress)
+    kinds = {"llm": _text, "seq2seq": _text, "diffusion": _diffusion}
+    published = pruned.family == "llm" and (spec.protocols or spec.tasks)
+    kind = _published if published else kinds.get(pruned.family, _features)
+    data = {**kind(job).to_json(), **environment()}
     run.write_json("evaluate.json", data)
     run.finish("evaluate", time.perf_counter() - start, spec=spec.model_dump(mode="json"),
                peak_memory_mb=peak_memory_mb())
     return data
 
 
-def _evaluate_text(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate, device: torch.device,
-                   compute: torch.dtype, progress: Progress) -> dict[str, Any]:
+def _text(job: _Job) -> Evaluation:
+    spec = job.spec
     source = "bbc" if spec.data == AUTO else spec.data
-    pruned.check_length(spec.context, "--context")
-    progress(f"sampling {spec.tokens} tokens of {source}", 0, 0)
-    sample = evaluation_sample(load_text(source), pruned.processor, spec.tokens, spec.context)
-    record = _calibration_record(run)
-    compared = check_disjoint(record["ids"], sample.ids) if record else None
-    results, texts = {}, {}
-    for label, loaded in (("pruned", pruned), ("dense", None)):
-        loaded = loaded or load_dense(run)
-        loaded.module.to(device, compute)
-        results[label] = perplexity(loaded.module, sample, device.type, label, progress)
+    job.pruned.check_length(spec.context, "--context")
+    job.progress(f"sampling {spec.tokens} tokens of {source}", 0, 0)
+    sample = evaluation_sample(load_text(source), job.pruned.processor, spec.tokens, spec.context)
+    calibration = job.calibration()
+    compared = check_disjoint(calibration["ids"], sample.ids) if calibration else None
+    results: dict[str, EvalResult] = {}
+    texts: dict[str, list[Continuation]] = {}
+    for label, loaded in job.models():
+        results[label] = perplexity(loaded.module, sample, job.device.type, label, job.progress)
         if spec.continuation and loaded.family == "llm":
-            progress(f"continuing prompts with the {label} model", 0, 0)
+            job.progress(f"continuing prompts with the {label} model", 0, 0)
             texts[label] = continuations(loaded, spec.continuation)
-        del loaded
-    return {"results": {label: result.to_json() for label, result in results.items()},
-            "ratio": paired_ratio(results["dense"], results["pruned"]), "continuations": texts,
-            "held_out": {"runs_compared": compared, "overlaps": 0}}
+    return Evaluation({**results}, {"runs_compared": compared, "overlaps": 0},
+                      paired_ratio(results[DENSE], results[PRUNED]), continuations=texts)
 
 
 def _check_protocols(pruned: LoadedModel, spec: Evaluate) -> None:
-    """Protocols and tasks that this model cannot be judged by are refused before anything runs."""
+    """Refuse protocols and tasks that this model cannot be judged by, before anything runs."""
     fits = {"llm": {"wikitext2", "ptb", "c4"}, "vision": {"imagenet"}}.get(pruned.family, set())
     wrong = next((name for name in spec.protocols if name not in fits), None)
     if wrong is not None:
@@ -97,47 +115,27 @@ def _check_protocols(pruned: LoadedModel, spec: Evaluate) -> None:
         raise UsageError("The protocol 'imagenet' needs a folder of labelled images.", "--data FOLDER")
 
 
-def _evaluate_papers(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate, device: torch.device,
-                     compute: torch.dtype, progress: Progress) -> dict[str, Any]:
-    """The papers' protocols and zero-shot tasks, one model at a time in memory."""
-    def each() -> Iterator[tuple[str, LoadedModel]]:
-        for label, loaded in (("pruned", pruned), ("dense", None)):
-            loaded = loaded or load_dense(run)
-            loaded.module.to(device, compute)
-            yield label, loaded
-
-    graphs = run.graphs(whole=True) if spec.onnx else []
-    return evaluate_papers(each(), spec, _calibration_record(run).get("ids"), graphs, progress)
+def _published(job: _Job) -> Evaluation:
+    graphs = job.run.graphs(whole=True) if job.spec.onnx else []
+    return evaluate_published(job.models(), job.spec, job.calibration().get("ids"), graphs, job.progress)
 
 
-def _evaluate_features(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate, device: torch.device,
-                       compute: torch.dtype, progress: Progress) -> dict[str, Any]:
-    """Vision models and encoders: dense, pruned and, when asked, the exported graphs on the same samples."""
-    dense = load_dense(run)
-    for loaded in (dense, pruned):
-        loaded.module.to(device, compute)
-    graphs, missing = onnx_arms(pruned, run.graphs(whole=True)) if spec.onnx else ([], [])
-    arms = [torch_arm("dense", dense), torch_arm("pruned", pruned), *graphs]
-    record = _calibration_record(run)
+def _features(job: _Job) -> Evaluation:
+    """Compare dense, pruned and, when asked, the exported graphs of a vision model or an encoder."""
+    both, spec = dict(job.models()), job.spec
+    graphs, missing = onnx_arms(job.pruned, job.run.graphs(whole=True)) if spec.onnx else ([], [])
+    arms = [*(torch_arm(label, both[label]) for label in (DENSE, PRUNED)), *graphs]
+    images, ids = (job.calibration().get(key) for key in ("image_sha256", "ids"))
     if "imagenet" in spec.protocols:
-        data = evaluate_imagenet(arms, pruned, spec.data, spec.limit, record.get("image_sha256"), progress)
-    elif pruned.family == "vision":
-        data = evaluate_vision(arms, pruned, model, spec, record.get("image_sha256"), progress)
+        data = evaluate_imagenet(arms, job.pruned, spec.data, spec.limit, images, job.progress)
+    elif job.pruned.family == "vision":
+        data = evaluate_vision(arms, job.pruned, job.typed, spec, images, job.progress)
     else:
-        data = evaluate_encoder(arms, pruned, spec.data, record.get("ids"), progress)
-    return {**data, "not_checked": [*missing, *data["not_checked"]]}
+        data = evaluate_encoder(arms, job.pruned, spec.data, ids, job.progress)
+    return replace(data, not_checked=[*missing, *data.not_checked])
 
 
-def _evaluate_diffusion(run: RunDir, pruned: LoadedModel, model: str, spec: Evaluate, device: torch.device,
-                        compute: torch.dtype, progress: Progress) -> dict[str, Any]:
-    dense = load_dense(run)
-    for loaded in (dense, pruned):
-        loaded.module.to(device, compute)
-    record = _calibration_record(run)
-    return evaluate_diffusion(dense, pruned, spec, record.get("image_sha256", record.get(LATENT_HASHES)), progress)
-
-
-def _calibration_record(run: RunDir) -> dict[str, torch.Tensor]:
-    """What the run keeps of its calibration sample; empty when the method used no data."""
-    path = run / "calibration.safetensors"
-    return load_file(path) if path.is_file() else {}
+def _diffusion(job: _Job) -> Evaluation:
+    both, calibration = dict(job.models()), job.calibration()
+    return evaluate_diffusion(both[DENSE], both[PRUNED], job.spec,
+                              calibration.get("image_sha256", calibration.get(LATENT_HASHES)), job.progress)

@@ -1,44 +1,50 @@
-"""What pruning cost a vision model: labelled accuracy, agreement of features, saliency maps side by side."""
+"""What pruning cost a vision model: labelled accuracy, and agreement of features."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from nmsparse_deploy.data.images import ImageSample, check_images_disjoint, evaluation_images
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.measure.evaluate.agree import feature_agreement
-from nmsparse_deploy.measure.evaluate.arms import BATCH, DENSE, PRUNED, Arm, Results, to_json
+from nmsparse_deploy.measure.evaluate.arms import BATCH, DENSE, PRUNED, Arm
 from nmsparse_deploy.measure.evaluate.probe import NEIGHBOURS, PENALTY, Probe, fit_probe, hits, nearest_classes
-from nmsparse_deploy.measure.evaluate.result import EvalResult, mean_result, paired_difference
-from nmsparse_deploy.measure.evaluate.saliency_maps import map_agreement, strips
+from nmsparse_deploy.measure.evaluate.result import (
+    Difference,
+    DrawnImage,
+    EvalResult,
+    Evaluation,
+    NotChecked,
+    Protocol,
+    Results,
+    mean_result,
+    paired_difference,
+)
+from nmsparse_deploy.measure.evaluate.saliency_maps import LABELLED_SIZES, map_agreement, saliency_head, strips
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.outputs import Features
-from nmsparse_deploy.models.packaged import visual_saliency as saliency
 from nmsparse_deploy.recipe import AUTO, Evaluate
 from nmsparse_deploy.system.progress import Progress, silent
 
 DATA = "fashion-mnist"
-SMALL_PICTURES = {saliency.KEY: 112}
-"""The packaged ViT takes any size, and pictures of 28 pixels gain nothing from more tokens."""
 SHOWN = 6
-"""Photographs whose maps are drawn."""
+"""Photographs that are drawn."""
 
 
 def evaluate_vision(arms: Sequence[Arm], model: LoadedModel, typed: str, spec: Evaluate,
-                    calibration: torch.Tensor | None, progress: Progress = silent) -> dict[str, Any]:
-    """Every metric that the data and the model allow, dense first; the content of an `evaluate.json`.
+                    calibration: torch.Tensor | None, progress: Progress = silent) -> Evaluation:
+    """Measure every metric that the data and the model allow, dense first.
 
     `typed` is the MODEL of the recipe; `calibration` the content hashes of the run's calibration images. Raises
     `NmsparseError` when an evaluation image was calibrated on.
     """
     results: Results = {arm.label: [] for arm in arms}
-    samples: dict[str, Any] = {}
+    samples: dict[str, object] = {}
     compared = None if calibration is None else 0
     own = spec.data == AUTO
-    size = spec.size or (SMALL_PICTURES.get(typed, 0) if own else 0)
+    size = spec.size or (LABELLED_SIZES.get(typed, 0) if own else 0)
     test = _sample(DATA if own else spec.data, "test", model, size, spec.images, progress)
     samples["labelled"] = test.to_json()
     if calibration is not None:
@@ -53,17 +59,17 @@ def evaluate_vision(arms: Sequence[Arm], model: LoadedModel, typed: str, spec: E
         _labelled(fit, model, train, test, results, progress)
     else:
         _agreement(fit, test, results, progress)
-    images: list[dict[str, str]] = []
+    images: list[DrawnImage] = []
     if spec.photos:
         photos = _sample(spec.photos, "test", model, 0, spec.images, progress)
         samples["photos"] = photos.to_json()
         if calibration is not None and compared is not None:
             compared += check_images_disjoint(calibration, photos.hashes)
-        images = _agreement(arms, photos, results, progress, saliency.load_head() if typed == saliency.KEY else None)
-    return {"results": to_json(results), "difference": _difference(results) if labelled else None, "images": images,
-            "samples": samples, "held_out": {"images_compared": compared, "overlaps": 0},
-            "not_checked": [{"place": arm.label, "why": "its graph takes another image size than the labelled images "
-                             "have"} for arm in arms if arm not in fit]}
+        images = _agreement(arms, photos, results, progress, typed)
+    missing = [NotChecked(arm.label, "its graph takes another image size than the labelled images have")
+               for arm in arms if arm not in fit]
+    return Evaluation({**results}, {"images_compared": compared, "overlaps": 0}, images=images, samples=samples,
+                      difference=_difference(results) if labelled else None, not_checked=missing)
 
 
 def _sample(source: str, split: str, model: LoadedModel, size: int, count: int, progress: Progress) -> ImageSample:
@@ -71,13 +77,13 @@ def _sample(source: str, split: str, model: LoadedModel, size: int, count: int, 
 
 
 def _check_size(arm: Arm, sample: ImageSample) -> None:
-    """Some models are built for one size only; they say so in many ways."""
+    """Raise `UsageError` for a size that the model is not built for; models say so in many ways."""
     try:
         arm.run(next(sample.batches(1)))
     except NmsparseError:
         raise
     except Exception as error:
-        raise UsageError(f"The model cannot read pictures of {sample.preprocess.size[0]} x "
+        raise UsageError(f"The model cannot read images of {sample.preprocess.size[0]} x "
                          f"{sample.preprocess.size[1]} pixels.", "leave the size out to use the model's own") from error
 
 
@@ -86,7 +92,7 @@ def _suffix(sample: ImageSample) -> str:
     return f"{sample.title}-{height}px" if height == width else f"{sample.title}-{height}x{width}px"
 
 
-def _protocol(arm: Arm, sample: ImageSample, split: str) -> dict[str, Any]:
+def _protocol(arm: Arm, sample: ImageSample, split: str) -> Protocol:
     return {"data": sample.source, "split": split, "data_fingerprint": sample.fingerprint, "images": len(sample),
             "preprocess": sample.preprocess.to_json(), "dtype": arm.dtype}
 
@@ -136,49 +142,50 @@ def _numbers(labels: Sequence[str | None], names: Sequence[str]) -> torch.Tensor
 
 
 def _top(kind: str, scores: torch.Tensor, truth: torch.Tensor, arm: Arm, suffix: str,
-         protocol: dict[str, Any]) -> list[EvalResult]:
-    """Top-1, and top-5 where there are more classes than that."""
+         protocol: Protocol) -> list[EvalResult]:
+    """Measure top-1, and top-5 where there are more classes than that."""
     return [mean_result(f"{kind}_top{k}@{suffix}", hits(scores, truth, k), arm.where, protocol)
             for k in (1, 5) if k == 1 or scores.shape[1] > k]
 
 
 def _head_classes(model: LoadedModel, names: Sequence[str]) -> list[int] | None:
-    """Which outputs of the model's own head are these classes; None unless every name is one of its labels."""
+    """Return which outputs of the model's own head are these classes; None unless every name is one of its labels."""
     lower = {name.lower(): number for name, number in model.adapter.class_labels(model).numbers.items()}
-    found = [lower.get(name.lower()) for name in names]
-    return [number for number in found if number is not None] if None not in found else None
+    numbers = [lower[name.lower()] for name in names if name.lower() in lower]
+    return numbers if len(numbers) == len(names) else None
 
 
 # --- agreement --------------------------------------------------------------------------------------------------------
 
 def _agreement(arms: Sequence[Arm], sample: ImageSample, results: Results, progress: Progress,
-               head: saliency.SaliencyHead | None = None) -> list[dict[str, str]]:
-    """Agreement of every arm with the first; with a saliency head also of its maps, which come back as pictures."""
-    found = {arm.label: arm.features(sample.batches(BATCH), len(sample), f"features of {sample.title}", progress, True)
-             for arm in arms}
-    dense, maps = found[DENSE], {}
+               typed: str = "") -> list[DrawnImage]:
+    """Measure the agreement of every arm with the first, and of its saliency maps where the model `typed` has them;
+    returns images of those."""
+    features = {arm.label: arm.features(sample.batches(BATCH), len(sample), f"features of {sample.title}", progress,
+                                        True) for arm in arms}
+    head, maps = saliency_head(typed), {}
     for arm in arms:
-        features, suffix = found[arm.label], _suffix(sample)
+        seen, suffix = features[arm.label], _suffix(sample)
         protocol = {**_protocol(arm, sample, "test"), "against": DENSE}
         if arm.label != DENSE:
-            results[arm.label] += feature_agreement(dense, features, arm.where, suffix, protocol)
-        if head is not None and features.tokens is not None:
+            results[arm.label] += feature_agreement(features[DENSE], seen, arm.where, suffix, protocol)
+        if head is not None and seen.tokens is not None:
             with torch.inference_mode():
-                maps[arm.label] = head(features.tokens)
+                maps[arm.label] = head(seen.tokens)
             if arm.label != DENSE:
                 results[arm.label] += map_agreement(maps[DENSE], maps[arm.label], arm.where, suffix, protocol)
     if not {DENSE, PRUNED} <= maps.keys():
         return []
     chosen = range(0, len(sample), max(1, len(sample) // SHOWN))[:SHOWN]
-    pictures = [sample.preprocess.view(sample.picture(index)) for index in chosen]
+    images = [sample.preprocess.view(sample.picture(index)) for index in chosen]
     names = [sample.ids[index].rpartition("/")[2] for index in chosen]
-    return strips(pictures, names, maps[DENSE][list(chosen)], maps[PRUNED][list(chosen)])
+    return strips(images, names, maps[DENSE][list(chosen)], maps[PRUNED][list(chosen)])
 
 
-def _difference(results: Results) -> dict[str, Any] | None:
-    """The first metric that both dense and pruned have, compared picture by picture."""
+def _difference(results: Results) -> Difference | None:
+    """Compare the first metric that both dense and pruned have, image by image."""
     dense = {result.metric: result for result in results.get(DENSE, [])}
     for pruned in results.get(PRUNED, []):
         if pruned.metric in dense:
-            return {"metric": pruned.metric, **paired_difference(dense[pruned.metric], pruned)}
+            return paired_difference(dense[pruned.metric], pruned)
     return None

@@ -9,7 +9,7 @@ from nmsparse_deploy.measure.evaluate.result import DrawnImage
 from nmsparse_deploy.measure.report.artefacts import GraphFacts, Sizes, graphs, sizes, stored
 from nmsparse_deploy.measure.report.compliance import Compliance, compliance, held, not_checked, unchecked
 from nmsparse_deploy.measure.report.engines import WHAT_LEVELS_ARE, BuiltEngine, EnginesFile, built
-from nmsparse_deploy.measure.report.latency import Latency, Variant, latency, overview, timed, together
+from nmsparse_deploy.measure.report.latency import LatencyResult, Variant, latency, overview, timed, together
 from nmsparse_deploy.measure.report.layers import Layers, MaskPictures, layers, masks, one_by_one
 from nmsparse_deploy.measure.report.packed import (
     GpuBenchFile,
@@ -58,7 +58,7 @@ class Report:
     pruning: Pruning
     quality: Quality | None
     continuations: Continuations | None
-    images: tuple[DrawnImage, ...]
+    images: list[DrawnImage]
     compliance: Compliance | None
     not_checked: tuple[NotChecked, ...]
     sizes: Sizes
@@ -68,7 +68,7 @@ class Report:
     gpu_arms: GpuBenchFile | None
     layers: Layers
     masks: MaskPictures | None
-    latency: Latency | None
+    latency: LatencyResult | None
     overview: tuple[Variant, ...]
     provenance: Provenance
     skipped: tuple[StayedDense, ...]
@@ -86,7 +86,7 @@ def collect(run: RunDir) -> Report:
     top = headline(model.name, pruning, verified, measured, on_disk, latencies, verdicts, missing)
     return Report(
         top, FORMAT, model, pruning, measured, continuations(stages.evaluate),
-        stages.evaluate.images if stages.evaluate else (), verified, missing, on_disk, exported,
+        stages.evaluate.images if stages.evaluate else [], verified, missing, on_disk, exported,
         engines.engines if engines else None,
         tuple(packed(row) for row in torch.artefacts) if torch else None,
         read_stage(run, "bench-gpu.json", GpuBenchFile), layers(stages), masks(run), latencies,

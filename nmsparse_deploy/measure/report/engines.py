@@ -28,7 +28,7 @@ class LevelCount:
 
 
 @dataclass(frozen=True)
-class EngineLayer:
+class EngineGemm:
     """A multiplication of the engine by a stored weight."""
 
     node: str
@@ -51,7 +51,7 @@ class EvidenceRecord:
     rungs: dict[str, LevelCount]
     reasons: dict[str, int]
     verdict: str
-    layers: tuple[EngineLayer, ...]
+    layers: tuple[EngineGemm, ...]
     unplaced: tuple[str, ...]
     problems: tuple[str, ...]
 

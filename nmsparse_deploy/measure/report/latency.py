@@ -42,7 +42,7 @@ class LatencyArm:
 
 
 @dataclass(frozen=True)
-class Latency:
+class LatencyResult:
     """All arms and what may be concluded. `predicted` stays apart from every measurement."""
 
     where: str
@@ -66,7 +66,7 @@ class Variant:
     median_ms: float | None
 
 
-def latency(bench: BenchFile | None) -> Latency | None:
+def latency(bench: BenchFile | None) -> LatencyResult | None:
     """Collect the timed arms; None when nothing was timed."""
     if bench is None:
         return None
@@ -75,10 +75,10 @@ def latency(bench: BenchFile | None) -> Latency | None:
                             bench.ratios.get(arm.name), arm.name in bench.ratios and arm.kernel != base)
                  for arm in bench.arms)
     note = OTHER_RUNTIME if any(arm.other_runtime for arm in arms) else None
-    return Latency(bench.where, bench.shape, arms, bench.verdict, bench.predicted, note, bench.environment)
+    return LatencyResult(bench.where, bench.shape, arms, bench.verdict, bench.predicted, note, bench.environment)
 
 
-def overview(quality: Quality | None, graphs: tuple[GraphFacts, ...] | None, latency: Latency | None,
+def overview(quality: Quality | None, graphs: tuple[GraphFacts, ...] | None, latency: LatencyResult | None,
              model_bytes: int | None) -> tuple[Variant, ...]:
     """Return a row per variant as far as each was measured; none with fewer than two kinds of measurement."""
     if sum(part is not None for part in (quality, graphs, latency)) < 2:
@@ -101,7 +101,7 @@ def together(variants: tuple[Variant, ...]) -> Section:
     return Section("Accuracy, size and latency together", (Table("Every variant", heads, rows),), "overview")
 
 
-def timed(latency: Latency | None) -> Section:
+def timed(latency: LatencyResult | None) -> Section:
     """Write the section about latency."""
     if latency is None:
         return Section("Latency", (Paragraph("Latency was not measured in this run."),), "latency")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from nmsparse_deploy.measure.report.quality import Quality
+from nmsparse_deploy.measure.report.quality import Quality, several
 from nmsparse_deploy.measure.report.stages import Circumstances, Recorded, Stages
 from nmsparse_deploy.recipe import Calibration, Prune
 from nmsparse_deploy.runs.manifest import RecipeRecord
@@ -105,9 +105,9 @@ def _evaluate(stages: Stages, spec: Recorded) -> Options:
     if named:
         return [*named, ("data", spec.get("data")), ("paper-context", spec.get("paper_context")),
                 ("limit", spec.get("limit")), *([("onnx", "")] if spec.get("onnx") else [])]
-    first = next(iter(stages.evaluate.results.values()), ()) if stages.evaluate else ()
-    result = first[0] if isinstance(first, tuple) and first else first
-    protocol = {} if isinstance(result, tuple) else result.protocol
+    measured = [result for rows in (stages.evaluate.results.values() if stages.evaluate else ())
+                for result in several(rows)]
+    protocol = measured[0].protocol if measured else {}
     return [(key, protocol.get(key)) for key in ("data", "tokens", "context")]
 
 

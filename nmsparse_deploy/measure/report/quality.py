@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from nmsparse_deploy.measure.evaluate.result import DrawnImage, EvalResult, Evaluation, Protocol
-from nmsparse_deploy.measure.report.stages import Circumstances
+from nmsparse_deploy.measure.evaluate.result import DrawnImage, EvalResult, Protocol
+from nmsparse_deploy.measure.report.stages import Circumstances, EvaluateFile
 from nmsparse_deploy.runs.section import (
     Block,
     Bullets,
@@ -105,11 +105,11 @@ class Continuations:
     rows: tuple[PromptRow, ...]
 
 
-def quality(data: Evaluation | None) -> Quality | None:
+def quality(data: EvaluateFile | None) -> Quality | None:
     """Collect the rows of every model, the paired comparison, and the protocols; None when nothing was evaluated."""
     if data is None:
         return None
-    rows = tuple(_row(label, result) for label in _ordered(data.results) for result in _several(data.results[label]))
+    rows = tuple(_row(label, result) for label in _ordered(data.results) for result in several(data.results[label]))
     return Quality(rows, _comparison(data, rows), _protocols(rows), data.held_out,
                    Circumstances(data.versions, data.hardware))
 
@@ -118,8 +118,9 @@ def _ordered(labels: Iterable[str]) -> list[str]:
     return sorted(labels, key=lambda label: (FIRST.index(label) if label in FIRST else 9, label))
 
 
-def _several(results: EvalResult | tuple[EvalResult, ...]) -> tuple[EvalResult, ...]:
-    return results if isinstance(results, tuple) else (results,)
+def several(results: EvalResult | list[EvalResult]) -> list[EvalResult]:
+    """Return a list of results, of which some evaluations have only one."""
+    return results if isinstance(results, list) else [results]
 
 
 def _row(label: str, result: EvalResult) -> MeasuredValue:
@@ -127,7 +128,7 @@ def _row(label: str, result: EvalResult) -> MeasuredValue:
     return MeasuredValue(label, result.metric, result.value, error, result.samples, result.where, result.protocol)
 
 
-def _comparison(data: Evaluation, rows: tuple[MeasuredValue, ...]) -> PairedComparison | None:
+def _comparison(data: EvaluateFile, rows: tuple[MeasuredValue, ...]) -> PairedComparison | None:
     single = any(row.samples == 1 for row in rows)
     if data.ratio is not None:
         low, high = (None, None) if single else (data.ratio.low, data.ratio.high)
@@ -150,7 +151,7 @@ def _protocols(rows: tuple[MeasuredValue, ...]) -> tuple[SharedProtocol, ...]:
     return tuple(shared)
 
 
-def continuations(data: Evaluation | None) -> Continuations | None:
+def continuations(data: EvaluateFile | None) -> Continuations | None:
     """Put the texts of every model side by side; None when none were written."""
     if data is None or not data.continuations:
         return None
@@ -206,7 +207,7 @@ def written(texts: Continuations) -> Section:
                    "continuations")
 
 
-def drawn(images: tuple[DrawnImage, ...]) -> Section:
+def drawn(images: list[DrawnImage]) -> Section:
     """Write the section with images."""
     return Section("What the models see", (
         Paragraph("The same images through the dense and the pruned model.", "soft"),

@@ -10,7 +10,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.measure.evaluate.result import Evaluation
+from nmsparse_deploy.measure.evaluate.result import Evaluation, NotChecked
 from nmsparse_deploy.models.roofline import Prediction
 from nmsparse_deploy.prove.agreement import Agreement
 from nmsparse_deploy.prove.report import VerifyReport
@@ -54,7 +54,7 @@ class NeverPruned:
 
 
 @dataclass(frozen=True)
-class PlanFile:
+class PlanStage:
     """`plan.json`."""
 
     rows: tuple[PlannedMatrix, ...]
@@ -75,19 +75,19 @@ class PrunedMatrix:
 
 
 @dataclass(frozen=True)
-class NotChecked:
-    """A step that was not taken, and why."""
-
-    place: str
-    why: str
-
-
-@dataclass(frozen=True)
 class VerifyFile:
     """`verify.json`."""
 
     reports: tuple[VerifyReport, ...]
     not_checked: tuple[NotChecked, ...] = ()
+
+
+@dataclass(frozen=True)
+class EvaluateFile(Evaluation):
+    """`evaluate.json`."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    hardware: Recorded = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -184,10 +184,10 @@ class Stages:
 
     path: Path
     manifest: Manifest
-    plan: PlanFile | None
+    plan: PlanStage | None
     layers: tuple[PrunedMatrix, ...]
     verify: VerifyFile | None
-    evaluate: Evaluation | None
+    evaluate: EvaluateFile | None
     export: ExportFile | None
     bench: BenchFile | None
 
@@ -199,20 +199,17 @@ class Stages:
         if layers is None:
             raise UsageError(f"The run '{run.path}' is not pruned yet.",
                              "nmsparse-deploy prune with the same options resumes it")
-        return cls(run.path, manifest, read_stage(run, "plan.json", PlanFile), layers,
-                   read_stage(run, "verify.json", VerifyFile),
-                   read_stage(run, "evaluate.json", Evaluation), read_stage(run, "export.json", ExportFile),
-                   read_stage(run, "bench.json", BenchFile))
+        return cls(run.path, manifest, read_stage(run, "plan.json", PlanStage), layers,
+                   read_stage(run, "verify.json", VerifyFile), read_stage(run, "evaluate.json", EvaluateFile),
+                   read_stage(run, "export.json", ExportFile), read_stage(run, "bench.json", BenchFile))
 
 
 def read_stage(run: RunDir, name: str, kind: type[T]) -> T | None:
     """Read a stage file into its type; None where there is none. Raises `UsageError` when it is damaged."""
-    return _read(run, name, kind, run.read_json(name)) if (run / name).is_file() else None
-
-
-def _read(run: RunDir, name: str, kind: type[T], data: object) -> T:
+    if not (run / name).is_file():
+        return None
     try:
-        return TypeAdapter(kind).validate_python(clean(data, numbers=False))
+        return TypeAdapter(kind).validate_python(clean(run.read_json(name), numbers=False))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])

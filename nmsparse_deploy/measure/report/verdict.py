@@ -10,7 +10,7 @@ from pydantic import JsonValue
 
 from nmsparse_deploy.measure.report.artefacts import Sizes
 from nmsparse_deploy.measure.report.compliance import Compliance
-from nmsparse_deploy.measure.report.latency import Latency
+from nmsparse_deploy.measure.report.latency import LatencyResult
 from nmsparse_deploy.measure.report.quality import MeasuredValue, PairedComparison, Quality
 from nmsparse_deploy.measure.report.stages import NotChecked
 from nmsparse_deploy.runs.wording import capital, clean, listed, megabytes, number, plural, with_error
@@ -75,7 +75,7 @@ class Headline:
 
 
 def headline(model: str, pruning: Pruning, compliance: Compliance | None, quality: Quality | None, sizes: Sizes,
-             latency: Latency | None, engines: Iterable[str], not_checked: tuple[NotChecked, ...]) -> Headline:
+             latency: LatencyResult | None, engines: Iterable[str], not_checked: tuple[NotChecked, ...]) -> Headline:
     """Summarise a run. `engines` are sentences about its engines."""
     clauses = (_pruned(model, pruning), _holds(compliance), _cost(quality), _speed(latency))
     sentences = (f"{clauses[0]}.", f"Pattern: {clauses[1]}.", f"Accuracy: {clauses[2]}.", f"Speed: {clauses[3]}.")
@@ -125,7 +125,7 @@ def _cost(quality: Quality | None) -> str:
     return f"{text} ({quality.comparison.words()})" if quality.comparison else text
 
 
-def _speed(latency: Latency | None) -> str:
+def _speed(latency: LatencyResult | None) -> str:
     if latency is None:
         return f"{NO_SPEED}, because latency was not timed"
     reason = latency.verdict.rstrip(".")

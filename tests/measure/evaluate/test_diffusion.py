@@ -95,7 +95,7 @@ def test_a_scheduler_that_adds_noise_adds_the_same_to_both(dit):
 
 
 def test_the_dense_model_is_at_no_distance_from_itself(dit, pictures):
-    found = evaluate_diffusion(dit, dit, validate(Evaluate, {"data": pictures, **QUICK}), None)
+    found = evaluate_diffusion(dit, dit, validate(Evaluate, {"data": pictures, **QUICK}), None).to_json()
     values = {row["metric"].partition("@")[0]: row for row in found["results"]["pruned"]}
     assert values["prediction_shift"]["value"] == values["sample_shift"]["value"] == 0
     assert found["difference"]["difference"] == 0 and found["not_checked"][0]["place"] == "feature distance"
@@ -144,7 +144,7 @@ def test_pictures_that_were_calibrated_on_are_no_evaluation(tmp_path, pictures):
 def test_the_features_of_a_vision_model_compare_drawn_with_real_pictures(tmp_path, dit, pictures):
     viewer = str(vision.classifier(tmp_path / "viewer"))
     found = evaluate_diffusion(dit, dit, validate(Evaluate, {"data": pictures, **QUICK, "drawn": 8,
-                                                             "features": viewer}), None)
+                                                             "features": viewer}), None).to_json()
     named = {row["metric"]: row["value"] for row in found["results"]["pruned"]}
     assert named["frechet_viewer_64d@dense-samples"] < 1e-6 and named["frechet_viewer_64d@all"] > 0
     assert found["not_checked"] == []

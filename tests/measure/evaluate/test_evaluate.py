@@ -13,7 +13,8 @@ from nmsparse_deploy.data.text import TokenSample
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.measure.bench import interleave, ratio, summarise
-from nmsparse_deploy.measure.evaluate import EvalResult, paired_ratio, perplexity
+from nmsparse_deploy.measure.evaluate.perplexity import paired_ratio, perplexity
+from nmsparse_deploy.measure.evaluate.result import EvalResult
 from nmsparse_deploy.recipe import Evaluate, Prune, validate
 from tests.fixtures import pico
 from tests.fixtures.zoo import FAMILIES
@@ -71,11 +72,11 @@ def fake(losses) -> EvalResult:
 def test_paired_ratio():
     dense, pruned = fake([1.0, 3.0, 2.0]), fake([1.5, 3.5, 2.5])
     result = paired_ratio(dense, pruned)
-    assert result["ratio"] == pytest.approx(math.exp(0.5))
-    assert result["low"] == pytest.approx(result["high"])  # the difference does not vary: pairing removes the spread
+    assert result.ratio == pytest.approx(math.exp(0.5))
+    assert result.low == pytest.approx(result.high)  # the difference does not vary: pairing removes the spread
     wide = paired_ratio(dense, fake([1.0, 5.0, 2.0]))
-    assert wide["low"] < wide["ratio"] < wide["high"]
-    assert paired_ratio(fake([1.0]), fake([2000.0]))["ratio"] == math.inf
+    assert wide.low < wide.ratio < wide.high
+    assert paired_ratio(fake([1.0]), fake([2000.0])).ratio == math.inf
 
 
 def test_arms_are_interleaved_in_changing_order():

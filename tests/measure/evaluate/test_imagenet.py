@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -139,8 +140,8 @@ def test_rounding_is_timms():
 
     rows = [mean_result("t", [1.0, 0.0, 0.0], "cpu", {}), mean_result("t", [1.0, 1.0, 0.0], "cpu", {})]
     told = printed("m", rows, 86_567_656, {"input_size": (3, 224, 224), "crop_pct": 0.9, "interpolation": "bicubic"})
-    assert told == {"model": "m", "top1": 33.3333, "top1_err": 66.6667, "top5": 66.6667, "top5_err": 33.3333,
-                    "param_count": 86.57, "img_size": 224, "crop_pct": 0.9, "interpolation": "bicubic"}
+    assert asdict(told) == {"model": "m", "top1": 33.3333, "top1_err": 66.6667, "top5": 66.6667, "top5_err": 33.3333,
+                            "param_count": 86.57, "img_size": 224, "crop_pct": 0.9, "interpolation": "bicubic"}
 
 
 def test_without_timm_the_extra_is_named(timm_run, images, monkeypatch):

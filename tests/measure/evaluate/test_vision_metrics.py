@@ -87,8 +87,8 @@ def test_saliency_maps():
     assert found["saliency_iou@p"] == pytest.approx((1 / 3, 1.0)) and found["saliency_mae@p"] == pytest.approx((0.5, 0))
     assert found["saliency_correlation@p"] == pytest.approx((0.0, 0.0))
     rows = strips([small.picture("red", 0)] * 2, ["one.jpg", "two.jpg"], a, b)
-    assert "one.jpg" in rows[0]["title"] and "0.33" in rows[0]["title"]
-    strip = Image.open(io.BytesIO(base64.b64decode(rows[0]["png_base64"])))
+    assert "one.jpg" in rows[0].title and "0.33" in rows[0].title
+    strip = Image.open(io.BytesIO(base64.b64decode(rows[0].png_base64)))
     assert strip.size == (492, 160) and strip.getpixel((200, 10)) != strip.getpixel((200, 150))
 
 
@@ -96,11 +96,11 @@ def test_errors_and_intervals():
     assert mean_result("m", [1.0, 0.0, 1.0, 0.0], "cpu", {}).standard_error == pytest.approx(0.2887, abs=1e-3)
     dense, pruned = (EvalResult("m", 0, 0, 4, "cpu", {}, values) for values in ((1.0, 1, 0, 1), (0.0, 1, 0, 1)))
     found = paired_difference(dense, pruned)
-    assert found["difference"] == -0.25 and found["low"] < -0.25 < found["high"] <= 0
+    assert found.difference == -0.25 and found.low < -0.25 < found.high <= 0
     a = torch.randn(200, generator=torch.Generator().manual_seed(0))
     assert bootstrap_error(lambda index: float(a[index].mean()), 200) == pytest.approx(float(a.std()) / 200**0.5, rel=0.2)
     same = bootstrap_pairs(lambda i: float(a[i].mean()), lambda i: float(a[i].mean()), 200)
-    assert same == {"difference": 0, "low": 0, "high": 0}
+    assert (same.difference, same.low, same.high) == (0, 0, 0)
 
 
 def test_rated_pairs(tmp_path, monkeypatch):
