@@ -1,9 +1,9 @@
-"""Draw the calibration sample that a model's family eats: token windows, whole sequences, pictures, or noised ones."""
+"""Draw the calibration sample that a model's family eats: token windows, whole sequences, images, or noised ones."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -32,16 +32,18 @@ class Sample(Protocol):
         ...
 
     def record(self) -> dict[str, torch.Tensor]:
-        """What is kept to prove later that an evaluation is held out."""
+        """Return what is kept to prove later that an evaluation is held out."""
         ...
 
-    def to_json(self) -> dict[str, Any]: ...
+    def to_json(self) -> dict[str, object]: ...
 
 
 def draw(loaded: LoadedModel, spec: Calibration, progress: Progress = silent,
          compute: torch.dtype = torch.float32) -> Sample:
-    """The calibration sample of `loaded`. Raises `UsageError` when there is too little data. A model that writes its
-    own does so in `compute`."""
+    """Draw the calibration sample of `loaded`; a model that writes its own does so in `compute`.
+
+    Raises `UsageError` when there is too little data.
+    """
     source = DEFAULTS[loaded.family] if spec.data == AUTO else spec.data
     if source.endswith(ENDING):
         progress(f"reading {source}", 0, 0)
@@ -63,20 +65,19 @@ def draw(loaded: LoadedModel, spec: Calibration, progress: Progress = silent,
 
 
 def some(sample: Sample, count: int) -> dict[str, torch.Tensor]:
-    """Inputs of `count` of the samples, evenly spaced, or of all when there are no more; of pictures no others are
-    decoded."""
+    """Return inputs of `count` samples, evenly spaced, or of all when there are no more; no other image is decoded."""
     if isinstance(sample, ImageSample):
         return sample.without((), count).inputs
     inputs = sample.inputs
     total = len(next(iter(inputs.values())))
     if count >= total:
         return inputs
-    kept = torch.linspace(0, total - 1, count).round().long().tolist()
-    return {name: value[kept] for name, value in inputs.items()}
+    chosen = torch.linspace(0, total - 1, count).round().long().tolist()
+    return {name: value[chosen] for name, value in inputs.items()}
 
 
 def _text(loaded: LoadedModel, source: str, spec: Calibration, compute: torch.dtype, progress: Progress) -> TokenSample:
-    """Windows of one text or of several; what the model is asked to write itself fills up what the texts lack."""
+    """Draw windows of one text or of several; what the model writes itself fills up what the texts lack."""
     names = _sources(source)
     whole = loaded.family in ("encoder", "seq2seq")
     sample = calibration_sequences if whole else calibration_sample
@@ -94,7 +95,7 @@ def _text(loaded: LoadedModel, source: str, spec: Calibration, compute: torch.dt
 
 
 def _sources(source: str) -> list[str]:
-    """The parts of `A+B`, if it is not the name of a file."""
+    """Split `A+B` into its parts, if it is not the name of a file."""
     parts = source.split(MIX)
     return [source] if Path(source.partition("#")[0]).exists() or not all(parts) else parts
 

@@ -1,13 +1,12 @@
-"""Where pictures come from: a folder, a zip or tar of one, IDX files, a packaged set, or the development data.
+"""Where images come from: a folder, a zip or tar of one, IDX files, or a set with a name.
 
-Archives are read member by member in memory and never unpacked. A picture's class is the name of its folder.
+Archives are read member by member in memory and never unpacked. An image's class is the name of its folder.
 """
 
 from __future__ import annotations
 
 import gzip
 import io
-import os
 import tarfile
 import warnings
 import zipfile
@@ -19,9 +18,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nmsparse_deploy.data.packaged.images import names, packaged_images
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.models.preprocess import require_pillow
-from nmsparse_deploy.system.assets import assets, fetch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,16 +30,13 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 SPLITS = {"train": ("train", "training"), "test": ("test", "val", "valid", "validation")}
 LARGEST_FILE = 256 << 20
 """Bytes that one compressed member may unpack to."""
-DEVELOPMENT = {"cifar10": "cifar10/{split}.zip", "photos": "photos/photos-256.tar"}
-"""Sets that are no part of any package; found below the folder that NMSPARSE_DATA names."""
-VARIABLE = "NMSPARSE_DATA"
 IDX_FILES = {"train": "train", "test": "t10k"}
 _IMAGES, _LABELS = 0x803, 0x801
 
 
 @dataclass(frozen=True)
 class Images:
-    """Pictures in a fixed order with their names and classes (None where there are none)."""
+    """Images in a fixed order with their names and classes (None where there are none)."""
 
     name: str
     ids: tuple[str, ...]
@@ -51,7 +47,7 @@ class Images:
         return len(self.ids)
 
     def open(self, index: int) -> Image:
-        """One decoded picture. Raises `NmsparseError` naming the file when it is damaged."""
+        """Return one decoded image. Raises `NmsparseError` naming the file when it is damaged."""
         from PIL import Image as pil
 
         with warnings.catch_warnings():
@@ -69,31 +65,20 @@ class Images:
 
 
 def load_images(source: str, split: str = "test") -> Images:
-    """A packaged set (`fashion-mnist`, `photos-20`), `cifar10` or `photos` of the development data, a folder, a zip
-    or tar, or a folder of IDX files.
+    """Open a folder, a zip or tar, a folder of IDX files, a packaged set (`fashion-mnist`, `photos-20`), or `cifar10`
+    or `photos` of the development data.
 
-    `split` is `train` or `test`, for sources that have both. Raises `UsageError` when there is no picture.
+    `split` is `train` or `test`, for sources that have both. Raises `UsageError` when there is no image.
     """
     require_pillow()
-    if source in DEVELOPMENT and not Path(source).exists():
-        return _from_path(_development(source, split), source, split)
-    if source in assets() and assets()[source].kind == "images" and not Path(source).exists():
-        return _from_path(fetch(source), source, split)
     path = Path(source).expanduser()
-    if not path.exists():
-        named = [key for key, asset in assets().items() if asset.kind == "images"]
+    if path.exists():
+        return _from_path(path, path.name, split)
+    packaged = packaged_images(source, split)
+    if packaged is None:
         raise UsageError(f"There are no images '{source}': no file or folder has this name, and it is none of "
-                         f"{', '.join([*named, *DEVELOPMENT])}.")
-    return _from_path(path, path.name, split)
-
-
-def _development(source: str, split: str) -> Path:
-    folder = os.environ.get(VARIABLE)
-    path = Path(folder or ".") / DEVELOPMENT[source].format(split=split)
-    if not folder or not path.is_file():
-        raise UsageError(f"'{source}' is not in any package, and {VARIABLE} names no folder that holds "
-                         f"{DEVELOPMENT[source].format(split=split)}.", "give a folder of images, or fashion-mnist")
-    return path
+                         f"{', '.join(names())}.")
+    return _from_path(packaged, source, split)
 
 
 def _from_path(path: Path, name: str, split: str) -> Images:
@@ -129,7 +114,7 @@ def _zip(path: Path, name: str, split: str) -> Images:
 
 
 def _tar(path: Path, name: str, split: str) -> Images:
-    archive = tarfile.open(path)  # noqa: SIM115 - stays open as long as the pictures are read
+    archive = tarfile.open(path)  # noqa: SIM115 - stays open as long as the images are read
     members = {member.name: member for member in archive.getmembers() if member.isfile()}
 
     def read(member: str) -> bytes:
@@ -147,32 +132,32 @@ def _check_size(member: str, size: int) -> None:
 
 
 def _collect(name: str, members: list[str], split: str, read: Callable[[str], bytes]) -> Images:
-    """Pictures among the members, only those of `split` when their folders say which are which."""
-    pictures = [member for member in members if PurePosixPath(member).suffix.lower() in SUFFIXES]
-    for member in pictures:
+    """Collect the images among the members, only those of `split` when their folders say which are which."""
+    images = [member for member in members if PurePosixPath(member).suffix.lower() in SUFFIXES]
+    for member in images:
         if PurePosixPath(member).is_absolute() or ".." in PurePosixPath(member).parts or "\\" in member:
             raise UsageError(f"'{name}' holds a file that climbs out of its folder: {member}.")
-    pictures = _of_split(pictures, split)
-    if not pictures:
+    images = _of_split(images, split)
+    if not images:
         raise UsageError(f"There is no image for the {split} part in '{name}' ({', '.join(SUFFIXES)}).")
-    labels = [PurePosixPath(member).parent.name or None for member in pictures]
+    labels = [PurePosixPath(member).parent.name or None for member in images]
     flat = len(set(labels)) == 1  # one folder for all is no class
 
     def load(index: int) -> Image:
         from PIL import Image as pil
 
-        return pil.open(io.BytesIO(read(pictures[index])))
+        return pil.open(io.BytesIO(read(images[index])))
 
-    return Images(name, tuple(pictures), tuple(None if flat else label for label in labels), load)
+    return Images(name, tuple(images), tuple(None if flat else label for label in labels), load)
 
 
-def _of_split(pictures: list[str], split: str) -> list[str]:
-    """When every picture lies below a folder called train, test, val...: those of `split`; all of them otherwise."""
-    folders = [{part.lower() for part in PurePosixPath(member).parts[:-1]} for member in pictures]
+def _of_split(images: list[str], split: str) -> list[str]:
+    """Keep those of `split` when every image lies below a folder called train, test, val...; all of them otherwise."""
+    folders = [{part.lower() for part in PurePosixPath(member).parts[:-1]} for member in images]
     every = {name for names in SPLITS.values() for name in names}
     if not all(parts & every for parts in folders):
-        return pictures
-    return [member for member, parts in zip(pictures, folders) if parts & set(SPLITS[split])]
+        return images
+    return [member for member, parts in zip(images, folders) if parts & set(SPLITS[split])]
 
 
 def _idx(path: Path, name: str, split: str) -> Images:
@@ -191,7 +176,7 @@ def _idx(path: Path, name: str, split: str) -> Images:
 
 
 def _read_idx(path: Path, magic: int, axes: int) -> np.ndarray:
-    """One array of bytes: a big-endian magic number, the lengths of the axes, the values."""
+    """Read one array of bytes: a big-endian magic number, the lengths of the axes, the values."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         header = np.frombuffer(data, ">i4", count=1 + axes)

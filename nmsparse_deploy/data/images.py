@@ -1,4 +1,4 @@
-"""Pictures for calibration and evaluation: drawn from a source with a seed, known by name and content."""
+"""Images for calibration and evaluation: drawn from a source with a seed, known by name and content."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageSample:
-    """Chosen pictures with what is needed to read them again; they are decoded batch by batch.
+    """Chosen images with what is needed to read them again; they are decoded batch by batch.
 
     `hashes` are SHA-256 digests of the decoded pixels, so that a copy under another name or format is still the same
-    picture.
+    image.
     """
 
     chosen: tuple[tuple[Images, int], ...]
@@ -39,6 +39,7 @@ class ImageSample:
 
     @property
     def ids(self) -> tuple[str, ...]:
+        """The images by source and name."""
         return tuple(f"{images.name}/{images.ids[index]}" for images, index in self.chosen)
 
     @property
@@ -46,12 +47,17 @@ class ImageSample:
         """The sources by their short names."""
         return MIX.join(dict.fromkeys(images.name for images, _ in self.chosen))
 
-    def without(self, hashes: Sequence[str], most: int) -> ImageSample:
-        """At most `most` of the pictures, leaving out those of the given content."""
+    def without(self, hashes: Sequence[str], limit: int) -> ImageSample:
+        """Take at most `limit` of the images, evenly spaced, leaving out those of the given content."""
         seen = set(hashes)
-        kept = [number for number, digest in enumerate(self.hashes) if digest not in seen]
-        kept = [kept[place] for place in torch.linspace(0, len(kept) - 1, min(most, len(kept))).round().long().tolist()]
-        return replace(self, chosen=tuple(self.chosen[n] for n in kept), hashes=tuple(self.hashes[n] for n in kept))
+        left = [number for number, digest in enumerate(self.hashes) if digest not in seen]
+        spread = torch.linspace(0, len(left) - 1, min(limit, len(left))).round().long().tolist()
+        return self.at([left[place] for place in spread])
+
+    def at(self, numbers: Sequence[int]) -> ImageSample:
+        """Take the images of these numbers, in this order."""
+        return replace(self, chosen=tuple(self.chosen[n] for n in numbers),
+                       hashes=tuple(self.hashes[n] for n in numbers))
 
     @property
     def labels(self) -> tuple[str | None, ...]:
@@ -63,31 +69,33 @@ class ImageSample:
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
-        """All pictures at once, `[samples, channels, height, width]`."""
+        """All images at once, `[samples, channels, height, width]`."""
         return {self.input_name: torch.cat([batch[self.input_name] for batch in self.batches(len(self))])}
 
     def batches(self, size: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Decode and prepare the images, `size` at a time."""
         for start in range(0, len(self), size):
-            yield {self.input_name: torch.stack([self.preprocess(self.picture(index)) for index in
+            yield {self.input_name: torch.stack([self.preprocess(self.image(index)) for index in
                                                  range(start, min(start + size, len(self)))])}
 
-    def picture(self, index: int) -> Image:
+    def image(self, index: int) -> Image:
+        """Decode one image."""
         images, place = self.chosen[index]
         return images.open(place)
 
     def record(self) -> dict[str, torch.Tensor]:
-        """What a run keeps of the sample, to check later that an evaluation is held out: `[samples, 32]` bytes."""
+        """Return what a run keeps of the sample, to check later that an evaluation is held out, `[samples, 32]`."""
         digests = [list(bytes.fromhex(digest)) for digest in self.hashes]
         return {"image_sha256": torch.tensor(digests, dtype=torch.uint8)}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {"source": self.source, "fingerprint": self.fingerprint, "samples": len(self), "seed": self.seed,
                 "preprocess": self.preprocess.to_json(), "ids": list(self.ids), "sha256": list(self.hashes)}
 
 
 def calibration_images(source: str, preprocess: Preprocess, input_name: str, samples: int, seed: int,
                        progress: Progress = silent) -> ImageSample:
-    """`samples` distinct pictures of the training part of `source`, drawn with `seed`. Raises `UsageError`."""
+    """Draw `samples` distinct images of the training part of `source` with `seed`. Raises `UsageError`."""
     generator = torch.Generator().manual_seed(seed)
     return _draw(source, "train", preprocess, input_name, samples, seed, progress,
                  lambda count, wanted: torch.randperm(count, generator=generator)[:wanted].sort().values.tolist())
@@ -95,7 +103,7 @@ def calibration_images(source: str, preprocess: Preprocess, input_name: str, sam
 
 def evaluation_images(source: str, split: str, preprocess: Preprocess, input_name: str, samples: int,
                       progress: Progress = silent) -> ImageSample:
-    """The same evenly spaced pictures for everybody: no seed. All of them when there are fewer than `samples`."""
+    """Take the same evenly spaced images for everybody: no seed. All of them when there are fewer than `samples`."""
     return _draw(source, split, preprocess, input_name, samples, None, progress,
                  lambda count, wanted: torch.linspace(0, count - 1, wanted).round().long().tolist())
 
@@ -122,7 +130,7 @@ def _draw(source: str, split: str, preprocess: Preprocess, input_name: str, samp
 
 
 def load_sources(source: str, split: str) -> list[Images]:
-    """One source, or several joined by `+`."""
+    """Open one source, or several joined by `+`."""
     try:
         return [load_images(source, split)]
     except UsageError:
@@ -132,13 +140,13 @@ def load_sources(source: str, split: str) -> list[Images]:
 
 
 def content_hash(image: Image) -> str:
-    """SHA-256 of a picture's size and RGB pixels."""
+    """Return the SHA-256 of an image's size and RGB pixels."""
     data = image.convert("RGB")
     return hashlib.sha256(f"{data.size}".encode() + data.tobytes()).hexdigest()
 
 
 def check_images_disjoint(calibration: torch.Tensor, evaluation: Sequence[str]) -> int:
-    """Raise `NmsparseError` when a picture was calibrated on; returns how many were compared.
+    """Raise `NmsparseError` when an image was calibrated on; returns how many were compared.
 
     `calibration` is the `image_sha256` of a record.
     """
@@ -151,5 +159,5 @@ def check_images_disjoint(calibration: torch.Tensor, evaluation: Sequence[str]) 
 
 
 def by_value(label: str) -> tuple[bool, int, str]:
-    """Orders classes: numbers by value, before words."""
+    """Order classes: numbers by value, before words."""
     return not label.isdigit(), int(label) if label.isdigit() else 0, label

@@ -1,4 +1,4 @@
-"""Calibration of diffusion models: pictures or latents with noise at uniformly drawn steps, with and without condition.
+"""Calibration of diffusion models: images or latents with noise at uniformly drawn steps, with and without condition.
 
 Sampling visits every step of the schedule, and classifier-free guidance runs the model twice at each, with its
 condition and with the null class or the empty text (Ho and Salimans 2022, arXiv:2207.12598). Statistics of one step, or
@@ -27,7 +27,7 @@ LATENTS = "latents"
 MASK = "encoder_attention_mask"
 """May come with embedded text: which of its tokens are there."""
 LATENT_HASHES = "latent_sha256"
-"""In a record of prepared latents, where pictures would have `image_sha256`."""
+"""In a record of prepared latents, where images would have `image_sha256`."""
 NULL = "null."
 """In a file of prepared latents: `latents`, one tensor an argument that conditions, and `null.ARGUMENT` for one sample
 of the branch without condition."""
@@ -60,7 +60,7 @@ class NoisedSample:
 
     @property
     def target(self) -> torch.Tensor:
-        """What a perfect model would answer."""
+        """The answer of a perfect model."""
         return self.denoising.noising.target(self.clean.float(), self.noise, self.step)
 
     @property
@@ -72,19 +72,19 @@ class NoisedSample:
 
     @property
     def hashes(self) -> tuple[str, ...]:
-        """SHA-256 of each picture, or of each prepared latent."""
+        """SHA-256 of each image, or of each prepared latent."""
         if self.images is not None:
             return self.images.hashes
         return tuple(hashlib.sha256(row.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
                      for row in self.clean)
 
     def record(self) -> dict[str, torch.Tensor]:
-        """The samples by content, to check later that an evaluation is held out, and where each was looked at."""
+        """Return the samples by content, to check later that an evaluation is held out, and their steps."""
         digests = torch.tensor([list(bytes.fromhex(digest)) for digest in self.hashes], dtype=torch.uint8)
         return {"image_sha256" if self.images else LATENT_HASHES: digests,
                 "timestep": self.inputs["timestep"].contiguous(), "unconditional": self.unconditional}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         about = self.images.to_json() if self.images else {"source": Path(self.source).name, "prepared": self.origin}
         return {**about, "samples": len(self), "seed": self.seed, "fingerprint": self.fingerprint,
                 "timesteps": [round(float(t), 3) for t in self.inputs["timestep"]],
@@ -94,7 +94,7 @@ class NoisedSample:
 def noised(loaded: LoadedModel, clean: torch.Tensor, given: Mapping[str, torch.Tensor],
            null: Mapping[str, torch.Tensor], seed: int, source: str, images: ImageSample | None = None,
            origin: str = "") -> NoisedSample:
-    """`clean` `[samples, ...]` at steps that are uniform over the schedule, one in each of as many equal stretches.
+    """Add noise to `clean` `[samples, ...]` at steps uniform over the schedule, one in each of as many equal intervals.
 
     `given` are the conditions of every sample, `null` those of the branch without; where there is none, all samples
     keep theirs.
@@ -116,8 +116,10 @@ def noised(loaded: LoadedModel, clean: torch.Tensor, given: Mapping[str, torch.T
 def mixed_inputs(noising: Noising, clean: torch.Tensor, noise: torch.Tensor, step: torch.Tensor,
                  given: Mapping[str, torch.Tensor], null: Mapping[str, torch.Tensor], unconditional: torch.Tensor,
                  dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What the model is asked for `clean` `[samples, ...]` under `noise` at the rows `step` of the noising table; where
-    there are `null` conditions, the samples marked in `unconditional` have those."""
+    """Make what the model is asked for `clean` `[samples, ...]` under `noise` at the rows `step` of the noising table.
+
+    Where there are `null` conditions, the samples marked in `unconditional` have those.
+    """
     inputs = {INPUT: noising.mixed(clean, noise, step).to(dtype), "timestep": noising.timesteps[step]}
     for name, value in given.items():
         chosen = torch.where(unconditional.view(-1, *[1] * (value.ndim - 1)), null[name], value) if null else value
@@ -127,50 +129,53 @@ def mixed_inputs(noising: Noising, clean: torch.Tensor, noise: torch.Tensor, ste
 
 def calibration_latents(loaded: LoadedModel, source: str, samples: int, seed: int,
                         progress: Progress = silent) -> NoisedSample:
-    """`samples` pictures of the training part of `source`, or prepared latents. Raises `UsageError`."""
+    """Draw `samples` images of the training part of `source`, or read prepared latents. Raises `UsageError`."""
     if source.endswith(ENDING):
         return prepared_latents(loaded, source, samples, seed)
     if loaded.processor.preprocess is None:
         raise UsageError(f"'{loaded.source}' denoises latents, and no autoencoder came with it.",
                          f"MODEL?vae=FOLDER, or --data FILE{ENDING} with '{LATENTS}'")
-    pictures = calibration_images(source, loaded.processor.preprocess, INPUT, samples, seed, progress)
-    return of_pictures(loaded, pictures, seed, progress)
+    images = calibration_images(source, loaded.processor.preprocess, INPUT, samples, seed, progress)
+    return noised_images(loaded, images, seed, progress)
 
 
-def of_pictures(loaded: LoadedModel, pictures: ImageSample, seed: int, progress: Progress = silent) -> NoisedSample:
-    """Pictures as the model is trained on them, each with the number of its class where the model knows classes."""
+def noised_images(loaded: LoadedModel, images: ImageSample, seed: int, progress: Progress = silent) -> NoisedSample:
+    """Add noise to images as the model is trained on them, each with its class number where the model knows classes."""
     wanted = conditions(loaded.module)
     texts = [name for name in wanted if name != LABELS]
     if texts:
-        raise UsageError(f"'{loaded.source}' is conditioned on embedded text ({', '.join(texts)}), which pictures do "
+        raise UsageError(f"'{loaded.source}' is conditioned on embedded text ({', '.join(texts)}), which images do "
                          "not have.", f"--data FILE{ENDING} with '{LATENTS}', {', '.join(texts)} and {NULL}{texts[0]}")
-    given = {LABELS: class_numbers(pictures, wanted[LABELS])} if LABELS in wanted else {}
+    given = {LABELS: class_numbers(images, wanted[LABELS])} if LABELS in wanted else {}
     null = {LABELS: torch.tensor(wanted[LABELS])} if given and _has_null(loaded, wanted[LABELS]) else {}
-    progress(f"preparing {len(pictures)} pictures", 0, 0)
-    clean = loaded.processor.encode(pictures.inputs[INPUT])
-    return noised(loaded, clean, given, null, seed, pictures.source, pictures)
+    progress(f"preparing {len(images)} images", 0, 0)
+    clean = loaded.processor.encode(images.inputs[INPUT])
+    return noised(loaded, clean, given, null, seed, images.source, images)
 
 
 def _has_null(loaded: LoadedModel, classes: int) -> bool:
-    """Is there a row of the class table behind the last class? That is the null class."""
+    """Tell whether the class table has a row behind the last class: that is the null class."""
     return any(isinstance(module, torch.nn.Embedding) and module.num_embeddings == classes + 1
                for module in loaded.module.modules())
 
 
-def class_numbers(pictures: ImageSample, classes: int) -> torch.Tensor:
-    """The classes of the whole source in order, numbers as numbers. Raises `UsageError` where they do not fit."""
-    names = {label for images, _ in pictures.chosen for label in images.labels}
+def class_numbers(sample: ImageSample, classes: int) -> torch.Tensor:
+    """Give the classes of the whole source numbers in order, numbers as numbers.
+
+    Raises `UsageError` where they do not fit the model.
+    """
+    names = {label for images, _ in sample.chosen for label in images.labels}
     if None in names:
-        raise UsageError(f"The pictures of '{pictures.source}' have no classes, and this model is conditioned on one.",
+        raise UsageError(f"The images of '{sample.source}' have no classes, and this model is conditioned on one.",
                          "give a folder with one folder per class")
-    found = sorted((str(name) for name in names), key=by_value)
-    if len(found) > classes:
-        raise UsageError(f"'{pictures.source}' has {len(found)} classes, and this model knows {classes}.")
-    return torch.tensor([found.index(str(label)) for label in pictures.labels])
+    ordered = sorted((str(name) for name in names), key=by_value)
+    if len(ordered) > classes:
+        raise UsageError(f"'{sample.source}' has {len(ordered)} classes, and this model knows {classes}.")
+    return torch.tensor([ordered.index(str(label)) for label in sample.labels])
 
 
 def prepared_latents(loaded: LoadedModel, source: str, samples: int, seed: int) -> NoisedSample:
-    """Clean latents and their conditions from a file. Raises `UsageError` for one that does not fit the model."""
+    """Read clean latents and their conditions from a file. Raises `UsageError` for one that does not fit the model."""
     tensors, origin = read_tensors(source)
     null = {name.removeprefix(NULL): tensors.pop(name) for name in list(tensors) if name.startswith(NULL)}
     check_counts(source, tensors)
@@ -205,7 +210,7 @@ def _check_widths(loaded: LoadedModel, tensors: Mapping[str, torch.Tensor], sour
 
 
 def holds_latents(source: str) -> bool:
-    """Does a file of prepared inputs hold clean latents, to be noised here?"""
+    """Tell whether a file of prepared inputs holds clean latents, to be noised here."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -33,7 +33,7 @@ ROWS = {"cpu": 64, "cuda": 512}
 
 def generated(loaded: LoadedModel, samples: int, length: int, seed: int, compute: torch.dtype,
               progress: Progress = silent) -> TokenSample:
-    """`samples` texts of `length` tokens, the same for the same weights and seed; kept in the cache folder.
+    """Return `samples` texts of `length` tokens, the same for the same weights and seed; kept in the cache folder.
 
     Raises `UsageError` for a model that does not write text, or whose weights are not all in memory.
     """
@@ -61,7 +61,7 @@ def generated(loaded: LoadedModel, samples: int, length: int, seed: int, compute
 @torch.no_grad()
 def write(loaded: LoadedModel, samples: int, length: int, seed: int, compute: torch.dtype,
           progress: Progress = silent) -> torch.Tensor:
-    """Token ids `[samples, length]` int64, on the CPU. A model in another dtype than `compute` is copied."""
+    """Write token ids `[samples, length]` int64, on the CPU. A model in another dtype than `compute` is copied."""
     device = hardware.device()
     module: Any = loaded.module
     if next(module.parameters()).dtype != compute:
@@ -89,7 +89,7 @@ def write(loaded: LoadedModel, samples: int, length: int, seed: int, compute: to
 
 
 def _continued(module: Any, first: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-    """Ids `[rows, length]` that begin with `first`. Token `t + 1` is the one where the cumulative probability passes
+    """Write ids `[rows, length]` that begin with `first`. Token `t + 1` is where the cumulative probability passes
     `chance[:, t]`, so a text depends on its own numbers and not on its neighbours in the batch.
 
     Not the library's `generate`: it adds sampling settings of the model's own, stops at the end of a text, and draws
@@ -110,7 +110,7 @@ def _continued(module: Any, first: torch.Tensor, chance: torch.Tensor) -> torch.
 
 
 def sampled(logits: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-    """One token for each row of `logits` `[rows, vocabulary]`, by inverting the distribution at `chance` `[rows]`."""
+    """Draw one token for each row of `logits` `[rows, words]`, by inverting the distribution at `chance` `[rows]`."""
     reached = logits.double().softmax(-1).cumsum(-1)
     # The sum ends a rounding away from one, and a token of probability zero is never meant.
     return torch.searchsorted(reached, (chance * reached[:, -1])[:, None], right=True)[:, 0].clamp(
@@ -118,7 +118,7 @@ def sampled(logits: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
 
 
 def _vocabulary(loaded: LoadedModel) -> torch.Tensor:
-    """Tokens that may begin a text: those of the tokenizer that the model has an embedding for, no special ones."""
+    """List the tokens that may begin a text: no special ones, and only those that the model has an embedding for."""
     module: Any = loaded.module
     count = min(len(loaded.processor), module.get_input_embeddings().num_embeddings)
     special = torch.tensor(sorted(set(loaded.processor.all_special_ids)), dtype=torch.long)
@@ -127,7 +127,7 @@ def _vocabulary(loaded: LoadedModel) -> torch.Tensor:
 
 
 def _key(loaded: LoadedModel, samples: int, length: int, seed: int, compute: torch.dtype) -> str:
-    """The weights, and what is asked of them."""
+    """Hash the weights, and what is asked of them."""
     digest = hashlib.sha256(f"{samples} {length} {seed} {compute}".encode())
     for name, parameter in loaded.module.named_parameters():
         digest.update(f"{name} {tensor_hash(parameter)}".encode())

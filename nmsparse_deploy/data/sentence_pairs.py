@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nmsparse_deploy.data.image_source import VARIABLE
+from nmsparse_deploy.data.packaged import corpus_folder, development_file, development_path
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.system.assets import fetch
 
 WORDS = "word-pairs"
 STSB = "stsb"
@@ -31,30 +29,22 @@ class Pairs:
 
 
 def load_pairs(source: str) -> list[Pairs]:
-    """`word-pairs` (two packaged lists), `stsb` (of the development data), `auto` (what of them is here), or a file.
+    """Read a file, `word-pairs` (two packaged lists), `stsb` (development data), or `auto` (what is here).
 
     A file has one pair a line, tab-separated: text, text, rating. Raises `UsageError`.
     """
     if source == "auto":
-        return [*(load_pairs(STSB) if _stsb() else []), *load_pairs(WORDS)]
-    if source == WORDS:
-        return [_file(path, path.stem) for path in sorted(fetch(WORDS).rglob("*.t*")) if path.is_file()]
+        return [*(load_pairs(STSB) if development_path(_STSB_FILE) else []), *load_pairs(WORDS)]
+    if (folder := corpus_folder(source, "ratings")) is not None:
+        return [_file(path, path.stem) for path in sorted(folder.rglob("*.t*")) if path.is_file()]
     if source == STSB:
-        path = _stsb()
-        if path is None:
-            raise UsageError(f"'{STSB}' is not in any package, and {VARIABLE} names no folder that holds "
-                             f"{_STSB_FILE}.", f"use {WORDS}, or give a file of pairs")
+        path = development_file(STSB, _STSB_FILE, f"use {WORDS}, or give a file of pairs")
         lines = (row for row in _rows(path) if len(row) >= 7)
         return [_pairs("stsb-test", path, ((row[5], row[6], row[4]) for row in lines))]
     if not Path(source).is_file():
         named = ", ".join((WORDS, STSB))
         raise UsageError(f"There are no rated pairs '{source}': no file has this name, and it is none of {named}.")
     return [_file(Path(source), Path(source).stem)]
-
-
-def _stsb() -> Path | None:
-    path = Path(os.environ.get(VARIABLE) or "-") / _STSB_FILE
-    return path if path.is_file() else None
 
 
 def _file(path: Path, name: str) -> Pairs:

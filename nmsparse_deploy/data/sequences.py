@@ -11,7 +11,7 @@ import torch
 from nmsparse_deploy.data.text import Text, TokenSample, calibration_sample
 from nmsparse_deploy.errors import NmsparseError, UsageError
 
-SHORTEST = 8
+MIN_TOKENS = 8
 """Sentences of fewer tokens recur by chance and prove nothing."""
 
 
@@ -26,7 +26,7 @@ class SequenceSample(TokenSample):
 
 def calibration_sequences(text: Text, tokenizer: Any, samples: int, length: int, seed: int,
                           at_most: bool = False) -> SequenceSample:
-    """`samples` distinct windows of `length` tokens with the special ones, at most what the tokenizer allows."""
+    """Draw `samples` distinct windows of `length` tokens with the special ones, at most what the tokenizer allows."""
     length = min(length, longest(tokenizer))
     around = tokenizer.num_special_tokens_to_add(pair=False)
     if length <= around:
@@ -47,23 +47,23 @@ class PairedSample(SequenceSample):
 
 
 def paired(sample: TokenSample, config: Any) -> PairedSample:
-    """The sample with the decoder's side."""
+    """Add the decoder's side to a sample."""
     return PairedSample(sample.ids, sample.windows, sample.source, sample.fingerprint, decoder_start(config))
 
 
 def decoder_start(config: Any) -> int:
-    """The token that a decoder begins with: what its config says, or padding."""
+    """Return the token that a decoder begins with: what its config says, or padding."""
     named = [getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id")]
     return next((int(token) for token in named if token is not None), 0)
 
 
 def taught(ids: torch.Tensor, start: int) -> torch.Tensor:
-    """What a decoder reads while it predicts `ids` `[rows, length]`: the same, one place later."""
+    """Return what a decoder reads while it predicts `ids` `[rows, length]`: the same, one place later."""
     return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
 
 
 def longest(tokenizer: Any) -> int:
-    """Tokens per sequence that the tokenizer says its model reads; libraries write a huge number for "any"."""
+    """Return how many tokens the tokenizer says its model reads at once; libraries write a huge number for "any"."""
     limit = int(getattr(tokenizer, "model_max_length", 0) or 0)
     return limit if 0 < limit < 1_000_000 else 512
 
@@ -82,7 +82,7 @@ def _wrapped(plain: TokenSample, tokenizer: Any) -> SequenceSample:
 
 
 def _leading(tokenizer: Any, special: list[int]) -> int:
-    """How many of the special tokens stand before the text."""
+    """Count the special tokens that stand before the text."""
     words = tokenizer("a b c", add_special_tokens=True)["input_ids"]
     bare = tokenizer("a b c", add_special_tokens=False)["input_ids"]
     return next((n for n in range(len(special) + 1) if words[n : n + len(bare)] == bare), 0)
@@ -96,7 +96,7 @@ def check_sentences_disjoint(calibration: torch.Tensor, sentences: Sequence[Sequ
     rows = [" " + " ".join(map(str, row)) + " " for row in calibration.tolist()]
     compared = 0
     for sentence in sentences:
-        if len(sentence) < SHORTEST:
+        if len(sentence) < MIN_TOKENS:
             continue
         compared += 1
         wanted = " " + " ".join(map(str, sentence)) + " "

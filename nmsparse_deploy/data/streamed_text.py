@@ -7,7 +7,7 @@ documents are fetched as `CHARACTERS` needs, always the first ones, so that the 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ _SPEC = re.compile(r"datasets:(?P<name>[^@#]+)(?:@(?P<split>[^#]+))?(?:#(?P<fiel
 
 
 def streamed(source: str) -> tuple[str, ...]:
-    """The first documents of a data set.
+    """Read the first documents of a data set.
 
     Raises `UsageError` for a wrong spec, `NmsparseError` for what cannot be had.
     """
@@ -51,14 +51,14 @@ def streamed(source: str) -> tuple[str, ...]:
 
 
 def _name(text: str) -> tuple[str, str | None]:
-    """A local folder, OWNER/NAME, or OWNER/NAME/CONFIG."""
+    """Split a local folder, OWNER/NAME, or OWNER/NAME/CONFIG."""
     if Path(text).exists():
         return text, None
     parts = text.split("/")
     return ("/".join(parts[:2]), "/".join(parts[2:])) if len(parts) > 2 else (text, None)
 
 
-def _document(row: dict[str, Any], field: str, source: str) -> str:
+def _document(row: Mapping[str, Any], field: str, source: str) -> str:
     if field not in row:
         raise UsageError(f"'{source}' has no field '{field}'; it has {', '.join(row)}.")
     return str(row[field])
@@ -66,7 +66,7 @@ def _document(row: dict[str, Any], field: str, source: str) -> str:
 
 def hub_rows(name: str, config: str | None, split: str, field: str, revision: str | None, file: str | None,
              instead: str) -> Iterator[str]:
-    """One field of every row of a hub data set, in order; `file` picks one file of it.
+    """Yield one field of every row of a hub data set, in order; `file` picks one file of it.
 
     Raises `MissingExtra` without the library, `NmsparseError` when the set is neither cached nor reachable; `instead`
     says what else would do.

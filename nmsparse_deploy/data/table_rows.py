@@ -18,11 +18,21 @@ TABLES = (*PARQUET, *LINES)
 
 
 def is_table(path: Path) -> bool:
+    """Tell a file of rows with fields by how its name ends."""
     return path.name.lower().endswith(TABLES)
 
 
+def read_plain(path: Path) -> str:
+    """Read a plain file as one text: UTF-8, or Latin-1 where it is no UTF-8."""
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        return data.decode("latin-1").strip()
+
+
 def read_rows(path: Path, field: str = "text") -> Iterator[str]:
-    """One field of every row, in order; of plain text the lines, each with its end.
+    """Yield one field of every row, in order; of plain text the lines, each with its end.
 
     Raises `UsageError` for a file that is damaged or lacks the field, `MissingExtra` for parquet without pyarrow.
     """

@@ -1,6 +1,6 @@
 """Calibration data that is ready for the forward pass: a safetensors file with one tensor `[samples, ...]` an argument.
 
-For what no text and no picture can stand for: spectrograms of a speech model, latents of a diffusion model.
+For what no text and no image can stand for: spectrograms of a speech model, latents of a diffusion model.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,10 +26,10 @@ class PreparedSample:
     fingerprint: str
 
     def record(self) -> dict[str, torch.Tensor]:
-        """Nothing that an evaluation on text or pictures could be compared with."""
+        """Return nothing that an evaluation on text or images could be compared with."""
         return {"fingerprint": torch.tensor(list(bytes.fromhex(self.fingerprint)), dtype=torch.uint8)}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         count = len(next(iter(self.inputs.values())))
         return {"source": self.source, "fingerprint": self.fingerprint, "samples": count,
                 "inputs": {name: list(tensor.shape) for name, tensor in self.inputs.items()}}
@@ -44,7 +43,7 @@ def prepared(source: str, samples: int) -> PreparedSample:
 
 
 def read_tensors(source: str) -> tuple[dict[str, torch.Tensor], str]:
-    """The tensors of a file by name, and a fingerprint of all of them. Raises `UsageError`."""
+    """Read the tensors of a file by name, with a fingerprint of all of them. Raises `UsageError`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

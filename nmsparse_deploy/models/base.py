@@ -34,7 +34,7 @@ class Target:
 
     @property
     def outputs(self) -> int:
-        """Of one matrix."""
+        """Outputs of one matrix."""
         return self.n // self.experts
 
 
@@ -60,7 +60,7 @@ class Discovery:
 
 
 def block_index(blocks: tuple[str, ...], module: str) -> int | None:
-    """Which block a module path lies in."""
+    """Return the block that a module path lies in."""
     for index, block in enumerate(blocks):
         if module == block or module.startswith(block + "."):
             return index
@@ -68,7 +68,7 @@ def block_index(blocks: tuple[str, ...], module: str) -> int | None:
 
 
 def weights(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """(module path, parameter name, parameter) of everything with two or more axes; tied ones once per name."""
+    """Yield (module path, parameter name, parameter) of what has two or more axes; tied ones once per name."""
     for path, child in module.named_modules():
         for name, parameter in child.named_parameters(recurse=False):
             if parameter.ndim >= 2:
@@ -76,7 +76,7 @@ def weights(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
 
 
 def to_rows(weight: torch.Tensor, axis: int) -> torch.Tensor:
-    """A weight as the matrix `[outputs, reduction]` that the methods work on.
+    """Reshape a weight to the matrix `[outputs, reduction]` that the methods work on.
 
     A convolution `[M, C, R, S]` becomes `[M, R*S*C]`: groups run along input channels, one kernel position at a time.
     A stack `[E, out, in]` or `[E, in, out]` becomes `[E*out, in]`.
@@ -88,6 +88,6 @@ def to_rows(weight: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def from_rows(rows: torch.Tensor, shape: torch.Size | tuple[int, ...], axis: int) -> torch.Tensor:
-    """The inverse of `to_rows`."""
+    """Invert `to_rows`."""
     moved = [n for i, n in enumerate(shape) if i != axis] + [shape[axis]]
     return rows.reshape(moved).movedim(-1, axis).contiguous()

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-OnInput = Callable[[tuple[Any, ...], dict[str, Any]], None]
+OnInput = Callable[[tuple[Any, ...], Mapping[str, Any]], None]
 """`(positional, named)`: the arguments of a module that is about to run."""
 OnOutput = Callable[[tuple[Any, ...], Any], Any]
 """`(positional, output)` of a module that has run; what it returns, unless None, takes the place of the output."""
@@ -32,7 +32,7 @@ def capture(block: nn.Module, inputs: Mapping[str, OnInput] | None = None,
         if stop():
             raise leave
 
-    def before(callback: OnInput, _module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def before(callback: OnInput, _module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         callback(args, named)
         check()
 

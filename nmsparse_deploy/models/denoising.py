@@ -1,4 +1,4 @@
-"""What a diffusion model denoises: a picture, through an autoencoder if there is one, with noise by a scheduler's law.
+"""What a diffusion model denoises: an image, through an autoencoder if there is one, with noise by a scheduler's law.
 
     x_t = a_t x_0 + b_t e,   e ~ N(0, 1)
 
@@ -31,7 +31,7 @@ WIDTHS = {"encoder_hidden_states": ("caption_channels", "joint_attention_dim", "
 """Arguments that carry an embedded text, and which setting says how wide it is."""
 FLOW = "flow"
 BATCH = 8
-"""Pictures that pass through an autoencoder at a time."""
+"""Images that pass through an autoencoder at a time."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Noising:
 
     @classmethod
     def of(cls, scheduler: Any) -> Noising:
-        """The law a scheduler was trained with; samplers share its settings."""
+        """Read the law a scheduler was trained with; samplers share its settings."""
         import diffusers
 
         config = scheduler.config
@@ -63,11 +63,11 @@ class Noising:
         return len(self.timesteps)
 
     def mixed(self, clean: torch.Tensor, noise: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-        """`x_t` `[samples, ...]` of clean samples at training steps `[samples]`."""
+        """Mix `x_t` `[samples, ...]` of clean samples at training steps `[samples]`."""
         return self._at(self.signal, step, clean) * clean + self._at(self.noise, step, clean) * noise
 
     def target(self, clean: torch.Tensor, noise: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-        """What a perfect model would answer."""
+        """Return the answer of a perfect model."""
         if self.predicts == "epsilon":
             return noise
         if self.predicts == "sample":
@@ -83,8 +83,11 @@ class Noising:
 
 @dataclass(frozen=True)
 class Denoising:
-    """How one model's inputs are made. `vae` is the autoencoder's folder; None: the model denoises pixels, or nothing
-    here can encode pictures for it (`preprocess` is None then)."""
+    """The way one model's inputs are made.
+
+    `vae` is the autoencoder's folder; None: the model denoises pixels, or nothing here can encode images for it
+    (`preprocess` is None then).
+    """
 
     scheduler: Any
     assumed: bool
@@ -97,20 +100,20 @@ class Denoising:
         return Noising.of(self.scheduler)
 
     @torch.no_grad()
-    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pictures `[samples, channels, height, width]` in -1 to 1 as the model knows them: the mean of each code."""
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Encode images `[samples, channels, height, width]` in -1 to 1 as the model knows them: each code's mean."""
         if self.vae is None:
-            return pictures
+            return images
         vae = _autoencoder(self.vae)
         parts = []
-        for part in pictures.split(BATCH):
+        for part in images.split(BATCH):
             found = vae.encode(part)
             parts.append(found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latent)
         return (torch.cat(parts) - _shift(vae)) * vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """The way back, clamped to -1 to 1."""
+        """Decode what `encode` makes, clamped to -1 to 1."""
         latents = latents.float().cpu()
         if self.vae is not None:
             vae = _autoencoder(self.vae)
@@ -118,7 +121,8 @@ class Denoising:
                                  for part in latents.split(BATCH)])
         return latents.clamp(-1, 1)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
+        """Return what a record says of the scheduler and the autoencoder."""
         return {"scheduler": type(self.scheduler).__name__, "scheduler_assumed": self.assumed,
                 "autoencoder": self.vae.name if self.vae else None}
 

@@ -60,13 +60,13 @@ def discover(module: nn.Module, inputs: Mapping[str, torch.Tensor], store: Weigh
 
 
 def trace_inputs(module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str, torch.Tensor]) -> dict[str, Read]:
-    """Which weights read which tensor in one forward pass, by parameter name."""
+    """Map each weight to the tensor that it reads in one forward pass, by parameter name."""
     return trace(module, blocks, inputs).reads
 
 
 def _read(traced: InputTrace, lists: Mapping[str, int], path: str, name: str, parameter: nn.Parameter,
           layer: nn.Module) -> Read | None:
-    """What a weight reads; an expert that no token reached reads as its siblings do."""
+    """Find what a weight reads; an expert that no token reached reads as its siblings do."""
     if parameter.ndim != 3 and group_axis(layer) is None:
         return None
     read = traced.reads.get(name)
@@ -74,7 +74,7 @@ def _read(traced: InputTrace, lists: Mapping[str, int], path: str, name: str, pa
 
 
 def find_blocks(module: nn.Module) -> tuple[str, ...]:
-    """Paths of the repeated blocks, in module order."""
+    """List the paths of the repeated blocks, in module order."""
     for mixed in (False, True):  # blocks of several classes (attention and state space) only where there are no others
         blocks: list[str] = []
         lists: list[str] = []
@@ -97,7 +97,7 @@ def _is_repeated(container: nn.Module, mixed: bool = False) -> bool:
 
 
 def _stage(path: str, item: nn.Module) -> list[str]:
-    """The blocks of a stage: an item that is a container itself, or one beside at most a change of resolution."""
+    """List the blocks of a stage: an item that is a container itself, or one beside at most a change of resolution."""
     if isinstance(item, (nn.ModuleList, nn.Sequential)):
         return [f"{path}.{name}" for name, _ in item.named_children()] if _is_repeated(item) else []
     inside = [(name, child) for name, child in item.named_children() if _has_gemm(child)]

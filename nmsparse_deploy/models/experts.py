@@ -12,7 +12,7 @@ from nmsparse_deploy.models.input_trace import Read
 
 
 def is_router(parent: nn.Module, outputs: int, layer: nn.Module | None = None) -> bool:
-    """Does a layer beside or in `parent` have one output per expert, where the experts are children of `parent`?
+    """Tell whether a layer in `parent` has one output per expert, where the experts are children of `parent`.
 
     `layer` is the layer asked about; without it, any child of `parent` with so many outputs counts.
     """
@@ -30,7 +30,7 @@ def is_router(parent: nn.Module, outputs: int, layer: nn.Module | None = None) -
 
 
 def expert_lists(module: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
-    """Paths of the lists of experts inside blocks, with how many experts each holds."""
+    """Map the paths of the lists of experts inside blocks, with how many experts each holds."""
     found = {}
     for path, child in module.named_modules():
         if isinstance(child, nn.ModuleList) and len(child) > 1 and block_index(tuple(blocks), path) is not None:
@@ -41,7 +41,7 @@ def expert_lists(module: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
 
 
 def sibling(reads: Mapping[str, Read], lists: Mapping[str, int], name: str) -> Read | None:
-    """What the same weight of another expert reads, its group named as in this expert."""
+    """Find what the same weight of another expert reads, its group named as in this expert."""
     for place, count in lists.items():
         if not name.startswith(place + "."):
             continue

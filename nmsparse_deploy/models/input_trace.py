@@ -38,7 +38,7 @@ class InputTrace:
 
 
 def group_axis(layer: nn.Module) -> int | None:
-    """The reduction axis of a layer's weight, or None when the layer is no GEMM.
+    """Return the reduction axis of a layer's weight, or None when the layer is no GEMM.
 
     Last axis of `nn.Linear`, first of the transposed `Conv1D` of Transformers' GPT-2, input channels of `Conv2d`.
     """
@@ -65,7 +65,7 @@ def trace(module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str, torch
     watched: dict[str, Read] = {}
 
     def called(path: str, layer: nn.Module, x: torch.Tensor) -> None:
-        # Convolutions of another geometry see other columns of the same picture.
+        # Convolutions of another geometry see other columns of the same image.
         geometry = tuple(getattr(layer, name, None) for name in ("kernel_size", "stride", "padding", "dilation"))
         key = (block_index(blocks, path), *place(x), tuple(x.shape), x.stride(), geometry)
         alive.append(x)

@@ -99,7 +99,7 @@ class ClassLabels(NamedTuple):
 
 
 class HubCard(NamedTuple):
-    """What a model hub is told of a saved model: its library, its job if that is known, and the code that loads it."""
+    """The description of a saved model for a hub: its library, its job if that is known, and the code that loads it."""
 
     library: str
     task: str | None

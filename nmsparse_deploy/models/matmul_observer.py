@@ -31,12 +31,12 @@ _OPERANDS: dict[str, tuple[int, int]] = {"mm": (0, 1), "addmm": (1, 2), "bmm": (
 
 
 def place(tensor: torch.Tensor) -> tuple[Any, Any]:
-    """Which memory a tensor lies in, and where there; also told apart where there is none (meta tensors)."""
+    """Return which memory a tensor lies in, and where there; meta tensors, which have none, are told apart too."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
 class MatmulObserver(TorchDispatchMode):
-    """Tells `seen` about every product with one of `weights` while it is entered. Nothing is computed differently."""
+    """While entered, it tells `seen` about every product with one of `weights`; nothing is computed differently."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], seen: Callable[[Product], None]) -> None:
         super().__init__()

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
 def description(folder: Path) -> list[Path]:
-    """What describes a saved model beside its weights: configuration, tokenizer, preprocessing."""
+    """List what describes a saved model beside its weights: configuration, tokenizer, preprocessing."""
     return [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.endswith(WEIGHTS)]
 
 
-def settle(module: Any, tensors: dict[str, Any]) -> None:
+def settle(module: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put `tensors` by name into a model without weights; the same tensor under two names stays one parameter.
 
     Raises `AttributeError` for a name that it does not have, `ValueError` for a tensor of another shape.
@@ -36,7 +38,7 @@ def settle(module: Any, tensors: dict[str, Any]) -> None:
 
 
 def fits(module: Any, name: str, shape: tuple[int, ...]) -> None:
-    """Raises `ValueError` when the parameter `name` has another shape."""
+    """Raise `ValueError` when the parameter `name` has another shape."""
     wanted = tuple(module.get_parameter(name).shape)
     if wanted != shape:
         raise ValueError(f"'{name}' has the shape {shape}, not {wanted}")

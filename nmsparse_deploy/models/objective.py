@@ -42,7 +42,7 @@ class Objective:
         return primary_output(output).value
 
     def loss(self, output: Any, batch: Mapping[str, Any], reference: torch.Tensor | None = None) -> torch.Tensor:
-        """`[samples]`, fp32. `reference` is not needed for cross-entropy."""
+        """Return the loss `[samples]`, fp32. `reference` is not needed for cross-entropy."""
         found = self.signal(output)
         if self.kind == "cross-entropy":
             return _cross_entropy(found, batch["input_ids"])
@@ -55,19 +55,19 @@ class Objective:
 
 
 def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Mean over the tokens of each sample; the first has no prediction."""
+    """Average over the tokens of each sample; the first has no prediction."""
     pieces = [cross_entropy(part.float().flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
               for part, target in zip(logits[:, :-1].split(PIECE, 1), ids[:, 1:].split(PIECE, 1))]
     return torch.cat(pieces, 1).mean(1)
 
 
 def objective(loaded: LoadedModel, output: Any) -> Objective:
-    """What suits the model, told from its family and one output of it."""
+    """Choose what suits the model, by its family and one output of it."""
     return Objective("cross-entropy") if loaded.family == "llm" else unlabelled(loaded.module, output)
 
 
 def unlabelled(module: nn.Module, output: Any) -> Objective:
-    """What compares a model's output with the dense model's."""
+    """Choose what compares a model's output with the dense model's."""
     if isinstance(output, torch.Tensor):  # timm
         return Objective("kl" if getattr(module, "num_classes", 0) else "hidden")
     return Objective("kl" if primary_output(output).name == "logits" else "hidden")

@@ -43,7 +43,7 @@ def primary_output(outputs: Any, field: str | None = None) -> PrimaryOutput:
 
 
 class Features(NamedTuple):
-    """What a model says about a batch, one row a sample; None for what the model or the graph does not return.
+    """The answer of a model to a batch, one row a sample; None for what the model or the graph does not return.
 
     `pooled` [samples, width] is the class token of a vision model that has one, the mean of its tokens otherwise, and
     the mean over a sequence's own tokens for text.

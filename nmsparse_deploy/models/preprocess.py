@@ -1,8 +1,9 @@
-"""From a picture to the tensor that a vision model was trained on: resize, crop, scale, normalise; PIL only."""
+"""From an image to the tensor that a vision model was trained on: resize, crop, scale, normalise; PIL only."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -24,7 +25,7 @@ DEFAULT_SIZE = 224
 
 
 class ImagePipeline(TypedDict):
-    """How an image becomes a tensor, in timm's words. `crop_pct` is the share of the resized image that is kept."""
+    """The way of an image to a tensor, in timm's words; `crop_pct` is the share of the resized image that is kept."""
 
     input_size: tuple[int, int, int]
     interpolation: str
@@ -36,9 +37,9 @@ class ImagePipeline(TypedDict):
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What one model wants. `size` is (height, width) of the tensor in pixels.
+    """The way of an image to the tensor that one model wants. `size` is (height, width) of the tensor in pixels.
 
-    `shorter` is the length of the shorter side before the centre crop; None squeezes the picture to `size`. `raw` is
+    `shorter` is the length of the shorter side before the centre crop; None squeezes the image to `size`. `raw` is
     the Hugging Face preprocessor file this was read from, kept to be written back as it was.
     """
 
@@ -47,17 +48,17 @@ class Preprocess:
     mean: tuple[float, ...] = IMAGENET[0]
     std: tuple[float, ...] = IMAGENET[1]
     resample: int = BICUBIC
-    raw: dict[str, Any] | None = field(default=None, compare=False)
+    raw: Mapping[str, Any] | None = field(default=None, compare=False)
 
     def at(self, pixels: int) -> Preprocess:
-        """The same for another square size; 0 is the model's own."""
+        """Return the same for another square size; 0 is the model's own."""
         if not pixels or (pixels, pixels) == self.size:
             return self
         shorter = round(self.shorter * pixels / min(self.size)) if self.shorter else None
         return replace(self, size=(pixels, pixels), shorter=shorter, raw=None)
 
     def __call__(self, image: Image) -> torch.Tensor:
-        """A float tensor `[channels, height, width]`; a model of one channel gets a grey picture."""
+        """Make a float tensor `[channels, height, width]`; a model of one channel gets a grey image."""
         height, width = self.size
         image = self.view(image)
         values = np.asarray(image, dtype=np.float32).reshape(height, width, -1) / 255
@@ -65,7 +66,7 @@ class Preprocess:
         return torch.from_numpy(normal.transpose(2, 0, 1).copy())
 
     def view(self, image: Image) -> Image:
-        """The part of the picture that the model sees."""
+        """Return the part of the image that the model sees."""
         height, width = self.size
         image = image.convert("L" if len(self.mean) == 1 else "RGB")
         if self.shorter is None:
@@ -84,7 +85,8 @@ class Preprocess:
                              crop_pct=min(self.size) / self.shorter if self.shorter else 1.0,
                              crop_mode="center" if self.shorter else "squash")
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
+        """Return what a record says of it."""
         return {"size": list(self.size), "shorter_side": self.shorter, "mean": list(self.mean), "std": list(self.std),
                 "resample": self.resample}
 
@@ -100,8 +102,8 @@ class Preprocess:
         (Path(folder) / FILE).write_text(json.dumps(data, indent=2) + "\n")
 
 
-def from_config(config: Any, raw: dict[str, Any] | None = None) -> Preprocess:
-    """From a Hugging Face preprocessor file, with the model's config for what it leaves open."""
+def from_config(config: Any, raw: Mapping[str, Any] | None = None) -> Preprocess:
+    """Read a Hugging Face preprocessor file, with the model's config for what it leaves open."""
     raw = raw or {}
     own = _pair(getattr(config, "image_size", None) or DEFAULT_SIZE)
     asked = raw.get("size") or {}
@@ -131,7 +133,7 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def require_pillow() -> None:
-    """Raises `MissingExtra` when pictures cannot be read here."""
+    """Raise `MissingExtra` when images cannot be read here."""
     try:
         import PIL  # noqa: F401
     except ImportError as error:

@@ -8,7 +8,7 @@ runs them side by side and has no middle. The other place is the block's exit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ def find_middle(block: nn.Module, run: Run, entrance: torch.Tensor) -> str | Non
     alive: list[torch.Tensor] = []  # a freed tensor's address could be used again
     candidates: list[str] = []
 
-    def multiplies(path: str, args: tuple[Any, ...], _named: dict[str, Any]) -> None:
+    def multiplies(path: str, args: tuple[Any, ...], _named: Mapping[str, Any]) -> None:
         writer = writers.get(args[0].data_ptr())
         if writer is not None and gemms:
             candidates.append(writer)
@@ -62,7 +62,7 @@ def parameters_before(block: nn.Module, run: Run, middle: str) -> set[str]:
     used: set[int] = set()
     reached: list[str] = []
 
-    def record(module: nn.Module, _args: tuple[Any, ...], _named: dict[str, Any]) -> None:
+    def record(module: nn.Module, _args: tuple[Any, ...], _named: Mapping[str, Any]) -> None:
         used.update(id(value) for value in module.parameters(recurse=False))
 
     inputs: dict[str, OnInput] = {path: partial(record, module) for path, module in block.named_modules()}
@@ -92,7 +92,7 @@ def residual_writers(block: nn.Module, run: Run, entrance: torch.Tensor) -> dict
         order.append(path)
         return output + moved[path] if path in moved else None
 
-    def arrives(args: tuple[Any, ...], _named: dict[str, Any]) -> None:
+    def arrives(args: tuple[Any, ...], _named: Mapping[str, Any]) -> None:
         place[EXIT if middle is None else middle] = args[0]
         order.append(EXIT)
 

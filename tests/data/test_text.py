@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import bz2
-
 import pytest
 import torch
 
 from nmsparse_deploy.data.text import (
     NGRAM,
     Text,
-    _wikipedia,
     calibration_sample,
     check_disjoint,
     evaluation_sample,
@@ -66,17 +63,6 @@ def test_overlap_is_found():
     b[1, 9] += 1
     b[1, 9 + NGRAM - 1] += 1  # one token short of a run on both sides
     check_disjoint(a, b)
-
-
-def test_wikipedia_markup_becomes_prose(tmp_path):
-    long = "A '''sparse''' [[matrix (maths)|matrix]] has few entries. " * 6
-    page = (f"<page><title>Sparse</title><text xml:space='preserve'>{{{{Infobox|x={{{{y}}}}}}}}\n{long}"
-            "&lt;ref&gt;Book&lt;/ref&gt; [[File:A.png|thumb|a [[link]] here]]\n== Heading ==\nshort line\n"
-            "{| class=wikitable\n|-\n| cell\n|}\n</text></page>"
-            "<page><title>R</title><text>#REDIRECT [[Sparse]]</text></page>")
-    file = tmp_path / "x.bz2"
-    file.write_bytes(bz2.compress(page.encode()))
-    assert list(_wikipedia(file)) == ["Sparse\n\n" + ("A sparse matrix has few entries. " * 6).strip()]
 
 
 def test_data_sets_are_streamed_from_a_local_folder(tmp_path):

@@ -41,7 +41,7 @@ class Pictures(Model):
     def batch(self, number: int, moment: Moment | None = None) -> tuple[Batch, torch.Tensor | None]:
         places = range(number * self.size, min((number + 1) * self.size, len(self.sample)))
         device = next(self.module.parameters()).device
-        pictures = [self.sample.picture(place) for place in places]
+        pictures = [self.sample.image(place) for place in places]
         labels = None if self.labels is None else self.labels[places.start : places.stop]
         if moment is None or self.augmentation is None:
             values = torch.stack([self.sample.preprocess(picture) for picture in pictures])

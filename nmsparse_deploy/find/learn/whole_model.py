@@ -89,8 +89,7 @@ def _in_any_order(sample: Sample, seed: int) -> ImageSample:
     if not isinstance(sample, ImageSample):
         raise UsageError("learn.labels and learn.augment are for pictures.", "leave them out")
     order = torch.randperm(len(sample), generator=torch.Generator().manual_seed(seed)).tolist()
-    return replace(sample, chosen=tuple(sample.chosen[n] for n in order),
-                   hashes=tuple(sample.hashes[n] for n in order))
+    return sample.at(order)
 
 
 def _prior(session: Session, module: nn.Module, plan: Plan, spec: Prune, method: str,

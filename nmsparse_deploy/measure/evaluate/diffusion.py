@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from nmsparse_deploy.data.images import check_images_disjoint, evaluation_images
-from nmsparse_deploy.data.latents import NoisedSample, of_pictures, prepared_latents
+from nmsparse_deploy.data.latents import NoisedSample, noised_images, prepared_latents
 from nmsparse_deploy.data.tensor_inputs import ENDING
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.measure.evaluate.arms import DENSE, PRUNED
@@ -78,7 +78,7 @@ def held_out(model: LoadedModel, source: str, count: int, progress: Progress = s
         raise UsageError(f"'{model.source}' denoises latents, and no autoencoder came with it.",
                          f"--data FILE{ENDING} with latents")
     chosen = evaluation_images(source, "test", model.processor.preprocess, model.input_name, count, progress)
-    return of_pictures(model, chosen, SEED, progress)
+    return noised_images(model, chosen, SEED, progress)
 
 
 def _predictions(models: dict[str, LoadedModel], sample: NoisedSample, results: Results,

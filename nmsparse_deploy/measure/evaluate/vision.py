@@ -177,7 +177,7 @@ def _agreement(arms: Sequence[Arm], sample: ImageSample, results: Results, progr
     if not {DENSE, PRUNED} <= maps.keys():
         return []
     chosen = range(0, len(sample), max(1, len(sample) // SHOWN))[:SHOWN]
-    images = [sample.preprocess.view(sample.picture(index)) for index in chosen]
+    images = [sample.preprocess.view(sample.image(index)) for index in chosen]
     names = [sample.ids[index].rpartition("/")[2] for index in chosen]
     return strips(images, names, maps[DENSE][list(chosen)], maps[PRUNED][list(chosen)])
 

@@ -44,7 +44,7 @@ GENERATES = "ForConditionalGeneration"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a source is, told before any of its weights are read."""
+    """A source as it is known before any of its weights are read."""
 
     place: str
     """What `from_pretrained` takes: a folder, or a name on the hub."""

@@ -124,7 +124,7 @@ class StreamedWeights:
                 _put(self.module, name, self._empty[name])
 
     def _fill(self, names: Collection[str]) -> set[str]:
-        """Give parameters their values; returns the names of all that had none before."""
+        """Give parameters their values; return the names of all that had none before."""
         wanted = {self._origin.get(name, name) for name in names}
         keys = {key for name in wanted for key in self._sources[name]}
         if keys:
@@ -175,6 +175,6 @@ def _parts(module: nn.Module, blocks: Collection[str]) -> tuple[list[str], list[
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """Of the first floating-point tensor of a checkpoint, for configurations that do not say."""
+    """Return the dtype of the first floating-point tensor of a checkpoint, for configurations that do not say."""
     found = (DTYPES.get(tensor.dtype) for tensor in find_tensors(folder))
     return next((dtype for dtype in found if dtype is not None and dtype.is_floating_point), torch.float32)

@@ -156,7 +156,7 @@ class TimmAdapter(ModelAdapter):
 ADAPTER = TimmAdapter()
 
 
-def _config(folder: Path) -> dict[str, Any] | None:
+def _config(folder: Path) -> Mapping[str, Any] | None:
     """Return the configuration that timm wrote into a folder, or None."""
     try:
         config = json.loads((folder / "config.json").read_text())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 
-def image_processor_settings(place: str) -> dict[str, Any] | None:
+def image_processor_settings(place: str) -> Mapping[str, Any] | None:
     """Return what the preprocessor file of a model says; None where there is none."""
     from transformers.image_processing_base import ImageProcessingMixin
 

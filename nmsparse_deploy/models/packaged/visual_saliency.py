@@ -6,8 +6,8 @@ import shutil
 import tempfile
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,8 +19,11 @@ from nmsparse_deploy.system.assets import assets, cache_dir, digest, fetch
 KEY = "vit"
 HEAD = "saliency_head.safetensors"
 SIZE = 224
-"""Pixels of the square picture that the head was trained for."""
+"""Pixels of the square image that the head was trained for."""
 LAYER_NORM = 1e-6
+
+
+Arrays = dict[str, np.ndarray]
 
 
 class SaliencyHead(nn.Module):
@@ -46,7 +49,7 @@ class SaliencyHead(nn.Module):
 
 
 def model_folder() -> Path:
-    """A folder that `Dinov2Model.from_pretrained` loads, with the head beside it. Converted on first use and cached."""
+    """Return a folder that `Dinov2Model.from_pretrained` loads, with the head beside it; converted once and cached."""
     path = graph_path()
     folder = cache_dir() / "converted" / digest(path)[:32]
     if not (folder / HEAD).is_file():
@@ -64,11 +67,12 @@ def model_folder() -> Path:
 
 
 def graph_path() -> Path:
-    """The ONNX file as its package ships it."""
+    """Return the ONNX file as its package ships it."""
     return fetch(KEY) / assets()[KEY].files[0]
 
 
 def load_head() -> SaliencyHead:
+    """Load the head that turns patch tokens into a saliency map."""
     head = SaliencyHead()
     head.load_state_dict(load_file(model_folder() / HEAD))
     return head.eval()
@@ -101,8 +105,8 @@ def _convert(path: Path, folder: Path) -> None:
     save_file({k: v.contiguous() for k, v in head.items()}, folder / HEAD)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Initializers by name; and the MatMul weights, which are nameless, under the name of the bias added after them."""
+def _read(path: Path) -> tuple[Arrays, Arrays]:
+    """Read initializers by name, and the nameless MatMul weights under the name of the bias added after them."""
     try:
         import onnx
         from onnx import numpy_helper

@@ -138,7 +138,7 @@ def test_augmented_pictures_follow_from_the_seed(pictures):
     pytest.importorskip("timm")
     augmentation = Augmentation(Augment(), PREPROCESS, 3)
     sample = drawn(pictures, 8)
-    shown, labels = [sample.picture(place) for place in range(8)], torch.arange(8) % 3
+    shown, labels = [sample.image(place) for place in range(8)], torch.arange(8) % 3
     one, two, other = (augmentation(shown, labels, seed) for seed in (5, 5, 6))
     assert one[0].shape == (8, 3, 32, 32) and one[1].shape == (8, 3)
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1]) and not torch.equal(one[0], other[0])
