@@ -165,6 +165,6 @@ def _distance(module: nn.Module, number: int, walk: BlockWalk) -> Callable[..., 
         output = walk.finish(number, batch, x)
         measure = unlabelled(module, output)
         found, wanted = measure.signal(output), measure.signal(reference)
-        return divergence(found, wanted) if measure.kind == "kl" else measure.loss(output, {}, wanted).mean()
+        return divergence(found, wanted, 1.0) if measure.kind == "kl" else measure.loss(output, {}, wanted).mean()
 
     return distance

@@ -38,7 +38,7 @@ class AdamW8(torch.optim.Optimizer):
     """AdamW with moments of eight bits; parameters and gradients are fp32."""
 
     def __init__(self, parameters: Iterable[torch.Tensor], rate: float, betas: tuple[float, float],
-                 decay: float = 0.0) -> None:
+                 decay: float) -> None:
         super().__init__(parameters, {"lr": rate, "betas": betas, "weight_decay": decay})
 
     @torch.no_grad()

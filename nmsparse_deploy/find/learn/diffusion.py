@@ -35,7 +35,7 @@ class Diffusion:
     varies = True
 
     def __init__(self, module: nn.Module, sites: Mapping[str, Site], sample: NoisedSample, size: int, spec: Training,
-                 compute: torch.dtype = torch.float32) -> None:
+                 compute: torch.dtype) -> None:
         self.module, self.sites, self.spec, self.compute = module, sites, spec, compute
         self.noising, self.null = sample.denoising.noising, sample.null
         self.clean = sample.clean.float().split(size)

@@ -113,7 +113,8 @@ def _room(sites: Mapping[str, Site], module: nn.Module, signal: torch.Tensor, sa
     shapes = [(to_rows(module.get_parameter(name), site.axis).shape, site.pattern) for name, site in sites.items()]
     weights = [Weights(n * k, k, n, pattern) for (n, k), pattern in shapes]
     tokens = signal.numel() // signal.shape[-1] * samples
-    room = budget(weights, lambda pattern: ADAM + BEST + WEIGHT, tokens, compute, signal.shape[-1], recompute)
+    room = budget(weights, lambda pattern: ADAM + BEST + WEIGHT, tokens, compute, recomputed=recompute,
+                  outputs=signal.shape[-1])
     room.check(device, ADVICE)
 
 

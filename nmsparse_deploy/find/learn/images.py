@@ -32,7 +32,7 @@ class Pictures(Model):
     """
 
     def __init__(self, module: nn.Module, sites: Mapping[str, Site], sample: ImageSample, size: int,
-                 objective: Objective, spec: Training, compute: torch.dtype = torch.float32,
+                 objective: Objective, spec: Training, compute: torch.dtype,
                  labels: torch.Tensor | None = None, augmentation: Augmentation | None = None) -> None:
         super().__init__(module, sites, -(-len(sample) // size), min(size, len(sample)), objective, spec, compute)
         self.sample, self.size, self.labels, self.augmentation = sample, size, labels, augmentation

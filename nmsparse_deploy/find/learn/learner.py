@@ -129,8 +129,8 @@ class MaskLearner(Learner):
     trains_weights = False
     shards = True
 
-    def __init__(self, law: LawOf, rate: float, decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.95),
-                 moments: int = 32) -> None:
+    def __init__(self, law: LawOf, rate: float, *, decay: float, moments: int,
+                 betas: tuple[float, float] = (0.9, 0.95)) -> None:
         self.law, self.rate, self.decay, self.betas, self.moments = law, rate, decay, betas, moments
         self.masks: dict[str, LearnableMask] = {}
         self.module: nn.Module = nn.Module()

@@ -53,7 +53,7 @@ class Outcome:
     facts: dict[str, Any]
 
 
-def fit(subject: Subject, learner: Learner, priors: Mapping[str, torch.Tensor], spec: Training, seed: int = 0,
+def fit(subject: Subject, learner: Learner, priors: Mapping[str, torch.Tensor], spec: Training, seed: int,
         checkpoints: Checkpoints | None = None, progress: Progress = silent, title: str = "learning") -> Outcome:
     """Train until `spec.steps`, from the checkpoint if there is one, and return the best masks.
 

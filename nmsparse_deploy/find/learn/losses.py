@@ -31,7 +31,7 @@ def classification(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return _in_pieces(lambda x, y: cross_entropy(x.float(), y, reduction="sum"), logits, labels)
 
 
-def divergence(logits: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+def divergence(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
     """Mean over rows of `T^2 KL(softmax(teacher/T) || softmax(logits/T))`, logits `[..., classes]`.
 
     The gradient reaches `logits` alone and is found along with the value, `T (q - p)` for every row.

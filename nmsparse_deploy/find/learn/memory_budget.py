@@ -57,7 +57,7 @@ class Budget:
 
 
 def budget(weights: Sequence[Weights], bytes_per_weight: Callable[[NMPattern], float], tokens: int,
-           compute: torch.dtype, outputs: int = 0, recomputed: bool = False, processes: int = 1) -> Budget:
+           compute: torch.dtype, *, recomputed: bool, outputs: int = 0, processes: int = 1) -> Budget:
     """For `tokens` in a micro-batch and `outputs` logits per token.
 
     `bytes_per_weight` covers trained values, gradients, optimiser state and the best masks. A masked copy of every

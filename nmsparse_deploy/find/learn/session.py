@@ -109,7 +109,7 @@ class Session:
         """Predicted memory for matrices `[n, k]` with their patterns."""
         rows = [Weights(rows.numel(), rows.shape[1], rows.shape[0], pattern) for rows, pattern in weights]
         return budget(rows, lambda pattern: self.method.bytes_per_weight(self.spec, pattern), tokens, self.compute,
-                      outputs, self.spec.gradient_checkpointing, self.shares)
+                      recomputed=self.spec.gradient_checkpointing, outputs=outputs, processes=self.shares)
 
 
 def stored_priors(spec: Learn, module: nn.Module, plan: Plan) -> dict[str, Masks]:

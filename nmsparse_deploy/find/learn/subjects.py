@@ -60,7 +60,7 @@ class Model:
     varies = False
 
     def __init__(self, module: nn.Module, sites: Mapping[str, Site], count: int, samples: int, objective: Objective,
-                 spec: Training, compute: torch.dtype = torch.float32) -> None:
+                 spec: Training, compute: torch.dtype) -> None:
         self.module, self.sites, self.objective, self.spec, self.compute = module, sites, objective, spec, compute
         self.training, self.held_out = split(count, spec.holdout)
         self.samples = samples
@@ -94,7 +94,7 @@ class Model:
         if kind == "cross-entropy":
             return next_token(output, batch["input_ids"])
         dense = self._dense(batch)
-        return relative_error(output, dense) if kind == "hidden" else divergence(output, dense)
+        return relative_error(output, dense) if kind == "hidden" else divergence(output, dense, 1.0)
 
     def _signal(self, batch: Batch) -> torch.Tensor:
         with autocast_for(self.compute, next(self.module.parameters()).device):
@@ -109,7 +109,7 @@ class WholeModel(Model):
     """Batches of keyword arguments in memory. `labels` among them are classes, not an argument of the model."""
 
     def __init__(self, module: nn.Module, sites: Mapping[str, Site], batches: Sequence[Batch], objective: Objective,
-                 spec: Training, compute: torch.dtype = torch.float32) -> None:
+                 spec: Training, compute: torch.dtype) -> None:
         samples = len(next(value for value in batches[0].values() if isinstance(value, torch.Tensor)))
         super().__init__(module, sites, len(batches), samples, objective, spec, compute)
         self.labels = [batch.get("labels") for batch in batches]

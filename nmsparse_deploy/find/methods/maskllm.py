@@ -41,7 +41,7 @@ def make(spec: MaskLLM) -> MaskLearner:
             return Scores(site.pattern, annealing)
         return Choice(site.pattern, annealing, compact=form == "compact")
 
-    learner = MaskLearner(law, spec.step_size / spec.kappa[1], spec.decay, moments=spec.moments)
+    learner = MaskLearner(law, spec.step_size / spec.kappa[1], decay=spec.decay, moments=spec.moments)
     learner.shards = spec.moments == 32  # codes of blocks have no rows to split
     return learner
 

@@ -78,7 +78,7 @@ class PolicyGradient(MaskLearner):
     shards = False  # the score is taken outside the forward pass
 
     def __init__(self, spec: MaskPro) -> None:
-        super().__init__(Drawn, spec.rate or 1.0)
+        super().__init__(Drawn, spec.rate or 1.0, decay=0.0, moments=32)
         self.spec = spec
         self.magnitude = 1.0
         """C."""

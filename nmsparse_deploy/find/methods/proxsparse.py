@@ -71,7 +71,7 @@ class Prox(MaskLearner):
     """AdamW on a copy of the weights, and the proximal operator after every step."""
 
     def __init__(self, spec: ProxSparse) -> None:
-        super().__init__(Support, spec.rate or 1.0)
+        super().__init__(Support, spec.rate or 1.0, decay=0.0, moments=32)
         self.spec = spec
         self.shards = not spec.lambda2  # that term is taken outside the forward pass
         self.sizes: dict[str, list[float]] = {}

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from nmsparse_deploy.errors import UsageError
 
 
-def mixed_ratios(sensitivities: Sequence[float], ratio: float, alpha: float = 0.1) -> list[float]:
+def mixed_ratios(sensitivities: Sequence[float], ratio: float, alpha: float) -> list[float]:
     """Sparsity (share of zeros) of every matrix around the mean `ratio` = p, most for the least sensitive.
 
     Equal sensitivities are ranked by their order. A single matrix gets `ratio`. Raises `UsageError` when a density

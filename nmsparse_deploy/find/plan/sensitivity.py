@@ -169,7 +169,7 @@ def _write(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def hutchinson(loaded: LoadedModel, names: Sequence[str], batches: Sequence[Batch], measure: Objective,
-               probes: int = 8, seed: int = 0, progress: Progress = silent) -> dict[str, Trace]:
+               *, probes: int, seed: int, progress: Progress = silent) -> dict[str, Trace]:
     """The average trace of the loss Hessian for every named parameter. The same seed gives the same figures.
 
     The attention runs PyTorch's composed kernel, because the fused ones have no second derivative.

@@ -128,8 +128,8 @@ class _Trials:
             flat = direct(*given, todo, self.batches, self.measure, self.method, self.progress)
         else:
             names = [row.target.name for part in parts for row in part]
-            traces = hutchinson(self.loaded, names, self.batches, self.measure, spec.probes, spec.calibration.seed,
-                                self.progress)
+            traces = hutchinson(self.loaded, names, self.batches, self.measure, probes=spec.probes,
+                                 seed=spec.calibration.seed, progress=self.progress)
             if any(isinstance(pattern, Unstructured) for pattern in patterns):  # MixGPT ranks by curvature alone
                 return [[Rise(abs(traces[row.target.name].mean), traces[row.target.name].error)] for (row,) in parts]
             flat = from_curvature(*given, todo, self.batches, self.measure, self.method, traces)

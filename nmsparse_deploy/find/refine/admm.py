@@ -33,8 +33,8 @@ FLOOR = 1e-8
 """Scale of a dead column, relative to the largest: its weights are the first to go, and nothing is divided by zero."""
 
 
-def solve(weight: torch.Tensor, gram: torch.Tensor, pattern: NMPattern, mask: torch.Tensor | None, steps: int = 20,
-          damping: float = 0.1, rho: float = 1.0) -> LayerResult:
+def solve(weight: torch.Tensor, gram: torch.Tensor, pattern: NMPattern, mask: torch.Tensor | None, *,
+          steps: int, damping: float, rho: float) -> LayerResult:
     """Mask and weights `[R, n]` for the dense `weight`; `mask` is kept, None = chosen on the way."""
     scale = _scale(gram)
     target = weight * scale
@@ -74,4 +74,5 @@ def _inverse(normal: torch.Tensor, rho: float) -> torch.Tensor:
 def refine(layer: Layer, step: Admm) -> LayerResult:
     assert layer.stats.gram is not None
     mask = None if step.gradual else layer.result.mask
-    return solve(layer.dense, layer.stats.gram, layer.groups, mask, step.steps, step.damping, step.rho)
+    return solve(layer.dense, layer.stats.gram, layer.groups, mask, steps=step.steps, damping=step.damping,
+                 rho=step.rho)

@@ -34,7 +34,7 @@ class Tuner(MaskLearner):
     shards = False  # masks, penalties and norms are looked at outside the forward pass
 
     def __init__(self, law: LawOf, rate: float) -> None:
-        super().__init__(law, rate)
+        super().__init__(law, rate, decay=0.0, moments=32)
         self.vectors: dict[str, nn.Parameter] = {}
         """Norms and biases by name."""
 

@@ -28,13 +28,9 @@ from nmsparse_deploy.find.methods.least_squares import conjugate_gradients
 from nmsparse_deploy.find.refine.base import Layer
 from nmsparse_deploy.recipe import Refit
 
-STEPS = 20
-DAMPING = 0.01
-BLEND = 0.25
 
-
-def refit(weight: torch.Tensor, start: torch.Tensor, mask: torch.Tensor, stats: LayerStats, blend: float = BLEND,
-          steps: int = STEPS, damping: float = DAMPING, residual: float = 0.0) -> torch.Tensor:
+def refit(weight: torch.Tensor, start: torch.Tensor, mask: torch.Tensor, stats: LayerStats, *, blend: float,
+          residual: float, steps: int, damping: float) -> torch.Tensor:
     """Weights `[R, n]` on `mask` for the dense `weight`, warm-started from `start`.
 
     Needs `stats.gram`, and `stats.cross` when `blend` is not 0.
@@ -59,6 +55,6 @@ def _cross(stats: LayerStats) -> torch.Tensor:
 
 
 def refine(layer: Layer, step: Refit) -> LayerResult:
-    weight = refit(layer.dense, layer.weight, layer.result.mask, layer.stats, step.blend, step.steps, step.damping,
-                   step.residual)
+    weight = refit(layer.dense, layer.weight, layer.result.mask, layer.stats, blend=step.blend, residual=step.residual,
+                   steps=step.steps, damping=step.damping)
     return LayerResult(layer.result.mask, weight)

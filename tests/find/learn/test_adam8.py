@@ -90,7 +90,7 @@ def test_a_checkpoint_keeps_every_bit():
 def test_ten_bytes_a_number():
     """As predicted: value, gradient, and both moments with their scales."""
     value = torch.nn.Parameter(torch.randn(BLOCK, 6))
-    ours = AdamW8([value], 1e-3, (0.9, 0.95))
+    ours = AdamW8([value], 1e-3, (0.9, 0.95), 0.0)
     value.grad = torch.randn_like(value)
     ours.step()
     held = [value, value.grad, *(x for x in ours.state[value].values() if x.ndim)]
@@ -101,7 +101,7 @@ def test_ten_bytes_a_number():
 
 def test_masks_are_learned_with_it():
     subject, spec = Planted(), settings(steps=150, step_size=1.0, moments=8, evaluate_every=50)
-    outcome = fit(subject, LEARNED.make(spec), subject.prior, spec)
+    outcome = fit(subject, LEARNED.make(spec), subject.prior, spec, 0)
     assert outcome.facts["best"] < 0.2 * outcome.facts["prior"]
 
 

@@ -33,7 +33,7 @@ def test_memory_that_runs_out_is_not_the_end(tmp_path):
     recipe = settings(steps=12, checkpoint_every=2, evaluate_every=3)
 
     def learn(subject, name):
-        return fit(subject, LEARNED.make(recipe), subject.prior, recipe, checkpoints=Checkpoints(RunDir(tmp_path), name))
+        return fit(subject, LEARNED.make(recipe), subject.prior, recipe, 0, checkpoints=Checkpoints(RunDir(tmp_path), name))
 
     whole = learn(Planted(), "whole.safetensors")
     subject, calls = Planted(), []

@@ -77,7 +77,7 @@ def subject(kind="epsilon", size=4, null=True, samples=24, **changes):
     module = model()
     sites = {name: Site(name, name, 1, TWO_FOUR) for name, value in module.named_parameters()
              if name.startswith("blocks") and name.endswith(("up.weight", "down.weight"))}
-    return Diffusion(module, sites, sample(kind, samples, null), size, settings(**{"holdout": 0.34, **changes}))
+    return Diffusion(module, sites, sample(kind, samples, null), size, settings(**{"holdout": 0.34, **changes}), torch.float32)
 
 
 def asked(module):
@@ -152,7 +152,7 @@ def test_masks_of_two_blocks_are_learned(task, distill):
     module = found.module
     before = {name: value.clone() for name, value in module.named_parameters()}
     priors = {name: project(module.get_parameter(name).detach().abs(), TWO_FOUR) for name in found.sites}
-    outcome = fit(found, LEARNED.make(found.spec), priors, found.spec)
+    outcome = fit(found, LEARNED.make(found.spec), priors, found.spec, 0)
     assert outcome.facts["best"] <= outcome.facts["prior"] and not masks(module)
     assert any(row["hard"] != outcome.facts["prior"] for row in outcome.facts["history"])
     assert all(torch.equal(value, before[name]) for name, value in module.named_parameters())

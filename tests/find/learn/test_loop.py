@@ -22,7 +22,7 @@ from tests.fixtures.toy_learner import NAME, Killed, Planted, settings
 
 
 def learn(subject, spec, store=None, **more):
-    return fit(subject, LEARNED.make(spec), subject.prior, spec, checkpoints=store, **more)
+    return fit(subject, LEARNED.make(spec), subject.prior, spec, 0, checkpoints=store, **more)
 
 
 @pytest.mark.parametrize("form", ["candidates", "compact", "scores"])
@@ -62,7 +62,7 @@ def test_the_best_survives_a_kill(tmp_path):
     learner.after_step = after_step
     store = Checkpoints(RunDir(tmp_path), "c.safetensors")
     with pytest.raises(Killed):
-        fit(subject, learner, subject.prior, spec, checkpoints=store)
+        fit(subject, learner, subject.prior, spec, 0, checkpoints=store)
     outcome = learn(subject, spec, store)
     assert outcome.facts["best_step"] == 0 and torch.equal(outcome.learnt[NAME].mask, subject.truth)
 
@@ -107,7 +107,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(stop, form, tmp_path
     learner.after_step = after_step
     store = Checkpoints(RunDir(tmp_path), "broken.safetensors")
     with pytest.raises(Killed):
-        fit(subject, learner, subject.prior, spec, checkpoints=store)
+        fit(subject, learner, subject.prior, spec, 0, checkpoints=store)
     said = []
     resumed = learn(Planted(), spec, store, progress=lambda text, *_: said.append(text))
     assert any("going on from step" in text for text in said) == (stop > 3)
@@ -184,7 +184,7 @@ def test_accumulation_is_the_mean_and_does_not_advance_the_schedule():
         return terms
 
     learner.loss_terms = loss_terms
-    outcome = fit(subject, learner, subject.prior, spec)
+    outcome = fit(subject, learner, subject.prior, spec, 0)
     assert outcome.facts["history"][-1]["loss"] == pytest.approx(sum(losses[-3:]) / 3)
     assert [(m.step, m.part, m.parts) for m, _ in seen] == [(step, part, 3) for step in range(5) for part in range(3)]
     assert seen[0][0].progress == 0 and seen[-1][0].progress == 1

@@ -39,10 +39,10 @@ def test_losses_are_what_they_say(monkeypatch):
     p, q = (teacher / 2).softmax(-1), (logits / 2).softmax(-1)
     kl = 4 * (p * (p / q).log()).sum(-1).mean()
     found = losses.divergence(logits, teacher, 2.0)
-    assert torch.allclose(found, kl) and float(losses.divergence(teacher, teacher)) == pytest.approx(0, abs=1e-6)
+    assert torch.allclose(found, kl) and float(losses.divergence(teacher, teacher, 1.0)) == pytest.approx(0, abs=1e-6)
     one, two = (torch.autograd.grad(loss, logits)[0] for loss in (found, kl))
     assert torch.allclose(one, two, atol=1e-6)
-    assert losses.divergence(logits.where(logits < 1, torch.nan), teacher).isnan(), "a loss that is none is not hidden"
+    assert losses.divergence(logits.where(logits < 1, torch.nan), teacher, 1.0).isnan(), "a loss that is none is not hidden"
 
 
 def test_a_target_that_vanishes_is_judged_by_the_usual_one():
@@ -66,7 +66,7 @@ def test_batches_that_judge_are_never_trained_on():
 def subject(module, batches, kind, **changes):
     plan = make_plan(discover(module, {k: v for k, v in batches[0].items() if k != "labels"}), TWO_FOUR)
     sites = {row.target.name: Site(row.target.name, row.target.name, row.target.axis, TWO_FOUR) for row in plan.pruned()}
-    return WholeModel(module, sites, batches, Objective(kind), settings(**changes))
+    return WholeModel(module, sites, batches, Objective(kind), settings(**changes), torch.float32)
 
 
 def pictures(labels=False):
@@ -107,7 +107,7 @@ def test_every_family_learns(name):
         assert float(found.loss_terms(0, Moment())["distill"].detach()) == pytest.approx(0, abs=1e-5)  # dense is its own teacher
     priors = {site.name: project(module.get_parameter(path).detach().abs(), TWO_FOUR)
               for path, site in found.sites.items()}
-    outcome = fit(found, LEARNED.make(found.spec), priors, found.spec)
+    outcome = fit(found, LEARNED.make(found.spec), priors, found.spec, 0)
     assert outcome.facts["best"] <= outcome.facts["prior"] and not masks(module)
     assert any(row["hard"] != outcome.facts["prior"] for row in outcome.facts["history"])  # the masks moved
     assert all(torch.equal(value, before[key]) for key, value in module.named_parameters())
