@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib import import_module
 
 import pytest
 from typer.main import get_command
@@ -50,6 +51,12 @@ def test_commands_and_options_exist(page):
 def test_files_exist(page):
     named = {name for name in FILE.findall(page.read_text()) if "NAME" not in name}
     assert not {name for name in named if not (ROOT / name).exists()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_python_code_imports_exists(page):
+    for module, names in re.findall(r"from (nmsparse_deploy[\w.]*) import ([\w, ]+)", page.read_text()):
+        assert not [name for name in names.split(", ") if not hasattr(import_module(module), name)]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.parent != ROOT / "docs"], ids=lambda path: path.name)
