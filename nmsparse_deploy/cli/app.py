@@ -46,21 +46,21 @@ def verb(*groups: Fields, called: str = "", **helps: str) -> Callable[[V], V]:
 def command(name: str) -> Any:
     """Return the command of a verb with all its options. Making them imports pydantic: only the one in use is made."""
     function, groups, helps = VERBS[name]
-    own = [one for one in inspect.signature(function).parameters.values() if one.name != "asked"]
+    own = [p for p in inspect.signature(function).parameters.values() if p.name != "asked"]
 
     def call(ctx: typer.Context, as_json: AsJson = False, quiet: Quiet = False, **values: Any) -> None:
         output.listen(as_json, quiet)
         typed = {key: value for key, value in values.items()
                  if getattr(ctx.get_parameter_source(key), "name", "") == "COMMANDLINE"}
         asked = {"asked": Asked(groups, typed)} if groups else {}
-        function(**asked, **{one.name: values[one.name] for one in own})
+        function(**asked, **{p.name: values[p.name] for p in own})
 
     ctx, *shared, _ = inspect.signature(call, eval_str=True).parameters.values()
     every = [ctx, *(field_option(group, path) for group in groups for path in group.paths.split()),
-             *(parameter(one.name, one.annotation, one.default, helps[one.name],
-                         positional=one.kind is not one.KEYWORD_ONLY) for one in own), *shared]
-    call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [one.replace(kind=one.KEYWORD_ONLY) for one in every])
+             *(parameter(p.name, p.annotation, p.default, helps[p.name], positional=p.kind is not p.KEYWORD_ONLY)
+               for p in own), *shared]
+    call.__signature__ = inspect.Signature(  # type: ignore[attr-defined] - what Typer reads
+        [p.replace(kind=p.KEYWORD_ONLY) for p in every])
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
     alone.command(name, help=function.__doc__)(call)
     return typer.main.get_command(alone)
@@ -79,7 +79,7 @@ def main_options(context: typer.Context, as_json: AsJson = False, quiet: Quiet =
                      bool, typer.Option("--version", callback=version, is_eager=True)] = False) -> None:
     output.as_json = output.quiet = output.answered = False
     output.listen(as_json, quiet)
-    name, group = str(context.invoked_subcommand), context.command
+    name, group = str(context.invoked_subcommand), context.command  # found, and not parsed yet
     registered, full = group.commands[name], command(name)  # type: ignore[attr-defined]
     registered.params, registered.callback = full.params, full.callback
 

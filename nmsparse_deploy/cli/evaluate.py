@@ -14,7 +14,7 @@ def evaluate(asked: Asked, run: Run = None) -> None:
     spec = asked.read(nms.Evaluate)
     result = nms.evaluate(nms.RunDir.open(run), spec, output.progress)
     rows = [(label, row["metric"], f"{row['value']:.4g} ± {row['standard_error']:.2g}", row["samples"])
-            for label, found in result["results"].items() for row in (found if isinstance(found, list) else [found])]
+            for label, score in result["results"].items() for row in (score if isinstance(score, list) else [score])]
     share = result.get("ratio")
     lines = [f"pruned / dense: {share['ratio']:.2f} (95 % interval {share['low']:.2f} to {share['high']:.2f}) on the "
              "same samples"] if share else []

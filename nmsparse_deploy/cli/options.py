@@ -60,7 +60,7 @@ class Asked:
                     start = defaults[head].default
                     section.setdefault(head, start.model_dump() if start else {})[deeper] = typed[name]
                 elif name in typed:
-                    section[head] = [{"name": one} for one in typed[name]] if head == "refine" else typed[name]
+                    section[head] = [{"name": step} for step in typed[name]] if head == "refine" else typed[name]
 
     def read(self, section: type[S], **more: Any) -> S:
         """Return the section, validated, with `more` of its fields. Raises `UsageError` that names the option."""

@@ -37,9 +37,9 @@ def described(section: str, path: str) -> list[dict]:
     head, _, deeper = path.partition(".")
     node = schema["properties"][head]
     owners = [part for part in nodes(schema, node) if deeper and "properties" in part]
-    found = [{**own["properties"][deeper], **({"default": node["default"][deeper]} if node.get("default") else {})}
-             for own in owners] or [node]
-    return [{**one, "parts": list(nodes(schema, one))} for one in found]
+    fields = [{**own["properties"][deeper], **({"default": node["default"][deeper]} if node.get("default") else {})}
+              for own in owners] or [node]
+    return [{**field, "parts": list(nodes(schema, field))} for field in fields]
 
 
 @pytest.mark.parametrize("verb,group,path", FIELDS, ids=lambda value: getattr(value, "section", value))
