@@ -59,7 +59,7 @@ def command(name: str) -> Any:
     every = [ctx, *(field_option(group, path) for group in groups for path in group.paths.split()),
              *(parameter(p.name, p.annotation, p.default, helps[p.name], positional=p.kind is not p.KEYWORD_ONLY)
                for p in own), *shared]
-    call.__signature__ = inspect.Signature(  # type: ignore[attr-defined] - what Typer reads
+    call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # what Typer reads
         [p.replace(kind=p.KEYWORD_ONLY) for p in every])
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
     alone.command(name, help=function.__doc__)(call)
