@@ -10,7 +10,7 @@ import errno
 
 
 class NmsparseError(Exception):
-    """A stage failed for a reason the user can act on (exit code 1)."""
+    """A failure that the user can act on (exit code 1)."""
 
     exit_code = 1
 
@@ -21,17 +21,17 @@ class NmsparseError(Exception):
 
 
 class UsageError(NmsparseError):
-    """The command, recipe or argument is wrong (exit code 2)."""
+    """A command, recipe or argument that is wrong (exit code 2)."""
 
     exit_code = 2
 
 
 class CheckFailed(NmsparseError):
-    """A verification found what must not be there (exit code 1)."""
+    """A verification that found what must not be there (exit code 1)."""
 
 
 class MissingExtra(NmsparseError):
-    """An optional dependency is not installed (exit code 1)."""
+    """An optional dependency that is not installed (exit code 1)."""
 
     def __init__(self, package: str, extra: str, what: str) -> None:
         super().__init__(f"{what} needs the package '{package}', which is not installed.",
@@ -39,7 +39,7 @@ class MissingExtra(NmsparseError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in 200 characters and without a full stop: its first line."""
+    """Return the first line of another library's error, in 200 characters and without a full stop."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return text.rstrip(".")[:200]
 

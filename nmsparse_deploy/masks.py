@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ FORMAT = "nmsparse-masks-1"
 
 
 def tensor_hash(weight: torch.Tensor) -> str:
-    """SHA-256 of a tensor's shape, dtype and bytes: the identity of a dense weight."""
+    """Return the SHA-256 of a tensor's shape, dtype and bytes: the identity of a dense weight."""
     digest = hashlib.sha256(f"{weight.dtype}{tuple(weight.shape)}".encode())
     digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -55,16 +56,17 @@ class Mask:
 
     @classmethod
     def pack(cls, mask: torch.Tensor, axis: int, pattern: Pattern, dense_hash: str) -> Mask:
+        """Pack a bool tensor, True = keep."""
         bits = np.packbits(mask.cpu().contiguous().numpy().reshape(-1), bitorder="little")
         return cls(bits, tuple(mask.shape), axis % mask.ndim, pattern, dense_hash)
 
     def unpack(self) -> torch.Tensor:
-        """The mask as a bool tensor, True = keep."""
+        """Return the mask as a bool tensor, True = keep."""
         size = int(np.prod(self.shape))
         return torch.from_numpy(np.unpackbits(self.bits, count=size, bitorder="little").astype(bool)).view(self.shape)
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight with every pruned value exactly +0.0."""
+        """Return the weight with every pruned value exactly +0.0."""
         return torch.where(self.unpack().to(weight.device), weight, torch.zeros((), dtype=weight.dtype))
 
 
@@ -112,7 +114,16 @@ class MaskSet:
                                   "mask was found for.")
 
 
-def _read(name: str, row: dict, bits: np.ndarray) -> Mask:
+class _Entry(TypedDict):
+    """A mask in the header of a mask file."""
+
+    shape: list[int]
+    axis: int
+    pattern: str
+    dense: str
+
+
+def _read(name: str, row: _Entry, bits: np.ndarray) -> Mask:
     shape = tuple(int(n) for n in row["shape"])
     if bits.dtype != np.uint8 or bits.size != -(-int(np.prod(shape)) // 8):
         raise ValueError(f"'{name}' holds {bits.size} bytes, which do not fit its shape {shape}")
@@ -132,9 +143,9 @@ def project(scores: torch.Tensor, pattern: Pattern, axis: int = -1, scope: Scope
         raise ValueError("scores contain NaN")
     lines = scores.movedim(axis, -1)
     if isinstance(pattern, Unstructured):
-        kept = [_highest(contest, pattern.kept(contest.shape[-1])).view(part.shape)
-                for part, contest in _contests(lines, scope)]
-        return torch.cat(kept, -1).movedim(-1, axis)
+        masks = [_highest(contest, pattern.kept(contest.shape[-1])).view(part.shape)
+                 for part, contest in _contests(lines, scope)]
+        return torch.cat(masks, -1).movedim(-1, axis)
     groups = lines.unflatten(-1, (-1, pattern.group))
     order = groups.argsort(dim=-1, descending=True, stable=True)[..., : pattern.keep]
     mask = torch.zeros(groups.shape, dtype=torch.bool, device=scores.device).scatter_(-1, order, True)
@@ -142,7 +153,7 @@ def project(scores: torch.Tensor, pattern: Pattern, axis: int = -1, scope: Scope
 
 
 def _contests(lines: torch.Tensor, scope: Scope) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The parts of `lines` side by side, each with its values as `[contests, competitors]`."""
+    """Return the parts of `lines` side by side, each with its values as `[contests, competitors]`."""
     if scope == "row":
         return [(lines, lines.reshape(-1, lines.shape[-1]))]
     parts = lines.split(STRETCH, -1) if scope == "stretch" else (lines,)
@@ -150,7 +161,7 @@ def _contests(lines: torch.Tensor, scope: Scope) -> list[tuple[torch.Tensor, tor
 
 
 def _highest(contests: torch.Tensor, keep: int) -> torch.Tensor:
-    """Which `keep` values of every row are the highest, by one threshold a row; sorting a whole layer is far slower."""
+    """Mark the `keep` highest values of every row by one threshold a row; sorting a whole layer is far slower."""
     if not keep:
         return torch.zeros_like(contests, dtype=torch.bool)
     threshold = contests.kthvalue(contests.shape[-1] - keep + 1, dim=-1, keepdim=True).values
@@ -160,7 +171,7 @@ def _highest(contests: torch.Tensor, keep: int) -> torch.Tensor:
 
 
 def mask_follows(mask: torch.Tensor, pattern: Pattern, axis: int = -1, scope: Scope | None = None) -> bool:
-    """Does a bool mask keep exactly `keep` of every group along `axis`?
+    """Tell whether a bool mask keeps exactly `keep` of every group along `axis`.
 
     An unstructured one has to keep the exact count in every contest of `scope`; where the scope is not known, a count
     in all that the rounding of some scope allows.

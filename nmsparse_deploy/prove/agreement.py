@@ -18,7 +18,7 @@ Kind = Literal["logits", "features"]
 
 @dataclass(frozen=True)
 class Agreement:
-    """How close outputs are to the reference, over the last axis at each of `positions`."""
+    """The distance of outputs from the reference, over the last axis at each of `positions`."""
 
     kind: Kind
     positions: int

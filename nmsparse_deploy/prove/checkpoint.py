@@ -62,7 +62,7 @@ def _with_mask(tensor: StoredTensor, masks: MaskSet, expected: bool, scanner: Sc
 
 
 def candidate_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Where the reduction axis of a stored weight may be, the likeliest first.
+    """Return the axes that a stored weight may be reduced along, the likeliest first.
 
     [out, in] of a linear layer, [in, out] of an HF `Conv1D`, stacks of either, [M, C, R, S] of a convolution.
     """
@@ -95,12 +95,13 @@ def _missing(path: Path, masks: MaskSet, names: list[str]) -> list[str]:
 
 
 def nothing_sparse(artefact: str, checks: Sequence[TensorCheck], pattern: NMPattern) -> list[str]:
-    """A foreign artefact in which nothing claims to be sparse does not pass."""
+    """Return a problem when nothing in a foreign artefact claims to be sparse."""
     if any(check.skipped is None for check in checks):
         return []
     return [f"Nothing in '{artefact}' is {pattern} sparse."]
 
 
 def unmatched_globs(expect: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return a problem for every name that was expected and is not there."""
     return [f"Nothing is called '{glob}', which was expected to be sparse." for glob in expect
             if not any(fnmatchcase(name, glob) for name in names)]

@@ -14,7 +14,7 @@ from nmsparse_deploy.pattern import Pattern, Unstructured
 
 @dataclass(frozen=True)
 class ElementType:
-    """How one stored value looks in memory: enough to tell zero, minus zero and non-finite without converting it.
+    """The look of a stored value in memory: enough to tell zero, minus zero and non-finite without converting it.
 
     `sign` is the sign bit (0 for integers, which have no minus zero); `inf` is the smallest magnitude that is not
     finite (0 when every magnitude is).
@@ -47,8 +47,7 @@ ELEMENT_TYPES = {
 
 @dataclass(frozen=True)
 class GroupCount:
-    """What a stretch of values looks like under a pattern, which has no groups when it is unstructured. Adds up over
-    stretches."""
+    """The counts of a chunk of values under a pattern, without groups when that is unstructured; chunks add up."""
 
     groups: int = 0
     bad: int = 0
@@ -71,7 +70,7 @@ class GroupCount:
 
 
 class GroupCounter:
-    """Counts violations in a stream of raw values, many values per machine word.
+    """A counter of violations in a stream of raw values, many values per machine word.
 
     A 64-bit word holds several lanes. Adding `2**(bits-1) - 1` to a lane's magnitude sets its top bit exactly when the
     magnitude is not zero, and cannot carry into the next lane, so one addition tests all lanes. Buffers are reused from
@@ -92,7 +91,7 @@ class GroupCounter:
 
     @property
     def chunk_bytes(self) -> int:
-        """A stretch of whole groups that fits the processor's cache."""
+        """Bytes of whole groups that fit the processor's cache."""
         unit = self.pattern.alignment * self.inner * self.element.bits // 8
         return max(unit, (1 << 20) // unit * unit)
 
@@ -106,9 +105,9 @@ class GroupCounter:
         return {"top": word(top * repeat), "low": word((top - 1) * repeat), "inf": word((top - inf) * repeat)}
 
     def count(self, values: np.ndarray) -> GroupCount:
-        """Count one contiguous stretch of whole groups, given as its raw bytes (uint8, 1-D)."""
+        """Count one contiguous chunk of whole groups, given as its raw bytes (uint8, 1-D)."""
         if values.nbytes * 8 % (self.pattern.alignment * self.inner * self.element.bits):
-            raise ValueError("a stretch must hold whole groups")
+            raise ValueError("a chunk must hold whole groups")
         return self._count_lanes(values) if self._word_bits else self._count_any(values)
 
     def _buffer(self, name: str, like: np.ndarray, dtype: type | None = None) -> np.ndarray:
@@ -147,7 +146,7 @@ class GroupCounter:
         return self._summary(counts, negative_zeros, nonfinite)
 
     def _count_any(self, raw: np.ndarray) -> GroupCount:
-        """Any group size, any axis: one comparison per value."""
+        """Count any group size along any axis, by one comparison per value."""
         x = raw.view(f"u{self.element.bits // 8}")
         magnitude = x & x.dtype.type(~self.element.sign & ((1 << self.element.bits) - 1))
         nonzero = magnitude != 0
@@ -184,7 +183,7 @@ def check(values: torch.Tensor | np.ndarray, pattern: Pattern, axis: int = -1) -
 
 
 def group_origin(number: int, shape: tuple[int, ...], axis: int, pattern: Pattern) -> tuple[int, ...]:
-    """Coordinates of the first value of group `number` (as `GroupCount.first_bad` numbers them)."""
+    """Return the coordinates of the first value of group `number` (as `GroupCount.first_bad` numbers them)."""
     axis %= len(shape)
     grid = (*shape[:axis], shape[axis] // pattern.alignment, *shape[axis + 1 :])
     index = [int(i) for i in np.unravel_index(number, grid)]

@@ -17,13 +17,13 @@ from nmsparse_deploy.prove.scan import MemoryBytes, Scanner
 
 
 def verify_module(module: nn.Module, masks: MaskSet) -> VerifyReport:
-    """Every masked parameter is there, in its pattern, zero outside its mask, finite and free of minus zeros."""
+    """Check that every masked parameter is there, in its pattern, zero off its mask, finite and without minus zeros."""
     return verify_tensors(dict(module.named_parameters(remove_duplicate=False)), masks, type(module).__name__)
 
 
 def verify_tensors(parameters: Mapping[str, torch.Tensor], masks: MaskSet, artefact: str,
                    place: Place = "torch") -> VerifyReport:
-    """The same for parameters by name, in the layout of their masks."""
+    """Check parameters by name, in the layout of their masks, as `verify_module` does."""
     start, scanner = time.perf_counter(), Scanner()
     checks, problems = [], []
     for name, mask in masks.masks.items():

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -25,8 +25,28 @@ from nmsparse_deploy.prove.scan import Scanned, Scanner, countable
 from nmsparse_deploy.system.progress import Progress, silent
 from nmsparse_deploy.system.sparse_cores import shape_verdict
 
-Link = Mapping[str, Sequence[Mapping[str, Any]]]
-"""parameter -> rows with `parameter`, `node`, `tensor`, `axis`, `shape`, `dtype`, as the exporter writes them."""
+
+class LinkedPlace(Protocol):
+    """A place of a parameter in the graph, as the exporter wrote it down."""
+
+    @property
+    def node(self) -> str:
+        """The node that multiplies by it; empty for any."""
+        ...
+
+    @property
+    def tensor(self) -> str:
+        """The stored tensor that holds it."""
+        ...
+
+    @property
+    def axis(self) -> int:
+        """The reduction axis in the layout of the stored tensor."""
+        ...
+
+
+Link = Mapping[str, Sequence[LinkedPlace]]
+"""Parameter -> its places."""
 
 
 def verify_onnx(path: str | Path, masks: MaskSet | None = None, link: Link | None = None,
@@ -49,8 +69,8 @@ def verify_onnx(path: str | Path, masks: MaskSet | None = None, link: Link | Non
         problems = run.linked(masks, link)
     else:
         problems = run.foreign()
-    found: list[WeightUse | Untraced] = [*graph.uses, *graph.untraced]
-    names = [name for use in found for name in _names(use)]
+    uses: list[WeightUse | Untraced] = [*graph.uses, *graph.untraced]
+    names = [name for use in uses for name in _names(use)]
     problems += unmatched_globs(expect, names)
     return VerifyReport("onnx", str(path), tuple(run.checks), tuple(problems), run.scanner.bytes_read,
                         time.perf_counter() - start)
@@ -72,9 +92,11 @@ class _Run:
         self._total = sum(stored_bytes(graph.tensors[name]) for name in {use.tensor for use in graph.uses})
 
     def expected(self, use: WeightUse | Untraced) -> bool:
+        """Tell whether the caller named this weight as one that has to be sparse."""
         return any(fnmatchcase(name, glob) for glob in self.expect for name in _names(use))
 
     def row(self, use: WeightUse, pattern: Pattern, parameter: str | None = None) -> TensorCheck:
+        """Return an empty row for a use."""
         self.progress(f"verifying {use.tensor}", min(self.scanner.bytes_read, self._total), self._total)
         return TensorCheck("onnx", use.tensor, use.dtype, use.shape, str(pattern), use.axis, parameter, use.node,
                            shape_verdict=shape_verdict(use.k, use.n, pattern), problems=use.problems)
@@ -82,21 +104,23 @@ class _Run:
     # --- with masks ---
 
     def linked(self, masks: MaskSet, link: Link) -> list[str]:
+        """Check every masked parameter where the link map says it is; return the problems of no single tensor."""
         problems = [] if masks.masks else ["There are no masks, so nothing was verified."]
         done: set[int] = set()
         uses_of: dict[str, list[WeightUse]] = defaultdict(list)
         for use in self.graph.uses:
             uses_of[use.tensor].append(use)
         for parameter, mask in masks.masks.items():
-            places = _places(parameter, link)
+            places = link.get(parameter, ())
             if not places:
                 problems.append(f"'{parameter}' has a mask, but the link map gives it no place in the model.")
-            for node, tensor, axis in places:
-                uses = [use for use in uses_of[tensor] if node in ("", use.node)]
+            for place in places:
+                uses = [use for use in uses_of[place.tensor] if place.node in ("", use.node)]
                 if not uses:
-                    problems.append(f"'{parameter}' should be tensor '{tensor}' at node '{node}'; {self._why(tensor)}.")
+                    problems.append(f"'{parameter}' should be tensor '{place.tensor}' at node '{place.node}'; "
+                                    f"{self._why(place.tensor)}.")
                 for use in uses:
-                    self.checks.append(self._masked(use, parameter, mask, axis))
+                    self.checks.append(self._masked(use, parameter, mask, place.axis))
                     done.add(id(use))
         linked = {check.tensor: check for check in self.checks}
         for use in self.graph.uses:
@@ -126,7 +150,7 @@ class _Run:
         return masked_check(row, element, source, fitted, self.scanner, digest=True)
 
     def _unlinked(self, use: WeightUse, linked: TensorCheck | None) -> TensorCheck:
-        """A use without a mask makes no claim, unless it reads a pruned tensor along another axis."""
+        """Return the row of a use without a mask: no claim, unless it reads a pruned tensor along another axis."""
         row = self.row(use, self.pattern)
         if linked is not None and linked.axis != use.axis:
             return unmatched(row, f"conflict: node '{linked.node}' reduces axis {linked.axis} and node '{use.node}' "
@@ -140,6 +164,7 @@ class _Run:
     # --- without ---
 
     def foreign(self) -> list[str]:
+        """Judge every weight by its values; return the problems of no single tensor."""
         self.checks += [self._judged(use) for use in self.graph.uses]
         rows_of: dict[str, list[TensorCheck]] = defaultdict(list)
         for check in self.checks:
@@ -172,31 +197,16 @@ class _Run:
 
 
 def _conflict(row: TensorCheck, rows: Sequence[TensorCheck]) -> TensorCheck:
-    """A tensor that is sparse along one of its reduction axes and not along another loses there."""
-    other = next((o for o in rows if o.axis != row.axis and o.skipped is None and not o.bad), None)
-    if other is None or (row.skipped is None and not row.bad):
+    """Fail the row of a tensor that is sparse along another of its reduction axes and not along this one."""
+    sparse = next((o for o in rows if o.axis != row.axis and o.skipped is None and not o.bad), None)
+    if sparse is None or (row.skipped is None and not row.bad):
         return row
-    return unmatched(row, f"conflict: node '{other.node}' reduces axis {other.axis}, along which it is sparse, and "
+    return unmatched(row, f"conflict: node '{sparse.node}' reduces axis {sparse.axis}, along which it is sparse, and "
                           f"node '{row.node}' axis {row.axis}, along which it is not")
 
 
-def _places(parameter: str, link: Link) -> list[tuple[str, str, int]]:
-    """(node, tensor, axis) of a parameter."""
-    rows = link.get(parameter, [])
-    if not isinstance(rows, Sequence) or isinstance(rows, str):
-        raise UsageError(f"The link map has no list of rows for '{parameter}'.")
-    places = []
-    for row in rows:
-        fields = row if isinstance(row, Mapping) else {}
-        node, tensor, axis = fields.get("node") or "", fields.get("tensor"), fields.get("axis")
-        if not (isinstance(node, str) and isinstance(tensor, str) and isinstance(axis, int)):
-            raise UsageError(f"The link map has a bad row for '{parameter}': {str(row)[:120]}.")
-        places.append((node, tensor, axis))
-    return places
-
-
 def fit_mask(mask: Mask, use: WeightUse) -> Mask | None:
-    """The mask in the layout of the stored tensor: as it is, or with its last two axes exchanged; None otherwise."""
+    """Return the mask in the layout of the stored tensor: as it is, or with its last two axes exchanged; else None."""
     rank = len(mask.shape)
     lead = len(use.shape) - rank  # leading axes of length one add nothing
     if lead < 0 or any(size != 1 for size in use.shape[:lead]) or not -rank <= mask.axis < rank:

@@ -10,7 +10,7 @@ import ast
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-LONGEST_PATH = 64
+MAX_PATH = 64
 STANDARD = ("", "ai.onnx")
 
 
@@ -71,10 +71,11 @@ class OnnxGraph:
 
     @property
     def folder(self) -> Path:
+        """Where external data lies."""
         return self.path.parent
 
     def read(self, tensor: str) -> np.ndarray:
-        """A stored tensor, decoded, in memory."""
+        """Return a stored tensor, decoded, in memory."""
         if tensor not in self.tensors:
             raise UsageError(f"'{self.path}' has no tensor '{tensor}'.")
         return decode(self.tensors[tensor], self.folder)
@@ -123,13 +124,13 @@ class OnnxGraph:
             self._values.update((name, result) for name in node.output if name)
 
     def _follow(self, node: NodeProto) -> Value | None:
-        """What the node makes of constants; None when anything in it is computed at run time."""
+        """Return what the node makes of constants; None when anything in it is computed at run time."""
         inputs = [self._values.get(name) if name else None for name in node.input]
         follow = FOLLOW.get(node.op_type) if node.domain in STANDARD else None
         if follow and inputs:
             followed = follow(node, inputs, lambda value: self.tensors[value.tensor], self.folder)
-            if isinstance(followed, Stored) and len(followed.path) > LONGEST_PATH:
-                return Opaque(followed.tensor, f"passes through more than {LONGEST_PATH} operators")
+            if isinstance(followed, Stored) and len(followed.path) > MAX_PATH:
+                return Opaque(followed.tensor, f"passes through more than {MAX_PATH} operators")
             if followed is not None:
                 return followed
         first = next((value for value in inputs if value is not None), None)
@@ -155,19 +156,19 @@ class OnnxGraph:
                 value.shape[n_axis] if n_axis is not None else 1, _scopes(node), value.path, value.problems))
 
 
-Found = Iterable[tuple[Value, int, int | None]]
+Operands = Iterable[tuple[Value, int, int | None]]
 """(value, its reduction axis, the axis of the outputs)."""
 
 
-def _ranked(value: Value | None, least: int, most: int = 64) -> bool:
-    return isinstance(value, Opaque) or (isinstance(value, Stored) and least <= len(value.shape) <= most)
+def _ranked(value: Value | None, min_rank: int, max_rank: int = 64) -> bool:
+    return isinstance(value, Opaque) or (isinstance(value, Stored) and min_rank <= len(value.shape) <= max_rank)
 
 
 def _inputs(node: NodeProto, values: dict[str, Value]) -> list[Value | None]:
     return [values.get(name) for name in node.input[:2]] + [None] * (2 - len(node.input[:2]))
 
 
-def _matmul(node: NodeProto, values: dict[str, Value]) -> Found:
+def _matmul(node: NodeProto, values: dict[str, Value]) -> Operands:
     a, b = _inputs(node, values)
     if b is not None and _ranked(b, 1):
         vector = isinstance(b, Stored) and len(b.shape) == 1
@@ -177,7 +178,7 @@ def _matmul(node: NodeProto, values: dict[str, Value]) -> Found:
         yield (a, 0, None) if vector else (a, -1, -2)
 
 
-def _gemm(node: NodeProto, values: dict[str, Value]) -> Found:
+def _gemm(node: NodeProto, values: dict[str, Value]) -> Operands:
     a, b = _inputs(node, values)
     if b is not None and _ranked(b, 2, 2):
         yield (b, 1, 0) if attribute(node, "transB") else (b, 0, 1)
@@ -185,17 +186,18 @@ def _gemm(node: NodeProto, values: dict[str, Value]) -> Found:
         yield (a, 0, 1) if attribute(node, "transA") else (a, 1, 0)
 
 
-def _conv(node: NodeProto, values: dict[str, Value]) -> Found:
+def _conv(node: NodeProto, values: dict[str, Value]) -> Operands:
     weight = _inputs(node, values)[1]
     if weight is not None and _ranked(weight, 3):
         yield weight, 1, 0
 
 
-_WEIGHTS: dict[str, Callable[[Any, dict[str, Value]], Found]] = {"MatMul": _matmul, "Gemm": _gemm, "Conv": _conv}
+_WEIGHTS: dict[str, Callable[[NodeProto, dict[str, Value]], Operands]] = {
+    "MatMul": _matmul, "Gemm": _gemm, "Conv": _conv}
 
 
 def _scopes(node: NodeProto) -> tuple[str, ...]:
-    """The exporter prints a Python list of strings; anything else says nothing."""
+    """Read the module paths of a node: the exporter prints a Python list of strings; anything else says nothing."""
     text = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
     try:
         scopes = ast.literal_eval(text)
@@ -224,10 +226,10 @@ def _load(path: Path) -> ModelProto:
 
 
 def weight_uses(path: str | Path) -> list[WeightUse]:
-    """Every multiplication by a stored weight, in the order of the nodes."""
+    """Return every multiplication by a stored weight, in the order of the nodes."""
     return OnnxGraph(Path(path)).uses
 
 
 def read_weight(path: str | Path, use: WeightUse) -> np.ndarray:
-    """The stored tensor of a weight use, decoded, in memory. For many of them, keep one `OnnxGraph` and `read` it."""
+    """Return the stored tensor of a weight use, decoded. For many of them, keep one `OnnxGraph` and `read` it."""
     return OnnxGraph(Path(path)).read(use.tensor)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.prove.scan import FileBytes, MemoryBytes, Nibbles, Source
+from nmsparse_deploy.prove.scan import ByteSource, FileBytes, MemoryBytes, Nibbles
 from nmsparse_deploy.prove.tensor_files import stays_inside
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ WIDENED = {"U4": "U8", "I4": "I8"}
 
 
 def dtype_name(tensor: TensorProto) -> str:
-    """`BF16`, `I4`...; for a type that cannot be read, ONNX's own name for it."""
+    """Return `BF16`, `I4`...; for a type that cannot be read, ONNX's own name for it."""
     known = NAMES.get(tensor.data_type)
     if known:
         return known
@@ -34,12 +34,12 @@ def dtype_name(tensor: TensorProto) -> str:
 
 
 def element_name(dtype: str) -> str:
-    """The type of the values as `source_of` hands them out."""
+    """Return the type of the values as `source_of` hands them out."""
     return WIDENED.get(dtype, dtype)
 
 
-def source_of(tensor: TensorProto, folder: Path) -> Source:
-    """The values of a tensor as little-endian bytes. Raises `UsageError` when they are damaged or out of bounds."""
+def source_of(tensor: TensorProto, folder: Path) -> ByteSource:
+    """Return the values of a tensor as little-endian bytes. Raises `UsageError` when they are damaged."""
     dtype, where = dtype_name(tensor), f"ONNX tensor '{tensor.name}'"
     if dtype not in BITS:
         raise UsageError(f"{where} has values of type {dtype}, which cannot be read.")
@@ -47,7 +47,7 @@ def source_of(tensor: TensorProto, folder: Path) -> Source:
         raise UsageError(f"{where} has a bad shape: {list(tensor.dims)[:16]}.")
     count = math.prod(tensor.dims)
     nbytes = -(-count * BITS[dtype] // 8)
-    source: Source
+    source: ByteSource
     if tensor.data_location == type(tensor).EXTERNAL:
         source = _external(tensor, folder, nbytes, where)
     else:
@@ -60,8 +60,8 @@ def source_of(tensor: TensorProto, folder: Path) -> Source:
 
 
 def stored_bytes(tensor: TensorProto) -> int:
-    """How many bytes the tensor claims to take."""
-    return -(-math.prod(tensor.dims) * BITS.get(dtype_name(tensor), 0) // 8)
+    """Return how many bytes the tensor claims to take."""
+    return -(-math.prod(int(size) for size in tensor.dims) * BITS.get(dtype_name(tensor), 0) // 8)
 
 
 def _external(tensor: TensorProto, folder: Path, nbytes: int, where: str) -> FileBytes:
@@ -90,7 +90,7 @@ def _natural(text: str, where: str) -> int:
 
 
 def _typed(tensor: TensorProto, dtype: str, where: str) -> np.ndarray:
-    """Values in a field of their own; small types lie in `int32_data`, one (or one packed pair) per number."""
+    """Read values in a field of their own; small types lie in `int32_data`, one (or one packed pair) per number."""
     if dtype == "F32":
         values = np.array(tensor.float_data, np.float32)
     elif dtype == "F64":
@@ -108,17 +108,19 @@ def _typed(tensor: TensorProto, dtype: str, where: str) -> np.ndarray:
 
 
 def any_nonzero(tensor: TensorProto, folder: Path) -> bool:
-    """Is any stored bit set? (A zero point of an integer or FP8 type: is it anything but zero?)"""
-    return any(part.any() for part in source_of(tensor, folder).stretches(1 << 20))
+    """Tell whether any stored bit is set, which means that a zero point is not zero."""
+    return any(chunk.any() for chunk in source_of(tensor, folder).chunks(1 << 20))
 
 
 def decode(tensor: TensorProto, folder: Path) -> np.ndarray:
-    """The whole tensor in memory, in NumPy's type for it (`ml_dtypes` for the small floats, I8/U8 for 4-bit)."""
+    """Read the whole tensor into NumPy's type for it (`ml_dtypes` for the small floats, I8/U8 for 4-bit)."""
     import ml_dtypes
 
     small = {"BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
              "BOOL": np.bool_}
     source, name = source_of(tensor, folder), element_name(dtype_name(tensor))
     kind = np.dtype(small.get(name, f"{name[0].lower()}{BITS[name] // 8}"))
-    parts = [part.copy() for part in source.stretches(1 << 24)]
-    return np.concatenate(parts or [np.empty(0, np.uint8)]).view(kind).reshape(tuple(tensor.dims))
+    chunks = [chunk.copy() for chunk in source.chunks(1 << 24)]
+    raw: np.ndarray = np.concatenate(chunks or [np.empty(0, np.uint8)])
+    decoded: np.ndarray = raw.view(kind).reshape(tuple(tensor.dims))
+    return decoded

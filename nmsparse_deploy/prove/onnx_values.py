@@ -27,6 +27,7 @@ class Stored:
     problems: tuple[str, ...] = ()
 
     def then(self, op: str, *problems: str) -> Stored:
+        """Return the value behind one more operator."""
         return replace(self, path=(*self.path, op), problems=(*self.problems, *problems))
 
 
@@ -39,12 +40,12 @@ class Opaque:
 
 
 Value = Stored | Opaque
-Lookup = Callable[[Stored], Any]
-"""Gives the `TensorProto` behind a value."""
+Lookup = Callable[[Stored], "TensorProto"]
+"""Gives the tensor behind a value."""
 
 
 def attribute(node: NodeProto, name: str) -> Any:
-    """An int or a list of ints; None when it is absent."""
+    """Return an int or a list of ints; None when it is absent."""
     for entry in node.attribute:
         if entry.name == name:
             return list(entry.ints) if entry.ints else (entry.i if entry.HasField("i") else None)
@@ -52,12 +53,13 @@ def attribute(node: NodeProto, name: str) -> Any:
 
 
 def constant_tensor(node: NodeProto) -> TensorProto | None:
-    """The tensor of a Constant node, however it is written down."""
+    """Return the tensor of a Constant node, however it is written down."""
     from onnx import numpy_helper
 
     for entry in node.attribute:
         if entry.name == "value" and entry.HasField("t"):
-            return entry.t
+            stored: TensorProto = entry.t
+            return stored
         if entry.name in ("value_int", "value_ints"):
             return numpy_helper.from_array(np.array(entry.i if entry.name == "value_int" else entry.ints, np.int64))
         if entry.name in ("value_float", "value_floats"):
@@ -83,7 +85,7 @@ def _transpose(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, 
 
 
 def _quantize(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path) -> Value | None:
-    """Scales keep zeros; a zero point moves them."""
+    """Follow a weight through a scale, which keeps zeros, and a zero point, which moves them."""
     value = inputs[0]
     if not isinstance(value, Stored):
         return None
@@ -127,28 +129,28 @@ def _target(shape: tuple[int, ...], target: TensorProto, folder: Path, allowzero
 
 
 def _multiply(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path) -> Value | None:
-    """Times a vector keeps zeros. Times something as large as itself makes zeros that the stored tensor lacks."""
+    """Follow a product: a vector keeps zeros, something as large as the weight makes zeros that are not stored."""
     if len(inputs) != 2 or not all(isinstance(value, Stored) for value in inputs):
         return None
-    one, other = (value for value in inputs if isinstance(value, Stored))
+    a, b = (value for value in inputs if isinstance(value, Stored))
     try:
-        shape = np.broadcast_shapes(one.shape, other.shape)
+        shape = np.broadcast_shapes(a.shape, b.shape)
     except ValueError:
-        return Opaque(one.tensor, f"passes through a {node.op_type} of shapes that do not fit")
+        return Opaque(a.tensor, f"passes through a {node.op_type} of shapes that do not fit")
     size = math.prod(shape)
-    if size == math.prod(one.shape) == math.prod(other.shape) and sum(n > 1 for n in shape) > 1:
-        weight, mask = (other, one) if _is_bool(one, tensor) else (one, other)
+    if size == math.prod(a.shape) == math.prod(b.shape) and sum(n > 1 for n in shape) > 1:
+        weight, mask = (b, a) if _is_bool(a, tensor) else (a, b)
         return _broadcast(weight, shape).then(node.op_type, unbaked(weight, mask, node))
-    if node.op_type == "Div" and size != math.prod(one.shape):
+    if node.op_type == "Div" and size != math.prod(a.shape):
         return None
-    weight = one if size == math.prod(one.shape) else other
+    weight = a if size == math.prod(a.shape) else b
     if size != math.prod(weight.shape):
         return Opaque(weight.tensor, f"passes through a {node.op_type} that enlarges it")
     return _broadcast(weight, shape).then(node.op_type)
 
 
 def _where(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path) -> Value | None:
-    """A choice between a weight and something smaller is a mask that was not baked."""
+    """Follow a choice between a weight and something smaller, which is a mask that was not baked."""
     if len(inputs) != 3 or not all(isinstance(value, Stored) for value in inputs):
         return None
     condition, yes, no = (value for value in inputs if isinstance(value, Stored))
@@ -159,6 +161,7 @@ def _where(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, fold
 
 
 def unbaked(weight: Stored, mask: Stored, node: NodeProto) -> str:
+    """Say that a node applies a mask that should be in the weight."""
     return (f"mask was not baked: node '{node.name or node.output[0]}' applies '{mask.tensor}' to the stored "
             f"'{weight.tensor}' ({node.op_type})")
 
@@ -168,12 +171,12 @@ def _is_bool(value: Stored, tensor: Lookup) -> bool:
 
 
 def _broadcast(value: Stored, shape: tuple[int, ...]) -> Stored:
-    """New axes of length one in front, if any."""
+    """Put new axes of length one in front, if any."""
     extra: tuple[int | None, ...] = (None,) * (len(shape) - len(value.shape))
     return replace(value, shape=shape, origin=(*extra, *value.origin))
 
 
-Follow = Callable[[Any, Sequence[Value | None], Lookup, Path], Value | None]
+Follow = Callable[["NodeProto", Sequence[Value | None], Lookup, Path], Value | None]
 FOLLOW: dict[str, Follow] = {
     "Identity": _same, "Cast": _same, "Transpose": _transpose, "Reshape": _reshape, "QuantizeLinear": _quantize,
     "DequantizeLinear": _quantize, "Mul": _multiply, "Div": _multiply, "Where": _where,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.prove.group_counter import GroupCount
@@ -13,7 +13,7 @@ Place = Literal["torch", "file", "onnx"]
 
 
 def gemm_shape(shape: tuple[int, ...], axis: int) -> tuple[int, int]:
-    """(K, N) of a stored weight: N is the other axis of a matrix or of a stack's last two, the first of a kernel."""
+    """Return (K, N) of a stored weight: N is the other axis of a matrix or of a stack's last two, a kernel's first."""
     axis %= len(shape)
     if len(shape) == 1:
         return shape[0], 1
@@ -56,9 +56,11 @@ class TensorCheck:
 
     @property
     def ok(self) -> bool:
+        """Whether the tensor holds what it claims, or claims nothing."""
         return not self.problems
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
+        """Return the row as `verify.json` holds it."""
         row = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {**row, "ok": self.ok}
 
@@ -76,6 +78,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
+        """Whether the artefact holds."""
         return not self.problems and not self.failed
 
     @property
@@ -85,10 +88,12 @@ class VerifyReport:
 
     @property
     def failed(self) -> int:
+        """Rows that do not hold."""
         return sum(not check.ok for check in self.checks)
 
     @property
     def skipped(self) -> int:
+        """Rows that make no claim."""
         return sum(check.skipped is not None for check in self.checks)
 
     @property
@@ -99,35 +104,36 @@ class VerifyReport:
         return 1 - sum(check.nonzeros for check in compared) / size if size else None
 
     def failures(self) -> list[str]:
-        """Every reason why the artefact does not hold, as sentences."""
+        """Return every reason why the artefact does not hold, as sentences."""
         rows = [f"'{check.tensor}': {problem}." for check in self.checks for problem in check.problems]
         return [*self.problems, *rows]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
+        """Return the report as `verify.json` holds it."""
         return {"place": self.place, "artefact": self.artefact, "ok": self.ok, "checked": self.checked,
                 "failed": self.failed, "skipped": self.skipped, "zero_share": self.zero_share,
                 "problems": list(self.problems), "bytes_read": self.bytes_read, "seconds": self.seconds,
                 "checks": [check.to_json() for check in self.checks]}
 
     def summary(self) -> str:
-        """One sentence."""
+        """Say in one sentence what was checked and whether it holds."""
         groups = sum(check.groups for check in self.checks if check.skipped is None)
-        seen = f"{groups:,} groups" if groups or self.zero_share is None else f"{self.zero_share:.1%} zeros"
-        text = f"{self.artefact}: {self.checked} tensors checked ({seen}), {self.skipped} skipped"
+        counted = f"{groups:,} groups" if groups or self.zero_share is None else f"{self.zero_share:.1%} zeros"
+        text = f"{self.artefact}: {self.checked} tensors checked ({counted}), {self.skipped} skipped"
         if self.ok:
             return f"{text}; all hold."
-        wrong = self.failures()
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        return f"{text}, {self.failed} failed: {wrong[0].rstrip('.')}{more}."
+        failures = self.failures()
+        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        return f"{text}, {self.failed} failed: {failures[0].rstrip('.')}{more}."
 
 
 def describe_count(count: GroupCount, first_bad: tuple[int, ...] | None) -> str:
-    """The sentence for a tensor with groups that are not in the pattern."""
+    """Say how many groups of a tensor are not in the pattern, and where the first is."""
     return f"{count.bad:,} of {count.groups:,} groups break the pattern, the first at {list(first_bad or ())}"
 
 
 def judge(count: GroupCount, pattern: NMPattern) -> Literal["sparse", "near miss", "by chance", "dense"]:
-    """What a tensor of unknown intent is, compared with the same number of zeros strewn at random.
+    """Judge a tensor of unknown intent by comparing it with the same number of zeros strewn at random.
 
     With a share p of non-zeros, a random group holds at most `keep` of them with the binomial probability q. `sparse`:
     every group is in the pattern, and chance does that less than once in a million (else `by chance`: an almost empty

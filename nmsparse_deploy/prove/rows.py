@@ -12,16 +12,16 @@ from nmsparse_deploy.masks import Mask
 from nmsparse_deploy.pattern import NMPattern, Pattern, Unstructured
 from nmsparse_deploy.prove.group_counter import ElementType, group_origin
 from nmsparse_deploy.prove.report import TensorCheck, describe_count, gemm_shape, judge
-from nmsparse_deploy.prove.scan import Scanned, Scanner, Source, countable
+from nmsparse_deploy.prove.scan import ByteSource, Scanned, Scanner, countable
 from nmsparse_deploy.system.sparse_cores import shape_verdict
 
 
 def unmatched(row: TensorCheck, *problems: str) -> TensorCheck:
-    """A tensor that had to be checked and could not be."""
+    """Return the row of a tensor that had to be checked and could not be."""
     return replace(row, skipped=None, problems=(*row.problems, *problems))
 
 
-def masked_check(row: TensorCheck, element: ElementType, source: Source, mask: Mask, scanner: Scanner,
+def masked_check(row: TensorCheck, element: ElementType, source: ByteSource, mask: Mask, scanner: Scanner,
                  digest: bool = False) -> TensorCheck:
     """Check a tensor whose mask is stored in the same layout as the tensor."""
     if mask.shape != row.shape:
@@ -38,17 +38,17 @@ def masked_check(row: TensorCheck, element: ElementType, source: Source, mask: M
 
 
 def _wrong_share(mask: Mask, axis: int) -> list[str]:
-    """An unstructured mask is believed about places; its share of zeros is counted."""
+    """Count the zeros of an unstructured mask, which is believed about places alone."""
     if not isinstance(mask.pattern, Unstructured):
         return []
-    kept, size = int(np.bitwise_count(mask.bits).sum(dtype=np.int64)), math.prod(mask.shape)
-    if not size or mask.pattern.allows(kept, size // mask.shape[axis], mask.shape[axis]):
+    ones, size = int(np.bitwise_count(mask.bits).sum(dtype=np.int64)), math.prod(mask.shape)
+    if not size or mask.pattern.allows(ones, size // mask.shape[axis], mask.shape[axis]):
         return []
-    return [f"its mask keeps {kept:,} of {size:,} values, which is not {mask.pattern}"]
+    return [f"its mask keeps {ones:,} of {size:,} values, which is not {mask.pattern}"]
 
 
 def claim(row: TensorCheck, pattern: Pattern, scanned: Scanned, law4: bool) -> TensorCheck:
-    """A row that must hold. `law4`: baking has normalised minus zeros, so one of them is a failure."""
+    """Fill in a row that must hold. `law4`: baking has normalised minus zeros, so one of them is a failure."""
     row = measured(row, pattern, scanned)
     count = scanned.counts[row.axis or 0]
     problems = list(row.problems)
@@ -64,7 +64,7 @@ def claim(row: TensorCheck, pattern: Pattern, scanned: Scanned, law4: bool) -> T
 
 
 def measured(row: TensorCheck, pattern: Pattern, scanned: Scanned) -> TensorCheck:
-    """The row with its counts, claiming nothing."""
+    """Return the row with its counts, claiming nothing."""
     axis = row.axis or 0
     count = scanned.counts[axis]
     first = None if count.first_bad is None else group_origin(count.first_bad, row.shape, axis, pattern)
@@ -77,8 +77,8 @@ def measured(row: TensorCheck, pattern: Pattern, scanned: Scanned) -> TensorChec
 def foreign_check(row: TensorCheck, pattern: NMPattern, scanned: Scanned, expected: bool) -> TensorCheck:
     """Judge a tensor of unknown intent: sparse (a claim that holds), a near miss (one that fails), or dense (none)."""
     verdicts = {axis: judge(count, pattern) for axis, count in scanned.counts.items()}
-    wanted: Sequence[str] = ("sparse", "near miss", "by chance", "dense")
-    axis = min(verdicts, key=lambda a: wanted.index(verdicts[a]))
+    best_first: Sequence[str] = ("sparse", "near miss", "by chance", "dense")
+    axis = min(verdicts, key=lambda a: best_first.index(verdicts[a]))
     row, verdict = replace(row, axis=axis), verdicts[axis]
     if expected or row.problems or verdict in ("sparse", "near miss"):
         return claim(row, pattern, scanned, law4=False)

@@ -18,33 +18,39 @@ from nmsparse_deploy.prove.report import judge
 
 CHUNK = 1 << 20
 """Fits the processor's second-level cache, which is what makes the pass run at memory speed."""
-LARGEST_STRETCH = 16 << 20
-"""A stretch must hold whole groups; a group axis far from the last one makes groups that span many bytes."""
+MAX_CHUNK = 16 << 20
+"""A chunk must hold whole groups; a group axis far from the last one makes groups that span many bytes."""
 
 
-class Source(Protocol):
-    """Where a tensor's bytes come from."""
+class ByteSource(Protocol):
+    """A place where a tensor's bytes come from."""
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """How many bytes there are."""
+        ...
 
-    def stretches(self, step: int) -> Iterator[np.ndarray]:
-        """The bytes (uint8, 1-D) in order, `step` at a time. A stretch is valid until the next one is asked for."""
+    def chunks(self, size: int) -> Iterator[np.ndarray]:
+        """Yield the bytes (uint8, 1-D) in order, `size` at a time. A chunk is valid until the next one is asked for."""
         ...
 
 
 @dataclass(frozen=True)
 class MemoryBytes:
+    """Bytes in memory."""
+
     raw: np.ndarray
     """uint8, 1-D."""
 
     @property
     def nbytes(self) -> int:
+        """How many bytes there are."""
         return self.raw.size
 
-    def stretches(self, step: int) -> Iterator[np.ndarray]:
-        for start in range(0, self.raw.size, step):
-            yield self.raw[start : start + step]
+    def chunks(self, size: int) -> Iterator[np.ndarray]:
+        """Yield slices of the bytes."""
+        for start in range(0, self.raw.size, size):
+            yield self.raw[start : start + size]
 
 
 @dataclass(frozen=True)
@@ -55,20 +61,21 @@ class FileBytes:
     start: int
     nbytes: int
 
-    def stretches(self, step: int) -> Iterator[np.ndarray]:
-        buffer = np.empty(min(step, self.nbytes), np.uint8)
+    def chunks(self, size: int) -> Iterator[np.ndarray]:
+        """Read the file a chunk at a time. Raises `NmsparseError` when it ends early or cannot be read."""
+        buffer = np.empty(min(size, self.nbytes), np.uint8)
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(self.start)
-                for done in range(0, self.nbytes, step):
-                    part = buffer[: min(step, self.nbytes - done)]
-                    view, got = memoryview(part), 0
-                    while got < part.size:
-                        more = file.readinto(view[got:])
-                        if not more:
+                for done in range(0, self.nbytes, size):
+                    chunk = buffer[: min(size, self.nbytes - done)]
+                    view, filled = memoryview(chunk), 0
+                    while filled < chunk.size:
+                        count = file.readinto(view[filled:])
+                        if not count:
                             raise NmsparseError(f"'{self.path}' ended while it was being read.")
-                        got += more
-                    yield part
+                        filled += count
+                    yield chunk
         except OSError as error:
             raise from_os_error(error) from error
 
@@ -77,25 +84,28 @@ class FileBytes:
 class Nibbles:
     """Packed 4-bit integers, lowest half first, widened to one byte each."""
 
-    packed: Source
+    packed: ByteSource
     nbytes: int
     signed: bool
 
-    def stretches(self, step: int) -> Iterator[np.ndarray]:
+    def chunks(self, size: int) -> Iterator[np.ndarray]:
+        """Yield the widened values."""
         left = self.nbytes
-        for part in self.packed.stretches(step // 2):
-            wide = np.empty((part.size, 2), np.uint8)
-            wide[:, 0], wide[:, 1] = part << 4, part & 0xF0
+        for pairs in self.packed.chunks(size // 2):
+            wide = np.empty((pairs.size, 2), np.uint8)
+            wide[:, 0], wide[:, 1] = pairs << 4, pairs & 0xF0
             if self.signed:
                 wide.view(np.int8)[...] >>= 4
             else:
                 wide >>= 4
-            yield wide.reshape(-1)[: min(left, step)]
-            left -= step
+            yield wide.reshape(-1)[: min(left, size)]
+            left -= size
 
 
 @dataclass(frozen=True)
 class Scanned:
+    """What one pass over a tensor found."""
+
     counts: dict[int, GroupCount]
     """Per axis. The first axis that was asked for is always here."""
     mask_mismatch: int | None
@@ -103,42 +113,42 @@ class Scanned:
 
 
 class Scanner:
-    """Keeps the counters and their buffers from tensor to tensor."""
+    """Counters and their buffers, kept from tensor to tensor."""
 
     def __init__(self) -> None:
         self._counters: dict[tuple[Pattern, ElementType, int], GroupCounter] = {}
         self.bytes_read = 0
         # glibc hands freed blocks below the largest one ever freed back to the program and not to the system; without
-        # this the counter's temporary arrays cost page faults on every stretch (measured: 5 times slower).
+        # this the counter's temporary arrays cost page faults on every chunk (measured: 5 times slower).
         np.empty(8 * CHUNK, np.uint8)
 
-    def scan(self, source: Source, element: ElementType, shape: tuple[int, ...], axes: Sequence[int],
+    def scan(self, source: ByteSource, element: ElementType, shape: tuple[int, ...], axes: Sequence[int],
              pattern: Pattern, mask: np.ndarray | None = None, digest: bool = False) -> Scanned:
         """Count along every axis of `axes` (each must pass `countable`).
 
-        When the first stretch is in the pattern along the first axis, the other axes are dropped: they are guesses
+        When the first chunk is in the pattern along the first axis, the other axes are dropped: they are guesses
         about the layout, and the guess is settled. `mask` holds packed bits, lowest first, in the stored order.
         """
         self.bytes_read += source.nbytes
         counters = {axis: self._counter(pattern, element, shape, axis) for axis in axes}
         totals = dict.fromkeys(axes, GroupCount())
-        step = _step(element, shape, axes, pattern)
+        size = _chunk_size(element, shape, axes, pattern)
         mismatch = 0 if mask is not None else None
         sha = hashlib.sha256() if digest else None
         done = 0
-        for raw in source.stretches(step):
+        for chunk in source.chunks(size):
             for axis, counter in counters.items():
-                totals[axis] += counter.count(raw)
+                totals[axis] += counter.count(chunk)
             if mask is not None and mismatch is not None:
-                mismatch += _outside(raw, element, mask[done * 8 // element.bits // 8 :])
+                mismatch += _outside(chunk, element, mask[done * 8 // element.bits // 8 :])
             if sha:
-                sha.update(raw)
+                sha.update(chunk)
             settled = not done and len(axes) > 1 and isinstance(pattern, NMPattern) and (
                 judge(totals[axes[0]], pattern) == "sparse")
             if settled:
                 counters = {axes[0]: counters[axes[0]]}
                 totals = {axes[0]: totals[axes[0]]}
-            done += raw.size
+            done += chunk.size
         return Scanned(totals, mismatch, sha.hexdigest() if sha else None)
 
     def _counter(self, pattern: Pattern, element: ElementType, shape: tuple[int, ...], axis: int) -> GroupCounter:
@@ -151,19 +161,19 @@ class Scanner:
 
 
 def countable(shape: tuple[int, ...], axis: int, element: ElementType, pattern: Pattern) -> bool:
-    """Is the axis made of whole groups, which are close enough together to be read in constant memory?"""
-    return shape[axis] % pattern.alignment == 0 and _step(element, shape, [axis], pattern) <= LARGEST_STRETCH
+    """Tell whether the axis is made of whole groups that lie close enough together to be read in constant memory."""
+    return shape[axis] % pattern.alignment == 0 and _chunk_size(element, shape, [axis], pattern) <= MAX_CHUNK
 
 
-def _step(element: ElementType, shape: tuple[int, ...], axes: Sequence[int], pattern: Pattern) -> int:
-    """Bytes per stretch: whole groups along every axis, and whole bytes of packed mask."""
+def _chunk_size(element: ElementType, shape: tuple[int, ...], axes: Sequence[int], pattern: Pattern) -> int:
+    """Return the bytes of a chunk: whole groups along every axis, and whole bytes of packed mask."""
     unit = math.lcm(8, *(pattern.alignment * max(1, math.prod(shape[axis + 1 :])) for axis in axes)) * element.bits // 8
     return max(unit, CHUNK // unit * unit)
 
 
-def _outside(raw: np.ndarray, element: ElementType, mask: np.ndarray) -> int:
-    """Non-zeros (minus zero is a zero) where the packed mask says pruned."""
-    values = raw.view(f"u{element.bits // 8}")
+def _outside(chunk: np.ndarray, element: ElementType, mask: np.ndarray) -> int:
+    """Count the non-zeros (minus zero is a zero) where the packed mask says pruned."""
+    values = chunk.view(f"u{element.bits // 8}")
     if element.sign:
         values = values & values.dtype.type(element.sign - 1)
     bits = np.packbits(values != 0, bitorder="little")

@@ -11,15 +11,15 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from nmsparse_deploy.errors import UsageError, from_os_error
 from nmsparse_deploy.masks import FORMAT
 from nmsparse_deploy.prove.scan import FileBytes
 
-LARGEST_HEADER = 100_000_000
+MAX_HEADER = 100_000_000
 """The limit of the format."""
-MOST_AXES = 64
+MAX_AXES = 64
 INDEXES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
 """Of Transformers and of diffusers."""
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -29,6 +29,8 @@ BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "
 
 @dataclass(frozen=True)
 class StoredTensor:
+    """A tensor of a checkpoint, with the place of its bytes."""
+
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -36,7 +38,7 @@ class StoredTensor:
 
 
 def find_tensors(path: Path) -> list[StoredTensor]:
-    """Every tensor of one .safetensors file or of a checkpoint folder. Raises `UsageError` on damage."""
+    """Find every tensor of one .safetensors file or of a checkpoint folder. Raises `UsageError` on damage."""
     if path.is_dir():
         return _of_folder(path)
     if not path.is_file():
@@ -57,25 +59,25 @@ def _of_folder(folder: Path) -> list[StoredTensor]:
         files = sorted(folder.glob("*.safetensors"))
     else:
         files = [folder / name for name in sorted(set(promised.values()))]
-    found: dict[str, StoredTensor] = {}
+    stored: dict[str, StoredTensor] = {}
     for file in files:
         tensors, metadata = read_header(file)
         if FORMAT in metadata:
             continue
         for tensor in tensors:
-            if tensor.name in found:
-                raise UsageError(f"Tensor '{tensor.name}' is in both '{found[tensor.name].source.path}' and '{file}'.")
-            found[tensor.name] = tensor
+            if tensor.name in stored:
+                raise UsageError(f"Tensor '{tensor.name}' is in both '{stored[tensor.name].source.path}' and '{file}'.")
+            stored[tensor.name] = tensor
     for name, shard in (promised or {}).items():
-        if name not in found or found[name].source.path.name != PurePosixPath(shard).name:
+        if name not in stored or stored[name].source.path.name != PurePosixPath(shard).name:
             raise UsageError(f"'{index}' promises tensor '{name}' in '{shard}', which does not hold it.")
-    if not found:
+    if not stored:
         raise UsageError(f"There are no .safetensors weights in '{folder}'.")
-    return list(found.values())
+    return list(stored.values())
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """name -> shard. A shard may be a link out of the folder (download caches are made of links); its name may not."""
+    """Read name -> shard. A shard may be a link out of the folder (download caches are made of links); its name not."""
     table = _json(path, _read(path, 0, path.stat().st_size))
     shards = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(shards, dict) or not shards:
@@ -89,7 +91,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def stays_inside(location: str) -> bool:
-    """Is this a relative path without steps upwards, on any system?"""
+    """Tell whether this is a relative path without steps upwards, on any system."""
     if not location or "\0" in location:
         return False
     posix, windows = PurePosixPath(location), PureWindowsPath(location)
@@ -97,7 +99,7 @@ def stays_inside(location: str) -> bool:
 
 
 def read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
-    """The tensors of one file in the order of their bytes, and its metadata."""
+    """Read the tensors of one file in the order of their bytes, and its metadata. Raises `UsageError` on damage."""
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -105,8 +107,8 @@ def read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
     length = int.from_bytes(_read(path, 0, 8), "little") if size >= 8 else 0
     if size < 8 or length > size - 8:
         raise UsageError(f"'{path}' is truncated: its header of {length:,} bytes does not fit in {size:,} bytes.")
-    if length > LARGEST_HEADER:
-        raise UsageError(f"'{path}' has a header of {length:,} bytes; the format allows {LARGEST_HEADER:,}.")
+    if length > MAX_HEADER:
+        raise UsageError(f"'{path}' has a header of {length:,} bytes; the format allows {MAX_HEADER:,}.")
     header = _json(path, _read(path, 8, length))
     if not isinstance(header, dict):
         raise UsageError(f"'{path}' has a header that is not a table.")
@@ -119,7 +121,7 @@ def read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
     return tensors, metadata
 
 
-def _tensor(path: Path, name: str, row: Any, base: int) -> StoredTensor:
+def _tensor(path: Path, name: str, row: object, base: int) -> StoredTensor:
     where = f"Tensor '{name}' in '{path}'"
     if not isinstance(row, dict) or not isinstance(row.get("dtype"), str):
         raise UsageError(f"{where} has no dtype.")
@@ -135,7 +137,7 @@ def _tensor(path: Path, name: str, row: Any, base: int) -> StoredTensor:
 
 
 def _check_layout(path: Path, tensors: Iterable[StoredTensor], base: int, size: int) -> None:
-    """The format wants the tensors to cover the rest of the file, without overlaps or gaps."""
+    """Raise `UsageError` unless the tensors cover the rest of the file, without overlaps or gaps."""
     end, before = base, "the header"
     for tensor in tensors:
         start = tensor.source.start
@@ -149,24 +151,24 @@ def _check_layout(path: Path, tensors: Iterable[StoredTensor], base: int, size: 
         raise UsageError(f"'{path}' has {size - end:,} bytes at its end that belong to no tensor.")
 
 
-def _naturals(value: Any) -> TypeGuard[list[int]]:
-    """A list of numbers from 0 up. (In Python True is a number; in a header it is a lie.)"""
-    return isinstance(value, list) and len(value) <= MOST_AXES and all(type(n) is int and 0 <= n < 1 << 63
+def _naturals(value: object) -> TypeGuard[list[int]]:
+    """Tell whether this is a list of numbers from 0 up. (In Python True is a number; in a header it is a lie.)"""
+    return isinstance(value, list) and len(value) <= MAX_AXES and all(type(n) is int and 0 <= n < 1 << 63
                                                                        for n in value)
 
 
 def _read(path: Path, start: int, length: int) -> bytes:
-    return b"".join(bytes(part) for part in FileBytes(path, start, length).stretches(max(1, length)))
+    return b"".join(bytes(chunk) for chunk in FileBytes(path, start, length).chunks(max(1, length)))
 
 
-def _json(path: Path, text: bytes) -> Any:
+def _json(path: Path, text: bytes) -> object:
     try:
         return json.loads(text.decode(), object_pairs_hook=lambda pairs: _no_repeats(path, pairs))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"'{path}' is damaged: its JSON does not parse ({str(error)[:120]}).") from error
 
 
-def _no_repeats(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_repeats(path: Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
     table = dict(pairs)
     if len(table) != len(pairs):
         name = Counter(key for key, _ in pairs).most_common(1)[0][0]

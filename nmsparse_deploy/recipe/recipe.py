@@ -44,7 +44,8 @@ class Recipe(Frozen):
             raise UsageError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}.") from error
         if not isinstance(data, dict):
             raise UsageError(f"'{path}' is not a recipe: expected a mapping at the top.")
-        return validate(cls, data)
+        recipe: Recipe = validate(cls, data)
+        return recipe
 
 
 def validate(model: type[Any], data: dict[str, Any], options: Mapping[str, str] = MappingProxyType({})) -> Any:

@@ -13,7 +13,7 @@ from nmsparse_deploy.runs.run_dir import RunDir
 
 
 def load_pruned(run: RunDir, dtype: torch.dtype | None = None) -> LoadedModel:
-    """Raises `UsageError` when the run is not pruned yet."""
+    """Load what pruning made. Raises `UsageError` when the run is not pruned yet."""
     if not run.finished("prune"):
         raise UsageError(f"The run '{run.path}' is not pruned yet.", "nmsparse-deploy prune with the same options "
                          "resumes it")
@@ -21,7 +21,7 @@ def load_pruned(run: RunDir, dtype: torch.dtype | None = None) -> LoadedModel:
 
 
 def load_dense(run: RunDir) -> LoadedModel:
-    """The dense twin, its channels in the run's order.
+    """Load the dense twin, its channels in the run's order.
 
     Raises `CheckFailed` when it is not the very model that the masks were found for.
     """

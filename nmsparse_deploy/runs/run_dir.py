@@ -51,12 +51,12 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path | None) -> RunDir:
-        """An existing run, or the newest under `runs/` when no path is given. Raises `UsageError`."""
+        """Open an existing run, or the newest under `runs/` when no path is given. Raises `UsageError`."""
         if path is None:
-            found = sorted(RUNS.glob("*/manifest.json"), key=lambda file: file.stat().st_mtime)
-            if not found:
+            manifests = sorted(RUNS.glob("*/manifest.json"), key=lambda file: file.stat().st_mtime)
+            if not manifests:
                 raise UsageError("There is no run here yet.", "nmsparse-deploy prune")
-            path = found[-1].parent
+            path = manifests[-1].parent
         run = cls(path)
         if not (path / "manifest.json").is_file():
             raise UsageError(f"'{path}' is not a run folder (no manifest.json).", "nmsparse-deploy prune makes one")
@@ -65,7 +65,7 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path, recipe: RecipeRecord, fingerprint: str, force: bool) -> RunDir:
-        """A new run, or the same run to be resumed.
+        """Make a new run, or open the same run to be resumed.
 
         Raises `UsageError` when the folder holds a run of another recipe (naming the fields) or foreign files, unless
         `force` asks to start over.
@@ -92,7 +92,7 @@ class RunDir:
         return Manifest.parse(self.read_json("manifest.json"), self.path)
 
     def read_json(self, name: str) -> Any:
-        """Raises `UsageError` when the file is missing or damaged."""
+        """Read a file of the run. Raises `UsageError` when it is missing or damaged."""
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -100,7 +100,8 @@ class RunDir:
         except ValueError as error:
             raise UsageError(f"'{self.path / name}' is damaged: {error}.") from error
 
-    def write_json(self, name: str, data: Any) -> Path:
+    def write_json(self, name: str, data: object) -> Path:
+        """Write a file of the run, complete or not at all."""
         text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=True) + "\n"
         with self.replacing(name) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -136,12 +137,12 @@ class RunDir:
         return stage in self.manifest().stages
 
     def graphs(self, whole: bool = False) -> list[Path]:
-        """Exported ONNX files; `whole`: those that take what the model takes, because those with a cache take more."""
+        """List exported ONNX files; `whole`: those that take what the model takes. (With a cache they take more.)"""
         return sorted((self / "onnx").glob(f"*/{GRAPH if whole else '*'}.onnx"))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Two processes must not work on one run. Raises `NmsparseError` when another one holds it."""
+        """Keep other processes from working on the run. Raises `NmsparseError` when another one holds it."""
         try:
             held = FileLock(self.path / ".lock").acquire(timeout=0)
         except Timeout:

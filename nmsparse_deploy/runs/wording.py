@@ -68,9 +68,9 @@ def _fact(key: str, value: object) -> str:
     return f"{plain(value)} {UNITS[key]}" if key in UNITS and isinstance(value, int | float) else plain(value)
 
 
-def counts(found: Mapping[str, int]) -> str:
+def counts(counted: Mapping[str, int]) -> str:
     """Write `210 recommended, 3 possible`."""
-    return ", ".join(f"{count:,} {name}" for name, count in found.items()) or "none"
+    return ", ".join(f"{count:,} {name}" for name, count in counted.items()) or "none"
 
 
 def percent(share: float) -> str:

@@ -298,7 +298,7 @@ def test_spoiled_graphs_are_noticed(runs, tmp_path):
     model = onnx.load(source / "model.onnx")
     link, masks = LinkMap.load(source / "model.link.json").by_parameter(), MaskSet.load(runs["wanda"] / "masks.safetensors")
     row = link["model.layers.0.mlp.up_proj.weight"][0]
-    tensor = next(t for t in model.graph.initializer if t.name == row["tensor"])
+    tensor = next(t for t in model.graph.initializer if t.name == row.tensor)
     values = onnx.numpy_helper.to_array(tensor).copy()
     values[tuple(n[0] for n in (values == 0).nonzero())] = 1e-9
     tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))

@@ -61,7 +61,7 @@ def test_any_single_value_outside_the_mask_is_found(tmp_path_factory, place, axi
         assert check.first_bad == tuple(n - n % pattern.group if i == axis else n for i, n in enumerate(at))
 
 
-def test_a_tensor_of_many_stretches_is_checked_to_its_last_value(tmp_path, monkeypatch):
+def test_a_tensor_of_many_chunks_is_checked_to_its_last_value(tmp_path, monkeypatch):
     monkeypatch.setattr(scan, "CHUNK", 64)
     weight, mask = sparse(40, 24, pattern=NMPattern(2, 3))
     assert verify_checkpoint(saved(tmp_path, w=weight), mask_set(w=mask)).ok
@@ -122,7 +122,7 @@ def test_a_near_miss_fails_and_names_the_place(tmp_path):
     assert by_name(report)["near"].first_bad == (at[0], at[1] - at[1] % 4)
 
 
-def test_a_near_miss_after_the_first_stretch_is_found(tmp_path, monkeypatch):
+def test_a_near_miss_after_the_first_chunk_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(scan, "CHUNK", 1024)
     weight, mask = sparse(64, 64)
     at = tuple(torch.nonzero(~mask.unpack())[-1].tolist())

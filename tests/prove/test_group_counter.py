@@ -110,12 +110,12 @@ def test_every_bit_pattern_of_a_float_type_is_classified(name, inner):
 
 @settings(deadline=None, max_examples=60)
 @given(tensors(), st.integers(1, 5))
-def test_counts_of_stretches_add_up_to_the_count_of_the_whole(case, groups_per_stretch):
+def test_counts_of_chunks_add_up_to_the_count_of_the_whole(case, groups_per_chunk):
     tensor, pattern, axis = case
     axis %= tensor.ndim
     element, inner = ELEMENT_TYPES[TORCH_ELEMENTS[tensor.dtype]], math.prod(tensor.shape[axis + 1 :])
     raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    counter, step = GroupCounter(pattern, element, inner), pattern.group * inner * element.bits // 8 * groups_per_stretch
+    counter, step = GroupCounter(pattern, element, inner), pattern.group * inner * element.bits // 8 * groups_per_chunk
     parts = (counter.count(raw[i : i + step]) for i in range(0, raw.size, step))
     assert sum(parts, GroupCount()) == check(tensor, pattern, axis)
 

@@ -79,7 +79,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_one_sentence(tmp_path):
 
     (tmp_path / "a").write_bytes(bytes(10))
     with pytest.raises(NmsparseError, match="ended while"):
-        list(FileBytes(tmp_path / "a", 0, 20).stretches(8))
+        list(FileBytes(tmp_path / "a", 0, 20).chunks(8))
 
 
 def test_an_unknown_dtype_is_skipped_and_said(tmp_path):

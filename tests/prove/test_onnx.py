@@ -1,6 +1,7 @@
 """Weight uses and verification of ONNX graphs."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -213,8 +214,8 @@ def test_foreign_rules_hold_for_graphs(tmp_path):
 # --- with masks and a link map ---
 
 
-def link_row(name, axis, node_name="", parameter="p"):
-    return {"parameter": parameter, "node": node_name, "tensor": name, "axis": axis, "shape": [], "dtype": ""}
+def link_row(name, axis, node_name=""):
+    return SimpleNamespace(node=node_name, tensor=name, axis=axis)
 
 
 @pytest.fixture
@@ -257,7 +258,7 @@ def test_a_stored_leading_axis_of_one_is_no_obstacle(tmp_path):
 
 
 def test_a_link_map_is_not_believed_against_the_graph(linked):
-    file, _, masks, _, mask = linked
+    file, _, masks, _, _ = linked
     for link, words in (({}, "gives it no place"), ({"p": [link_row("gone", 0)]}, "no such tensor"),
                         ({"p": [link_row("val_1", 1)]}, "says axis 1"),
                         ({"p": [link_row("val_1", 0, "other")]}, "does not multiply")):
@@ -268,9 +269,6 @@ def test_a_link_map_is_not_believed_against_the_graph(linked):
     assert "do not fit" in verify_onnx(file, mask_set(p=wide), {"p": [link_row("val_1", 0)]}).summary()
     with pytest.raises(UsageError, match="link map is needed"):
         verify_onnx(file, masks)
-    for bad in ([{}], [3], "val_1", [link_row(None, 0)], [link_row("val_1", "0")]):
-        with pytest.raises(UsageError, match="link map has"):
-            verify_onnx(file, mask_set(p=mask), {"p": bad})
 
 
 def test_minus_zero_fails_in_a_linked_weight(linked, tmp_path):
@@ -314,7 +312,7 @@ def test_external_data_is_streamed_from_its_offset(tmp_path, monkeypatch):
     np.testing.assert_array_equal(read_weight(file, weight_uses(file)[0]), KN)
 
 
-def test_packed_external_integers_are_widened_stretch_by_stretch(tmp_path, monkeypatch):
+def test_packed_external_integers_are_widened_chunk_by_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr(scan, "CHUNK", 128)
     packed = tensor("w", np.sign(KN) * 3, "I4")
     (tmp_path / "w.bin").write_bytes(packed.raw_data)

@@ -150,7 +150,7 @@ def _read(tensor: StoredTensor) -> torch.Tensor:
     if tensor.dtype not in DTYPES:
         raise UsageError(f"Values of type {tensor.dtype} ('{tensor.name}') cannot be streamed.")
     raw, done = torch.empty(tensor.source.nbytes, dtype=torch.uint8), 0
-    for chunk in tensor.source.stretches(CHUNK):
+    for chunk in tensor.source.chunks(CHUNK):
         raw[done : done + chunk.size] = torch.from_numpy(chunk)
         done += chunk.size
     return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from nmsparse_deploy.errors import CheckFailed, UsageError
@@ -44,6 +45,9 @@ class LinkRow:
     sha256: str
 
 
+_ROWS = TypeAdapter(tuple[LinkRow, ...])
+
+
 @dataclass(frozen=True)
 class LinkMap:
     """Where every target of a model is in an ONNX file. A target that is used twice has two rows."""
@@ -54,9 +58,9 @@ class LinkMap:
     def of(self, parameter: str) -> tuple[LinkRow, ...]:
         return tuple(row for row in self.rows if row.parameter == parameter)
 
-    def by_parameter(self) -> dict[str, list[dict[str, Any]]]:
+    def by_parameter(self) -> dict[str, tuple[LinkRow, ...]]:
         """Return the rows as `verify_onnx` takes them."""
-        return {name: [asdict(row) for row in self.of(name)] for name in dict.fromkeys(r.parameter for r in self.rows)}
+        return {name: self.of(name) for name in dict.fromkeys(row.parameter for row in self.rows)}
 
     def as_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, "onnx": self.onnx, "rows": [asdict(row) for row in self.rows]}
@@ -73,7 +77,11 @@ class LinkMap:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["format"] != FORMAT:
                 raise ValueError(f"its format is '{data['format']}', not '{FORMAT}'")
-            return cls(data["onnx"], tuple(LinkRow(**row | {"shape": tuple(row["shape"])}) for row in data["rows"]))
+            return cls(data["onnx"], _ROWS.validate_json(json.dumps(data["rows"]), strict=True))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise UsageError(f"The link file '{path}' is damaged: row {field}: {first['msg']}.") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"The link file '{path}' is damaged: {error}.") from error
 

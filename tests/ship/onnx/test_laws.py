@@ -2,6 +2,7 @@
 
 import builtins
 import copy
+import json
 import subprocess
 import sys
 
@@ -263,8 +264,14 @@ def test_progress_counts_up_to_the_end(tmp_path):
     assert all(step[2] == 4 for step in seen)
 
 
+ROW = {"parameter": "p", "module": "", "node": "mm", "op": "MatMul", "tensor": "w", "axis": 0, "shape": [8, 8],
+       "dtype": "F32", "sha256": ""}
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "other"}', '{"format": "nmsparse-link-1", "onnx": "m"}',
-                                  '{"format": "nmsparse-link-1", "onnx": "m", "rows": [{"parameter": 1}]}'])
+                                  '{"format": "nmsparse-link-1", "onnx": "m", "rows": [{"parameter": 1}]}',
+                                  *(json.dumps({"format": "nmsparse-link-1", "onnx": "m", "rows": rows}) for rows in (
+                                      [{}], [3], "val_1", [ROW | {"tensor": None}], [ROW | {"axis": "0"}]))])
 def test_a_damaged_link_file_is_a_usage_error(tmp_path, text):
     path = tmp_path / "m.link.json"
     with pytest.raises(UsageError, match="no link file"):
@@ -272,3 +279,8 @@ def test_a_damaged_link_file_is_a_usage_error(tmp_path, text):
     path.write_text(text)
     with pytest.raises(UsageError, match="damaged"):
         LinkMap.load(path)
+
+
+def test_a_whole_link_file_is_read(tmp_path):
+    (tmp_path / "m.link.json").write_text(json.dumps({"format": "nmsparse-link-1", "onnx": "m", "rows": [ROW]}))
+    assert LinkMap.load(tmp_path / "m.link.json").by_parameter()["p"][0].shape == (8, 8)
