@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from nmsparse_deploy.errors import MissingExtra, NmsparseError
-from nmsparse_deploy.measure.evaluate.features import Runner, collect, onnx_runner, torch_runner
+from nmsparse_deploy.measure.evaluate.features import Runner, onnx_runner, torch_runner
 from nmsparse_deploy.measure.evaluate.result import NotChecked
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.outputs import Features
@@ -32,15 +32,15 @@ class Arm:
 
     def features(self, batches: Iterable[Mapping[str, torch.Tensor]], total: int, what: str, progress: Progress,
                  keep_tokens: bool = False) -> Features:
-        seen = 0
-
-        def done(count: int) -> None:
-            nonlocal seen
-            seen += count
+        """Run all batches; tokens come back only when asked for, because they are large."""
+        parts, seen = [], 0
+        for batch in batches:
             progress(f"{what}, {self.label}", seen, total)
-
-        progress(f"{what}, {self.label}", 0, total)
-        return collect(self.run, batches, keep_tokens, done)
+            part = self.run(batch)
+            parts.append(part if keep_tokens else part._replace(tokens=None))
+            seen += len(next(iter(batch.values())))
+        progress(f"{what}, {self.label}", total, total)
+        return Features(*(torch.cat(values) if values[0] is not None else None for values in zip(*parts)))
 
 
 def torch_arm(label: str, model: LoadedModel) -> Arm:

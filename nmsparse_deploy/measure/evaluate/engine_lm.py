@@ -47,7 +47,7 @@ class EngineLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]],
                               disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation in nats, and whether greedy decoding would have said it."""
+        """Log-probability of each continuation in nats, and whether greedy decoding would have chosen it."""
         return [self._score(context, continuation) for _, context, continuation in requests]
 
     def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
@@ -77,17 +77,17 @@ class EngineLM(TemplateLM):
             raise ValueError("this engine decodes greedily, and the task asks for sampling")
         stops = settings.get("until") or []
         stops = [text for text in ([stops] if isinstance(stops, str) else stops) if text]
-        most = int(settings.get("max_gen_toks", GENERATED))
-        if most >= self.longest:
-            raise ValueError(f"{most} new tokens are longer than the {self.longest} that the model takes")
-        ids, said = self.tok_encode(context)[most - self.longest:], list[int]()
+        new_tokens = int(settings.get("max_gen_toks", GENERATED))
+        if new_tokens >= self.longest:
+            raise ValueError(f"{new_tokens} new tokens are longer than the {self.longest} that the model takes")
+        ids, written = self.tok_encode(context)[new_tokens - self.longest:], list[int]()
         text = ""
-        while len(said) < most:
-            token = int(self._logits([*ids, *said])[-1].argmax())
+        while len(written) < new_tokens:
+            token = int(self._logits([*ids, *written])[-1].argmax())
             if token == self.eot_token_id:
                 break
-            said.append(token)
-            text = self.tokenizer.decode(said, skip_special_tokens=True)
+            written.append(token)
+            text = self.tokenizer.decode(written, skip_special_tokens=True)
             if any(stop in text for stop in stops):
                 break
         return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]

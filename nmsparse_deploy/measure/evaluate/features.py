@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -59,19 +59,3 @@ def _pool(model: LoadedModel, inputs: Mapping[str, torch.Tensor], tokens: torch.
 
 def has_class_token(model: LoadedModel) -> bool:
     return any(name.rpartition(".")[2] == "cls_token" for name, _ in model.module.named_parameters())
-
-
-def collect(run: Runner, batches: Iterable[Mapping[str, torch.Tensor]], keep_tokens: bool,
-            done: Callable[[int], None] = lambda count: None) -> Features:
-    """All batches in one; tokens only when asked for, because they are large."""
-    parts: list[Features] = []
-    for batch in batches:
-        found = run(batch)
-        parts.append(found if keep_tokens else Features(found.pooled, None, found.logits))
-        done(len(next(iter(batch.values()))))
-
-    def joined(name: str) -> torch.Tensor | None:
-        values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else torch.cat(values)
-
-    return Features(joined("pooled"), joined("tokens"), joined("logits"))

@@ -22,8 +22,8 @@ def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     root = _root(first)
     middle = root @ second @ root
     cross = torch.linalg.eigvalsh((middle + middle.T) / 2).clamp(min=0).sqrt().sum()
-    found = (a.mean(0) - b.mean(0)).square().sum() + first.trace() + second.trace() - 2 * cross
-    return max(0.0, float(found))  # rounding may leave a tiny negative number
+    squared = (a.mean(0) - b.mean(0)).square().sum() + first.trace() + second.trace() - 2 * cross
+    return max(0.0, float(squared))  # rounding may leave a tiny negative number
 
 
 def _root(matrix: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from nmsparse_deploy.data.sequences import decoder_start, taught
 from nmsparse_deploy.data.text import TokenSample
-from nmsparse_deploy.measure.evaluate.result import Continuation, EvalResult, Ratio, bootstrap_interval
+from nmsparse_deploy.measure.evaluate.result import Continuation, EvalResult, Ratio, bootstrap_interval, mean_result
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.system.progress import Progress, silent
 
@@ -35,15 +35,13 @@ def perplexity(module: nn.Module, sample: TokenSample, where: str, label: str = 
         losses.append(sum(float(nn.functional.cross_entropy(part.float(), target, reduction="sum")) for part, target in
                           zip(logits.split(256), wanted.split(256))) / len(wanted))
     progress(f"perplexity {label}", len(losses), len(losses))
-    mean = math.fsum(losses) / len(losses)
-    spread = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
     context = sample.ids.shape[1]
-    value = math.exp(mean) if mean < 700 else math.inf
     protocol = {"data": sample.source, "data_fingerprint": sample.fingerprint, "windows": list(sample.windows),
                 "context": context, "stride": context, "bos": False, "tokens": sample.ids.numel(),
                 "dtype": str(next(module.parameters()).dtype).removeprefix("torch.")}
     metric = f"conditional_ppl@{context - context // 2}" if _two_sided(module) else f"token_ppl@{context}"
-    return EvalResult(metric, value, value * spread, len(losses), where, protocol, tuple(losses))
+    loss = mean_result(metric, losses, where, protocol)
+    return replace(loss, value=_exp(loss.value), standard_error=_exp(loss.value) * loss.standard_error)
 
 
 def _two_sided(module: nn.Module) -> bool:

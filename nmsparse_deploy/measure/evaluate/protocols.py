@@ -73,13 +73,13 @@ PROTOCOLS = {protocol.name: protocol for protocol in (
 def protocol_perplexity(model: LoadedModel, protocol: TextProtocol, sample: TokenSample, where: str, label: str = "",
                         limit: int | None = None, progress: Progress = silent) -> EvalResult:
     """Perplexity of a model on the windows of a protocol; the metric carries the protocol's name and context."""
-    found = perplexity(model.module, sample, where, f"{protocol.name}, {label}", progress)
+    result = perplexity(model.module, sample, where, f"{protocol.name}, {label}", progress)
     first = getattr(model.processor, "bos_token_id", None)
     facts = {"split": protocol.split, "joined_by": protocol.joined, "quirk": protocol.quirk,
              "bos": first is not None and int(sample.ids[0, 0]) == first,
              "source": "Frantar & Alistarh 2023, arXiv:2301.00774 (released code)"}
     name = f"{protocol.name}_ppl@{sample.ids.shape[1]}" + (f"-first{limit}" if limit else "")
-    return replace(found, metric=name, protocol={**found.protocol, **facts})
+    return replace(result, metric=name, protocol={**result.protocol, **facts})
 
 
 def protocol_sample(protocol: TextProtocol, data: str, tokenizer: Any, context: int,
@@ -118,8 +118,8 @@ def find_file(protocol: TextProtocol, path: Path) -> Path:
         return path
     if not path.is_dir():
         raise UsageError(f"There is no file or folder '{path}' with the test set of '{protocol.name}'.")
-    found = next((file for glob in protocol.files for file in sorted(path.rglob(glob)) if file.is_file()), None)
-    if found is None:
+    match = next((file for glob in protocol.files for file in sorted(path.rglob(glob)) if file.is_file()), None)
+    if match is None:
         raise UsageError(f"'{path}' holds no test set of '{protocol.name}': no {' or '.join(protocol.files)}.",
                          "give the file itself")
-    return found
+    return match

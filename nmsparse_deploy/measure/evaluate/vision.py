@@ -119,14 +119,14 @@ def _labelled(arms: Sequence[Arm], model: LoadedModel, train: ImageSample, test:
             dense_probe = dense_probe or probe
             facts = {**protocol, "classes": len(names), "probe_images": len(train), "probe": "logistic regression on "
                      f"standardised pooled features, penalty {PENALTY}", "probe_fingerprint": train.fingerprint}
-            kept = {**facts, "probe_trained_on": "dense features"}
-            each = {**facts, "probe_trained_on": f"{arm.label} features"}
+            on_dense = {**facts, "probe_trained_on": "dense features"}
+            on_own = {**facts, "probe_trained_on": f"{arm.label} features"}
             votes = nearest_classes(known.pooled, wanted, asked.pooled, len(names))
             near = {**protocol, "classes": len(names), "neighbours": NEIGHBOURS, "similarity": "cosine",
                     "gallery_images": len(train)}
-            results[arm.label] += [*_top("probe", probe.logits(asked.pooled), truth, arm, suffix, each),
+            results[arm.label] += [*_top("probe", probe.logits(asked.pooled), truth, arm, suffix, on_own),
                                    *_top(f"knn{NEIGHBOURS}", votes, truth, arm, suffix, near),
-                                   *_top("dense_probe", dense_probe.logits(asked.pooled), truth, arm, suffix, kept)]
+                                   *_top("dense_probe", dense_probe.logits(asked.pooled), truth, arm, suffix, on_dense)]
         if asked.logits is not None and heads is not None:
             results[arm.label] += _top("head", asked.logits[:, heads], truth, arm, suffix,
                                        {**protocol, "head": "the model's own", "classes": len(names)})

@@ -152,24 +152,24 @@ def stayed_dense(stages: Stages) -> tuple[StayedDense, ...]:
             *(StayedDense(row.name, shape(row.shape), row.reason) for row in stages.plan.skipped))
 
 
-def origin(found: Provenance, source: str, quality: Quality | None, timed: Circumstances | None) -> Section:
+def origin(past: Provenance, source: str, quality: Quality | None, timed: Circumstances | None) -> Section:
     """Write the section about where the run comes from."""
-    about = {"model": source, "run fingerprint": found.fingerprint, "created": moment(found.created),
-             "forward passes in": found.compute or "not recorded"}
+    about = {"model": source, "run fingerprint": past.fingerprint, "created": moment(past.created),
+             "forward passes in": past.compute or "not recorded"}
     blocks: list[Block] = [
         Facts(tuple(about.items())),
-        Section("To get it again", (Code("\n".join(found.commands), wrap=True),)),
-        Section("Recipe", (Code(found.recipe_yaml),)),
-        Section("Base model", (_facts(found.base_model, "Nothing about the base model was recorded."),)),
-        Section("Calibration", (_facts(found.calibration, "The method used no calibration data, or none was recorded."),
+        Section("To get it again", (Code("\n".join(past.commands), wrap=True),)),
+        Section("Recipe", (Code(past.recipe_yaml),)),
+        Section("Base model", (_facts(past.base_model, "Nothing about the base model was recorded."),)),
+        Section("Calibration", (_facts(past.calibration, "The method used no calibration data, or none was recorded."),
                                 *_held_out(quality))),
-        Section("Hardware and versions", (Facts(facts({**found.hardware, **found.versions})),))]
-    here = Circumstances(found.versions, found.hardware)
+        Section("Hardware and versions", (Facts(facts({**past.hardware, **past.versions})),))]
+    here = Circumstances(past.versions, past.hardware)
     for name, later in (("Evaluation", quality.environment if quality else None), ("Latency", timed)):
         if later and later not in (here, Circumstances()):
             blocks.append(Section(f"{name} ran elsewhere", (Facts(facts({**later.hardware, **later.versions})),)))
     rows = tuple((row.stage, moment(row.finished), quantity(row.seconds, "s"), quantity(row.peak_memory_mb, "MB"))
-                 for row in found.stages)
+                 for row in past.stages)
     blocks.append(Section("Cost of every stage", (
         Table("Stages of the run", columns("stage", "finished", "took", "peak memory"), rows),)))
     return Section("How this came about", tuple(blocks), "provenance")
@@ -184,8 +184,8 @@ def _held_out(quality: Quality | None) -> tuple[Block, ...]:
         return ()
     if None in quality.held_out.values():
         return (Paragraph("There was no calibration sample to compare the evaluation data with."),)
-    found = ", ".join(f"{count} {name}" for name, count in facts(quality.held_out))
-    return (Paragraph(f"Evaluation data against calibration data: {found}."),)
+    counts = ", ".join(f"{count} {name}" for name, count in facts(quality.held_out))
+    return (Paragraph(f"Evaluation data against calibration data: {counts}."),)
 
 
 def dense(rows: tuple[StayedDense, ...]) -> Section:

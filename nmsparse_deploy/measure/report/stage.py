@@ -28,7 +28,7 @@ def publish(run: RunDir, repo: str, private: bool = False, progress: Progress = 
     from nmsparse_deploy.measure.report.hub import push, require_token
 
     require_token(repo)
-    bad = [found for found in verify(run, progress) if not found.ok]
+    bad = [report for report in verify(run, progress) if not report.ok]
     if bad:
         raise CheckFailed(f"The run fails verification and is not published: {bad[0].summary()}")
     return push(run, repo, private, progress)

@@ -15,6 +15,7 @@ from nmsparse_deploy.measure.report.quality import MeasuredValue, PairedComparis
 from nmsparse_deploy.measure.report.stages import NotChecked
 from nmsparse_deploy.runs.wording import capital, clean, listed, megabytes, number, plural, with_error
 
+State = Literal["holds", "fails", "unverified"]
 NOT_EVALUATED = "what it costs in accuracy was not measured"
 NO_SPEED = "no speed-up from sparsity was measured here"
 
@@ -33,23 +34,6 @@ class Pruning:
 
 
 @dataclass(frozen=True)
-class Held:
-    """Counts of the verification."""
-
-    checked: int
-    failed: int
-    ok: bool
-
-
-@dataclass(frozen=True)
-class ModelBytes:
-    """Sizes of what every run holds."""
-
-    model_bytes: int | None
-    masks_bytes: int | None
-
-
-@dataclass(frozen=True)
 class Headline:
     """Who, how, does it hold, what it cost, how large, what nobody checked; `lines` are for the terminal."""
 
@@ -57,21 +41,21 @@ class Headline:
     method: str
     pattern: str
     layers: int
-    compliance: Held | None
+    compliance: dict[str, int] | None
     metrics: tuple[MeasuredValue, ...] | None
     comparison: PairedComparison | None
-    sizes: ModelBytes
+    sizes: dict[str, int | None]
     speed: str | None
     not_checked: tuple[NotChecked, ...]
-    state: Literal["holds", "fails", "unverified"]
+    state: State
     sentences: tuple[str, ...]
     verdict: str
     lines: tuple[str, ...]
 
     def to_json(self) -> dict[str, JsonValue]:
         """Return it as any JSON reader takes it."""
-        found: dict[str, JsonValue] = clean(asdict(self))
-        return found
+        readable: dict[str, JsonValue] = clean(asdict(self))
+        return readable
 
 
 def headline(model: str, pruning: Pruning, compliance: Compliance | None, quality: Quality | None, sizes: Sizes,
@@ -87,13 +71,13 @@ def headline(model: str, pruning: Pruning, compliance: Compliance | None, qualit
              f"{megabytes(sizes.masks_bytes)}", capital(clauses[3])]
     missing = "; ".join(f"{row.place} ({row.why})" for row in not_checked)
     lines = [*(f"{line}." for line in lines), *engines, *([f"Not checked here: {missing}."] if missing else [])]
-    held = compliance if compliance and compliance.checked else None
-    return Headline(model, pruning.method, pruning.pattern, pruning.layers,
-                    Held(compliance.checked, compliance.failed, compliance.ok) if compliance else None,
+    held = {"checked": compliance.checked, "failed": compliance.failed, "ok": compliance.ok} if compliance else None
+    state: State = "unverified" if not compliance or not compliance.checked else "holds" if compliance.ok else "fails"
+    return Headline(model, pruning.method, pruning.pattern, pruning.layers, held,
                     quality.rows if quality else None, quality.comparison if quality else None,
-                    ModelBytes(sizes.model_bytes, sizes.masks_bytes), latency.verdict if latency else None, not_checked,
-                    "unverified" if held is None else "holds" if held.ok else "fails", sentences,
-                    " ".join(sentences), tuple(" ".join(line.split()) for line in lines))
+                    {"model_bytes": sizes.model_bytes, "masks_bytes": sizes.masks_bytes},
+                    latency.verdict if latency else None, not_checked, state, sentences, " ".join(sentences),
+                    tuple(" ".join(line.split()) for line in lines))
 
 
 def _pruned(model: str, pruning: Pruning) -> str:
