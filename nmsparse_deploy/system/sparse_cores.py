@@ -16,6 +16,8 @@ MIN_CAPABILITY_OF = {"fp8": (8, 9)}
 
 BYTES = {"fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 """What a value takes, by the precisions that sparse tensor cores multiply."""
+SPARSE_TYPES = ("F16", "BF16", "I8", "F8_E4M3")
+"""The same as types of stored weights, by the names that safetensors uses."""
 WEIGHT_MULTIPLE = {2: 16, 1: 32}
 """Bytes of a value -> what cuSPARSELt wants K and N to be multiples of."""
 ROW_MULTIPLE = {2: 8, 1: 16}

@@ -3,11 +3,13 @@
 import pytest
 
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, Unstructured
+from nmsparse_deploy.prove.group_counter import TORCH_ELEMENTS
 from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES
 from nmsparse_deploy.system.sparse_cores import (
     BYTES,
     MIN_CAPABILITY,
     ROW_MULTIPLE,
+    SPARSE_TYPES,
     min_capability,
     shape_fits,
     shape_verdict,
@@ -27,6 +29,7 @@ def test_shape_verdict_follows_the_alignment_policy(k, n, verdict):
 
 def test_every_precision_has_its_width_and_its_shapes():
     assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == BYTES
+    assert {TORCH_ELEMENTS[dtype] for dtype in DTYPES.values()} == set(SPARSE_TYPES)
     assert shape_fits("bf16", 16, 48) and not shape_fits("bf16", 16, 24) and not shape_fits("bf16", 8, 16)
     assert shape_fits("int8", 32, 96) and not shape_fits("int8", 16, 32) and not shape_fits("fp8", 32, 16)
     assert set(ROW_MULTIPLE) == set(BYTES.values())

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.prove import OnnxGraph, WeightUse
+from nmsparse_deploy.system.sparse_cores import SPARSE_TYPES
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, ValueInfoProto
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 QUANTIZE = "QuantizeLinear"
 SEE_THROUGH = (QUANTIZE, "DequantizeLinear", "Cast", "Identity")
 """Between a tensor and the GEMMs that read it, these do not keep a compiler from merging them."""
-LOW_PRECISION = ("F16", "BF16", "I8", "F8_E4M3")
-"""Weight types for which sparse tensor cores have kernels."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Gemm:
 
     @property
     def low_precision(self) -> bool:
-        return self.dtype in LOW_PRECISION
+        return self.dtype in SPARSE_TYPES
 
 
 @dataclass(frozen=True)
