@@ -10,7 +10,7 @@ import torch
 from nmsparse_deploy.data.images import ImageSample, calibration_images
 from nmsparse_deploy.data.latents import calibration_latents, holds_latents
 from nmsparse_deploy.data.self_generated import GENERATED, generated
-from nmsparse_deploy.data.sequences import calibration_sequences, longest, paired
+from nmsparse_deploy.data.sequences import calibration_sequences, max_tokens, paired
 from nmsparse_deploy.data.tensor_inputs import ENDING, prepared
 from nmsparse_deploy.data.text import MIX, TokenSample, calibration_sample, load_text, mixed
 from nmsparse_deploy.errors import UsageError
@@ -44,7 +44,7 @@ def draw(loaded: LoadedModel, spec: Calibration, progress: Progress = silent,
 
     Raises `UsageError` when there is too little data.
     """
-    source = DEFAULTS[loaded.family] if spec.data == AUTO else spec.data
+    source = DEFAULTS.get(loaded.family, "wikipedia") if spec.data == AUTO else spec.data
     if source.endswith(ENDING):
         progress(f"reading {source}", 0, 0)
         if loaded.family == "diffusion" and holds_latents(source):
@@ -81,7 +81,7 @@ def _text(loaded: LoadedModel, source: str, spec: Calibration, compute: torch.dt
     names = _sources(source)
     whole = loaded.family in ("encoder", "seq2seq")
     sample = calibration_sequences if whole else calibration_sample
-    loaded.check_length(min(spec.length, longest(loaded.processor)) if whole else spec.length, "--length")
+    loaded.check_length(min(spec.length, max_tokens(loaded.processor)) if whole else spec.length, "--length")
     fill = GENERATED in names
     parts, left = [], spec.samples
     for number, name in enumerate(sorted(names, key=GENERATED.__eq__)):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 SPLITS = {"train": ("train", "training"), "test": ("test", "val", "valid", "validation")}
-LARGEST_FILE = 256 << 20
+MAX_MEMBER_BYTES = 256 << 20
 """Bytes that one compressed member may unpack to."""
 IDX_FILES = {"train": "train", "test": "t10k"}
 _IMAGES, _LABELS = 0x803, 0x801
@@ -127,7 +127,7 @@ def _tar(path: Path, name: str, split: str) -> Images:
 
 
 def _check_size(member: str, size: int) -> None:
-    if size > LARGEST_FILE:
+    if size > MAX_MEMBER_BYTES:
         raise NmsparseError(f"'{member}' would unpack to {size / 1e6:.0f} MB, which is no image.")
 
 

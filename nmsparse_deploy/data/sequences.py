@@ -27,7 +27,7 @@ class SequenceSample(TokenSample):
 def calibration_sequences(text: Text, tokenizer: Any, samples: int, length: int, seed: int,
                           at_most: bool = False) -> SequenceSample:
     """Draw `samples` distinct windows of `length` tokens with the special ones, at most what the tokenizer allows."""
-    length = min(length, longest(tokenizer))
+    length = min(length, max_tokens(tokenizer))
     around = tokenizer.num_special_tokens_to_add(pair=False)
     if length <= around:
         raise UsageError(f"A sequence of {length} tokens has no room for text beside {around} special tokens.")
@@ -62,7 +62,7 @@ def taught(ids: torch.Tensor, start: int) -> torch.Tensor:
     return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
 
 
-def longest(tokenizer: Any) -> int:
+def max_tokens(tokenizer: Any) -> int:
     """Return how many tokens the tokenizer says its model reads at once; libraries write a huge number for "any"."""
     limit = int(getattr(tokenizer, "model_max_length", 0) or 0)
     return limit if 0 < limit < 1_000_000 else 512

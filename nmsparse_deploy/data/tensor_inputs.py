@@ -6,15 +6,17 @@ For what no text and no image can stand for: spectrograms of a speech model, lat
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.errors import NmsparseError, UsageError
 
 ENDING = ".safetensors"
+SAMPLE_HASHES = "sample_sha256"
+"""In a record of prepared inputs."""
 
 
 @dataclass(frozen=True)
@@ -25,18 +27,33 @@ class PreparedSample:
     source: str
     fingerprint: str
 
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """SHA-256 of each sample."""
+        return tuple(tensors_hash({name: tensor[place] for name, tensor in self.inputs.items()})
+                     for place in range(len(self)))
+
+    def batches(self, size: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Split the samples into forward passes, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield {name: tensor[start : start + size] for name, tensor in self.inputs.items()}
+
     def record(self) -> dict[str, torch.Tensor]:
-        """Return nothing that an evaluation on text or images could be compared with."""
-        return {"fingerprint": torch.tensor(list(bytes.fromhex(self.fingerprint)), dtype=torch.uint8)}
+        """Return the samples by content, to check later that an evaluation on others of their kind is held out."""
+        digests = [list(bytes.fromhex(digest)) for digest in self.hashes]
+        return {"fingerprint": torch.tensor(list(bytes.fromhex(self.fingerprint)), dtype=torch.uint8),
+                SAMPLE_HASHES: torch.tensor(digests, dtype=torch.uint8)}
 
     def to_json(self) -> dict[str, object]:
-        count = len(next(iter(self.inputs.values())))
-        return {"source": self.source, "fingerprint": self.fingerprint, "samples": count,
+        return {"source": self.source, "fingerprint": self.fingerprint, "samples": len(self),
                 "inputs": {name: list(tensor.shape) for name, tensor in self.inputs.items()}}
 
 
-def prepared(source: str, samples: int) -> PreparedSample:
-    """Read at most `samples` samples. Raises `UsageError` for what is no such file."""
+def prepared(source: str, samples: int | None = None) -> PreparedSample:
+    """Read the samples of a file, at most `samples`. Raises `UsageError` for what is no such file."""
     tensors, fingerprint = read_tensors(source)
     check_counts(source, tensors)
     return PreparedSample({name: tensor[:samples] for name, tensor in tensors.items()}, Path(source).name, fingerprint)
@@ -54,10 +71,28 @@ def read_tensors(source: str) -> tuple[dict[str, torch.Tensor], str]:
         tensors = load_file(path)
     except (SafetensorError, ValueError) as error:
         raise UsageError(f"'{source}' is damaged or no safetensors file: {error}.") from error
+    return tensors, tensors_hash(tensors)[:16]
+
+
+def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash tensors by name and content."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
-    return tensors, digest.hexdigest()[:16]
+    return digest.hexdigest()
+
+
+def check_inputs_disjoint(calibration: torch.Tensor, evaluation: PreparedSample) -> int:
+    """Raise `NmsparseError` when a sample was calibrated on; returns how many were compared.
+
+    `calibration` is the `sample_sha256` of a record.
+    """
+    seen = {bytes(row.tolist()).hex() for row in calibration}
+    same = sum(digest in seen for digest in evaluation.hashes)
+    if same:
+        raise NmsparseError(f"{same} of {len(evaluation)} evaluation samples were calibrated on; a score on them means "
+                            "nothing.", "choose another --data for the evaluation")
+    return len(evaluation)
 
 
 def check_counts(source: str, tensors: Mapping[str, torch.Tensor]) -> None:

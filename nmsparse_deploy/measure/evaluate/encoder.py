@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from nmsparse_deploy.data.sentence_pairs import Pairs, load_pairs
-from nmsparse_deploy.data.sequences import check_sentences_disjoint, longest
+from nmsparse_deploy.data.sequences import check_sentences_disjoint, max_tokens
 from nmsparse_deploy.measure.evaluate.agree import feature_agreement
 from nmsparse_deploy.measure.evaluate.arms import DENSE, PRUNED, Arm
 from nmsparse_deploy.measure.evaluate.result import (
@@ -80,7 +80,7 @@ def _batches(model: LoadedModel, texts: Sequence[str]) -> Iterator[Mapping[str, 
     tokenizer = model.processor
     for start in range(0, len(texts), BATCH):
         batch = tokenizer(list(texts[start : start + BATCH]), padding=True, truncation=True, return_tensors="pt",
-                          max_length=min(MAX_TOKENS, longest(tokenizer)))
+                          max_length=min(MAX_TOKENS, max_tokens(tokenizer)))
         yield {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 

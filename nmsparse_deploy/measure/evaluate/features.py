@@ -53,6 +53,8 @@ def _features(model: LoadedModel, inputs: Mapping[str, torch.Tensor], pooled: to
 def _pool(model: LoadedModel, inputs: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
     if model.family == "vision":
         return tokens[:, 0] if has_class_token(model) else tokens.mean(1)
+    if "attention_mask" not in inputs:
+        return tokens.mean(1)
     mask = inputs["attention_mask"].cpu().unsqueeze(-1).float()
     return (tokens * mask).sum(1) / mask.sum(1).clamp(min=1)
 

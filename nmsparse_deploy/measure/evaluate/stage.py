@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from nmsparse_deploy.data.latents import LATENT_HASHES
+from nmsparse_deploy.data.tensor_inputs import ENDING, SAMPLE_HASHES
 from nmsparse_deploy.data.text import check_disjoint, evaluation_sample, load_text
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.measure.evaluate.arms import DENSE, PRUNED, onnx_arms, torch_arm
@@ -18,6 +19,7 @@ from nmsparse_deploy.measure.evaluate.diffusion import evaluate_diffusion
 from nmsparse_deploy.measure.evaluate.encoder import evaluate_encoder
 from nmsparse_deploy.measure.evaluate.imagenet import evaluate_imagenet
 from nmsparse_deploy.measure.evaluate.perplexity import continuations, paired_ratio, perplexity
+from nmsparse_deploy.measure.evaluate.prepared import evaluate_prepared
 from nmsparse_deploy.measure.evaluate.published_protocols import evaluate_published
 from nmsparse_deploy.measure.evaluate.result import Continuation, EvalResult, Evaluation
 from nmsparse_deploy.measure.evaluate.vision import evaluate_vision
@@ -72,9 +74,9 @@ def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = sile
     _check_protocols(pruned, spec)
     device = hardware.device()
     job = _Job(run, pruned, recipe.model, spec, device, hardware.compute_dtype(recipe.compute, device), progress)
-    kinds = {"llm": _text, "seq2seq": _text, "diffusion": _diffusion}
+    kinds = {"llm": _text, "seq2seq": _text, "diffusion": _diffusion, "vision": _features, "encoder": _features}
     published = pruned.family == "llm" and (spec.protocols or spec.tasks)
-    kind = _published if published else kinds.get(pruned.family, _features)
+    kind = _published if published else kinds.get(pruned.family, _prepared)
     data = {**kind(job).to_json(), **environment()}
     run.write_json("evaluate.json", data)
     run.finish("evaluate", time.perf_counter() - start, spec=spec.model_dump(mode="json"),
@@ -133,6 +135,15 @@ def _features(job: _Job) -> Evaluation:
     else:
         data = evaluate_encoder(arms, job.pruned, spec.data, ids, job.progress)
     return replace(data, not_checked=[*missing, *data.not_checked])
+
+
+def _prepared(job: _Job) -> Evaluation:
+    if not job.spec.data.endswith(ENDING):
+        raise UsageError(f"No packaged data suits '{job.pruned.name}', which is of the family '{job.pruned.family}'.",
+                         f"give inputs of its forward pass: --data FILE{ENDING}")
+    both = dict(job.models())
+    arms = [torch_arm(label, both[label]) for label in (DENSE, PRUNED)]
+    return evaluate_prepared(arms, job.spec.data, job.calibration().get(SAMPLE_HASHES), job.progress)
 
 
 def _diffusion(job: _Job) -> Evaluation:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -327,7 +328,8 @@ class TorchSparse:
 
     @torch.inference_mode()
     def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        device = next(self.loaded.module.parameters()).device
+        module = self.loaded.module
+        device = next(chain(module.parameters(), module.buffers())).device  # all parameters may be packed
         inputs = {name: torch.as_tensor(value).to(device) for name, value in batch.items()}
         floating = {name: value.to(self.artefact.base) if value.is_floating_point() else value
                     for name, value in inputs.items()}
