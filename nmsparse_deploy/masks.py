@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from nmsparse_deploy.errors import CheckFailed, UsageError
-from nmsparse_deploy.pattern import STRETCH, NMPattern, Pattern, Scope, Unstructured, parse_pattern
+from nmsparse_deploy.pattern import BLOCK_SIZE, NMPattern, Pattern, Scope, Unstructured, parse_pattern
 
 FORMAT = "nmsparse-masks-1"
 """The one metadata key of a mask file; one, because safetensors writes several in random order."""
@@ -156,7 +156,7 @@ def _contests(lines: torch.Tensor, scope: Scope) -> list[tuple[torch.Tensor, tor
     """Return the parts of `lines` side by side, each with its values as `[contests, competitors]`."""
     if scope == "row":
         return [(lines, lines.reshape(-1, lines.shape[-1]))]
-    parts = lines.split(STRETCH, -1) if scope == "stretch" else (lines,)
+    parts = lines.split(BLOCK_SIZE, -1) if scope == "columns" else (lines,)
     return [(part, part.reshape(1, -1)) for part in parts]
 
 

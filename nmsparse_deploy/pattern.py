@@ -52,7 +52,7 @@ class NMPattern:
         return self.group
 
     @property
-    def stretch(self) -> int:
+    def block_size(self) -> int:
         """Columns that a sweep prunes at a time."""
         return self.group
 
@@ -73,12 +73,12 @@ class NMPattern:
 TWO_FOUR = NMPattern(2, 4)
 """The only pattern that sparse tensor cores execute."""
 
-STRETCH = 128
+BLOCK_SIZE = 128
 """Columns that SparseGPT prunes with one threshold when the mask is unstructured."""
 
-Scope = Literal["layer", "row", "stretch"]
+Scope = Literal["layer", "row", "columns"]
 """Which values compete for the places of an unstructured mask: all of the matrix, those of one row (along the reduction
-axis), or those of `STRETCH` consecutive columns over all rows. N:M has its groups and needs no scope."""
+axis), or those of `BLOCK_SIZE` consecutive columns over all rows. N:M has its groups and needs no scope."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class Unstructured:
         return 1
 
     @property
-    def stretch(self) -> int:
-        return STRETCH
+    def block_size(self) -> int:
+        return BLOCK_SIZE
 
     def implies(self, other: NMPattern) -> bool:
         """A share of zeros promises nothing about any group."""

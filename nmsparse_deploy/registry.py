@@ -217,10 +217,10 @@ METHODS = Registry("method", "nmsparse_deploy.methods", MethodEntry, {
         summary="group-OBS, the groups that lose most first",
         source="this project, after Frantar et al. 2023, arXiv:2210.17323"),
     "isc": MethodEntry(
-        code=f"{_METHODS}.isc:prune_layer", needs="gram", updates_weights=True, scope="stretch", quantises=True,
+        code=f"{_METHODS}.isc:prune_layer", needs="gram", updates_weights=True, scope="columns", quantises=True,
         summary="SparseGPT's sweep, choosing by the sum of OBD and OBS saliencies", source=_ISC),
     "isc-released": MethodEntry(
-        code=f"{_METHODS}.isc_released:prune_layer", needs="gram", updates_weights=True, scope="stretch",
+        code=f"{_METHODS}.isc_released:prune_layer", needs="gram", updates_weights=True, scope="columns",
         quantises=True, summary="ISC with the released code's mixed units, to reproduce it",
         source=f"{_ISC} (released code)"),
     "magnitude": MethodEntry(
@@ -247,13 +247,13 @@ METHODS = Registry("method", "nmsparse_deploy.methods", MethodEntry, {
         summary="share of the row and of the column times the root of input norms",
         source="Zhang et al. 2024, ICLR (RIA)"),
     "sparsegpt": MethodEntry(
-        code=f"{_METHODS}.sparsegpt:prune_layer", needs="gram", updates_weights=True, scope="stretch", quantises=True,
+        code=f"{_METHODS}.sparsegpt:prune_layer", needs="gram", updates_weights=True, scope="columns", quantises=True,
         summary="sweep with weight compensation", source=_SPARSEGPT),
     "sparsegpt-mask": MethodEntry(
-        code=f"{_METHODS}.sparsegpt_mask:prune_layer", needs="gram", updates_weights=False, scope="stretch",
+        code=f"{_METHODS}.sparsegpt_mask:prune_layer", needs="gram", updates_weights=False, scope="columns",
         summary="SparseGPT's mask on original weights", source=f"{_SPARSEGPT} (mask only)"),
     "sparsegpt-static": MethodEntry(
-        code=f"{_METHODS}.sparsegpt_static:scores", needs="gram", updates_weights=False, ranks=True, scope="stretch",
+        code=f"{_METHODS}.sparsegpt_static:scores", needs="gram", updates_weights=False, ranks=True, scope="columns",
         summary="SparseGPT's score on original weights, no sweep", source=f"{_SPARSEGPT} (score only)"),
     "wanda": MethodEntry(
         code=f"{_METHODS}.wanda:scores", needs="norms", updates_weights=False, ranks=True, scope="row",

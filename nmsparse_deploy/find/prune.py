@@ -140,9 +140,9 @@ def _check_shared(spec: Prune, team: Processes) -> None:
 def _check_scales_fit(plan: Plan, spec: Prune) -> None:
     for row in plan.pruned() if spec.wgroup else []:
         assert spec.wgroup is not None and row.pattern is not None
-        if spec.wgroup % row.pattern.stretch:
+        if spec.wgroup % row.pattern.block_size:
             raise UsageError(f"wgroup {spec.wgroup} cuts through what {row.pattern} prunes at a time in "
-                             f"'{row.target.name}'.", f"take a multiple of {row.pattern.stretch}")
+                             f"'{row.target.name}'.", f"take a multiple of {row.pattern.block_size}")
         if row.target.k % spec.wgroup:
             raise UsageError(f"wgroup {spec.wgroup} does not divide the {row.target.k} inputs of '{row.target.name}'.",
                              f"leave it out, or leave the layer dense with --exclude '{row.target.name}'")

@@ -212,7 +212,7 @@ class Prune(Frozen):
         if self.finetune:
             raise UsageError(f"'{self.finetune.name}' would move weights off the {self.wbits}-bit grid; leave out "
                              "--refine or --wbits.")
-        unit = parse_pattern(self.pattern).stretch
+        unit = parse_pattern(self.pattern).block_size
         if self.wgroup is not None and self.wgroup % unit:
             raise UsageError(f"wgroup {self.wgroup} is not a multiple of {unit}, the columns pruned at a time.")
         return self

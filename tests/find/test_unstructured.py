@@ -24,7 +24,7 @@ from nmsparse_deploy.find.plan.make_plan import make_plan
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.masks import Mask, MaskSet, mask_follows, project, tensor_hash
 from nmsparse_deploy.models.discovery import discover
-from nmsparse_deploy.pattern import STRETCH, TWO_FOUR, NMPattern, Unstructured, parse_pattern
+from nmsparse_deploy.pattern import BLOCK_SIZE, TWO_FOUR, NMPattern, Unstructured, parse_pattern
 from nmsparse_deploy.prove import verify_checkpoint, verify_module
 from nmsparse_deploy.recipe import Export, Prune, validate
 from nmsparse_deploy.registry import METHODS, REFINEMENTS
@@ -37,14 +37,14 @@ HALF = Unstructured(0.5)
 ABLE = [name for name in METHODS.names() if METHODS[name].scope]
 seeds = st.integers(0, 2**31)
 ratios = st.sampled_from([0.5, 0.3, 0.7, 0.625, 0.95, 0.01])
-scopes = st.sampled_from(["layer", "row", "stretch"])
+scopes = st.sampled_from(["layer", "row", "columns"])
 
 
 def contests(rows: int, width: int, scope: str) -> list[list[tuple[int, int]]]:
     """Coordinates of the values that compete, row after row: the independent reading of the scopes."""
     if scope == "row":
         return [[(r, c) for c in range(width)] for r in range(rows)]
-    step = 128 if scope == "stretch" else width
+    step = 128 if scope == "columns" else width
     return [[(r, c) for r in range(rows) for c in range(start, min(start + step, width))]
             for start in range(0, width, step)]
 
@@ -119,7 +119,7 @@ def test_bad_patterns_are_usage_errors(text):
 def test_every_method_that_declares_it_is_exact(name, ratio):
     """Correlated inputs, a dead column, a tie, an empty row, and a width that no group divides."""
     method = Method.load(name)
-    weight, stats = layer(3, rows=7, width=STRETCH + 13, tokens=400)
+    weight, stats = layer(3, rows=7, width=BLOCK_SIZE + 13, tokens=400)
     weight[:, 3], weight[4], weight[5] = weight[:, 2], 0.0, 1.0
     stats.gram[5] = stats.gram[:, 5] = 0
     stats.square_sum[5] = 0
@@ -132,18 +132,18 @@ def test_every_method_that_declares_it_is_exact(name, ratio):
 
 def test_what_the_papers_compare():
     scopes = {name: METHODS[name].scope for name in METHODS.names()}
-    assert scopes["magnitude"] == "layer" and scopes["wanda"] == "row" and scopes["sparsegpt"] == "stretch"
+    assert scopes["magnitude"] == "layer" and scopes["wanda"] == "row" and scopes["sparsegpt"] == "columns"
     assert scopes["group-obs"] is None
 
 
-def reference_sweep(weight, factor, ratio, stretch):
+def reference_sweep(weight, factor, ratio, block_size):
     """SparseGPT as the paper writes it, one value at a time and without the lazy batch."""
     w, u = weight.double().clone(), factor.double()
     rows, n = w.shape
     mask = torch.ones(rows, n, dtype=torch.bool)
     for j in range(n):
-        if j % stretch == 0:
-            block = [(float(w[r, c] ** 2 / u[c, c] ** 2), r, c) for r in range(rows) for c in range(j, min(j + stretch, n))]
+        if j % block_size == 0:
+            block = [(float(w[r, c] ** 2 / u[c, c] ** 2), r, c) for r in range(rows) for c in range(j, min(j + block_size, n))]
             for _, r, c in sorted(block)[: len(block) - round((1 - ratio) * len(block))]:
                 mask[r, c] = False
         for r in range(rows):
@@ -154,12 +154,12 @@ def reference_sweep(weight, factor, ratio, stretch):
     return w, mask
 
 
-@pytest.mark.parametrize("seed,stretch,width", [(0, 16, 40), (1, 16, 48), (2, STRETCH, STRETCH + 11)])
-def test_the_sweep_is_the_plain_loop(seed, stretch, width):
+@pytest.mark.parametrize("seed,block_size,width", [(0, 16, 40), (1, 16, 48), (2, BLOCK_SIZE, BLOCK_SIZE + 11)])
+def test_the_sweep_is_the_plain_loop(seed, block_size, width):
     weight, stats = layer(seed, rows=4, width=width, tokens=3 * width)
     for ratio in (0.5, 0.7):
-        result = prune_layer(weight, stats, Unstructured(ratio), columns=stretch)
-        expected, mask = reference_sweep(weight, inverse_factor(stats.gram, 0.01), ratio, stretch)
+        result = prune_layer(weight, stats, Unstructured(ratio), block_size=block_size)
+        expected, mask = reference_sweep(weight, inverse_factor(stats.gram, 0.01), ratio, block_size)
         assert torch.equal(result.mask, mask)
         torch.testing.assert_close(result.weight.double(), expected, rtol=1e-3, atol=1e-3)
 

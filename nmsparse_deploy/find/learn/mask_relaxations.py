@@ -175,7 +175,7 @@ def relaxed(values: torch.Tensor, groups: torch.Tensor, table: torch.Tensor, poi
 
 
 def _choices(values: torch.Tensor, table: torch.Tensor, point: Point) -> Iterator[tuple[slice, torch.Tensor]]:
-    """`yᵀ` `[C, groups]` for stretches of the groups; the same numbers whenever it is called.
+    """`yᵀ` `[C, groups]` for chunks of the groups; the same numbers whenever it is called.
 
     Candidates come first here: a softmax over six neighbours in memory takes twenty times as long on a CPU.
     """

@@ -24,9 +24,9 @@ from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.methods.grid import Grid
 from nmsparse_deploy.find.methods.hessian import inverse_factor
-from nmsparse_deploy.find.methods.sweep import COLUMNS, Freeze, sweep
+from nmsparse_deploy.find.methods.sweep import Freeze, sweep
 from nmsparse_deploy.masks import project
-from nmsparse_deploy.pattern import NMPattern
+from nmsparse_deploy.pattern import BLOCK_SIZE, NMPattern
 
 DAMPING = 0.01
 ENUMERATED = 70
@@ -34,13 +34,13 @@ ENUMERATED = 70
 
 
 def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: NMPattern, mask: torch.Tensor | None = None,
-                damping: float = DAMPING, columns: int = COLUMNS, grid: Grid | None = None) -> LayerResult:
+                damping: float = DAMPING, block_size: int = BLOCK_SIZE, grid: Grid | None = None) -> LayerResult:
     """Prune `weight` `[R, n]` to `pattern` and round it to `grid`, or do so with a given `mask`. Needs `stats.gram`."""
     assert stats.gram is not None
     factor = inverse_factor(stats.gram, damping)
     few = mask is None and comb(pattern.group, pattern.keep) <= ENUMERATED
     freeze = enumerating(pattern) if few else solving(pattern)
-    pruned, kept, _ = sweep(weight, factor, pattern, freeze, mask, columns, grid=grid)
+    pruned, kept, _ = sweep(weight, factor, pattern, freeze, mask, block_size, grid=grid)
     return LayerResult(kept, pruned, grid)
 
 

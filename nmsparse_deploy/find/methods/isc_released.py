@@ -16,18 +16,18 @@ from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.methods.grid import Grid
 from nmsparse_deploy.find.methods.hessian import dampen, inverse_factor
 from nmsparse_deploy.find.methods.sparsegpt import DAMPING, freezer
-from nmsparse_deploy.find.methods.sweep import COLUMNS, sweep
-from nmsparse_deploy.pattern import Pattern
+from nmsparse_deploy.find.methods.sweep import sweep
+from nmsparse_deploy.pattern import BLOCK_SIZE, Pattern
 
 LENGTH = 2048
 
 
 def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: Pattern, mask: torch.Tensor | None = None,
-                damping: float = DAMPING, columns: int = COLUMNS, grid: Grid | None = None) -> LayerResult:
+                damping: float = DAMPING, block_size: int = BLOCK_SIZE, grid: Grid | None = None) -> LayerResult:
     """Prune `weight` `[R, n]` to `pattern` and round it to `grid`, or do so with a given `mask`. Needs `stats.gram`."""
     assert stats.gram is not None
     gram = stats.gram * (2 * LENGTH / max(stats.tokens, 1))
     factor = inverse_factor(gram, damping)
     prices = dampen(gram, damping).diagonal().float() + factor.diagonal().reciprocal()
-    pruned, kept, _ = sweep(weight, factor, pattern, freezer(pattern), mask, columns, prices, grid)
+    pruned, kept, _ = sweep(weight, factor, pattern, freezer(pattern), mask, block_size, prices, grid)
     return LayerResult(kept, pruned, grid)

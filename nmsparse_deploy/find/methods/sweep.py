@@ -2,9 +2,9 @@
 
 With `H⁻¹ = UᵀU`, what the columns left of `j` have frozen is accounted for by `U[j:, j:]` alone. A method freezes the
 columns of a group and leaves errors `E` behind; the columns to its right absorb them: `W[:, j:] -= E U[j:j+group, j:]`.
-The sum of `E²` is the final error under `H`. Updates beyond a stretch of columns are applied as one matrix product
+The sum of `E²` is the final error under `H`. Updates beyond a block of columns are applied as one matrix product
 ("lazy batch"); its length does not change the result. An unstructured mask has no groups: there the method is given
-whole stretches, all rows of one compete, and the length counts. Frantar & Alistarh 2023, section 3.
+whole blocks, all rows of one compete, and the length counts. Frantar & Alistarh 2023, section 3.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import torch
 
 from nmsparse_deploy.find.methods.grid import Grid
 from nmsparse_deploy.masks import project
-from nmsparse_deploy.pattern import STRETCH, NMPattern, Pattern
-
-COLUMNS = STRETCH
+from nmsparse_deploy.pattern import BLOCK_SIZE, NMPattern, Pattern
 
 Freeze = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """`freeze(w, factor, errors, given)` works on one group, `[group, R]`, with `factor` the group's block of `U`.
@@ -28,7 +26,7 @@ the bool mask.
 
 
 def sweep(weight: torch.Tensor, factor: torch.Tensor, pattern: Pattern, freeze: Freeze,
-          mask: torch.Tensor | None = None, columns: int = COLUMNS, prices: torch.Tensor | None = None,
+          mask: torch.Tensor | None = None, block_size: int = BLOCK_SIZE, prices: torch.Tensor | None = None,
           grid: Grid | None = None) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Sweep `weight` `[R, n]` along the inverse factor `U` `[n, n]`; returns weights, mask and the damped error.
 
@@ -36,15 +34,15 @@ def sweep(weight: torch.Tensor, factor: torch.Tensor, pattern: Pattern, freeze: 
     of `freeze`. With a `grid`, kept weights are rounded to it group by group, and what that costs is compensated too.
     Works on the transposed weight, so that a column is contiguous in memory.
     """
-    group = pattern.group if isinstance(pattern, NMPattern) else columns
-    columns = max(group, columns // group * group)
+    group = pattern.group if isinstance(pattern, NMPattern) else block_size
+    block_size = max(group, block_size // group * group)
     w = weight.T.contiguous().float().clone()
     n = w.shape[0]
     given = None if mask is None else mask.T.contiguous()
     kept = torch.empty(w.shape, dtype=torch.bool, device=w.device)
     loss = 0.0
-    for start in range(0, n, columns):
-        stop = min(start + columns, n)
+    for start in range(0, n, block_size):
+        stop = min(start + block_size, n)
         errors = torch.zeros((stop - start, w.shape[1]), device=w.device)
         for first in range(start, stop, group):
             here = slice(first, first + group)

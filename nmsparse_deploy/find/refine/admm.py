@@ -6,7 +6,7 @@ damping to `Ĝ`, which pulls towards `Ŵ`. With `C = Ŵ Ĝ` and `Q = (Ĝ + ρI)�
     Z = (X + U) ∘ M,    U = U + X - Z,    X = (C + ρ(Z - U)) Q
 
 `M` keeps the largest `|X + U|` of every group; during the first three quarters of the iterations it is chosen anew each
-time, first with `group - 1` kept, then one fewer in equal stretches down to `keep`. (All kept would leave `X = Ŵ` where
+time, first with `group - 1` kept, then one fewer in equal parts down to `keep`. (All kept would leave `X = Ŵ` where
 it is.) Without `gradual` the mask is the given one. `Z / s` is the answer.
 
 Boža, Fast and Effective Weight Update for Pruned Large Language Models, 2024, section 3; there the soft masks are
@@ -54,7 +54,7 @@ def solve(weight: torch.Tensor, gram: torch.Tensor, pattern: NMPattern, mask: to
 
 
 def level(pattern: NMPattern, step: int, moving: int) -> NMPattern:
-    """One more zero per group after each of `zeros` equal stretches of `moving` steps; `pattern` itself in the last."""
+    """One more zero per group after each of `zeros` equal parts of `moving` steps; `pattern` itself in the last."""
     return NMPattern(pattern.group - math.ceil((step + 1) * pattern.zeros / moving), pattern.group)
 
 

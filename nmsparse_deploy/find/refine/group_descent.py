@@ -23,10 +23,9 @@ import torch
 
 from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.methods.group_obs import ENUMERATED
-from nmsparse_deploy.find.methods.sweep import COLUMNS
 from nmsparse_deploy.find.refine.base import Layer
 from nmsparse_deploy.find.refine.swap import WORTH, best_swaps, precise, strongest
-from nmsparse_deploy.pattern import NMPattern
+from nmsparse_deploy.pattern import BLOCK_SIZE, NMPattern
 from nmsparse_deploy.recipe import GroupDescent
 
 Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -55,16 +54,16 @@ def descend(w: torch.Tensor, mask: torch.Tensor, fixed: torch.Tensor, gram: torc
 
 def _sweep(w: torch.Tensor, kept: torch.Tensor, fixed: torch.Tensor, gram: torch.Tensor, group: int, choose: Choose,
            worth: torch.Tensor) -> torch.Tensor:
-    """One sweep; `c` is made anew for every stretch of columns, so errors of rounding do not add up."""
-    kept, columns = kept.clone(), max(group, COLUMNS // group * group)
-    for start in range(0, w.shape[1], columns):
-        stretch = slice(start, start + columns)
-        c = torch.where(kept, 0.0, w) @ gram[:, stretch]
-        for first in range(start, min(start + columns, w.shape[1]), group):
+    """One sweep; `c` is made anew for every block of columns, so errors of rounding do not add up."""
+    kept, block_size = kept.clone(), max(group, BLOCK_SIZE // group * group)
+    for start in range(0, w.shape[1], block_size):
+        block = slice(start, start + block_size)
+        c = torch.where(kept, 0.0, w) @ gram[:, block]
+        for first in range(start, min(start + block_size, w.shape[1]), group):
             here, local = slice(first, first + group), slice(first - start, first - start + group)
             chosen = choose(w[:, here], c[:, local], kept[:, here], fixed[:, here], gram[here, here], worth)
             moved = w[:, here] * (kept[:, here].to(w.dtype) - chosen.to(w.dtype))
-            c.addmm_(moved, gram[here, stretch])
+            c.addmm_(moved, gram[here, block])
             kept[:, here] = chosen
     return kept
 

@@ -131,9 +131,9 @@ def test_block_size_does_not_matter(seed, pattern):
     """Property 3."""
     weight, stats = layer(seed)
     factor = inverse_factor(stats.gram, 0.01)
-    reference, mask, loss = sweep(weight, factor, pattern, freezer(pattern), columns=32)
+    reference, mask, loss = sweep(weight, factor, pattern, freezer(pattern), block_size=32)
     for columns in (1, 8, 16):
-        other, other_mask, other_loss = sweep(weight, factor, pattern, freezer(pattern), columns=columns)
+        other, other_mask, other_loss = sweep(weight, factor, pattern, freezer(pattern), block_size=columns)
         assert torch.equal(mask, other_mask)
         torch.testing.assert_close(reference, other, rtol=1e-4, atol=1e-4)
         assert loss == pytest.approx(other_loss, rel=1e-4)
@@ -156,9 +156,9 @@ def test_group_obs_costs_add_up(seed, pattern):
     """Property 9: the chosen costs sum to the final error, whatever the length of the lazy batch."""
     weight, stats = layer(seed)
     factor, hessian = inverse_factor(stats.gram, 0.01), dampen(stats.gram, 0.01)
-    first, mask, loss = sweep(weight, factor, pattern, group_obs.enumerating(pattern), columns=32)
+    first, mask, loss = sweep(weight, factor, pattern, group_obs.enumerating(pattern), block_size=32)
     assert loss == pytest.approx(energy(weight - first, hessian), rel=1e-3)
-    other, other_mask, _ = sweep(weight, factor, pattern, group_obs.enumerating(pattern), columns=8)
+    other, other_mask, _ = sweep(weight, factor, pattern, group_obs.enumerating(pattern), block_size=8)
     assert torch.equal(mask, other_mask)
     torch.testing.assert_close(first, other, rtol=1e-3, atol=1e-3)
 

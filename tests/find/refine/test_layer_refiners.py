@@ -155,11 +155,11 @@ def test_frozen_masks_come_back_to_the_original_weights():
 
 
 def test_long_rows_and_many_rows_are_cut_without_a_trace(monkeypatch):
-    """Stretches of columns and pieces of rows are a matter of memory only."""
+    """Blocks of columns and pieces of rows are a matter of memory only."""
     layer, _ = problem(3, rows=9, width=32)
     whole = swap.refine(layer, Swap()).mask, group_descent.refine(layer, GroupDescent()).mask
     monkeypatch.setattr(swap, "CELLS", 1)
-    monkeypatch.setattr(group_descent, "COLUMNS", 8)
+    monkeypatch.setattr(group_descent, "BLOCK_SIZE", 8)
     assert torch.equal(whole[0], swap.refine(layer, Swap()).mask)
     assert torch.equal(whole[1], group_descent.refine(layer, GroupDescent()).mask)
 
