@@ -104,7 +104,7 @@ class Nibbles:
 
 @dataclass(frozen=True)
 class Scanned:
-    """What one pass over a tensor found."""
+    """The findings of one pass over a tensor."""
 
     counts: dict[int, GroupCount]
     """Per axis. The first axis that was asked for is always here."""

@@ -31,7 +31,7 @@ class Recorded(BaseModel):
 
 
 class ImportedFrom(Recorded):
-    """Where masks were imported from: a file, or a sparse checkpoint; neither where the model itself is sparse."""
+    """The source of imported masks: a file, or a sparse checkpoint; neither where the model itself is sparse."""
 
     masks: str | None
     sparse: str | None
@@ -64,7 +64,7 @@ class RecipeRecord(Recorded):
 
 
 class MemoryRecord(Recorded):
-    """How the model was held, and the memory that took, in bytes."""
+    """The memory that pruning took, in bytes, and how the model was held."""
 
     weights: str
     hidden_states: str
@@ -81,7 +81,7 @@ class ExpertsRecord(Recorded):
 
 
 class LearnedRecord(Recorded):
-    """What was learned, over all blocks or for the whole model."""
+    """The outcome of learning, over all blocks or for the whole model."""
 
     objective: str
     prior: float
@@ -94,7 +94,7 @@ class LearnedRecord(Recorded):
 
 
 class StageRecord(Recorded):
-    """What a stage wrote down when it finished. Pruning alone has the fields from `layers` on."""
+    """The record of a finished stage. Pruning alone has the fields from `layers` on."""
 
     finished: str
     seconds: float

@@ -16,7 +16,7 @@ PATIENCE = timedelta(days=2)
 
 @dataclass(frozen=True)
 class Processes:
-    """This process is number `rank` of `world`; alone it is 0 of 1."""
+    """A team of processes, of which this one is number `rank` of `world`; alone it is 0 of 1."""
 
     rank: int = 0
     world: int = 1

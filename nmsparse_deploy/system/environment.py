@@ -15,7 +15,7 @@ PACKAGES = ("nmsparse-deploy", "torch", "transformers", "timm", "diffusers", "nu
 
 
 class Hardware(TypedDict):
-    """What a result was computed on."""
+    """The machine that a result was computed on."""
 
     cpu: str
     threads: int
@@ -23,7 +23,7 @@ class Hardware(TypedDict):
 
 
 class Environment(TypedDict):
-    """What every result carries."""
+    """The circumstances that every result carries."""
 
     versions: dict[str, str]
     hardware: Hardware
