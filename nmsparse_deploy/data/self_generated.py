@@ -75,9 +75,9 @@ def write(loaded: LoadedModel, samples: int, length: int, seed: int, compute: to
     rows, done = ROWS[device.type], 0
     while done < samples:
         progress(f"writing {samples} x {length} tokens to calibrate on", done, samples)
-        here = slice(done, done + rows)
+        part = slice(done, done + rows)
         try:
-            texts.append(_continued(module, first[here].to(device), chance[here].to(device)).cpu())
+            texts.append(_continued(module, first[part].to(device), chance[part].to(device)).cpu())
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise NmsparseError(f"Not even one text of {length} tokens fits into the memory beside "

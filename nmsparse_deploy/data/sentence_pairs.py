@@ -60,13 +60,13 @@ def _rows(path: Path) -> list[list[str]]:
 
 
 def _pairs(name: str, path: Path, rows: Iterable[tuple[str, str, str]]) -> Pairs:
-    found = []
+    rated = []
     for number, (first, second, rating) in enumerate(rows):
         try:
-            found.append((first.strip(), second.strip(), float(rating)))
+            rated.append((first.strip(), second.strip(), float(rating)))
         except ValueError:
             if number:  # the first line may be a heading
                 raise UsageError(f"'{path}': '{rating[:40]}' is not a rating.") from None
-    if len(found) < 3:
+    if len(rated) < 3:
         raise UsageError(f"'{path}' holds no rated pairs (text, text, rating, tab-separated).")
-    return Pairs(name, tuple(found))
+    return Pairs(name, tuple(rated))

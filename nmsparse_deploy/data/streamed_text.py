@@ -78,9 +78,9 @@ def hub_rows(name: str, config: str | None, split: str, field: str, revision: st
         raise MissingExtra("datasets", "eval", f"Reading '{what}'") from error
     files = {"data_files": {split: file}} if file else {}
     try:
-        found = datasets.load_dataset(name, config, split=split, revision=revision, **files)
+        rows = datasets.load_dataset(name, config, split=split, revision=revision, **files)
     except Exception as error:
         raise NmsparseError(f"The data set '{what}' is not on this machine and the hub did not give it: "
                             f"{first_line(error)}.", instead) from error
-    for row in found:
+    for row in rows:
         yield _document(row, field, what)

@@ -107,8 +107,8 @@ class Denoising:
         vae = _autoencoder(self.vae)
         parts = []
         for part in images.split(BATCH):
-            found = vae.encode(part)
-            parts.append(found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latent)
+            code = vae.encode(part)
+            parts.append(code.latent_dist.mode() if hasattr(code, "latent_dist") else code.latent)
         return (torch.cat(parts) - _shift(vae)) * vae.config.scaling_factor
 
     @torch.no_grad()
@@ -143,11 +143,11 @@ def _shift(vae: Any) -> float:
 
 def sample_size(module: Any) -> tuple[int, int]:
     """Return height and width of what the model denoises."""
-    found = module.config.get("sample_size")
-    if found is None:
+    size = module.config.get("sample_size")
+    if size is None:
         raise NmsparseError(f"{type(module).__name__} does not say what size it denoises (sample_size).",
                             "add it to the config.json")
-    height, width = (found, found) if isinstance(found, int) else found
+    height, width = (size, size) if isinstance(size, int) else size
     return height, width
 
 
@@ -159,7 +159,7 @@ def prediction(output: Any, like: torch.Tensor) -> torch.Tensor:
 def conditions(module: Any) -> dict[str, int]:
     """Map what the model is conditioned on beside the timestep: argument -> number of classes, or width."""
     named = inspect.signature(module.forward).parameters
-    found = {LABELS: module.config.get("num_embeds_ada_norm")} if LABELS in named else {}
+    widths = {LABELS: module.config.get("num_embeds_ada_norm")} if LABELS in named else {}
     for name in (name for name in WIDTHS if name in named):
-        found[name] = next((module.config[key] for key in WIDTHS[name] if module.config.get(key)), None)
-    return {name: count for name, count in found.items() if count}
+        widths[name] = next((module.config[key] for key in WIDTHS[name] if module.config.get(key)), None)
+    return {name: count for name, count in widths.items() if count}

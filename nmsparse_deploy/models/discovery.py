@@ -27,10 +27,10 @@ def discover(module: nn.Module, inputs: Mapping[str, torch.Tensor], store: Weigh
     Blocks come in the order in which they run. Raises `NmsparseError` when the model has no repeated blocks, or runs
     one of them more than once.
     """
-    found = find_blocks(module)
-    if not found:
+    repeated = find_blocks(module)
+    if not repeated:
         raise NmsparseError("Found no repeated blocks in this model, so there is nothing to prune block by block.")
-    traced = trace(module, found, inputs, store)
+    traced = trace(module, repeated, inputs, store)
     again = next((path for path in traced.order if traced.order.count(path) > 1), None)
     if again is not None:
         raise NmsparseError(f"The block '{again}' runs several times in one forward pass; shared blocks are not "
@@ -43,7 +43,7 @@ def discover(module: nn.Module, inputs: Mapping[str, torch.Tensor], store: Weigh
         layer = module.get_submodule(path)
         read = _read(traced, lists, path, name, parameter, layer)
         routed = parameter.ndim == 3 or any(path.startswith(place + ".") for place in lists)
-        reason = _never_pruned(module, path, layer, name, parameter, read, owners, blocks, set(found) - set(blocks))
+        reason = _never_pruned(module, path, layer, name, parameter, read, owners, blocks, set(repeated) - set(blocks))
         if reason is None and read is None:
             reason = "not used in a forward pass"
         if reason is None and read is not None and not routed and read.rows <= batch:
@@ -84,7 +84,7 @@ def find_blocks(module: nn.Module) -> tuple[str, ...]:
                 lists.append(path)
                 items = [(f"{path}.{name}", item) for name, item in child.named_children()]
                 inner = [_stage(where, item) for where, item in items]
-                blocks += [b for found in inner for b in found] if all(inner) else [where for where, _ in items]
+                blocks += [path for paths in inner for path in paths] if all(inner) else [where for where, _ in items]
         if blocks:
             return tuple(blocks)
     return ()

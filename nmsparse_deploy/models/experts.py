@@ -31,13 +31,13 @@ def is_router(parent: nn.Module, outputs: int, layer: nn.Module | None = None) -
 
 def expert_lists(module: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
     """Map the paths of the lists of experts inside blocks, with how many experts each holds."""
-    found = {}
+    counts = {}
     for path, child in module.named_modules():
         if isinstance(child, nn.ModuleList) and len(child) > 1 and block_index(tuple(blocks), path) is not None:
             parent = module.get_submodule(path.rpartition(".")[0])
             if len({type(item) for item in child}) == 1 and is_router(parent, len(child)):
-                found[path] = len(child)
-    return found
+                counts[path] = len(child)
+    return counts
 
 
 def sibling(reads: Mapping[str, Read], lists: Mapping[str, int], name: str) -> Read | None:

@@ -58,7 +58,7 @@ def gemms(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def trace(module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str, torch.Tensor],
           store: WeightStore = IN_MEMORY) -> InputTrace:
     """Run one forward pass and see which weights read which tensor, and in which order the blocks run."""
-    found = InputTrace()
+    traced = InputTrace()
     seen: dict[tuple, str] = {}
     products: dict[tuple, str] = {}
     alive: list[torch.Tensor] = []  # a freed tensor's address could be used again
@@ -72,7 +72,7 @@ def trace(module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str, torch
         width = x.shape[1] if x.ndim == 4 else x.shape[-1]
         axis = group_axis(layer)
         assert axis is not None
-        found.reads.setdefault(f"{path}.weight", Read(seen.setdefault(key, path), x.numel() // width, axis))
+        traced.reads.setdefault(f"{path}.weight", Read(seen.setdefault(key, path), x.numel() // width, axis))
 
     def multiplied(product: Product) -> None:
         rows, known = product.rows, watched.get(product.weight)
@@ -87,7 +87,7 @@ def trace(module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str, torch
         lambda layer, args, named, path=path: called(path, layer, args[0] if args else next(iter(named.values()))),
         with_kwargs=True) for path, layer in gemms(module)]
     handles += [module.get_submodule(path).register_forward_pre_hook(
-        lambda _m, _args, path=path: found.entered.append(path)) for path in blocks]
+        lambda _m, _args, path=path: traced.entered.append(path)) for path in blocks]
 
     def observer(index: int) -> MatmulObserver:
         path = blocks[index]
@@ -103,5 +103,5 @@ def trace(module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str, torch
         module.train(training)
         for handle in handles:
             handle.remove()
-    found.reads.update({name: read for name, read in watched.items() if name not in found.reads})
-    return found
+    traced.reads.update({name: read for name, read in watched.items() if name not in traced.reads})
+    return traced

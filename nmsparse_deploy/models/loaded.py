@@ -199,10 +199,10 @@ class ModelAdapter(Protocol):
 
     def features(self, model: LoadedModel, inputs: Mapping[str, torch.Tensor]) -> Features:
         """Run one forward pass and return what it says about its inputs; tokens may be a map of features."""
-        found = primary_output(model.module(**inputs))
-        if found.kind == "logits":
-            return Features(None, None, found.value)
-        return Features(found.value, None, None) if found.value.ndim < 3 else Features(None, found.value, None)
+        output = primary_output(model.module(**inputs))
+        if output.kind == "logits":
+            return Features(None, None, output.value)
+        return Features(output.value, None, None) if output.value.ndim < 3 else Features(None, output.value, None)
 
     def class_labels(self, model: LoadedModel) -> ClassLabels:
         """Return the labels that the model's head comes with."""

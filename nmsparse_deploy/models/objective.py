@@ -43,15 +43,15 @@ class Objective:
 
     def loss(self, output: Any, batch: Mapping[str, Any], reference: torch.Tensor | None = None) -> torch.Tensor:
         """Return the loss `[samples]`, fp32. `reference` is not needed for cross-entropy."""
-        found = self.signal(output)
+        signal = self.signal(output)
         if self.kind == "cross-entropy":
-            return _cross_entropy(found, batch["input_ids"])
+            return _cross_entropy(signal, batch["input_ids"])
         assert reference is not None
         if self.kind == "kl":
-            p, q = (x.float().log_softmax(-1).flatten(0, -2) for x in (reference, found))
-            return kl_div(q, p, reduction="none", log_target=True).sum(-1).view(len(found), -1).mean(1)
+            p, q = (x.float().log_softmax(-1).flatten(0, -2) for x in (reference, signal))
+            return kl_div(q, p, reduction="none", log_target=True).sum(-1).view(len(signal), -1).mean(1)
         dense = reference.float().flatten(1)
-        return (found.float().flatten(1) - dense).square().sum(1) / dense.square().sum(1).clamp(min=1e-30)
+        return (signal.float().flatten(1) - dense).square().sum(1) / dense.square().sum(1).clamp(min=1e-30)
 
 
 def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -60,11 +60,11 @@ class PermutableChannels:
 
     def orders(self, local: torch.Tensor) -> dict[tuple[str, int], torch.Tensor]:
         """Where every entry of the axes comes from when channel `local[s, i]` takes the place of channel `i`."""
-        found: dict[tuple[str, int], torch.Tensor] = {}
+        orders: dict[tuple[str, int], torch.Tensor] = {}
         for side in (*self.consumers, *self.producers):
-            order = found.setdefault((side.parameter, side.axis), torch.arange(side.size))
+            order = orders.setdefault((side.parameter, side.axis), torch.arange(side.size))
             order[side.places] = side.places.gather(-1, local.expand_as(side.places))
-        return found
+        return orders
 
 
 def reorder(module: nn.Module, orders: Mapping[tuple[str, int], torch.Tensor]) -> None:
@@ -87,13 +87,13 @@ def find_permutable_channels(block: nn.Module, run: Run, x: torch.Tensor,
     written = _writers(stubs, [first for first in groups if first in stubs.width])
     sets, reasons = [], {}
     for first, group in groups.items():
-        found = _channels_of(stubs, group, written[first]) if first in written else "it was not reached by the probe"
-        if not isinstance(found, str) and not all(_holds(block, run, x, channels) for channels in found):
-            found = "shuffling its channels changes what the block computes"
-        if isinstance(found, str):
-            reasons[first] = found
+        answer = _channels_of(stubs, group, written[first]) if first in written else "it was not reached by the probe"
+        if not isinstance(answer, str) and not all(_holds(block, run, x, channels) for channels in answer):
+            answer = "shuffling its channels changes what the block computes"
+        if isinstance(answer, str):
+            reasons[first] = answer
         else:
-            sets += found
+            sets += answer
     return sets, reasons
 
 
@@ -150,9 +150,9 @@ def _writers(stubs: _Stubs, consumers: Sequence[str]) -> dict[str, Writers]:
                 written[name][path, 0] = rows
                 continue
             for first in range(0, width, len(rows)):
-                found = _rows(stubs, low, path, first, first + len(rows))
-                if name in found:
-                    written[name][path, first] = found[name]
+                probed = _rows(stubs, low, path, first, first + len(rows))
+                if name in probed:
+                    written[name][path, first] = probed[name]
     return written
 
 
@@ -167,9 +167,9 @@ def _rows(stubs: _Stubs, low: Mapping[str, torch.Tensor], path: str, start: int,
     high = ask(torch.ones(stop - start))
     reached = [name for name in low if name in high and _moved(low[name], high[name]).any()]
     answers = [ask((numbers >> bit & 1).float()) for bit in range((stop - start - 1).bit_length()) if reached]
-    found = {name: _spell(low[name], high[name], [answer[name] for answer in answers]) for name in reached}
+    spelled = {name: _spell(low[name], high[name], [answer[name] for answer in answers]) for name in reached}
     return {name: torch.where(rows >= stop - start, MIXED, torch.where(rows >= 0, rows + start, rows))
-            for name, rows in found.items()}
+            for name, rows in spelled.items()}
 
 
 def _moved(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
@@ -186,9 +186,9 @@ def _spell(low: torch.Tensor, high: torch.Tensor, answers: Sequence[torch.Tensor
     size = step.square().sum(1)
     rows = torch.zeros(len(low), dtype=torch.int64, device=low.device)
     for bit, answer in enumerate(answers):
-        one = ((answer - low) * step).sum(1) > size / 2
-        off = (answer - torch.where(one.unsqueeze(1), high, low)).square().sum(1)
-        rows = torch.where((rows >= 0) & (off <= TOLERANCE * size), rows | one.long() << bit, MIXED)
+        is_one = ((answer - low) * step).sum(1) > size / 2
+        off = (answer - torch.where(is_one.unsqueeze(1), high, low)).square().sum(1)
+        rows = torch.where((rows >= 0) & (off <= TOLERANCE * size), rows | is_one.long() << bit, MIXED)
     return torch.where(_moved(low, high), rows, UNWRITTEN).cpu()
 
 

@@ -61,12 +61,12 @@ def predict(targets: Sequence[Target], rows: int, total_flops: float) -> list[Pr
     """Bounds for every GPU of the table at `rows` rows (batch times tokens) per GEMM."""
     flops = sum(2 * rows * t.k * t.n for t in targets)
     share = min(1.0, flops / total_flops) if total_flops else 0.0
-    found = []
+    predictions = []
     for gpu in GPUS:
         dense, sparse = (sum(gemm_seconds(gpu, rows, t.k, t.n, kind) for t in targets) for kind in (False, True))
         speedup = dense / sparse if sparse else 1.0
-        found.append(Prediction(gpu.name, rows, speedup, 1 / (1 - share + share / speedup), share))
-    return found
+        predictions.append(Prediction(gpu.name, rows, speedup, 1 / (1 - share + share / speedup), share))
+    return predictions
 
 
 def count_flops(module: nn.Module, inputs: dict[str, torch.Tensor]) -> int:

@@ -62,10 +62,10 @@ class StreamedWeights:
             tied.setdefault(id(parameter), []).append(name)
         origin: dict[str, str] = {}
         for names in tied.values():
-            found = next((name for name in names if name in self._sources), None)
-            if found is None:
+            stored = next((name for name in names if name in self._sources), None)
+            if stored is None:
                 raise UsageError(f"The checkpoint '{self.folder}' has no '{names[0]}', so it cannot be streamed.")
-            origin |= dict.fromkeys(names, found)
+            origin |= dict.fromkeys(names, stored)
         return origin
 
     def materialise(self, path: str) -> AbstractContextManager[None]:
@@ -85,8 +85,8 @@ class StreamedWeights:
     def dense(self, name: str) -> torch.Tensor:
         """One parameter or stored buffer, as it is in the checkpoint."""
         if name not in self._empty:
-            found: torch.Tensor = self.module.get_buffer(name)
-            return found
+            buffer: torch.Tensor = self.module.get_buffer(name)
+            return buffer
         with self._filled([name]):
             value: torch.Tensor = self.module.get_parameter(name).detach()
             return value
@@ -176,5 +176,5 @@ def _parts(module: nn.Module, blocks: Collection[str]) -> tuple[list[str], list[
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Return the dtype of the first floating-point tensor of a checkpoint, for configurations that do not say."""
-    found = (DTYPES.get(tensor.dtype) for tensor in find_tensors(folder))
-    return next((dtype for dtype in found if dtype is not None and dtype.is_floating_point), torch.float32)
+    dtypes = (DTYPES.get(tensor.dtype) for tensor in find_tensors(folder))
+    return next((dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point), torch.float32)

@@ -143,9 +143,9 @@ class TimmAdapter(ModelAdapter):
                            int(getattr(model.module, "num_classes", 0)) or None)
 
     def image_pipeline(self, model: LoadedModel) -> ImagePipeline:
-        found = _timm().data.resolve_model_data_config(model.module, use_test_size=True)
-        return ImagePipeline(input_size=found["input_size"], interpolation=found["interpolation"], mean=found["mean"],
-                             std=found["std"], crop_pct=found["crop_pct"], crop_mode=found["crop_mode"])
+        data = _timm().data.resolve_model_data_config(model.module, use_test_size=True)
+        return ImagePipeline(input_size=data["input_size"], interpolation=data["interpolation"], mean=data["mean"],
+                             std=data["std"], crop_pct=data["crop_pct"], crop_mode=data["crop_mode"])
 
     def hub_card(self, folder: Path) -> HubCard:
         job = "image-classification" if (_config(folder) or {}).get("num_classes") else "image-feature-extraction"
