@@ -7,7 +7,7 @@ from pydantic import Field
 from nmsparse_deploy.recipe.section import Frozen
 
 AUTO = "auto"
-"""Data that suits the model's family: text, or pictures. What it came to is recorded with the run."""
+"""Data that suits the model's family: text, or images. What it came to is recorded with the run."""
 
 
 class Calibration(Frozen):

@@ -24,7 +24,7 @@ def is_file(prior: str) -> bool:
 
 
 class Augment(Frozen):
-    """Augmentation of training pictures by timm's own factories; the defaults are those of MaskLLM-4V."""
+    """Augmentation of training images by timm's own factories; the defaults are those of MaskLLM-4V."""
 
     policy: str = Field("rand-m8-inc1", description="timm's name of a policy; empty: none")
     erasing: float = Field(0.15, ge=0, le=1, description="probability that a part is erased")
@@ -46,10 +46,10 @@ class Learn(Training):
                                     "and pattern; learning starts from the best mask among them")
     prior_samples: int = Field(64, ge=1, description="calibration samples for the priors (global objective)")
     task: float = Field(1.0, ge=0, description="weight of the model's own loss (global; language models, and "
-                        "pictures with labels)")
+                        "images with labels)")
     distill: float = Field(1.0, ge=0, description="weight of the divergence from the dense model's outputs (global)")
-    labels: bool = Field(False, description="learn from the classes that the pictures' folders name (global, vision)")
-    augment: Augment | None = Field(None, description="augment the pictures that are learned from (global, vision)")
+    labels: bool = Field(False, description="learn from the classes that the images' folders name (global, vision)")
+    augment: Augment | None = Field(None, description="augment the images that are learned from (global, vision)")
 
     def settled(self, objective: Literal["block", "global"]) -> Self:
         """The same settings with nothing left to be decided."""

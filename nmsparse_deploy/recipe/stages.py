@@ -117,7 +117,7 @@ class Evaluate(Frozen):
     drawn: int = Field(20, ge=0, description="samples drawn from the same noise (diffusion models); 0: none")
     steps: int = Field(50, ge=1, description="denoising steps of a drawn sample")
     guidance: float = Field(4.0, ge=0, description="classifier-free guidance of drawn samples; 1: none")
-    features: str = Field("", description="vision model whose features compare drawn with real pictures; empty: none")
+    features: str = Field("", description="vision model whose features compare drawn with real images; empty: none")
     onnx: bool = Field(False, description="also score the exported graphs")
     protocols: tuple[Literal["wikitext2", "ptb", "c4", "imagenet"], ...] = Field(
         (), description="instead: the papers' own test sets and settings; data is then a file or folder of them, auto: "
