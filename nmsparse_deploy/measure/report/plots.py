@@ -148,7 +148,7 @@ def against_cost(points: Sequence[tuple[str, float, float]], dense: float, metri
         for place, (name, seconds, value) in enumerate(points):
             axes.plot([max(seconds, 0.1)], [value], color=SERIES[place % len(SERIES)], linestyle="none",
                       marker=MARKERS[place % len(MARKERS)], markersize=6, label=_short(name))
-        axes.axhline(dense, color=INK, linewidth=0.8, linestyle=":")
+        axes.axhline(dense, color=INK, linewidth=0.8, linestyle=":", label="dense")
         axes.set_xscale("log")
         if spread:
             axes.set_yscale("log")
@@ -162,7 +162,7 @@ def against_cost(points: Sequence[tuple[str, float, float]], dense: float, metri
         axes.figure.legend(loc="outside lower left", ncols=4 if width > 5 else 2, columnspacing=1.2)
 
     listed = "; ".join(f"{name}: {value:.4g} in {seconds:.0f} s" for name, seconds, value in points)
-    rows = math.ceil(len(points) / (4 if width > 5 else 2))
+    rows = math.ceil((len(points) + 1) / (4 if width > 5 else 2))
     return _svg(draw, (width, 3.1 + 0.17 * rows), f"{metric} by recipe, dense {dense:.4g}: {listed}.", salt)
 
 

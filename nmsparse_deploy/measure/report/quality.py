@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from nmsparse_deploy.measure.evaluate.result import DrawnImage, EvalResult, Protocol
+from nmsparse_deploy.measure.evaluate.result import DrawnImage, EvalResult, Protocol, Ratio
 from nmsparse_deploy.measure.report.stages import Circumstances, EvaluateFile
 from nmsparse_deploy.runs.section import (
     Block,
@@ -129,14 +129,13 @@ def _row(label: str, result: EvalResult) -> MeasuredValue:
 
 
 def _comparison(data: EvaluateFile, rows: tuple[MeasuredValue, ...]) -> PairedComparison | None:
-    single = any(row.samples == 1 for row in rows)
-    if data.ratio is not None:
-        low, high = (None, None) if single else (data.ratio.low, data.ratio.high)
-        return PairedComparison("ratio", data.ratio.ratio, low, high)
-    if data.difference is not None:
-        low, high = (None, None) if single else (data.difference.low, data.difference.high)
-        return PairedComparison("difference", data.difference.difference, low, high)
-    return None
+    paired = data.ratio or data.difference
+    if paired is None:
+        return None
+    low, high = (None, None) if any(row.samples == 1 for row in rows) else (paired.low, paired.high)
+    if isinstance(paired, Ratio):
+        return PairedComparison("ratio", paired.ratio, low, high)
+    return PairedComparison("difference", paired.difference, low, high)
 
 
 def _protocols(rows: tuple[MeasuredValue, ...]) -> tuple[SharedProtocol, ...]:

@@ -6,7 +6,22 @@ import pytest
 
 from nmsparse_deploy.measure.report import plots
 from nmsparse_deploy.measure.report.build import build_report, summary
-from tests.fixtures.run_folder import STAGES, Page, make_run, views, write_bench, write_evaluate, write_verify
+from nmsparse_deploy.measure.report.views import Page, html, markdown
+from nmsparse_deploy.runs.section import (
+    Bullets,
+    Cell,
+    Code,
+    Facts,
+    Figure,
+    Fold,
+    Paragraph,
+    Picture,
+    Section,
+    Table,
+    columns,
+)
+from tests.fixtures.run_folder import STAGES, make_run, views, write_bench, write_evaluate, write_verify
+from tests.fixtures.run_folder import Page as HtmlPage
 
 HOSTILE = "<script>alert('x')</script>\"' onload=\"evil()\" & | `code` $\\frac$ ](http://evil.example) \x07 {{ 7*7 }}"
 DRAWN: dict[tuple[str, str], str] = {}
@@ -51,7 +66,7 @@ SUBSETS = [subset for size in range(len(STAGES) + 1) for subset in combinations(
 def test_every_combination_of_stages_gives_three_sound_views(tmp_path, stages, plots_once):
     run = make_run(tmp_path / "run", stages)
     html, markdown, data = built(run)
-    page = Page(html)
+    page = HtmlPage(html)
     assert not LEAK.search(page.text) and not LEAK.search(markdown)
     assert data["headline"] == json.loads(json.dumps(summary(run).to_json()))
     missing = {row["place"] for row in data["not_checked"]}
@@ -83,7 +98,7 @@ def test_numbers_of_the_views_are_those_of_the_run(tmp_path):
     assert data["sizes"]["model_bytes"] == 123_456
     for layer in run.read_json("layers.json"):
         numbers.append(layer["relative_error"])
-    for text in (Page(html).text, markdown.replace("\\", "")):
+    for text in (HtmlPage(html).text, markdown.replace("\\", "")):
         assert [value for value in numbers if not shows(text, value)] == []
         assert [value for value in ratios if not shows(text, value, 0.06)] == []  # as exact as their intervals
 
@@ -95,7 +110,7 @@ def test_strings_from_files_stay_text(tmp_path):
     write_evaluate(run, texts=(HOSTILE, HOSTILE))
     write_bench(run, ("dense", HOSTILE))
     html, markdown, _ = built(run)
-    page = Page(html)
+    page = HtmlPage(html)
     assert "script" not in page.tags and "iframe" not in page.tags
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
     assert "<script>alert('x')</script>\"' onload=\"evil()\" &" in page.text
@@ -103,6 +118,24 @@ def test_strings_from_files_stay_text(tmp_path):
     outside_code = "\n".join(line for line in markdown.splitlines() if not line.startswith("    "))
     assert not re.search(r"(?<!\\)<(?!br>)", outside_code)
     assert "](http" not in outside_code and "\\`code\\`" in outside_code
+
+
+def test_every_block_of_a_section_is_escaped_on_both_pages():
+    blocks = (Paragraph(HOSTILE), Bullets(((HOSTILE, HOSTILE),)), Code(HOSTILE), Facts(((HOSTILE, HOSTILE),)),
+              Table(HOSTILE, columns(HOSTILE, "b"), ((HOSTILE, Cell(HOSTILE, "bad")),), HOSTILE),
+              Figure((Picture("iVBORw0KGgo=", HOSTILE, "png"),), HOSTILE))
+    page = Page(HOSTILE, HOSTILE, (Section(HOSTILE, (*blocks, Fold(HOSTILE, blocks), Section(HOSTILE, blocks))),), HOSTILE)
+    written = HtmlPage(html(page))
+    assert "script" not in written.tags and not [name for _, name, _ in written.attributes if name.startswith("on")]
+    assert written.text.count("<script>alert('x')</script>") >= 30
+    text = "\n".join(line for line in markdown(page).splitlines() if not line.startswith("    "))
+    assert text.count("alert") >= 30 and not re.search(r"(?<!\\)<(?!br>)", text) and "](http" not in text
+
+
+def test_a_fold_for_the_page_alone_is_named_in_markdown():
+    page = Page("t", "s", (Section("s", (Fold("Rows", (Paragraph("one by one"),), page_only=True),)),), "f")
+    assert "one by one" in html(page) and "one by one" not in markdown(page)
+    assert "Rows: on the HTML page and in report.json." in markdown(page)
 
 
 def test_every_table_row_in_markdown_has_the_cells_of_its_head(tmp_path):
@@ -120,7 +153,7 @@ def test_every_table_row_in_markdown_has_the_cells_of_its_head(tmp_path):
 
 def test_the_page_loads_nothing_and_runs_nothing(tmp_path):
     html, _, _ = built(make_run(tmp_path / "run"))
-    page = Page(html)
+    page = HtmlPage(html)
     assert "script" not in page.tags and "link" not in page.tags
     targets = [value or "" for _, name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset")]
     assert targets and all(value.startswith(("#", "data:image/png;base64,")) for value in targets)
@@ -128,7 +161,7 @@ def test_the_page_loads_nothing_and_runs_nothing(tmp_path):
 
 
 def test_ids_in_the_page_are_unique_and_references_resolve(tmp_path):
-    page = Page(built(make_run(tmp_path / "run"))[0])
+    page = HtmlPage(built(make_run(tmp_path / "run"))[0])
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     used = {value[1:] for _, name, value in page.attributes if name == "href" and value.startswith("#")}
