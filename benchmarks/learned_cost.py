@@ -19,10 +19,10 @@ import torch
 from files import write_json
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nmsparse_deploy.find.learn.learner import BEST
-from nmsparse_deploy.find.learn.mask_parametrization import Site, detach
-from nmsparse_deploy.find.learn.step_context import Moment
-from nmsparse_deploy.find.learn.subjects import WholeModel
+from nmsparse_deploy.find.learn.learner import MASK_BYTES
+from nmsparse_deploy.find.learn.mask_parametrization import MaskSite, detach
+from nmsparse_deploy.find.learn.step_context import StepContext
+from nmsparse_deploy.find.learn.subjects import BatchSubject
 from nmsparse_deploy.find.methods.maskllm import LEARNED, bytes_per_weight
 from nmsparse_deploy.find.plan.make_plan import make_plan
 from nmsparse_deploy.masks import project
@@ -48,14 +48,14 @@ BARS = {"cpu": 2.0, "cuda": 1.35}
 class Arm:
     """One optimiser step of some trained values on a subject of its own."""
 
-    def __init__(self, subject: WholeModel, learner: Any, optimiser: torch.optim.Optimizer) -> None:
+    def __init__(self, subject: BatchSubject, learner: Any, optimiser: torch.optim.Optimizer) -> None:
         self.subject, self.learner, self.optimiser, self.step = subject, learner, optimiser, 0
         self.trained = [value for group in optimiser.param_groups for value in group["params"]]
 
     def __call__(self) -> None:
-        moment = Moment(0, self.step % STEPS, STEPS)
-        terms = (self.learner.loss_terms(self.subject, 0, moment) if self.learner else
-                 self.subject.loss_terms(0, moment))
+        context = StepContext(0, self.step % STEPS, STEPS)
+        terms = (self.learner.loss_terms(self.subject, 0, context) if self.learner else
+                 self.subject.loss_terms(0, context))
         self.optimiser.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -70,16 +70,16 @@ class Arm:
         return sum(value.numel() * value.itemsize for value in held if isinstance(value, torch.Tensor))
 
 
-def subject(module: LlamaForCausalLM, size: dict[str, int], compute: torch.dtype, form: str) -> WholeModel:
+def subject(module: LlamaForCausalLM, size: dict[str, int], compute: torch.dtype, form: str) -> BatchSubject:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(size["vocab_size"], (size["samples"], size["length"]), generator=generator)
     batch = {"input_ids": ids.to(module.device), "use_cache": False}
     found = make_plan(discover(module, {"input_ids": batch["input_ids"][:2, :8]}), TWO_FOUR)
-    sites = {row.target.name: Site(row.target.name, row.target.name, row.target.axis, TWO_FOUR)
+    sites = {row.target.name: MaskSite(row.target.name, row.target.name, row.target.axis, TWO_FOUR)
              for row in found.pruned()}
     learn = {"objective": "global", "form": form, "distill": 0.0, "steps": STEPS}
     spec = validate(Prune, {"method": "maskllm", "learn": learn}).learn.settled("global")
-    return WholeModel(module, sites, [batch, batch], Objective("cross-entropy"), spec, compute)
+    return BatchSubject(module, sites, [batch, batch], Objective("cross-entropy"), spec, compute)
 
 
 def dense_arm(module: LlamaForCausalLM, size: dict[str, int], compute: torch.dtype) -> Arm:
@@ -118,7 +118,7 @@ def measure(size: dict[str, int], device: str, compute: torch.dtype, rounds: int
         times = interleave({"dense": dense, "masked": masked}, rounds)
         steps = {name: summarise(name, str(compute).removeprefix("torch."), found) for name, found in times.items()}
         cost = ratio(times["masked"], times["dense"])  # how many dense steps a masked one takes
-        predicted = bytes_per_weight(masked.subject.spec, TWO_FOUR) - BEST
+        predicted = bytes_per_weight(masked.subject.spec, TWO_FOUR) - MASK_BYTES
         rows.append({
             "form": form, "compute": str(compute).removeprefix("torch."), "prunable_weights": weights,
             "ratio": cost["speedup"], "low": cost["low"], "high": cost["high"],

@@ -39,7 +39,7 @@ def train(folder: Path, steps: int = STEPS, seed: int = 0) -> dict[str, float]:
     torch.manual_seed(seed)
     data, labels = pictures("train", 60000)
     scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=True)
-    law = Noising.of(scheduler)
+    parametrization = Noising.of(scheduler)
     model = DiTTransformer2DModel(**SHAPE).train()
     quiet_start(model)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
@@ -48,11 +48,11 @@ def train(folder: Path, steps: int = STEPS, seed: int = 0) -> dict[str, float]:
         optimiser, lambda step: min(1.0, (step + 1) / WARMUP) * max(0.02, 1 - step / steps))
     start, losses = time.perf_counter(), []
     for step in range(steps):
-        chosen, at = torch.randint(len(data), (BATCH,)), torch.randint(len(law), (BATCH,))
+        chosen, at = torch.randint(len(data), (BATCH,)), torch.randint(len(parametrization), (BATCH,))
         clean = data[chosen]
         noise = torch.randn_like(clean)
-        told = model(law.mixed(clean, noise, at), timestep=at, class_labels=labels[chosen]).sample
-        loss = mse_loss(told, law.target(clean, noise, at))
+        told = model(parametrization.mixed(clean, noise, at), timestep=at, class_labels=labels[chosen]).sample
+        loss = mse_loss(told, parametrization.target(clean, noise, at))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()

@@ -15,7 +15,7 @@ import torch
 from nmsparse_deploy import registry
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
-from nmsparse_deploy.find.learn.learner import Learned
+from nmsparse_deploy.find.learn.learner import LearnedMethod
 from nmsparse_deploy.find.methods.base import Method
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.masks import MaskSet
@@ -27,7 +27,7 @@ from tests import ROOT
 from tests.cli.test_cli import run as command
 from tests.fixtures import plugin
 
-KINDS = {LEARNERS: Learned, ADAPTERS: ModelAdapter}
+KINDS = {LEARNERS: LearnedMethod, ADAPTERS: ModelAdapter}
 EVERY = [(group, name) for group in (METHODS, LEARNERS, REFINEMENTS, ADAPTERS) for name in group.own]
 
 
@@ -100,7 +100,7 @@ def test_a_learner_from_outside_has_a_section(outside):
     outside()
     learn = validate(Prune, {"method": "outside", "learn": {"steps": 3}}).learn
     assert type(learn) is Learn and learn.name == "outside" and learn.steps == 3
-    assert isinstance(LEARNERS.load("outside"), Learned)
+    assert isinstance(LEARNERS.load("outside"), LearnedMethod)
 
 
 def test_the_list_shows_it(outside, capfd):

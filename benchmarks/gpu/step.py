@@ -90,9 +90,9 @@ def masked_step(module: Any, batches: list[Any], distill: float) -> Any:
     """Train the logits of a MaskLLM mask on every block GEMM, as the loop of the package does."""
     import torch
 
-    from nmsparse_deploy.find.learn.mask_parametrization import Site
-    from nmsparse_deploy.find.learn.step_context import Moment
-    from nmsparse_deploy.find.learn.subjects import WholeModel
+    from nmsparse_deploy.find.learn.mask_parametrization import MaskSite
+    from nmsparse_deploy.find.learn.step_context import StepContext
+    from nmsparse_deploy.find.learn.subjects import BatchSubject
     from nmsparse_deploy.masks import project
     from nmsparse_deploy.models.base import to_rows
     from nmsparse_deploy.models.discovery import discover
@@ -103,26 +103,26 @@ def masked_step(module: Any, batches: list[Any], distill: float) -> Any:
 
     spec = MaskLLM(steps=100, distill=distill).settled("global")
     targets = discover(module, {"input_ids": batches[0][:2, :16]}).targets
-    sites = {one.name: Site(one.name, one.name, one.axis, TWO_FOUR) for one in targets}
+    sites = {one.name: MaskSite(one.name, one.name, one.axis, TWO_FOUR) for one in targets}
     priors = {one.name: project(to_rows(module.get_parameter(one.name).detach(), one.axis).abs(), TWO_FOUR)
               for one in targets}
-    subject = WholeModel(module, sites, [{"input_ids": ids, "use_cache": False} for ids in batches] * 2,
+    subject = BatchSubject(module, sites, [{"input_ids": ids, "use_cache": False} for ids in batches] * 2,
                          Objective("cross-entropy"), spec, torch.bfloat16)
     learner = LEARNERS.load("maskllm").make(spec)
     optimiser = learner.prepare(subject, priors)
     values = [value for group in optimiser.param_groups for value in group["params"]]
 
     def step() -> None:
-        moment = Moment()
+        context = StepContext()
         for part in range(len(batches)):
-            moment = Moment(0, 10, spec.steps, part, len(batches))
-            terms = learner.loss_terms(subject, part, moment)
+            context = StepContext(0, 10, spec.steps, part, len(batches))
+            terms = learner.loss_terms(subject, part, context)
             (torch.stack([term.float() for term in terms.values()]).sum() / len(batches)).backward()
         torch.nn.utils.clip_grad_norm_(values, spec.clip)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         with torch.no_grad():
-            learner.after_step(moment)
+            learner.after_step(context)
 
     return step
 

@@ -63,4 +63,4 @@ def _remarks(record: "StageRecord") -> Iterator[str]:
     if record.learned:
         from nmsparse_deploy.find.learn.session import sentence
 
-        yield sentence(record.learned.to_json())
+        yield sentence(record.learned)

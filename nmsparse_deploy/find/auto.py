@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.find.cost import Rates, estimate, footprint
+from nmsparse_deploy.find.cost import Rates, estimate
+from nmsparse_deploy.find.footprint import footprint
 from nmsparse_deploy.find.offload import load_fitting, planned
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import CLOSED_FORM, Prune, validate
@@ -34,7 +35,7 @@ LADDER: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Choice:
+class AutoRecipe:
     """The recipe that `auto` came to, and one sentence that says why."""
 
     spec: Prune
@@ -42,7 +43,7 @@ class Choice:
 
 
 def choose(model: str, settings: dict[str, Any], minutes: float = MINUTES, progress: Progress = silent,
-           max_memory: int | None = None) -> Choice:
+           max_memory: int | None = None) -> AutoRecipe:
     """The first rung of the ladder that is predicted to fit; `settings` are the other fields of the prune section.
 
     Raises `UsageError` when even the fastest rung does not fit, or when the settings ask for refinements themselves.
@@ -66,7 +67,7 @@ def choose(model: str, settings: dict[str, Any], minutes: float = MINUTES, progr
         predicted = SLACK * estimate(loaded, plan, settled, rates).seconds / 60
         if predicted <= minutes:
             said = "".join(f"; '{other}' would take {time:.0f} min" for other, time in passed)
-            return Choice(spec, f"auto: '{name}', predicted {predicted:.1f} of the {minutes:g} min{said}")
+            return AutoRecipe(spec, f"auto: '{name}', predicted {predicted:.1f} of the {minutes:g} min{said}")
         passed.append((name, predicted))
     raise UsageError(f"Even '{name}' is predicted to take {predicted:.0f} min, more than the {minutes:g} allowed.",
                      "raise --time-budget, lower --samples, or choose --method magnitude")

@@ -26,14 +26,14 @@ import torch
 
 from nmsparse_deploy import models
 from nmsparse_deploy.errors import CheckFailed, NmsparseError, UsageError, first_line
+from nmsparse_deploy.find.block_file import LayerRecord
 from nmsparse_deploy.find.plan.make_plan import Plan, PlanRow, by_fusion
-from nmsparse_deploy.masks import Mask, MaskSet, mask_follows, normalise_zeros, tensor_hash
+from nmsparse_deploy.find.write_run import verify_model, write_masks, write_model
+from nmsparse_deploy.masks import Mask, mask_follows, normalise_zeros, tensor_hash
 from nmsparse_deploy.models.base import Target
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.state_dict import read_state_dict
 from nmsparse_deploy.pattern import NMPattern
-from nmsparse_deploy.prove import verify_checkpoint
-from nmsparse_deploy.prove.report import NOT_CHECKED
 from nmsparse_deploy.recipe import Prune, fingerprint
 from nmsparse_deploy.runs.manifest import ImportedFrom, RecipeRecord
 from nmsparse_deploy.runs.run_dir import RUNS, RunDir
@@ -113,13 +113,14 @@ def import_result(model: str, masks: Path | None = None, sparse: str | None = No
     normalised = _apply(pruned, kept)
     run = RunDir.create(path, recipe, fingerprint(f"{model} {masks} {sparse}", spec), force=True)
     with run.lock():
-        rows = _write(run, pruned, kept, targets, hashes, normalised, wanted, recipe)
+        write_model(run, pruned)
+        packed = {name: Mask.pack(mask.contiguous(), targets[name].axis, wanted, hashes[name])
+                  for name, mask in kept.items()}
+        records = [_record(name, targets[name], mask, normalised[name]) for name, mask in packed.items()]
+        masks_written = write_masks(run, packed, records, "imported", model)
         run.write_json("plan.json", plan.to_json())
-        report = verify_checkpoint(run / "model", MaskSet.load(run / "masks.safetensors"))
-        run.write_json("verify.json", {"reports": [report.to_json()], "not_checked": list(NOT_CHECKED)})
-        if not report.ok:
-            raise CheckFailed(f"The imported model fails verification: {report.summary()}")
-        run.finish("prune", time.perf_counter() - start, layers=len(rows), peak_memory_mb=peak_memory_mb(),
+        verify_model(run, masks_written, "imported")
+        run.finish("prune", time.perf_counter() - start, layers=len(records), peak_memory_mb=peak_memory_mb(),
                    negative_zeros_normalised=sum(normalised.values()),
                    provenance=dense.provenance, compute="none", calibration=None, ambiguous=ambiguous)
     groups = sum(mask.numel() // wanted.group for mask in kept.values())
@@ -288,21 +289,6 @@ def _apply(loaded: LoadedModel, kept: Mapping[str, torch.Tensor]) -> dict[str, i
     return normalised
 
 
-def _write(run: RunDir, pruned: LoadedModel, kept: Mapping[str, torch.Tensor], targets: Mapping[str, Target],
-           hashes: Mapping[str, str], normalised: Mapping[str, int], pattern: NMPattern,
-           recipe: RecipeRecord) -> list[dict[str, Any]]:
-    """Weights, masks and their records."""
-    masks = {name: Mask.pack(mask.contiguous(), targets[name].axis, pattern, hashes[name])
-             for name, mask in kept.items()}
-    info = {"method": "imported", "recipe": run.manifest().fingerprint, "model": recipe.model}
-    with run.replacing("model") as folder:
-        folder.mkdir()
-        pruned.save(folder)
-    with run.replacing("masks.safetensors") as file:
-        MaskSet(masks, info).save(file)
-    rows = [{"name": name, "block": targets[name].block, "axis": mask.axis, "pattern": str(pattern),
-             "shape": mask.shape, "dense_hash": mask.dense_hash, "relative_error": None,
-             "negative_zeros_normalised": normalised[name], "seconds": 0.0, "peak_memory_mb": 0}
-            for name, mask in masks.items()]
-    run.write_json("layers.json", rows)
-    return rows
+def _record(name: str, target: Target, mask: Mask, negative_zeros: int) -> LayerRecord:
+    return LayerRecord(name, target.block, mask.axis, str(mask.pattern), mask.shape, mask.dense_hash, None,
+                       negative_zeros, 0.0, 0)

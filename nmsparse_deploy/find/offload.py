@@ -12,7 +12,7 @@ import torch
 
 from nmsparse_deploy import models
 from nmsparse_deploy.errors import NmsparseError
-from nmsparse_deploy.find.cost import footprint
+from nmsparse_deploy.find.footprint import footprint
 from nmsparse_deploy.find.plan.make_plan import Plan, make_plan
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.pattern import parse_pattern
@@ -23,7 +23,7 @@ from nmsparse_deploy.system.progress import Progress, silent
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """A model with what is to be pruned in it, and how it is held."""
 
     loaded: LoadedModel
@@ -67,7 +67,7 @@ def planned(loaded: LoadedModel, spec: Prune) -> Plan:
 
 
 def open_model(model: str, spec: Prune, compute: torch.dtype, limit: int | None = None,
-               progress: Progress = silent) -> Opened:
+               progress: Progress = silent) -> OpenedModel:
     """Load `model` and plan. Raises `NmsparseError` when it cannot be pruned as asked in the memory there is."""
     loaded = load_fitting(model, limit)
     progress(models.described(model, loaded), 0, 0)
@@ -75,10 +75,10 @@ def open_model(model: str, spec: Prune, compute: torch.dtype, limit: int | None 
     need = footprint(loaded, plan, spec, compute)
     if not loaded.streamed:
         _refuse_over(limit, need.whole, "and this kind of model cannot be streamed from its files")
-        return Opened(loaded, plan, False, need.whole, limit)
+        return OpenedModel(loaded, plan, False, need.whole, limit)
     room = limit or memory.free_memory()
     if need.whole <= room:
-        return Opened(models.load(model), plan, False, need.whole, limit)
+        return OpenedModel(models.load(model), plan, False, need.whole, limit)
     if reason := spec.whole_model:
         raise NmsparseError(f"{reason} needs the whole model in memory, {megabytes(need.whole)} as predicted, and "
                             f"there are {megabytes(room)}.", "leave it out, or take a machine with more memory")
@@ -88,7 +88,7 @@ def open_model(model: str, spec: Prune, compute: torch.dtype, limit: int | None 
              f"{megabytes(predicted)}", 0, 0)
     if limit is not None:
         _refuse_over(limit, predicted, "one block of it at a time, with hidden states on disk")
-    return Opened(loaded, plan, on_disk, predicted, limit)
+    return OpenedModel(loaded, plan, on_disk, predicted, limit)
 
 
 def _refuse_over(limit: int | None, predicted: int, how: str) -> None:

@@ -6,39 +6,34 @@ stream is recomputed through them, and the walk goes on: the masks are the same 
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from nmsparse_deploy import models
 from nmsparse_deploy.data.calibration_sample import Sample, draw, some
-from nmsparse_deploy.errors import CheckFailed, NmsparseError, UsageError
+from nmsparse_deploy.find.block_file import BlockContent, BlockFile, LayerRecord
 from nmsparse_deploy.find.calibration.block_walk import BlockWalk
 from nmsparse_deploy.find.calibration.buffers import DiskBuffers
+from nmsparse_deploy.find.facts import Json, RefinementRecord
 from nmsparse_deploy.find.learn.checkpoint import Checkpoints
 from nmsparse_deploy.find.learn.prior_selection import Masks
-from nmsparse_deploy.find.learn.session import FOLDER, Session, stored_priors, summary
+from nmsparse_deploy.find.learn.session import FOLDER, LearningSession, stored_priors, summary
 from nmsparse_deploy.find.methods.base import LayerResult, Method
-from nmsparse_deploy.find.offload import Opened, open_model
+from nmsparse_deploy.find.offload import OpenedModel, open_model
 from nmsparse_deploy.find.plan.make_plan import Plan
 from nmsparse_deploy.find.prune_block import PrunedBlock, prune_block
-from nmsparse_deploy.masks import Mask, MaskSet, mask_follows, normalise_zeros, tensor_hash
-from nmsparse_deploy.models.base import from_rows, to_rows
+from nmsparse_deploy.find.prune_checks import check_finite, check_scales_fit, check_shared
+from nmsparse_deploy.find.write_run import stored_masks, verify_model, write_blocks
+from nmsparse_deploy.masks import Mask, normalise_zeros
+from nmsparse_deploy.models.base import from_rows
 from nmsparse_deploy.models.loaded import LoadedModel
-from nmsparse_deploy.models.permutations import ORDER, Permutations, from_tensors, to_tensors
-from nmsparse_deploy.pattern import Scope, parse_pattern
-from nmsparse_deploy.prove import VerifyReport, verify_checkpoint
-from nmsparse_deploy.prove.report import NOT_CHECKED
 from nmsparse_deploy.recipe import DEFAULT_MODEL, Prune, fingerprint
 from nmsparse_deploy.registry import METHODS, REFINEMENTS
 from nmsparse_deploy.runs.manifest import RecipeRecord
@@ -74,16 +69,16 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
     team = distributed.current()
     if team.world > 1:
         progress = progress if team.first else silent
-        _check_shared(spec, team)
+        check_shared(spec, team)
     METHODS[spec.one_shot_method].require(f"The method '{spec.method}'")
     method = Method.load(spec.one_shot_method)
     compute = hardware.compute_dtype(spec.compute, device)
     progress(f"loading {model}", 0, 0)
     opened = open_model(model, spec, compute, max_memory, progress)
     loaded, plan = opened.loaded, opened.plan
-    _check_finite(loaded, plan)
+    check_finite(loaded, plan)
     stored = stored_priors(spec.learn, loaded.module, plan) if spec.learn else {}
-    _check_scales_fit(plan, spec)
+    check_scales_fit(plan, spec)
     idle = spec.needs == "none" and not spec.learn and not spec.finetune
     sample = None if idle else draw(loaded, spec.calibration, progress, compute)
     if team.first:
@@ -92,7 +87,7 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
     run = RunDir(path)
     loaded.to(device)
     stage = _Stage(run, opened, loaded, plan, spec, method, sample, compute, progress, stored,
-                   team=ALONE if spec.learn else team)
+                   ALONE if spec.learn else team)
     if spec.learn and not team.first:
         stage.learn_whole()
     else:
@@ -111,69 +106,17 @@ def _default_path(model: str, spec: Prune, identity: str) -> Path:
     return path
 
 
-def _check_finite(loaded: LoadedModel, plan: Plan) -> None:
-    for number, path in enumerate(plan.blocks):
-        with loaded.weights.materialise(path):
-            for name in (row.target.name for row in plan.pruned(number)):
-                if not torch.isfinite(loaded.module.get_parameter(name)).all():
-                    raise NmsparseError(f"The weight '{name}' of '{loaded.source}' contains NaN or Inf.",
-                                        f"repair the checkpoint, or leave it dense with --exclude '{name}'")
-
-
-def _check_shared(spec: Prune, team: Processes) -> None:
-    """Several processes can share the sequences where statistics are drawn from them, or masks learned globally."""
-    if spec.learn is not None and spec.learn.objective == "global" and not spec.finetune:
-        return
-    alone = next((step.name for step in spec.refine if REFINEMENTS[step.name].level != "layer"), None)
-    if spec.learn is not None or alone:
-        raise UsageError(f"'{alone or spec.method}' sees all sequences at a time, so {team.world} processes cannot "
-                         "share them.", "run it in one process; masks learned with --objective global can be shared")
-    if spec.needs == "none":
-        raise UsageError(f"'{spec.method}' uses no data, so there is nothing for {team.world} processes to share.",
-                         "run it in one process")
-    batches = -(-spec.calibration.samples // spec.calibration.batch)
-    if batches < team.world:
-        raise UsageError(f"{spec.calibration.samples} samples in batches of {spec.calibration.batch} cannot be shared "
-                         f"by {team.world} processes.", "more --samples, or a smaller calibration.batch in a recipe")
-
-
-def _check_scales_fit(plan: Plan, spec: Prune) -> None:
-    for row in plan.pruned() if spec.wgroup else []:
-        assert spec.wgroup is not None and row.pattern is not None
-        if spec.wgroup % row.pattern.block_size:
-            raise UsageError(f"wgroup {spec.wgroup} cuts through what {row.pattern} prunes at a time in "
-                             f"'{row.target.name}'.", f"take a multiple of {row.pattern.block_size}")
-        if row.target.k % spec.wgroup:
-            raise UsageError(f"wgroup {spec.wgroup} does not divide the {row.target.k} inputs of '{row.target.name}'.",
-                             f"leave it out, or leave the layer dense with --exclude '{row.target.name}'")
-
-
-def _unreached(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Experts that too few calibration tokens reached, among all matrices of experts; nothing without experts."""
-    stacks = [row["experts"] for row in rows if "experts" in row]
-    if not stacks:
+def _experts_by_magnitude(records: Sequence[LayerRecord]) -> dict[str, Json]:
+    """Count the experts that too few calibration tokens reached, among all; nothing where there are none."""
+    experts = [record.experts for record in records if record.experts]
+    if not experts:
         return {}
-    return {"experts_by_magnitude": {"matrices": sum(len(stack["by_magnitude"]) for stack in stacks),
-                                     "of": sum(len(stack["tokens"]) for stack in stacks)}}
+    return {"experts_by_magnitude": {"matrices": sum(len(stack.by_magnitude) for stack in experts),
+                                     "of": sum(len(stack.tokens) for stack in experts)}}
 
-
-MASK = "|mask"
-SCALES = "|scales"
-"""Follow a parameter's name in a block's file."""
 
 ACTIVATIONS = "activations"
 """In the run folder while hidden states are on disk."""
-
-
-def _is_weight(key: str) -> bool:
-    """Is this entry of a block's file the new value of a parameter?"""
-    return not key.endswith((MASK, SCALES)) and ORDER not in key
-
-
-def _stored(path: Path, name: str, dtype: torch.dtype) -> torch.Tensor:
-    with safe_open(path, framework="pt") as file:
-        found: torch.Tensor = file.get_tensor(name).to(dtype)  # refinements leave norms and biases in fp32
-        return found
 
 
 @dataclass
@@ -181,7 +124,7 @@ class _Stage:
     """One prune stage while it runs."""
 
     run: RunDir
-    opened: Opened
+    opened: OpenedModel
     loaded: LoadedModel
     plan: Plan
     spec: Prune
@@ -192,29 +135,34 @@ class _Stage:
     progress: Progress
     priors: Mapping[str, Masks] = field(default_factory=dict)
     """Masks from files that learning may start from."""
-    refinements: list[dict[str, Any]] = field(default_factory=list)
-    """What block refinements had to tell, block by block."""
-    orders: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
-    """How channels were permuted before pruning."""
+    team: Processes = ALONE
+    files: list[BlockFile] = field(default_factory=list)
+    """The finished blocks."""
+    refinements: list[RefinementRecord] = field(default_factory=list)
+    """In the order in which they were made."""
     given: dict[str, LayerResult] | None = None
     """Masks that were learned for the whole model."""
-    moved: dict[str, Mask] = field(default_factory=dict)
-    """Masks that fine-tuning changed."""
-    team: Processes = ALONE
 
     def work(self) -> None:
+        """Prune block by block, fine-tune, save and verify."""
         start = time.perf_counter()
         if self.team.first:
             self.run.write_json("plan.json", self.plan.to_json())
-        blocks = sorted({row.target.block for row in self.plan.pruned()})
         self.learn_whole()
+        self._walk_blocks()
+        records, masks = self._finetune([record for file in self.files for record in file.layers])
+        if self.team.first:
+            self._finish(records, masks, time.perf_counter() - start)
+
+    def _walk_blocks(self) -> None:
+        blocks = sorted({row.target.block for row in self.plan.pruned()})
         walk, probe = self._walk(), self._probe()
-        rows: list[dict[str, Any]] = []
         for number in range(blocks[-1] + 1):
             self.progress(f"{self.spec.method} {self.spec.pattern}, block {number}", number, len(self.plan.blocks))
             with self.loaded.weights.materialise(self.plan.blocks[number]):
                 if number in blocks:
-                    rows += self._block(walk, probe, number)
+                    self.files.append(file := self._block(walk, probe, number))
+                    self.refinements += file.refinements
                 elif walk is not None:
                     walk.pass_dense(number)
                 if walk is not None and number < blocks[-1]:
@@ -222,28 +170,27 @@ class _Stage:
             if self.loaded.streamed:
                 give_back()
             self.opened.check(run_peak(), f"Block {number}")
-        del walk, probe
-        self._finetune(rows)
-        if self.team.first:
-            self._finish(rows, time.perf_counter() - start)
 
-    def _finish(self, rows: list[dict[str, Any]], seconds: float) -> None:
+    def _finish(self, records: Sequence[LayerRecord], retuned: Mapping[str, Mask], seconds: float) -> None:
         self.progress("saving and verifying", 0, 0)
-        report = self._save(rows)
-        if not report.ok:
-            raise CheckFailed(f"The saved model fails verification: {report.summary()}")
+        masks = write_blocks(self.run, self.loaded, self.spec, self.files, records, self.refinements, retuned)
+        if self.sample is not None:
+            with self.run.replacing("calibration.safetensors") as path:
+                save_file(self.sample.record(), path)
+        verify_model(self.run, masks, "saved")
         self.opened.check(run_peak(), "Saving and verifying")
-        self.run.finish("prune", seconds, layers=len(rows), peak_memory_mb=peak_memory_mb(),
-                        negative_zeros_normalised=sum(row["negative_zeros_normalised"] for row in rows),
+        learned = [record for record in self.refinements if record.name == self.spec.method]
+        self.run.finish("prune", seconds, layers=len(records), peak_memory_mb=peak_memory_mb(),
+                        negative_zeros_normalised=sum(record.negative_zeros_normalised for record in records),
                         memory={**self.opened.to_json(), "peak_bytes": run_peak()},
                         provenance=self.loaded.provenance, compute=str(self.compute).removeprefix("torch."),
-                        calibration=self.sample.to_json() if self.sample else None, **_unreached(rows),
-                        **self._learned())
+                        calibration=self.sample.to_json() if self.sample else None, **_experts_by_magnitude(records),
+                        **({"learned": summary(learned).to_json()} if self.spec.learn else {}))
         for folder in ("blocks", FOLDER, ACTIVATIONS):
             shutil.rmtree(self.run / folder, ignore_errors=True)
 
     def _walk(self) -> BlockWalk | None:
-        """The calibration stream, or None when the method needs no data."""
+        """Make the calibration stream, or None when the method needs no data."""
         if self.sample is None or self.spec.needs == "none":
             return None
         batches = self.loaded.batches(some(self.sample, self.spec.walked), self.spec.calibration.batch)
@@ -255,38 +202,41 @@ class _Stage:
                          buffers, self.team)
 
     def _probe(self) -> BlockWalk | None:
-        """A few tokens in fp32, on which the block is asked which of its channels may be permuted."""
+        """Make a stream of a few tokens in fp32, on which a block is asked which of its channels may be permuted."""
         if not self.spec.permute:
             return None
         batches = self.loaded.batches(self.loaded.sample_inputs(), 2)
         return BlockWalk(self.loaded.module, self.plan.blocks, batches[:1], weights=self.loaded.weights)
 
-    def _block(self, walk: BlockWalk | None, probe: BlockWalk | None, block: int) -> list[dict[str, Any]]:
-        """Prune one block, or read it back when an earlier process finished it."""
-        name = f"blocks/{block:03d}.safetensors"
+    def _block(self, walk: BlockWalk | None, probe: BlockWalk | None, number: int) -> BlockFile:
+        """Prune one block, unless an earlier process finished it, and put its file's parameters into the model."""
+        name = f"blocks/{number:03d}.safetensors"
         if not (self.run / name).is_file():
-            self._commit(name, prune_block(self.loaded.module, self.plan, block, self.spec, self.method, walk, probe,
-                                          self._session().learn_block if self._blockwise() else None, self.given))
+            self._commit(name, prune_block(self.loaded.module, self.plan, number, self.spec, self.method, walk, probe,
+                                           self._session().learn_block if self._blockwise() else None, self.given))
         elif walk is not None:
-            walk.pass_dense(block)
+            walk.pass_dense(number)
         self.team.wait()
-        weights = load_file(self.run / name)
+        file = BlockFile.load(self.run / name)
         with torch.no_grad():
-            for key, value in weights.items():
-                if _is_weight(key):
-                    self.loaded.module.get_parameter(key).copy_(value)
-        with safe_open(self.run / name, framework="numpy") as file:
-            records = file.metadata()
-        self.refinements += json.loads(records["refinements"])
-        self.orders |= from_tensors(weights)
-        return json.loads(records["layers"])
+            for key, read in file.parameters(self.loaded.module).items():
+                self.loaded.module.get_parameter(key).copy_(read())
+        return file
+
+    def _commit(self, name: str, pruned: PrunedBlock) -> None:
+        """Write the block's file; from here on it survives a kill."""
+        if self.team.first:
+            moved = any(REFINEMENTS[step.name].changes != "weights" for step in self.spec.refine)
+            content = BlockContent.of(pruned, self.loaded.module, None if moved else self.method.facts.scope)
+            with self.run.replacing(name) as path:
+                BlockFile.save(path, content)
 
     def _blockwise(self) -> bool:
         return self.spec.learn is not None and self.spec.learn.objective == "block"
 
-    def _session(self) -> Session:
-        return Session(self.run, self.spec.learn, self.spec.calibration.seed, self.compute,
-                       self.loaded.device, self.progress, self.priors)
+    def _session(self) -> LearningSession:
+        return LearningSession(self.run, self.spec.learn, self.spec.calibration.seed, self.compute,
+                               self.loaded.device, self.progress, self.priors)
 
     def learn_whole(self) -> None:
         """Learn all masks at once, where the recipe asks for it; the walk then writes them down."""
@@ -295,121 +245,27 @@ class _Stage:
         from nmsparse_deploy.find.learn.whole_model import learn_model
 
         assert self.sample is not None
-        self.given, facts = learn_model(self._session(), self.loaded, self.plan, self.spec, self.sample)
-        self.refinements.append({"block": None, **facts})
+        self.given, record = learn_model(self._session(), self.loaded, self.plan, self.spec, self.sample)
+        self.refinements.append(record)
 
-    def _finetune(self, rows: list[dict[str, Any]]) -> None:
-        """Train the whole pruned model, where the recipe asks for it. Errors of single layers mean nothing after."""
+    def _finetune(self, records: Sequence[LayerRecord]) -> tuple[Sequence[LayerRecord], dict[str, Mask]]:
+        """Train the whole pruned model, where the recipe asks for it; return new records, and the masks that changed.
+
+        Errors of single layers mean nothing afterwards.
+        """
         if self.spec.finetune is None:
-            return
+            return records, {}
         from nmsparse_deploy.find.learn.finetune_model import refine_model
 
         assert self.sample is not None
-        masks = self._masks(rows)
-        found, facts = refine_model(Checkpoints(self.run, f"{FOLDER}/{self.spec.finetune.name}.safetensors"),
+        masks = stored_masks(self.files)
+        rows, report = refine_model(Checkpoints(self.run, f"{FOLDER}/{self.spec.finetune.name}.safetensors"),
                                     self.loaded, self.plan, self.spec, masks, self.sample.inputs, self.compute,
                                     self.progress)
-        for row in rows:
-            row["relative_error"] = None
-            row["negative_zeros_normalised"] += normalise_zeros(self.loaded.module.get_parameter(row["name"]).detach())
-            kept, mask = found[row["name"]], masks[row["name"]]
-            bits = from_rows(kept, mask.shape, mask.axis)
-            self.moved[row["name"]] = Mask.pack(bits, mask.axis, mask.pattern, mask.dense_hash)
-        self.refinements.append({"block": None, **facts})
-
-    def _learned(self) -> dict[str, Any]:
-        if self.spec.learn is None:
-            return {}
-        return {"learned": summary([row for row in self.refinements if row["name"] == self.spec.method])}
-
-    def _scope(self) -> Scope | None:
-        """What the method compared; None when a refinement may have moved places since."""
-        moved = any(REFINEMENTS[step.name].changes != "weights" for step in self.spec.refine)
-        return None if moved else self.method.facts.scope
-
-    def _commit(self, name: str, pruned: PrunedBlock) -> None:
-        """Write the block's weights and masks; from here on it survives a kill."""
-        if not self.team.first:
-            return
-        tensors = {key: value.cpu().contiguous() for key, value in pruned.others.items()} | to_tensors(pruned.orders)
-        records, scope = [], self._scope()
-        for key, layer in pruned.layers.items():
-            parameter = self.loaded.module.get_parameter(key).detach()
-            if not mask_follows(layer.result.mask, layer.pattern, scope=scope):
-                raise CheckFailed(f"The recipe broke the pattern {layer.pattern} on '{key}'.")
-            weight, negative_zeros = layer.baked(parameter.dtype)
-            mask = Mask.pack(from_rows(layer.result.mask, layer.shape, layer.axis), layer.axis, layer.pattern,
-                             tensor_hash(parameter))
-            if layer.result.grid is not None:
-                if not layer.result.grid.holds(to_rows(weight, layer.axis)):
-                    raise CheckFailed(f"The recipe left the {self.spec.wbits}-bit grid on '{key}'.")
-                tensors[key + SCALES] = layer.result.grid.scales.cpu()
-            error = layer.error(to_rows(weight, layer.axis).float())
-            tensors |= {key: weight.cpu(), key + MASK: torch.from_numpy(mask.bits)}
-            records.append({"name": key, "block": pruned.number, "axis": mask.axis, "pattern": str(mask.pattern),
-                            "shape": mask.shape, "dense_hash": mask.dense_hash, "relative_error": error,
-                            "negative_zeros_normalised": negative_zeros,
-                            "seconds": round(pruned.seconds[key], 3), "peak_memory_mb": pruned.peaks[key],
-                            **layer.reached()})
-        with self.run.replacing(name) as temporary:
-            told = {"layers": records, "refinements": pruned.refinements}
-            save_file(tensors, temporary, {key: json.dumps(value) for key, value in told.items()})
-
-    def _save(self, rows: list[dict[str, Any]]) -> VerifyReport:
-        """Write weights, masks and records, and check the weights as they are on disk."""
-        info = {"method": self.spec.method, "recipe": self.run.manifest().fingerprint, "model": self.loaded.source}
-        with self.run.replacing("model") as folder:
-            folder.mkdir()
-            self.loaded.save(folder, self._changed(rows))
-        masks = MaskSet(self._masks(rows), info)  # not in memory beside a shard
-        with self.run.replacing("masks.safetensors") as file:
-            masks.save(file)
-        if self.spec.wbits:
-            with self.run.replacing("scales.safetensors") as file:
-                about = {"bits": self.spec.wbits, "group": self.spec.wgroup}  # one key: several come in any order
-                save_file(self._scales(rows), file, {"grid": json.dumps(about)})
-        if self.sample is not None:
-            with self.run.replacing("calibration.safetensors") as file:
-                save_file(self.sample.record(), file)
-        self.run.write_json("layers.json", rows)
-        if self.orders:
-            with self.run.replacing("permutations.safetensors") as file:
-                Permutations(self.orders, self._spaces()).save(file)
-        if self.refinements:
-            self.run.write_json("refinements.json", self.refinements)
-        report = verify_checkpoint(self.run / "model", masks)
-        self.run.write_json("verify.json", {"reports": [report.to_json()], "not_checked": list(NOT_CHECKED)})
-        return report
-
-    def _changed(self, rows: list[dict[str, Any]]) -> dict[str, Callable[[], torch.Tensor]]:
-        """How to read what pruning changed from the blocks' files, by parameter name."""
-        changed: dict[str, Callable[[], torch.Tensor]] = {}
-        for block in sorted({row["block"] for row in rows}):
-            path = self.run / f"blocks/{block:03d}.safetensors"
-            with safe_open(path, framework="pt") as file:
-                names = [key for key in file.keys() if _is_weight(key)]  # noqa: SIM118
-            changed |= {name: partial(_stored, path, name, self.loaded.module.get_parameter(name).dtype)
-                        for name in names}
-        return changed
-
-    def _spaces(self) -> list[dict[str, Any]]:
-        named = ("consumers", "producers", "segments", "length", "copies")
-        return [{name: space[name] for name in named} for told in self.refinements if told["name"] == "permute"
-                for space in told["spaces"]]
-
-    def _masks(self, rows: list[dict[str, Any]]) -> dict[str, Mask]:
-        masks = {}
-        for block in sorted({row["block"] for row in rows}):
-            with safe_open(self.run / f"blocks/{block:03d}.safetensors", framework="numpy") as file:
-                for row in (r for r in rows if r["block"] == block):
-                    masks[row["name"]] = Mask(file.get_tensor(row["name"] + MASK), tuple(row["shape"]), row["axis"],
-                                              parse_pattern(row["pattern"]), row["dense_hash"])
-        return masks | self.moved
-
-    def _scales(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Scales of the rounded weights by parameter, fp32, `[outputs, runs of inputs that share one]`."""
-        scales: dict[str, torch.Tensor] = {}
-        for block in sorted({row["block"] for row in rows}):
-            found = load_file(self.run / f"blocks/{block:03d}.safetensors")
-            scales |= {key.removesuffix(SCALES): value for key, value in found.items() if key.endswith(SCALES)}
-        return scales
+        self.refinements.append(report)
+        zeros = {record.name: normalise_zeros(self.loaded.module.get_parameter(record.name).detach())
+                 for record in records}
+        tuned = [replace(record, relative_error=None, negative_zeros_normalised=record.negative_zeros_normalised
+                         + zeros[record.name]) for record in records]
+        return tuned, {name: Mask.pack(from_rows(rows[name], mask.shape, mask.axis), mask.axis, mask.pattern,
+                                       mask.dense_hash) for name, mask in masks.items()}

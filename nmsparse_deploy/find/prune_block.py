@@ -15,11 +15,12 @@ from torch import nn
 
 from nmsparse_deploy.find.calibration.block_walk import BlockWalk
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
+from nmsparse_deploy.find.facts import RefinementFacts, RefinementRecord
 from nmsparse_deploy.find.learn.losses import divergence
 from nmsparse_deploy.find.methods.base import LayerResult, Method, prune_matrices
 from nmsparse_deploy.find.methods.grid import Grid
 from nmsparse_deploy.find.plan.make_plan import Plan, PlanRow, by_fusion
-from nmsparse_deploy.find.refine.base import Block, BlockResult, Layer, RefineBlock, refine_matrices
+from nmsparse_deploy.find.refine.base import BlockPair, BlockResult, PrunedLayer, RefineBlock, refine_matrices
 from nmsparse_deploy.find.refine.permute import Orders, permute
 from nmsparse_deploy.models.base import to_rows
 from nmsparse_deploy.models.objective import unlabelled
@@ -27,7 +28,7 @@ from nmsparse_deploy.recipe import Prune, Step
 from nmsparse_deploy.registry import REFINEMENTS
 from nmsparse_deploy.system.memory import peak_since_reset_mb, reset_peak
 
-LearnBlock = Callable[[Block, Any, int, str], BlockResult]
+LearnBlock = Callable[[BlockPair, Any, int, str], BlockResult]
 """A block refinement that learns masks; also told the block's number and path."""
 
 
@@ -36,14 +37,18 @@ class PrunedBlock:
     """The targets of one block by parameter name, other parameters that were changed, and what it took."""
 
     number: int
-    layers: dict[str, Layer]
+    layers: dict[str, PrunedLayer]
     others: dict[str, torch.Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     """Largest memory while a layer was pruned, in MB."""
-    refinements: list[dict[str, Any]] = field(default_factory=list)
+    refinements: list[RefinementRecord] = field(default_factory=list)
     orders: Orders = field(default_factory=dict)
     """Where the entries of the dense weights come from, by parameter and axis, where channels were permuted."""
+
+    def report(self, name: str, facts: RefinementFacts, seconds: float) -> None:
+        """Put the report of a refinement on record."""
+        self.refinements.append(RefinementRecord(self.number, name, {**facts.to_json(), "seconds": round(seconds, 3)}))
 
 
 def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method: Method,
@@ -93,7 +98,7 @@ def prune_block(module: nn.Module, plan: Plan, number: int, spec: Prune, method:
     return pruned
 
 
-def _each_layer(pruned: PrunedBlock, change: Callable[[Layer], LayerResult]) -> None:
+def _each_layer(pruned: PrunedBlock, change: Callable[[PrunedLayer], LayerResult]) -> None:
     """Put what `change` makes of every layer in its place, and count the time."""
     for name, layer in pruned.layers.items():
         start = time.perf_counter()
@@ -112,21 +117,20 @@ def _permute(module: nn.Module, plan: Plan, pruned: PrunedBlock, walk: BlockWalk
     targets = {row.target.name for row in rows}
     pruned.others |= {name: module.get_parameter(name).detach().clone() for name, _ in done.orders
                       if name not in targets}
-    pruned.refinements.append({"block": number, "name": "permute", **done.facts,
-                               "seconds": round(time.perf_counter() - start, 3)})
+    pruned.report("permute", done.facts, time.perf_counter() - start)
 
 
 def _prune_layer(module: nn.Module, row: PlanRow, stats: LayerStats, spec: Prune, method: Method,
-                 given: Mapping[str, LayerResult] | None) -> Layer:
+                 given: Mapping[str, LayerResult] | None) -> PrunedLayer:
     assert row.pattern is not None
     parameter = module.get_parameter(row.target.name).detach()
     weight = to_rows(parameter, row.target.axis).float()
     grid = Grid.of(weight, spec.wbits, spec.wgroup) if spec.wbits and not spec.rounds_last else None
     result = given[row.target.name] if given else prune_matrices(method, weight, stats, row.pattern, grid)
-    return Layer(weight, stats, row.pattern, row.target.axis, parameter.shape, result)
+    return PrunedLayer(weight, stats, row.pattern, row.target.axis, parameter.shape, result)
 
 
-def _rounded(layer: Layer, spec: Prune) -> LayerResult:
+def _rounded(layer: PrunedLayer, spec: Prune) -> LayerResult:
     """The survivors on a grid of their own, by a sweep that keeps the mask and lets later columns compensate."""
     assert spec.wbits is not None
     weight = layer.weight
@@ -147,14 +151,13 @@ def _refine_block(module: nn.Module, plan: Plan, pruned: PrunedBlock, walk: Bloc
             sparse.get_parameter(name.removeprefix(path)).copy_(value)
     layers = {name.removeprefix(path): layer for name, layer in pruned.layers.items()}
     looks_on = isinstance(step, Step) and step.outlook(len(plan.blocks) - pruned.number)
-    done = refine(Block(sparse, dense, layers, walk.hidden, walk.entered,
+    done = refine(BlockPair(sparse, dense, layers, walk.hidden, walk.entered,
                         lambda block, batch, x: walk.run(block, pruned.number, batch, x),
                         _distance(module, pruned.number, walk) if looks_on else None), step)
     for name, result in done.layers.items():
         pruned.layers[path + name] = replace(pruned.layers[path + name], result=result)
     pruned.others |= {path + name: value for name, value in done.others.items()}
-    pruned.refinements.append({"block": pruned.number, "name": step.name, **done.facts,
-                               "seconds": round(time.perf_counter() - start, 3)})
+    pruned.report(step.name, done.facts, time.perf_counter() - start)
 
 
 def _distance(module: nn.Module, number: int, walk: BlockWalk) -> Callable[..., torch.Tensor]:

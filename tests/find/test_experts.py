@@ -172,8 +172,8 @@ def test_unreached_experts_of_a_stack_are_pruned_by_magnitude_and_the_record_say
         walk = BlockWalk(net, plan.blocks, [{"x": x}], both=True)
         spec = validate(Prune, {"method": method, "refine": [{"name": "refit"}]})
         layer = prune_block(net, plan, 0, spec, Method.load(method), walk).layers["blocks.0.experts.weight"]
-        told = layer.reached()["experts"]
-        assert told["by_magnitude"] == [2] and told["tokens"][2] == 0 and sum(told["tokens"]) == x.numel() // WIDTH
+        told = layer.stats.expert_tokens()
+        assert told.by_magnitude == (2,) and told.tokens[2] == 0 and sum(told.tokens) == x.numel() // WIDTH
         dense, part = net.blocks[0].experts.weight[2].detach(), layer.matrices()[2]
         assert torch.equal(part.result.mask, project(dense.abs(), TWO_FOUR))
         torch.testing.assert_close(part.weight, torch.where(part.result.mask, dense, 0.0))
@@ -195,7 +195,7 @@ def test_listed_experts():
     pruned = prune_block(net, plan, 0, Prune(method="wanda"), Method.load("wanda"), walk)
     for name, layer in pruned.layers.items():
         never = ".1." in name
-        assert layer.stats.white == never == bool(layer.reached())
+        assert layer.stats.white == never == bool(layer.stats.expert_tokens())
         if never:
             assert torch.equal(layer.result.mask, project(layer.dense.abs(), TWO_FOUR))
     used = [layer.stats.tokens for name, layer in pruned.layers.items() if name.endswith("down.weight")]

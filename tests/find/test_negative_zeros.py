@@ -12,7 +12,7 @@ from nmsparse_deploy.find.import_masks import import_result
 from nmsparse_deploy.find.learn import finetune_model
 from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.prune import prune
-from nmsparse_deploy.find.refine.base import Layer
+from nmsparse_deploy.find.refine.base import PrunedLayer
 from nmsparse_deploy.masks import MaskSet, normalise_zeros
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.prove import verify_checkpoint
@@ -83,7 +83,7 @@ def test_the_method_that_sweeps_ends_verified(dense, texts, tmp_path):
     assert verify_checkpoint(run / "model", MaskSet.load(run / "masks.safetensors")).ok
 
 
-def _shrink(layer: Layer, step) -> LayerResult:
+def _shrink(layer: PrunedLayer, step) -> LayerResult:
     """A refinement that leaves -0.0 in the first kept column, and in the second what bf16 rounds to it."""
     weight = layer.weight.clone()
     weight[:, 0], weight[:, 1] = -0.0, -1e-45

@@ -18,7 +18,7 @@ from nmsparse_deploy import models
 from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.find import offload as opening
-from nmsparse_deploy.find.cost import Footprint
+from nmsparse_deploy.find.footprint import Footprint
 from nmsparse_deploy.find.offload import open_model
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.recipe import Prune, validate
@@ -151,7 +151,7 @@ def test_killed_in_the_middle_and_resumed(texts, tmp_path, streaming):
         from nmsparse_deploy.find import offload as opening
         from nmsparse_deploy.runs import run_dir as rundir
         from nmsparse_deploy.system import memory
-        from nmsparse_deploy.find.cost import Footprint
+        from nmsparse_deploy.find.footprint import Footprint
         from nmsparse_deploy.find.prune import prune
         from nmsparse_deploy.recipe import Prune
         opening.footprint = lambda *_: Footprint(10**15, 10**15, 0)

@@ -12,6 +12,14 @@ from nmsparse_deploy.registry import Need
 
 
 @dataclass(frozen=True)
+class ExpertTokens:
+    """How many calibration tokens reached each expert of a matrix, and which experts too few reached."""
+
+    tokens: tuple[int, ...]
+    by_magnitude: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class LayerStats:
     """Statistics of the inputs `X` (`n` columns, `tokens` rows) that one or more layers read.
 
@@ -47,6 +55,14 @@ class LayerStats:
     def mean(self) -> torch.Tensor:
         """Return the mean of every input column."""
         return torch.zeros_like(self.square_sum) if self.total is None else self.total / max(self.tokens, 1)
+
+    def expert_tokens(self) -> ExpertTokens | None:
+        """Count the tokens of each expert; None for a matrix that all tokens reach."""
+        if not self.experts and not self.white:
+            return None
+        experts = self.experts or (self,)
+        return ExpertTokens(tuple(own.tokens for own in experts),
+                            tuple(number for number, own in enumerate(experts) if own.white))
 
     def reordered(self, order: torch.Tensor) -> LayerStats:
         """Return the statistics of the same inputs with column `order[j]` in the place of column j."""

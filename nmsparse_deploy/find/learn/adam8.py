@@ -43,7 +43,7 @@ class AdamW8(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step of every parameter that has a gradient."""
+        """Take one step of every parameter that has a gradient."""
         index = 0
         for group in self.param_groups:
             for value in group["params"]:
@@ -65,7 +65,8 @@ class AdamW8(torch.optim.Optimizer):
         write(state, "root", root, chance)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The base class turns every state into the parameters' dtype."""
+        """Restore the state with the codes in their own dtypes; the base class turns every state into the parameters'
+        dtype."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
             for name, dtype in CODES.items():
@@ -74,7 +75,7 @@ class AdamW8(torch.optim.Optimizer):
 
 
 def read(state: Mapping[str, torch.Tensor], name: str, value: torch.Tensor) -> torch.Tensor:
-    """A moment in the shape of `value`; zero before the first step."""
+    """Return a moment in the shape of `value`; zero before the first step."""
     if name not in state:
         return torch.zeros_like(value)
     codes = state[name].float() / _MOST[name]

@@ -50,7 +50,7 @@ class Augmentation:
 
     def __call__(self, pictures: Sequence[Image], labels: torch.Tensor | None,
                  seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`[pictures, 3, H, W]`, and what stands for the labels: probabilities `[pictures, classes]`."""
+        """Return `[images, 3, H, W]`, and what stands for the labels: probabilities `[images, classes]`."""
         with seeded(seed):
             values = torch.stack([self.transform(picture.convert("RGB")) for picture in pictures])
             if self.mixup is not None and len(values) % 2 == 0:  # timm mixes pairs
@@ -67,7 +67,8 @@ class Augmentation:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, everything that draws from a global generator of the CPU draws the same for the same seed."""
+    """Make everything that draws from a global generator of the CPU draw the same for the same seed inside the
+    block."""
     python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % (1 << 32))

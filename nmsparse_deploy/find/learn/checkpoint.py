@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.find.learn.learner import Learnt
+from nmsparse_deploy.find.learn.learner import LearnedMask
 from nmsparse_deploy.find.learn.sharded import like, whole
 from nmsparse_deploy.runs.run_dir import RunDir
 
@@ -21,8 +21,8 @@ RECORD = "record"
 
 
 @dataclass
-class Progressed:
-    """How far a run has come; numbers and texts only."""
+class TrainingProgress:
+    """The progress of a run; numbers and texts only."""
 
     step: int = 0
     """Optimiser steps made."""
@@ -42,19 +42,20 @@ class Checkpoints:
     def __init__(self, run: RunDir, name: str) -> None:
         self.run, self.name = run, name
 
-    def save(self, so_far: Progressed, tensors: Mapping[str, torch.Tensor]) -> None:
+    def save(self, so_far: TrainingProgress, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write the checkpoint; it replaces the one before."""
         stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         with self.run.replacing(self.name) as temporary:
             save_file(stored, temporary, {RECORD: json.dumps(asdict(so_far))})
 
-    def load(self) -> tuple[Progressed, dict[str, torch.Tensor]] | None:
-        """The newest checkpoint, or None. Raises `UsageError` when it is damaged."""
+    def load(self) -> tuple[TrainingProgress, dict[str, torch.Tensor]] | None:
+        """Return the newest checkpoint, or None. Raises `UsageError` when it is damaged."""
         path = self.run / self.name
         if not path.is_file():
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                so_far = Progressed(**json.loads(file.metadata()[RECORD]))
+                so_far = TrainingProgress(**json.loads(file.metadata()[RECORD]))
                 return so_far, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UsageError(f"The checkpoint '{path}' is damaged: {error}.",
@@ -62,7 +63,7 @@ class Checkpoints:
 
 
 def flat_optimiser(optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """An optimiser's state as named tensors."""
+    """Return an optimiser's state as named tensors."""
     return {f"{index}/{key}": whole(value) for index, state in optimiser.state_dict()["state"].items()
             for key, value in state.items() if isinstance(value, torch.Tensor)}
 
@@ -79,19 +80,23 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, trained: Sequence[torch.
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
 
 
-def flat_learnt(learnt: Mapping[str, Learnt]) -> dict[str, torch.Tensor]:
+def flat_masks(learnt: Mapping[str, LearnedMask]) -> dict[str, torch.Tensor]:
+    """Return learned masks and weights as named tensors."""
     masks = {f"{name}/mask": one.mask for name, one in learnt.items()}
     return masks | {f"{name}/weight": one.weight for name, one in learnt.items() if one.weight is not None}
 
 
-def unflat_learnt(flat: Mapping[str, torch.Tensor]) -> dict[str, Learnt]:
+def unflat_masks(flat: Mapping[str, torch.Tensor]) -> dict[str, LearnedMask]:
+    """Return the learned masks that `flat_masks` wrote."""
     names = [key.removesuffix("/mask") for key in flat if key.endswith("/mask")]
-    return {name: Learnt(flat[f"{name}/mask"], flat.get(f"{name}/weight")) for name in names}
+    return {name: LearnedMask(flat[f"{name}/mask"], flat.get(f"{name}/weight")) for name in names}
 
 
-def prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def with_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Put `prefix` and a colon before every name."""
     return {f"{prefix}:{key}": value for key, value in tensors.items()}
 
 
-def under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def without_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors that `with_prefix` named, by their own names."""
     return {key.removeprefix(f"{prefix}:"): value for key, value in tensors.items() if key.startswith(f"{prefix}:")}

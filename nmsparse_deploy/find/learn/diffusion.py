@@ -21,21 +21,21 @@ from torch import nn
 from nmsparse_deploy.data.latents import NoisedSample, mixed_inputs
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.learn.losses import squared_error
-from nmsparse_deploy.find.learn.mask_parametrization import Site, showing
-from nmsparse_deploy.find.learn.step_context import Moment, digest
+from nmsparse_deploy.find.learn.mask_parametrization import MaskSite, showing
+from nmsparse_deploy.find.learn.step_context import StepContext, digest
 from nmsparse_deploy.find.learn.subjects import split
 from nmsparse_deploy.models.denoising import INPUT, prediction
 from nmsparse_deploy.recipe import Training
 from nmsparse_deploy.system.hardware import autocast_for
 
 
-class Diffusion:
+class DiffusionSubject:
     """The clean samples and conditions of `sample`, `size` at a time, under noise that is drawn for every moment."""
 
     varies = True
 
-    def __init__(self, module: nn.Module, sites: Mapping[str, Site], sample: NoisedSample, size: int, spec: Training,
-                 compute: torch.dtype) -> None:
+    def __init__(self, module: nn.Module, sites: Mapping[str, MaskSite], sample: NoisedSample, size: int,
+                 spec: Training, compute: torch.dtype) -> None:
         self.module, self.sites, self.spec, self.compute = module, sites, spec, compute
         self.noising, self.null = sample.denoising.noising, sample.null
         self.clean = sample.clean.float().split(size)
@@ -43,10 +43,11 @@ class Diffusion:
         self.training, self.held_out = split(len(self.clean), spec.holdout)
         self.samples = len(self.clean[0])
 
-    def loss_terms(self, number: int, moment: Moment) -> dict[str, torch.Tensor]:
+    def loss_terms(self, number: int, context: StepContext) -> dict[str, torch.Tensor]:
+        """Return the denoising error, and the distance to the dense model on the same noised samples."""
         if not self.spec.task and not self.spec.distill:
             raise UsageError("There is nothing to learn from: learn.task and learn.distill are 0.")
-        generator, count = moment.generator("diffusion"), len(self.clean[number])
+        generator, count = context.generator("diffusion"), len(self.clean[number])
         step = torch.randint(len(self.noising), (count,), generator=generator)
         alone = torch.rand(count, generator=generator) < 1 / 2
         noise = torch.randn(self.clean[number].shape, generator=generator)
@@ -62,7 +63,7 @@ class Diffusion:
         return terms
 
     def score(self, number: int) -> torch.Tensor:
-        """The error of a held-out batch; all of them together are spread over the schedule, in both branches."""
+        """Return the error of a held-out batch; all of them together are spread over the schedule, in both branches."""
         count = len(self.clean[number])
         first = sum(len(self.clean[other]) for other in self.held_out if other < number)
         every = sum(len(self.clean[other]) for other in self.held_out)
@@ -74,7 +75,7 @@ class Diffusion:
 
     def _posed(self, number: int, step: torch.Tensor, noise: torch.Tensor,
                alone: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """What the model is asked, and what a perfect one would answer."""
+        """Return the inputs of the model, and what a perfect model would answer."""
         parameter, clean = next(self.module.parameters()), self.clean[number]
         given = {name: parts[number] for name, parts in self.given.items()}
         inputs = mixed_inputs(self.noising, clean, noise, step, given, self.null, alone, parameter.dtype)

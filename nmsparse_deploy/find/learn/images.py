@@ -12,41 +12,41 @@ from nmsparse_deploy.data.images import ImageSample, by_value
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.learn.augment import Augmentation
 from nmsparse_deploy.find.learn.losses import classification
-from nmsparse_deploy.find.learn.mask_parametrization import Site
-from nmsparse_deploy.find.learn.step_context import Moment, digest
-from nmsparse_deploy.find.learn.subjects import Batch, Model
+from nmsparse_deploy.find.learn.mask_parametrization import MaskSite
+from nmsparse_deploy.find.learn.step_context import StepContext, digest
+from nmsparse_deploy.find.learn.subjects import Batch, ModelSubject
 from nmsparse_deploy.models.objective import Objective
 from nmsparse_deploy.recipe import Training
 
 
 def believable(classes: int) -> float:
-    """The accuracy from which on a dense model is taken to know the classes: twice chance, or half-way from it to
-    always where that is less."""
+    """Return the accuracy from which on a dense model is taken to know the classes: twice chance, or half-way from it
+    to always where that is less."""
     return min(2 / classes, (1 + 1 / classes) / 2)
 
 
-class Pictures(Model):
+class ImageSubject(ModelSubject):
     """A vision model on pictures; `labels` `[pictures]` are class numbers, None where nobody tells.
 
     With labels the score is their cross-entropy, else the distance to the dense model.
     """
 
-    def __init__(self, module: nn.Module, sites: Mapping[str, Site], sample: ImageSample, size: int,
+    def __init__(self, module: nn.Module, sites: Mapping[str, MaskSite], sample: ImageSample, size: int,
                  objective: Objective, spec: Training, compute: torch.dtype,
                  labels: torch.Tensor | None = None, augmentation: Augmentation | None = None) -> None:
         super().__init__(module, sites, -(-len(sample) // size), min(size, len(sample)), objective, spec, compute)
         self.sample, self.size, self.labels, self.augmentation = sample, size, labels, augmentation
         self.varies = augmentation is not None
 
-    def batch(self, number: int, moment: Moment | None = None) -> tuple[Batch, torch.Tensor | None]:
+    def batch(self, number: int, context: StepContext | None = None) -> tuple[Batch, torch.Tensor | None]:
         places = range(number * self.size, min((number + 1) * self.size, len(self.sample)))
         device = next(self.module.parameters()).device
         pictures = [self.sample.image(place) for place in places]
         labels = None if self.labels is None else self.labels[places.start : places.stop]
-        if moment is None or self.augmentation is None:
+        if context is None or self.augmentation is None:
             values = torch.stack([self.sample.preprocess(picture) for picture in pictures])
         else:
-            seed = digest(moment.seed, "pictures", moment.step, moment.part, moment.rank)
+            seed = digest(context.seed, "pictures", context.step, context.part, context.rank)
             values, labels = self.augmentation(pictures, labels, seed)
         return {self.sample.input_name: values.to(device)}, None if labels is None else labels.to(device)
 
@@ -59,8 +59,8 @@ class Pictures(Model):
 
     @torch.no_grad()
     def accuracy(self) -> float:
-        """Share of the held-out pictures that the model as it stands gets right. Raises `UsageError` when that is
-        hardly better than chance: then the folders are not the model's classes."""
+        """Return the share of the held-out images that the model as it stands gets right. Raises `UsageError` when that
+        is hardly better than chance: then the folders are not the model's classes."""
         right = count = classes = 0
         for number in self.held_out:
             batch, labels = self.batch(number)
@@ -76,7 +76,7 @@ class Pictures(Model):
 
 
 def class_numbers(sample: ImageSample, module: nn.Module, classes: int) -> torch.Tensor:
-    """The class of every picture as the model numbers them, `[pictures]`.
+    """Return the class of every image as the model numbers them, `[images]`.
 
     By name where the model's config knows all names, else in the order of the names, as torchvision and timm number
     folders. Raises `UsageError` when there are no classes, or not as many.

@@ -1,11 +1,12 @@
 """The one training loop: whatever a learner learns and whatever it is learned on.
 
 A step accumulates micro-batches, averages gradients over processes, clips, and lets the optimiser and then the learner
-move. Data order, noise and schedules are functions of seed and step (`moment.py`), and a checkpoint holds the rest: a
-run that is killed and resumed ends with the bits of an unbroken one (on the CPU; GPU kernels may sum in another order).
+move. Data order, noise and schedules are functions of seed and step (`step_context.py`), and a checkpoint holds the
+rest: a run that is killed and resumed ends with the bits of an unbroken one (on the CPU; GPU kernels may sum in another
+order).
 
-What counts is the hard mask on held-out batches. It is judged before the first step, every `evaluate_every` steps and
-after the last; the best is returned, and that is the prior when nothing beats it.
+What counts is the hard mask on held-out batches. It is evaluated before the first step, every `evaluate_every` steps
+and after the last; the best is returned, and that is the prior when nothing beats it.
 """
 
 from __future__ import annotations
@@ -13,28 +14,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError
+from nmsparse_deploy.find.facts import Json
 from nmsparse_deploy.find.learn.checkpoint import (
     Checkpoints,
-    Progressed,
-    flat_learnt,
+    TrainingProgress,
+    flat_masks,
     flat_optimiser,
-    prefixed,
     restore_optimiser,
-    under,
-    unflat_learnt,
+    unflat_masks,
+    with_prefix,
+    without_prefix,
 )
-from nmsparse_deploy.find.learn.learner import Learner, Learnt, Subject
+from nmsparse_deploy.find.learn.learner import LearnedMask, Learner, Subject
 from nmsparse_deploy.find.learn.mask_parametrization import detach, showing
 from nmsparse_deploy.find.learn.sharded import put, shard, shell, whole
-from nmsparse_deploy.find.learn.step_context import Moment, order, rate_factor
+from nmsparse_deploy.find.learn.step_context import StepContext, order, rate_factor
 from nmsparse_deploy.models.discovery import find_blocks
 from nmsparse_deploy.recipe import Training
 from nmsparse_deploy.system import distributed
@@ -46,11 +47,37 @@ QUIET = 10.0
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The best hard masks by `Site.name`, and what the run has to tell (JSON-able)."""
+class TrainingFacts:
+    """The report of a training run."""
 
-    learnt: dict[str, Learnt]
-    facts: dict[str, Any]
+    prior: float
+    """Held-out loss before the first step."""
+    best: float
+    best_step: int
+    seconds: float
+    history: list[dict[str, float]]
+    judged_at: list[float]
+    steps: int
+    samples_per_step: int
+    processes: int
+    sharded: bool
+    peak_memory_mb: int
+    learner: Mapping[str, float] = field(default_factory=dict)
+    """What the method reports besides."""
+
+    def to_json(self) -> Json:
+        facts: Json = {key: value for key, value in asdict(self).items() if key not in ("learner", "sharded")}
+        if self.processes > 1:
+            facts |= {"each_process": "its own noise, its own batches", "sharded": self.sharded}
+        return {**facts, **self.learner}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The best hard masks by `MaskSite.name`, and the report of the run."""
+
+    masks: dict[str, LearnedMask]
+    facts: TrainingFacts
 
 
 def fit(subject: Subject, learner: Learner, priors: Mapping[str, torch.Tensor], spec: Training, seed: int,
@@ -99,21 +126,22 @@ class _Fit:
             shard(subject.module, blocks, self.optimiser, self.world)
         self.peaks = [group["lr"] for group in self.optimiser.param_groups]
         self.trained = [value for group in self.optimiser.param_groups for value in group["params"]]
-        self.so_far = Progressed()
-        self.best: dict[str, Learnt] = {}
-        self.start = self.spoken = time.perf_counter()
+        self.so_far = TrainingProgress()
+        self.best: dict[str, LearnedMask] = {}
+        self.start = self.reported = time.perf_counter()
 
     def work(self) -> Outcome:
+        """Train from the checkpoint, or from the start, to the last step."""
         reset_peak()
         if not self._resume():
-            self.so_far.prior = self._judge()
+            self.so_far.prior = self._evaluate()
         while self.so_far.step < self.spec.steps:
             step = self.so_far.step
             loss = self._step(step)
             self.so_far.step = done = step + 1
-            if judged := done % self.spec.evaluate_every == 0 or done == self.spec.steps:
-                self._judge(loss)
-            self._speak(loss, judged)
+            if evaluated := done % self.spec.evaluate_every == 0 or done == self.spec.steps:
+                self._evaluate(loss)
+            self._report_progress(loss, evaluated)
             if done % self.spec.checkpoint_every == 0 or done == self.spec.steps:
                 self._save()
         for tracker in self.accelerator.trackers:  # end_training would also part the processes for good
@@ -121,15 +149,15 @@ class _Fit:
         return Outcome(self.best, self._facts())
 
     def _step(self, step: int) -> float:
-        """One optimiser step; returns its loss."""
+        """Take one optimiser step; return its loss."""
         factor = rate_factor(step, self.spec.steps, self.spec.warmup, self.spec.schedule, self.spec.floor)
         for group, peak in zip(self.optimiser.param_groups, self.peaks):
             group["lr"] = peak * factor
         total = torch.zeros((), device=self.trained[0].device)
-        moment = Moment()
-        for part, place in enumerate(self._places(step)):
-            moment = Moment(self.seed, step, self.spec.steps, part, self.parts, self.rank, self.world)
-            terms = self.learner.loss_terms(self.subject, self.subject.training[place], moment)
+        context = StepContext()
+        for part, place in enumerate(self._batches_of(step)):
+            context = StepContext(self.seed, step, self.spec.steps, part, self.parts, self.rank, self.world)
+            terms = self.learner.loss_terms(self.subject, self.subject.training[place], context)
             loss = torch.stack([term.float() for term in terms.values()]).sum() / self.parts
             loss.backward()
             total += loss.detach()
@@ -145,16 +173,16 @@ class _Fit:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         with torch.no_grad():
-            self.learner.after_step(moment)
+            self.learner.after_step(context)
         return loss_now
 
-    def _places(self, step: int) -> list[int]:
-        """Which training batches this process takes in this step."""
+    def _batches_of(self, step: int) -> list[int]:
+        """Return which training batches this process takes in a step."""
         each = self.parts * self.world
         return order(self.seed, len(self.subject.training), step * each, each)[self.rank :: self.world]
 
-    def _judge(self, loss: float | None = None) -> float:
-        """The held-out loss of the hard mask; kept if it is the best."""
+    def _evaluate(self, loss: float | None = None) -> float:
+        """Return the held-out loss of the hard mask; keep the mask if it is the best."""
         mine = self.subject.held_out[self.rank :: self.world]
         with torch.no_grad(), showing(self.subject.module, "hard"):
             scores = [self.subject.score(number).double() for number in mine]
@@ -165,11 +193,11 @@ class _Fit:
         if not self.best or hard < self.so_far.best:
             self.best = self.learner.finish()
             self.so_far.best, self.so_far.best_step = hard, self.so_far.step
-        told = {"step": self.so_far.step, "hard": hard} | ({} if loss is None else {"loss": loss})
-        self.so_far.history.append(told)
+        entry = {"step": self.so_far.step, "hard": hard} | ({} if loss is None else {"loss": loss})
+        self.so_far.history.append(entry)
         self.so_far.judged_at.append(round(self._seconds(), 3))
         if self.spec.track:
-            self.accelerator.log(told, step=self.so_far.step)
+            self.accelerator.log(entry, step=self.so_far.step)
         return hard
 
     def _fail(self, step: int) -> None:
@@ -185,59 +213,51 @@ class _Fit:
             return
         self.so_far.seconds, self.start = self._seconds(), time.perf_counter()
         values = {str(index): whole(value) for index, value in enumerate(self.trained)}
-        tensors = {**prefixed("value", values), **prefixed("optimiser", flat_optimiser(self.optimiser)),
-                   **prefixed("best", flat_learnt(self.best)), **prefixed("learner", self.learner.state())}
+        tensors = {**with_prefix("value", values), **with_prefix("optimiser", flat_optimiser(self.optimiser)),
+                   **with_prefix("best", flat_masks(self.best)), **with_prefix("learner", self.learner.state())}
         if self.team.first:
             self.checkpoints.save(self.so_far, tensors)
 
     def _resume(self) -> bool:
-        found = self.checkpoints.load() if self.checkpoints else None
-        if found is None:
+        checkpoint = self.checkpoints.load() if self.checkpoints else None
+        if checkpoint is None:
             return False
-        self.so_far, tensors = found
-        values = under("value", tensors)
+        self.so_far, tensors = checkpoint
+        values = without_prefix("value", tensors)
         if [tuple(values[str(i)].shape) for i in range(len(values))] != [tuple(v.shape) for v in self.trained]:
             raise UsageError(f"{self.title}: the checkpoint was written for other weights.", "start over with --force")
         with torch.no_grad():
             for index, value in enumerate(self.trained):
                 put(value, values[str(index)])
-        restore_optimiser(self.optimiser, self.trained, under("optimiser", tensors))
-        self.learner.restore(under("learner", tensors))
-        self.best = unflat_learnt(under("best", tensors))
+        restore_optimiser(self.optimiser, self.trained, without_prefix("optimiser", tensors))
+        self.learner.restore(without_prefix("learner", tensors))
+        self.best = unflat_masks(without_prefix("best", tensors))
         self.progress(f"{self.title}: going on from step {self.so_far.step}", 0, 0)
         return True
 
     def _seconds(self) -> float:
-        """Of training so far, in all processes that worked on it one after the other."""
+        """Return the time of training so far, in all processes that worked on it one after the other."""
         return self.so_far.seconds + time.perf_counter() - self.start
 
-    def _speak(self, loss: float, judged: bool) -> None:
+    def _report_progress(self, loss: float, evaluated: bool) -> None:
         now = time.perf_counter()
-        if not judged and now - self.spoken < QUIET:
+        if not evaluated and now - self.reported < QUIET:
             return
-        self.spoken = now
-        done, steps = self.so_far.step, self.spec.steps
-        left = self._seconds() / done * (steps - done)
-        told = self.so_far
-        self.progress(f"{self.title}: loss {loss:.4g}, hard mask {told.best:.4g} (prior {told.prior:.4g}), "
-                      f"{left:.0f} s left, {peak_since_reset_mb():,} MB", done, steps)
+        self.reported = now
+        done, steps = self.so_far, self.spec.steps
+        left = self._seconds() / done.step * (steps - done.step)
+        self.progress(f"{self.title}: loss {loss:.4g}, hard mask {done.best:.4g} (prior {done.prior:.4g}), "
+                      f"{left:.0f} s left, {peak_since_reset_mb():,} MB", done.step, steps)
 
-    def _facts(self) -> dict[str, Any]:
-        told = asdict(self.so_far)
-        told["seconds"] = round(self._seconds(), 3)
-        return {**told, "steps": told.pop("step"), "samples_per_step": self.parts * self.subject.samples * self.world,
-                "processes": self.world, **self._shared(), "peak_memory_mb": peak_since_reset_mb(),
-                **self.learner.facts()}
-
-    def _shared(self) -> dict[str, Any]:
-        """How several processes worked together."""
-        if self.world == 1:
-            return {}
-        return {"each_process": "its own noise, its own batches", "sharded": self.sharded}
+    def _facts(self) -> TrainingFacts:
+        done = self.so_far
+        return TrainingFacts(done.prior, done.best, done.best_step, round(self._seconds(), 3), done.history,
+                             done.judged_at, done.step, self.parts * self.subject.samples * self.world, self.world,
+                             self.sharded, peak_since_reset_mb(), self.learner.facts())
 
 
 def _parts(batch: int, samples: int, world: int) -> int:
-    """Micro-batches per step and process."""
+    """Return the micro-batches per step and process."""
     if batch % (samples * world):
         raise UsageError(f"{batch} samples per step cannot be split into micro-batches of {samples} on {world} "
                          "processes.", "learn.batch has to be a multiple of calibration.batch times the processes")

@@ -22,17 +22,19 @@ STRIP = 64
 
 
 def next_token(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats per token; logits `[samples, tokens, vocabulary]`, ids `[samples, tokens]`."""
+    """Return the mean cross-entropy in nats per token; logits `[samples, tokens, vocabulary]`, ids `[samples,
+    tokens]`."""
     return classification(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 def classification(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats; logits `[samples, classes]`, labels `[samples]`, or probabilities like the logits."""
+    """Return the mean cross-entropy in nats; logits `[samples, classes]`, labels `[samples]`, or probabilities like the
+    logits."""
     return _in_pieces(lambda x, y: cross_entropy(x.float(), y, reduction="sum"), logits, labels)
 
 
 def divergence(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Mean over rows of `T^2 KL(softmax(teacher/T) || softmax(logits/T))`, logits `[..., classes]`.
+    """Return the mean over rows of `T^2 KL(softmax(teacher/T) || softmax(logits/T))`, logits `[..., classes]`.
 
     The gradient reaches `logits` alone and is found along with the value, `T (q - p)` for every row.
     """
@@ -64,8 +66,8 @@ class _Divergence(torch.autograd.Function):
 
 
 def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of `‖y - t‖² / ‖t‖²`, with states `[..., hidden]`; where `‖t‖` vanishes (behind a ReLU), that
-    of the usual token stands in."""
+    """Return the mean over tokens of `‖y - t‖² / ‖t‖²`, with states `[..., hidden]`; where `‖t‖` vanishes (behind a
+    ReLU), the size of the usual token stands in."""
     target = target.float()
     size = target.square().sum(-1)
     usual = size.mean()
@@ -74,7 +76,7 @@ def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean over all entries of `(y - t)²`: the loss of a denoising model."""
+    """Return the mean over all entries of `(y - t)²`: the loss of a denoising model."""
     return (output.float() - target.float()).square().mean()
 
 

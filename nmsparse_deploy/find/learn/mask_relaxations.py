@@ -33,15 +33,15 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.find.learn.mask_parametrization import Law
-from nmsparse_deploy.find.learn.step_context import Linear, Moment
+from nmsparse_deploy.find.learn.mask_parametrization import MaskParametrization
+from nmsparse_deploy.find.learn.step_context import LinearSchedule, StepContext
 from nmsparse_deploy.masks import project
 from nmsparse_deploy.pattern import NMPattern
 
-FEW = 10
+MAX_CANDIDATES = 10
 """Candidates that get a logit each; beyond, one number per weight is cheaper."""
 
-MANY = 1000
+MAX_DISTRIBUTION = 1000
 """Candidates that a distribution is kept over at most; beyond, only scores fit."""
 
 CHUNK, LARGE = 1 << 17, 1 << 24
@@ -53,23 +53,23 @@ LOW, HIGH = 1e-9, 1 - 1e-7
 
 @dataclass(frozen=True)
 class Annealing:
-    """What the laws of this file have in common; `confidence` is the probability of the prior's candidate at the first
-    step."""
+    """Settings that the parametrisations of this file share; `confidence` is the probability of the prior's candidate
+    at the first step."""
 
-    kappa: Linear
-    tau: Linear
+    kappa: LinearSchedule
+    tau: LinearSchedule
     confidence: float
     noise: bool = True
     regulariser: float = 0.0
 
     def margin(self, pattern: NMPattern) -> float:
-        """What a weight of the prior is ahead of the others at the start, in units of the logits."""
+        """Return by how much a weight of the prior is ahead of the others at the start, in units of the logits."""
         return margin(pattern, self.confidence) / self.kappa.start
 
 
 @cache
 def candidates(pattern: NMPattern) -> torch.Tensor:
-    """`[C, M]`: every mask of a group, the one that keeps the first weights first."""
+    """Return `[C, M]`: every mask of a group, the one that keeps the first weights first."""
     table = torch.zeros(math.comb(pattern.group, pattern.keep), pattern.group)
     for row, kept in zip(table, combinations(range(pattern.group), pattern.keep)):
         row[list(kept)] = 1
@@ -77,7 +77,7 @@ def candidates(pattern: NMPattern) -> torch.Tensor:
 
 
 def margin(pattern: NMPattern, confidence: float) -> float:
-    """The `x` for which candidates of weight `exp(x * overlap with the prior)` give the prior `confidence`.
+    """Return the `x` for which candidates of weight `exp(x * overlap with the prior)` give the prior `confidence`.
 
     Raises `UsageError` when chance alone gives more.
     """
@@ -101,21 +101,21 @@ def margin(pattern: NMPattern, confidence: float) -> float:
 
 
 def form_for(pattern: NMPattern) -> str:
-    """What `auto` means for a pattern."""
+    """Return what `auto` means for a pattern."""
     count = math.comb(pattern.group, pattern.keep)
-    return "candidates" if count <= FEW else "compact" if count <= MANY else "scores"
+    return "candidates" if count <= MAX_CANDIDATES else "compact" if count <= MAX_DISTRIBUTION else "scores"
 
 
-class Choice(Law):
+class CandidateDistribution(MaskParametrization):
     """A distribution over the candidates of every group; logits `[groups, C]`, or `[groups, M]` when compact."""
 
     def __init__(self, pattern: NMPattern, annealing: Annealing, compact: bool) -> None:
-        if (count := math.comb(pattern.group, pattern.keep)) > MANY:
+        if (count := math.comb(pattern.group, pattern.keep)) > MAX_DISTRIBUTION:
             raise UsageError(f"A {pattern} group has {count:,} masks, too many for a distribution.", "form: scores")
         self.pattern, self.annealing, self.compact = pattern, annealing, compact
 
     def start(self, rows: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
-        """Ahead by the same margin for every weight shared with the prior; candidates sum to zero in every group."""
+        """Put every weight shared with the prior ahead by the same margin; candidates sum to zero in every group."""
         groups = prior.reshape(-1, self.pattern.group).float()
         shared, mean = groups, self.pattern.density
         if not self.compact:
@@ -128,17 +128,17 @@ class Choice(Law):
         table = candidates(self.pattern).to(values.device).bool()
         return table[values.argmax(-1)].reshape(rows.shape)
 
-    def soft(self, values: torch.Tensor, rows: torch.Tensor, moment: Moment, name: str) -> torch.Tensor:
-        point = Point(self.annealing.kappa.at(moment.progress), self.annealing.tau.at(moment.progress),
-                      self.annealing.regulariser / moment.parts, self.compact)
+    def soft(self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
+        point = AnnealingPoint(self.annealing.kappa.at(context.progress), self.annealing.tau.at(context.progress),
+                      self.annealing.regulariser / context.parts, self.compact)
         if self.annealing.noise:
-            point = Point(point.kappa, point.tau, point.regulariser, point.compact,
-                          lambda: moment.generator(name, values.device))
+            point = AnnealingPoint(point.kappa, point.tau, point.regulariser, point.compact,
+                          lambda: context.generator(name, values.device))
         seen = relaxed(values, rows.reshape(-1, self.pattern.group), candidates(self.pattern).to(values), point)
         return seen.reshape(rows.shape)
 
 
-class Scores(Law):
+class StraightThroughScores(MaskParametrization):
     """A score for every weight; the highest of a group are kept, also while training."""
 
     def __init__(self, pattern: NMPattern, annealing: Annealing) -> None:
@@ -150,16 +150,16 @@ class Scores(Law):
     def hard(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return project(values.detach(), self.pattern)
 
-    def soft(self, values: torch.Tensor, rows: torch.Tensor, moment: Moment, name: str) -> torch.Tensor:
+    def soft(self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
         seen: torch.Tensor = _StraightThrough.apply(values, rows, self.hard(values, rows),
-                                                    self.annealing.regulariser / moment.parts)
+                                                    self.annealing.regulariser / context.parts)
         return seen
 
 
 @dataclass(frozen=True)
-class Point:
-    """Where on its schedules a relaxation is. `noise` makes the generator of the uniform draws, the same at every call;
-    None: no noise."""
+class AnnealingPoint:
+    """A point on the schedules of a relaxation. `noise` makes the generator of the uniform draws, the same at every
+    call; None: no noise."""
 
     kappa: float
     tau: float
@@ -168,14 +168,14 @@ class Point:
     noise: Callable[[], torch.Generator] | None = None
 
 
-def relaxed(values: torch.Tensor, groups: torch.Tensor, table: torch.Tensor, point: Point) -> torch.Tensor:
-    """`w * m~` for groups `[B, M]`, differentiable in the values `[B, C]` (`[B, M]` when compact)."""
+def relaxed(values: torch.Tensor, groups: torch.Tensor, table: torch.Tensor, point: AnnealingPoint) -> torch.Tensor:
+    """Return `w * m~` for groups `[B, M]`, differentiable in the values `[B, C]` (`[B, M]` when compact)."""
     seen: torch.Tensor = _Relaxed.apply(values, groups, table, point)
     return seen
 
 
-def _choices(values: torch.Tensor, table: torch.Tensor, point: Point) -> Iterator[tuple[slice, torch.Tensor]]:
-    """`yᵀ` `[C, groups]` for chunks of the groups; the same numbers whenever it is called.
+def _choices(values: torch.Tensor, table: torch.Tensor, point: AnnealingPoint) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield `yᵀ` `[C, groups]` for chunks of the groups; the same numbers whenever it is called.
 
     Candidates come first here: a softmax over six neighbours in memory takes twenty times as long on a CPU.
     """
@@ -195,7 +195,7 @@ def _choices(values: torch.Tensor, table: torch.Tensor, point: Point) -> Iterato
 class _Relaxed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, groups: torch.Tensor, table: torch.Tensor,
-                point: Point) -> torch.Tensor:
+                point: AnnealingPoint) -> torch.Tensor:
         ctx.save_for_backward(values, groups)
         ctx.table, ctx.point = table, point
         seen = torch.empty(groups.shape, dtype=values.dtype, device=values.device)

@@ -16,7 +16,7 @@ SOFTMAX_BYTES = 12
 
 
 @dataclass(frozen=True)
-class Weights:
+class TrainedMatrix:
     """One weight that learns: how many numbers it has, its width and height as a matrix, its pattern."""
 
     count: int
@@ -26,7 +26,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Budget:
+class MemoryBudget:
     """Bytes by what holds them."""
 
     state: float
@@ -43,7 +43,7 @@ class Budget:
         return {**{f"{name}_mb": round(size / 1e6) for name, size in parts.items()}, "status": "predicted"}
 
     def sentence(self, device: torch.device) -> str:
-        """What it comes to, and what there is."""
+        """Say what it comes to, and what there is."""
         return (f"will hold about {self.total / 1e6:,.0f} MB more (predicted); {free_memory(device) / 1e6:,.0f} MB are "
                 "free")
 
@@ -56,9 +56,9 @@ class Budget:
                                 f"{free / 1e9:.1f} GB are free.", advice)
 
 
-def budget(weights: Sequence[Weights], bytes_per_weight: Callable[[NMPattern], float], tokens: int,
-           compute: torch.dtype, *, recomputed: bool, outputs: int = 0, processes: int = 1) -> Budget:
-    """For `tokens` in a micro-batch and `outputs` logits per token.
+def memory_budget(weights: Sequence[TrainedMatrix], bytes_per_weight: Callable[[NMPattern], float], tokens: int,
+                  compute: torch.dtype, *, recomputed: bool, outputs: int = 0, processes: int = 1) -> MemoryBudget:
+    """Predict the memory for `tokens` in a micro-batch and `outputs` logits per token.
 
     `bytes_per_weight` covers trained values, gradients, optimiser state and the best masks. A masked copy of every
     weight lives until the backward pass, and so does what a layer reads and writes, unless blocks are recomputed.
@@ -72,4 +72,4 @@ def budget(weights: Sequence[Weights], bytes_per_weight: Callable[[NMPattern], f
     if recomputed:
         touched = max((one.k for one in weights), default=0)
         masked = max((one.count for one in weights), default=0) * single
-    return Budget(state / processes, masked, tokens * (touched * compute.itemsize + outputs * SOFTMAX_BYTES))
+    return MemoryBudget(state / processes, masked, tokens * (touched * compute.itemsize + outputs * SOFTMAX_BYTES))

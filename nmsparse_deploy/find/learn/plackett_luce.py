@@ -30,25 +30,25 @@ def sample(logits: torch.Tensor, keep: int, generator: torch.Generator | None = 
 
 
 def as_mask(order: torch.Tensor, group: int) -> torch.Tensor:
-    """Drawn indices `[..., keep]` as a bool mask `[..., group]`."""
+    """Return drawn indices `[..., keep]` as a bool mask `[..., group]`."""
     empty = torch.zeros(*order.shape[:-1], group, dtype=torch.bool, device=order.device)
     return empty.scatter_(-1, order, True)
 
 
 def log_probability(logits: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """`log P` of drawing exactly `order` `[..., keep]`, one number per block. Differentiable."""
+    """Return `log P` of drawing exactly `order` `[..., keep]`, one number per block. Differentiable."""
     steps = [left.gather(-1, drawn).squeeze(-1) for left, drawn in _draws(logits, order)]
     return torch.stack(steps).sum(0)
 
 
 def score(logits: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """`∂ log P(order) / ∂ logits`, `[..., M]`."""
+    """Return `∂ log P(order) / ∂ logits`, `[..., M]`."""
     drawn = as_mask(order, logits.shape[-1]).to(logits.dtype)
     return drawn - sum(left.exp() for left, _ in _draws(logits, order))
 
 
 def _draws(logits: torch.Tensor, order: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Before each draw: log-softmax over what is left (-inf elsewhere), and the index drawn."""
+    """Yield before each draw: log-softmax over what is left (-inf elsewhere), and the index drawn."""
     left = logits
     for drawn in order.split(1, -1):
         yield left.log_softmax(-1), drawn

@@ -7,20 +7,20 @@ from collections.abc import Mapping
 import torch
 
 from nmsparse_deploy.find.learn.learner import Subject
-from nmsparse_deploy.find.learn.mask_parametrization import Law, attach, detach
-from nmsparse_deploy.find.learn.step_context import Moment
+from nmsparse_deploy.find.learn.mask_parametrization import MaskParametrization, attach, detach
+from nmsparse_deploy.find.learn.step_context import StepContext
 
 Masks = Mapping[str, torch.Tensor]
-"""Bool rows by `Site.name`."""
+"""Bool rows by `MaskSite.name`."""
 
 
-class Fixed(Law):
+class GivenMask(MaskParametrization):
     """A given mask that stays."""
 
     def start(self, rows: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
         return prior.float()
 
-    def soft(self, values: torch.Tensor, rows: torch.Tensor, moment: Moment, name: str) -> torch.Tensor:
+    def soft(self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
         return rows * values
 
     def hard(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -29,9 +29,9 @@ class Fixed(Law):
 
 @torch.no_grad()
 def held_out_loss(subject: Subject, masks: Masks) -> float:
-    """Mean score of the held-out batches under fixed masks; the module is left as it was."""
+    """Return the mean score of the held-out batches under fixed masks; the module is left as it was."""
     try:
-        attach(subject.module, subject.sites, lambda site: Fixed(), masks)
+        attach(subject.module, subject.sites, lambda site: GivenMask(), masks)
         scores = [subject.score(number).double() for number in subject.held_out]
         return float(torch.stack(scores).mean())
     finally:
@@ -39,6 +39,6 @@ def held_out_loss(subject: Subject, masks: Masks) -> float:
 
 
 def best_prior(subject: Subject, priors: Mapping[str, Masks]) -> tuple[str, dict[str, float]]:
-    """The name of the best of some masks, the first among equals, and what each one loses."""
+    """Return the name of the best of some masks, the first among equals, and the loss under each."""
     losses = {name: held_out_loss(subject, masks) for name, masks in priors.items()}
     return min(losses, key=lambda name: losses[name]), losses

@@ -36,7 +36,7 @@ NEWTON = 30
 
 
 def prox(weight: torch.Tensor, strength: float, pattern: NMPattern, sweeps: int = SWEEPS) -> torch.Tensor:
-    """The operator on every group of `weight` `[..., n]`, groups along the last axis; `strength` is λ.
+    """Apply the operator to every group of `weight` `[..., n]`, groups along the last axis; `strength` is λ.
 
     Works in fp32 at least. With fewer `sweeps` the answer near the critical strength is not quite at rest. Among equal
     entries the lowest index is the largest afterwards. Raises `ValueError` for a negative strength.
@@ -52,7 +52,7 @@ def prox(weight: torch.Tensor, strength: float, pattern: NMPattern, sweeps: int 
 
 
 def _blocks(blocks: torch.Tensor, strength: float, keep: int, sweeps: int) -> torch.Tensor:
-    """The operator on `[blocks, group]`: sort, scale, solve what is not settled, and restore order and signs."""
+    """Apply the operator to `[blocks, group]`: sort, scale, solve what is not settled, and restore order and signs."""
     z, order = blocks.abs().sort(dim=-1, descending=True, stable=True)
     z = z.T.contiguous()  # one entry of all blocks is one vector
     largest = torch.where(z[0] > 0, z[0], 1.0)
@@ -63,7 +63,8 @@ def _blocks(blocks: torch.Tensor, strength: float, keep: int, sweeps: int) -> to
 
 
 def _quadratic(z: torch.Tensor, strength: float) -> torch.Tensor:
-    """N = 1, where `w_i + λ Σ_{j≠i} w_j = z_i` on the support is linear; from λ = 1 on only the largest entry stays.
+    """Solve N = 1, where `w_i + λ Σ_{j≠i} w_j = z_i` on the support is linear; from λ = 1 on only the largest entry
+    stays.
 
     With `S_s = Σ_{i≤s} z_i / (1 + λ(s-1))` the sum of a support of `s`, the right `s` is the last with `z_s > λ S_s`.
     """
@@ -78,7 +79,7 @@ def _quadratic(z: torch.Tensor, strength: float) -> torch.Tensor:
 
 
 def _cases(z: torch.Tensor, strength: torch.Tensor, keep: int, sweeps: int) -> torch.Tensor:
-    """N > 1: each block by the least work that is certain to find its minimum."""
+    """Solve N > 1: each block by the least work that is certain to find its minimum."""
     solved = z.clone()
     solved[keep:] = 0.0
     settled, convex = _settled(z, strength, keep), _convex(z, strength, keep)
@@ -89,7 +90,7 @@ def _cases(z: torch.Tensor, strength: torch.Tensor, keep: int, sweeps: int) -> t
 
 
 def _settled(z: torch.Tensor, strength: torch.Tensor, keep: int) -> torch.Tensor:
-    """Blocks whose answer is certainly to keep the N largest as they are.
+    """Find blocks whose answer is certainly to keep the N largest as they are.
 
     A cheaper `w` has cost below `t²/2` with `t² = Σ_{j>N} z_j²`, so `w_i ≥ z_i - t`. Were `w_{N+1}` positive, it would
     be stationary, `z_{N+1} > λ w₁⋯w_N`; a `λ Π (z_i - t)` above `z_{N+1}` contradicts it.
@@ -99,7 +100,7 @@ def _settled(z: torch.Tensor, strength: torch.Tensor, keep: int) -> torch.Tensor
 
 
 def _convex(z: torch.Tensor, strength: torch.Tensor, keep: int) -> torch.Tensor:
-    """Blocks whose objective is convex for `0 ≤ w ≤ z`: one start finds its only minimum.
+    """Find blocks whose objective is convex for `0 ≤ w ≤ z`: one start finds its only minimum.
 
     The Hessian is one on the diagonal and `λ e_{N-1}(all but two)` off it, which is at most `λ C(M-2, N-1)` where the
     largest entry is one; rows that sum to less than one off the diagonal make it positive definite.
@@ -108,12 +109,12 @@ def _convex(z: torch.Tensor, strength: torch.Tensor, keep: int) -> torch.Tensor:
 
 
 def _only(z: torch.Tensor, strength: torch.Tensor, keep: int, sweeps: int) -> torch.Tensor:
-    """The minimum of a convex block."""
+    """Return the minimum of a convex block."""
     return _descend(z, strength, keep, z.clone(), sweeps).sort(dim=0, descending=True).values
 
 
 def _cheapest(z: torch.Tensor, strength: torch.Tensor, keep: int, sweeps: int) -> torch.Tensor:
-    """The best of all cases, for sorted blocks `z` `[group, blocks]` with largest entry one."""
+    """Return the best of all cases, for sorted blocks `z` `[group, blocks]` with largest entry one."""
     best = z.clone()
     best[keep:] = 0.0
     least = _cost(best, z, strength, keep)
@@ -130,7 +131,8 @@ def _cheapest(z: torch.Tensor, strength: torch.Tensor, keep: int, sweeps: int) -
 
 
 def _starts(z: torch.Tensor, strength: torch.Tensor, keep: int) -> Iterator[torch.Tensor]:
-    """Zero, and two balanced points: of `s` equal entries `z̄` each becomes the root of `w + λ C(s-1, N) w^N = z̄`."""
+    """Yield zero, and two balanced points: of `s` equal entries `z̄` each becomes the root of `w + λ C(s-1, N) w^N =
+    z̄`."""
     yield torch.zeros_like(z)
     mean = z.mean(0)
     factor = strength * comb(len(z) - 1, keep)
@@ -142,7 +144,8 @@ def _starts(z: torch.Tensor, strength: torch.Tensor, keep: int) -> Iterator[torc
 
 
 def _descend(z: torch.Tensor, strength: torch.Tensor, keep: int, w: torch.Tensor, sweeps: int) -> torch.Tensor:
-    """Coordinate sweeps from `w`, which is used up, until no entry moves; blocks that came to rest drop out."""
+    """Sweep over the coordinates from `w`, which is used up, until no entry moves; blocks that came to rest drop
+    out."""
     done, left = torch.empty_like(w), torch.arange(w.shape[1], device=w.device)
     tolerance = 8 * torch.finfo(z.dtype).eps  # below, rounding keeps some blocks going round in circles
     for _ in range(sweeps):
@@ -175,12 +178,12 @@ def _sweep(z: torch.Tensor, strength: torch.Tensor, keep: int, w: torch.Tensor) 
 
 
 def _ones(like: torch.Tensor, keep: int) -> list[torch.Tensor]:
-    """`e_0 … e_N` of no entries."""
+    """Return `e_0 … e_N` of no entries."""
     return [torch.ones_like(like), *(torch.zeros_like(like) for _ in range(keep))]
 
 
 def _with(polynomials: list[torch.Tensor], entry: torch.Tensor) -> list[torch.Tensor]:
-    """`e_0 … e_N` with one more entry."""
+    """Return `e_0 … e_N` with one more entry."""
     return [polynomials[0], *(torch.addcmul(b, entry, a) for a, b in pairwise(polynomials))]
 
 

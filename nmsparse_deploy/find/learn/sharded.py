@@ -21,7 +21,7 @@ from torch import nn
 
 
 def shell(module: nn.Module) -> nn.Module:
-    """The same structure once more, around the same parameters and buffers."""
+    """Make the same structure once more, around the same parameters and buffers."""
     return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
 
 
@@ -43,14 +43,14 @@ def shard(module: nn.Module, blocks: Sequence[str], optimiser: torch.optim.Optim
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that may be split (a `DTensor`); every process has to ask."""
+    """Return the whole of a tensor that may be split (a `DTensor`); every process has to ask."""
     gather: Any = getattr(tensor, "full_tensor", None)
     found: torch.Tensor = tensor if gather is None else gather()
     return found
 
 
 def like(tensor: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
-    """`full`, which every process has, split as `tensor` is."""
+    """Split `full`, which every process has, as `tensor` is."""
     if not hasattr(tensor, "full_tensor"):
         return full
     from torch.distributed.tensor import distribute_tensor

@@ -22,16 +22,16 @@ from collections.abc import Mapping
 
 import torch
 
-from nmsparse_deploy.find.learn.mask_parametrization import Law
-from nmsparse_deploy.find.learn.step_context import Moment, digest
+from nmsparse_deploy.find.learn.mask_parametrization import MaskParametrization
+from nmsparse_deploy.find.learn.step_context import StepContext, digest
 from nmsparse_deploy.masks import project
 from nmsparse_deploy.pattern import NMPattern
 
-BELOW = 0.99
+MAX_SHARE = 0.99
 """Where a pruned weight starts at most, as a share of the smallest kept one of its group."""
 
 
-class Fixed(Law):
+class FixedMask(MaskParametrization):
     """The mask stays; values are the weights."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Fixed(Law):
         self.mask = prior
         return torch.where(prior, rows.float(), 0.0)
 
-    def soft(self, values: torch.Tensor, rows: torch.Tensor, moment: Moment, name: str) -> torch.Tensor:
+    def soft(self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
         return torch.where(self.mask, values, 0.0)
 
     def hard(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -51,20 +51,21 @@ class Fixed(Law):
         return values.detach()
 
     def penalty(self, values: torch.Tensor) -> torch.Tensor | None:
-        """A term of the loss that is this weight's own."""
+        """Return a term of the loss that is this weight's own, or None."""
         return None
 
-    def after_step(self, values: torch.Tensor, moment: Moment) -> None:
-        """What follows the optimiser's step; may change `values` in place."""
+    def after_step(self, values: torch.Tensor, context: StepContext) -> None:
+        """Do what follows the optimiser's step; may change `values` in place."""
 
     def state(self) -> dict[str, torch.Tensor]:
+        """Return what has to survive a kill."""
         return {}
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take back what `state` returned."""
 
 
-class Moving(Fixed):
+class MovingMask(FixedMask):
     """The mask is that of the largest values, looked at every `refresh` steps until step `until`, and then fixed."""
 
     def __init__(self, pattern: NMPattern, dense: torch.Tensor, refresh: int, until: int) -> None:
@@ -72,8 +73,8 @@ class Moving(Fixed):
         self.pattern, self.dense, self.refresh, self.until = pattern, dense, refresh, until
         self.frozen = False
 
-    def after_step(self, values: torch.Tensor, moment: Moment) -> None:
-        done = moment.step + 1
+    def after_step(self, values: torch.Tensor, context: StepContext) -> None:
+        done = context.step + 1
         if self.frozen or (done < self.until and done % self.refresh):
             return
         self.mask = project(values.abs(), self.pattern)
@@ -88,14 +89,15 @@ class Moving(Fixed):
         self.mask, self.frozen = state["mask"].to(self.mask.device), bool(state["frozen"])
 
     def pruned(self, weight: torch.Tensor) -> torch.Tensor:
-        """Where pruned weights start: the dense values, below the smallest kept one of the group. Zero where kept."""
+        """Return where pruned weights start: the dense values, below the smallest kept one of the group. Zero where
+        kept."""
         kept = torch.where(self.mask, weight.abs(), torch.inf)
-        limit = BELOW * kept.unflatten(-1, (-1, self.pattern.group)).amin(-1, keepdim=True)
+        limit = MAX_SHARE * kept.unflatten(-1, (-1, self.pattern.group)).amin(-1, keepdim=True)
         dense = self.dense.to(weight).unflatten(-1, (-1, self.pattern.group)).clamp(-limit, limit).flatten(-2)
         return torch.where(self.mask, 0.0, dense)
 
 
-class SrSte(Moving):
+class SrSte(MovingMask):
     """Straight through the choice of the largest, with a decay on what is pruned."""
 
     def __init__(self, pattern: NMPattern, dense: torch.Tensor, refresh: int, until: int, decay: float) -> None:
@@ -106,18 +108,18 @@ class SrSte(Moving):
         weight = super().start(rows, prior)
         return weight + self.pruned(weight)
 
-    def soft(self, values: torch.Tensor, rows: torch.Tensor, moment: Moment, name: str) -> torch.Tensor:
+    def soft(self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
         kept = torch.where(self.mask, values, 0.0)
         return kept if self.frozen else through(kept, values)
 
     def penalty(self, values: torch.Tensor) -> torch.Tensor | None:
-        """`β/2 ‖(1-m)∘W‖²`, whose gradient is the decay."""
+        """Return `β/2 ‖(1-m)∘W‖²`, whose gradient is the decay."""
         if self.frozen or not self.decay:
             return None
         return self.decay / 2 * torch.where(self.mask, 0.0, values).square().sum()
 
 
-class SSte(Moving):
+class SSte(MovingMask):
     """A threshold that moves with the weights."""
 
     def __init__(self, pattern: NMPattern, dense: torch.Tensor, until: int) -> None:
@@ -130,14 +132,14 @@ class SSte(Moving):
         lifted = weight.abs().unflatten(-1, (-1, self.pattern.group)) + t
         return torch.where(prior, lifted.flatten(-2).copysign(weight), pruned)
 
-    def soft(self, values: torch.Tensor, rows: torch.Tensor, moment: Moment, name: str) -> torch.Tensor:
+    def soft(self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
         return torch.where(self.mask, values, 0.0) if self.frozen else through(shrunk(values, self.pattern), values)
 
     def kept(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return values.detach() if self.frozen else shrunk(values.detach(), self.pattern)
 
 
-class Adapters(Fixed):
+class Adapters(FixedMask):
     """Low-rank changes under the mask. Values are `B` `[R, rank]` above `Aᵀ` `[K, rank]`."""
 
     def __init__(self, name: str, rank: int) -> None:
@@ -151,7 +153,7 @@ class Adapters(Fixed):
         a = torch.randn(rows.shape[1], rank, generator=generator) / rank**0.5
         return torch.cat([torch.zeros(rows.shape[0], rank), a]).to(rows.device)
 
-    def soft(self, values: torch.Tensor, rows: torch.Tensor, moment: Moment, name: str) -> torch.Tensor:
+    def soft(self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
         return torch.where(self.mask, self._merged(values, rows), 0.0)
 
     def kept(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -163,12 +165,12 @@ class Adapters(Fixed):
 
 
 def shrunk(values: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
-    """`s(W)`: every group moves towards zero by its largest pruned magnitude."""
+    """Return `s(W)`: every group moves towards zero by its largest pruned magnitude."""
     sizes = values.abs().unflatten(-1, (-1, pattern.group))
     t = sizes.sort(dim=-1, descending=True).values[..., pattern.keep, None]
     return (sizes - t).clamp(min=0).flatten(-2).copysign(values)
 
 
 def through(shown: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """`shown` in the forward pass, with the gradient handed to `values` as it is."""
+    """Return `shown` in the forward pass, with the gradient handed to `values` as it is."""
     return shown.detach() + (values - values.detach())

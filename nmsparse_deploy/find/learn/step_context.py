@@ -15,7 +15,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepContext:
     """One micro-batch of one optimiser step on one process; all numbers count from 0."""
 
     seed: int = 0
@@ -29,22 +29,22 @@ class Moment:
 
     @property
     def progress(self) -> float:
-        """0 at the first optimiser step and exactly 1 at the last; accumulation does not advance it."""
+        """Return 0 at the first optimiser step and exactly 1 at the last; accumulation does not advance it."""
         return self.step / (self.steps - 1) if self.steps > 1 else 0.0
 
     def generator(self, name: str, device: torch.device | str = "cpu") -> torch.Generator:
-        """The noise of the tensor `name` here: always the same here, another one anywhere else."""
+        """Return the noise of the tensor `name` here: always the same here, another one anywhere else."""
         return torch.Generator(device).manual_seed(digest(self.seed, name, self.step, self.part, self.rank))
 
 
 def digest(*parts: object) -> int:
-    """A seed that differs whenever a part does."""
+    """Return a seed that differs whenever a part does."""
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearSchedule:
     """From `start` at the first optimiser step to `end` at the last, both exact."""
 
     start: float
@@ -55,7 +55,8 @@ class Linear:
 
 
 def rate_factor(step: int, steps: int, warmup: int, schedule: Literal["cosine", "linear"], floor: float) -> float:
-    """Learning rate at an optimiser step as a share of its peak: linear warm-up, then down to `floor` at the last."""
+    """Return the learning rate at an optimiser step as a share of its peak: linear warm-up, then down to `floor` at the
+    last."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     left = max(1, steps - 1 - warmup)
@@ -65,7 +66,8 @@ def rate_factor(step: int, steps: int, warmup: int, schedule: Literal["cosine", 
 
 
 def order(seed: int, count: int, start: int, length: int) -> list[int]:
-    """Positions `start` to `start + length` of an endless stream over `count` batches, shuffled anew every epoch."""
+    """Return positions `start` to `start + length` of an endless stream over `count` batches, shuffled anew every
+    epoch."""
     epochs: dict[int, list[int]] = {}
     for epoch in range(start // count, (start + length - 1) // count + 1):
         generator = torch.Generator().manual_seed(digest(seed, "order", epoch))

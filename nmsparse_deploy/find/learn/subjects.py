@@ -13,8 +13,8 @@ from torch import nn
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.learn.losses import classification, divergence, next_token, relative_error
-from nmsparse_deploy.find.learn.mask_parametrization import Site, showing
-from nmsparse_deploy.find.learn.step_context import Moment
+from nmsparse_deploy.find.learn.mask_parametrization import MaskSite, showing
+from nmsparse_deploy.find.learn.step_context import StepContext
 from nmsparse_deploy.models.objective import Objective
 from nmsparse_deploy.recipe import Training
 from nmsparse_deploy.system.hardware import autocast_for
@@ -24,7 +24,7 @@ Batch = Mapping[str, Any]
 
 
 def split(count: int, share: float) -> tuple[Sequence[int], Sequence[int]]:
-    """Batches to learn from, and the last `share` of them, at least one, to judge by."""
+    """Return the batches to learn from, and the last `share` of them, at least one, to evaluate on."""
     held_out = min(count, max(1, round(share * count)))
     return range(count - held_out), range(count - held_out, count)
 
@@ -38,7 +38,7 @@ class BlockSubject:
 
     varies = False
 
-    def __init__(self, module: nn.Module, sites: Mapping[str, Site], inputs: Sequence[torch.Tensor],
+    def __init__(self, module: nn.Module, sites: Mapping[str, MaskSite], inputs: Sequence[torch.Tensor],
                  dense_inputs: Sequence[torch.Tensor], run: Callable[[nn.Module, int, torch.Tensor], torch.Tensor],
                  holdout: float) -> None:
         self.module, self.sites, self.inputs, self.run = module, sites, inputs, run
@@ -47,31 +47,32 @@ class BlockSubject:
         with torch.no_grad():
             self.targets = [run(module, number, x) for number, x in enumerate(dense_inputs)]
 
-    def loss_terms(self, number: int, moment: Moment) -> dict[str, torch.Tensor]:
+    def loss_terms(self, number: int, context: StepContext) -> dict[str, torch.Tensor]:
         return {"error": self.score(number)}
 
     def score(self, number: int) -> torch.Tensor:
         return relative_error(self.run(self.module, number, self.inputs[number]), self.targets[number])
 
 
-class Model:
+class ModelSubject:
     """A whole model on batches that a subclass supplies: its own loss, and the distance to its dense self."""
 
     varies = False
 
-    def __init__(self, module: nn.Module, sites: Mapping[str, Site], count: int, samples: int, objective: Objective,
+    def __init__(self, module: nn.Module, sites: Mapping[str, MaskSite], count: int, samples: int, objective: Objective,
                  spec: Training, compute: torch.dtype) -> None:
         self.module, self.sites, self.objective, self.spec, self.compute = module, sites, objective, spec, compute
         self.training, self.held_out = split(count, spec.holdout)
         self.samples = samples
 
-    def batch(self, number: int, moment: Moment | None = None) -> tuple[Batch, torch.Tensor | None]:
-        """Micro-batch `number` and its classes, if they are known; as training sees it at `moment`, or for judging."""
+    def batch(self, number: int, context: StepContext | None = None) -> tuple[Batch, torch.Tensor | None]:
+        """Return micro-batch `number` and its classes, if they are known; as training sees it at `context`, or for
+        evaluation."""
         raise NotImplementedError
 
-    def loss_terms(self, number: int, moment: Moment) -> dict[str, torch.Tensor]:
-        """The task's loss where the batch tells the truth, and the distance to the dense model."""
-        spec, (batch, labels) = self.spec, self.batch(number, moment)
+    def loss_terms(self, number: int, context: StepContext) -> dict[str, torch.Tensor]:
+        """Return the task's loss where the batch tells the truth, and the distance to the dense model."""
+        spec, (batch, labels) = self.spec, self.batch(number, context)
         teacher = self._dense(batch) if spec.distill else None
         output = self._signal(batch)
         terms = {}
@@ -88,7 +89,7 @@ class Model:
         return terms
 
     def score(self, number: int) -> torch.Tensor:
-        """What suits the model's family: cross-entropy, or the distance to the dense model."""
+        """Return what suits the model's family: cross-entropy, or the distance to the dense model."""
         batch, _ = self.batch(number)
         kind, output = self.objective.kind, self._signal(batch)
         if kind == "cross-entropy":
@@ -105,15 +106,15 @@ class Model:
             return self._signal(batch)
 
 
-class WholeModel(Model):
+class BatchSubject(ModelSubject):
     """Batches of keyword arguments in memory. `labels` among them are classes, not an argument of the model."""
 
-    def __init__(self, module: nn.Module, sites: Mapping[str, Site], batches: Sequence[Batch], objective: Objective,
+    def __init__(self, module: nn.Module, sites: Mapping[str, MaskSite], batches: Sequence[Batch], objective: Objective,
                  spec: Training, compute: torch.dtype) -> None:
         samples = len(next(value for value in batches[0].values() if isinstance(value, torch.Tensor)))
         super().__init__(module, sites, len(batches), samples, objective, spec, compute)
         self.labels = [batch.get("labels") for batch in batches]
         self.batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
 
-    def batch(self, number: int, moment: Moment | None = None) -> tuple[Batch, torch.Tensor | None]:
+    def batch(self, number: int, context: StepContext | None = None) -> tuple[Batch, torch.Tensor | None]:
         return self.batches[number], self.labels[number]

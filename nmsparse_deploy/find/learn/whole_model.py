@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,14 +17,15 @@ from nmsparse_deploy.data.images import ImageSample
 from nmsparse_deploy.data.latents import NoisedSample
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.calibration.block_walk import BlockWalk
+from nmsparse_deploy.find.facts import RefinementRecord
 from nmsparse_deploy.find.learn.augment import Augmentation
-from nmsparse_deploy.find.learn.diffusion import Diffusion
-from nmsparse_deploy.find.learn.images import Pictures, class_numbers
+from nmsparse_deploy.find.learn.diffusion import DiffusionSubject
+from nmsparse_deploy.find.learn.images import ImageSubject, class_numbers
 from nmsparse_deploy.find.learn.learner import Subject
-from nmsparse_deploy.find.learn.mask_parametrization import Site
+from nmsparse_deploy.find.learn.mask_parametrization import MaskSite
 from nmsparse_deploy.find.learn.prior_selection import Masks
-from nmsparse_deploy.find.learn.session import FOLDER, Session
-from nmsparse_deploy.find.learn.subjects import WholeModel
+from nmsparse_deploy.find.learn.session import FOLDER, LearningSession
+from nmsparse_deploy.find.learn.subjects import Batch, BatchSubject
 from nmsparse_deploy.find.methods.base import LayerResult, Method
 from nmsparse_deploy.find.plan.make_plan import Plan
 from nmsparse_deploy.find.prune_block import prune_block
@@ -39,76 +39,89 @@ from nmsparse_deploy.system.hardware import autocast_for
 from nmsparse_deploy.system.progress import Progress
 
 
-def learn_model(session: Session, loaded: LoadedModel, plan: Plan, spec: Prune,
-                sample: Sample) -> tuple[dict[str, LayerResult], dict[str, Any]]:
-    """Masks for everything in the plan by parameter name, and the facts. The model is dense before and after."""
+def learn_model(session: LearningSession, loaded: LoadedModel, plan: Plan, spec: Prune,
+                sample: Sample) -> tuple[dict[str, LayerResult], RefinementRecord]:
+    """Learn masks for everything in the plan; return them by parameter name, and the record.
+
+    The model is dense before and after.
+    """
     if session.spec.labels or session.spec.augment:
-        sample = _in_any_order(sample, session.seed)
-    few = loaded.batches(some(sample, session.spec.prior_samples), spec.calibration.batch)
+        sample = _shuffled(sample, session.seed)
+    batches = loaded.batches(some(sample, session.spec.prior_samples), spec.calibration.batch)
     sites, weights = {}, []
     for row in plan.pruned():
         assert isinstance(row.pattern, NMPattern)
         name = row.target.name
-        sites[name] = Site(name, name, row.target.axis, row.pattern)
+        sites[name] = MaskSite(name, name, row.target.axis, row.pattern)
         weights.append((to_rows(loaded.module.get_parameter(name), row.target.axis), row.pattern))
-    with torch.no_grad(), autocast_for(session.compute, session.device):
-        output = loaded.module(**{name: value[:1] if isinstance(value, torch.Tensor) else value
-                                  for name, value in few[0].items()})
-    suits = objective(loaded, output)
-    signal = suits.signal(output)
-    subject, told = _subject(session, loaded, sites, suits, sample, spec.calibration.batch, signal.shape[-1])
+    objective, signal = objective_of(loaded, batches[0], session.compute)
+    subject = _subject(session, loaded, sites, objective, sample, spec.calibration.batch, signal.shape[-1])
+    labelled = isinstance(subject, ImageSubject) and subject.labels is not None
+    accuracy = subject.accuracy() if isinstance(subject, ImageSubject) and labelled else None
     states = signal.numel() // signal.shape[-1]
-    room = session.room(weights, states * subject.samples, signal.shape[-1])
-    priors = {method: _prior(session, loaded.module, plan, spec, method, few)
+    budget = session.budget(weights, states * subject.samples, signal.shape[-1])
+    priors = {method: _prior(session, loaded.module, plan, spec, method, batches)
               for method in session.spec.prior_methods} | dict(session.stored)
     with recomputed(loaded.module, plan.blocks if session.spec.gradient_checkpointing else ()):
-        learnt, facts = session.learn(subject, priors, room, "whole", f"{spec.method} {spec.pattern}")
-    return ({name: LayerResult(one.mask, one.weight) for name, one in learnt.items()},
-            {"name": spec.method, "objective": "global", **facts, **told})
+        masks, facts = session.learn(subject, priors, budget, "whole", f"{spec.method} {spec.pattern}")
+    facts = replace(facts, dense_accuracy=accuracy)
+    return ({name: LayerResult(learned.mask, learned.weight) for name, learned in masks.items()},
+            RefinementRecord(None, spec.method, facts.to_json()))
 
 
-def _subject(session: Session, loaded: LoadedModel, sites: Mapping[str, Site], suits: Objective, sample: Sample,
-             batch: int, classes: int) -> tuple[Subject, dict[str, Any]]:
-    """What is learned on, and what there is to tell about it."""
+@torch.no_grad()
+def objective_of(loaded: LoadedModel, batch: Batch, compute: torch.dtype) -> tuple[Objective, torch.Tensor]:
+    """Return the loss that suits the model, and what it looks at in the output for one sample."""
+    with autocast_for(compute, next(loaded.module.parameters()).device):
+        output = loaded.module(**{name: value[:1] if isinstance(value, torch.Tensor) else value
+                                  for name, value in batch.items()})
+    suitable = objective(loaded, output)
+    return suitable, suitable.signal(output)
+
+
+def _subject(session: LearningSession, loaded: LoadedModel, sites: Mapping[str, MaskSite], objective: Objective,
+             sample: Sample, batch: int, classes: int) -> Subject:
+    """Make the subject that suits the sample and the settings."""
     spec = session.spec
     if isinstance(sample, NoisedSample) and not (spec.labels or spec.augment):
-        return Diffusion(loaded.module, sites, sample, batch, spec, session.compute), {}
+        return DiffusionSubject(loaded.module, sites, sample, batch, spec, session.compute)
     if not isinstance(sample, ImageSample) or not (spec.labels or spec.augment):
         batches = loaded.batches(sample.inputs, batch)
-        return WholeModel(loaded.module, sites, batches, suits, spec, session.compute), {}
-    if spec.labels and suits.kind != "kl":
+        return BatchSubject(loaded.module, sites, batches, objective, spec, session.compute)
+    if spec.labels and objective.kind != "kl":
         raise UsageError(f"'{loaded.source}' has no classes to learn from.", "learn.labels: false")
     labels = class_numbers(sample, loaded.module, classes) if spec.labels else None
     augmentation = Augmentation(spec.augment, loaded.processor, classes) if spec.augment else None
-    subject = Pictures(loaded.module, sites, sample, batch, suits, spec, session.compute, labels, augmentation)
-    return subject, {"dense_accuracy": subject.accuracy()} if spec.labels else {}
+    return ImageSubject(loaded.module, sites, sample, batch, objective, spec, session.compute, labels, augmentation)
 
 
-def _in_any_order(sample: Sample, seed: int) -> ImageSample:
-    """Pictures shuffled: those of one class lie side by side in their folder. Raises `UsageError` for other data."""
+def _shuffled(sample: Sample, seed: int) -> ImageSample:
+    """Shuffle images: those of one class lie side by side in their folder. Raises `UsageError` for other data."""
     if not isinstance(sample, ImageSample):
         raise UsageError("learn.labels and learn.augment are for pictures.", "leave them out")
     order = torch.randperm(len(sample), generator=torch.Generator().manual_seed(seed)).tolist()
     return sample.at(order)
 
 
-def _prior(session: Session, module: nn.Module, plan: Plan, spec: Prune, method: str,
-           batches: Sequence[dict[str, Any]]) -> Masks:
-    """The masks of a one-shot method for the original weights, from an earlier process if it got that far."""
+def _prior(session: LearningSession, module: nn.Module, plan: Plan, spec: Prune, method: str,
+           batches: Sequence[Batch]) -> Masks:
+    """Return the masks of a one-shot method for the original weights, from an earlier process if it got that far."""
     name = f"{FOLDER}/prior-{method}.safetensors"
     team = distributed.current()
     if team.first and not (session.run / name).is_file():
-        found = one_shot(module, plan, spec, method, batches, session.compute, session.progress)
+        masks = one_shot(module, plan, spec, method, batches, session.compute, session.progress)
         with session.run.replacing(name) as temporary:
-            save_file({key: mask.contiguous() for key, mask in found.items()}, temporary)
+            save_file({key: mask.contiguous() for key, mask in masks.items()}, temporary)
     team.wait()
     return load_file(session.run / name)
 
 
-def one_shot(module: nn.Module, plan: Plan, spec: Prune, name: str, batches: Sequence[dict[str, Any]],
+def one_shot(module: nn.Module, plan: Plan, spec: Prune, name: str, batches: Sequence[Batch],
              compute: torch.dtype, progress: Progress) -> dict[str, torch.Tensor]:
-    """Bool rows by parameter name: walk the blocks, and let every block see what the pruned ones before it make of the
-    data. Weights stay as they are."""
+    """Return bool rows by parameter name; weights stay as they are.
+
+    The blocks are walked, and every block sees what the pruned ones before it make of the data.
+    """
     method = Method.load(name)
     alone = spec.model_copy(update={"method": name, "learn": None, "refine": (), "permute": False})
     walk = None if method.facts.needs == "none" else BlockWalk(module, plan.blocks, batches, compute)
@@ -126,12 +139,12 @@ def one_shot(module: nn.Module, plan: Plan, spec: Prune, name: str, batches: Seq
 
 @contextmanager
 def recomputed(module: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
-    """Inside, the blocks keep nothing for the backward pass but their inputs."""
-    found = [module.get_submodule(path) for path in blocks]
-    for block in found:
+    """Let the blocks keep nothing for the backward pass but their inputs."""
+    layers = [module.get_submodule(path) for path in blocks]
+    for block in layers:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:
-        for block in found:
+        for block in layers:
             del block.forward

@@ -8,7 +8,7 @@ from nmsparse_deploy.errors import NmsparseError
 
 FP64_WIDTH = 4096
 """Factor in fp64 up to this width: cheap there, and safe for badly conditioned Grams."""
-LEAST = 1e-8
+MIN_DAMPING = 1e-8
 """Where the damping starts to climb from zero."""
 
 
@@ -47,7 +47,7 @@ def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
             return factor.float()
         if strength >= 1.0:
             break
-        strength = min(1.0, max(strength * 10, LEAST))
+        strength = min(1.0, max(strength * 10, MIN_DAMPING))
     values, vectors = torch.linalg.eigh(dampen(gram, damping).double())
     lifted = (vectors * values.clamp(min=float(values[-1]) * 1e-6)) @ vectors.T
     factor = _factor((lifted + lifted.T) / 2)

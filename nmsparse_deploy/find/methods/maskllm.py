@@ -23,25 +23,31 @@ import math
 import torch
 
 from nmsparse_deploy.find.learn.adam8 import STATE_BYTES
-from nmsparse_deploy.find.learn.learner import ADAM, BEST, Learned, MaskLearner
-from nmsparse_deploy.find.learn.mask_parametrization import Law, Site
-from nmsparse_deploy.find.learn.mask_relaxations import Annealing, Choice, Scores, form_for
-from nmsparse_deploy.find.learn.step_context import Linear
+from nmsparse_deploy.find.learn.learner import ADAM_BYTES, MASK_BYTES, LearnedMethod, MaskLearner
+from nmsparse_deploy.find.learn.mask_parametrization import MaskParametrization, MaskSite
+from nmsparse_deploy.find.learn.mask_relaxations import (
+    Annealing,
+    CandidateDistribution,
+    StraightThroughScores,
+    form_for,
+)
+from nmsparse_deploy.find.learn.step_context import LinearSchedule
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import MaskLLM
 
 
 def make(spec: MaskLLM) -> MaskLearner:
     """The learner for a recipe's settings."""
-    annealing = Annealing(Linear(*spec.kappa), Linear(*spec.tau), spec.confidence, spec.noise, spec.regulariser)
+    annealing = Annealing(LinearSchedule(*spec.kappa), LinearSchedule(*spec.tau), spec.confidence, spec.noise,
+                          spec.regulariser)
 
-    def law(site: Site) -> Law:
+    def parametrize(site: MaskSite) -> MaskParametrization:
         form = form_for(site.pattern) if spec.form == "auto" else spec.form
         if form == "scores":
-            return Scores(site.pattern, annealing)
-        return Choice(site.pattern, annealing, compact=form == "compact")
+            return StraightThroughScores(site.pattern, annealing)
+        return CandidateDistribution(site.pattern, annealing, compact=form == "compact")
 
-    learner = MaskLearner(law, spec.step_size / spec.kappa[1], decay=spec.decay, moments=spec.moments)
+    learner = MaskLearner(parametrize, spec.step_size / spec.kappa[1], decay=spec.decay, moments=spec.moments)
     learner.shards = spec.moments == 32  # codes of blocks have no rows to split
     return learner
 
@@ -51,8 +57,8 @@ def bytes_per_weight(spec: MaskLLM, pattern: NMPattern) -> float:
     best mask."""
     candidates = spec.form == "candidates" or (spec.form == "auto" and form_for(pattern) == "candidates")
     values = math.comb(pattern.group, pattern.keep) / pattern.group if candidates else 1
-    number = ADAM if spec.moments == 32 else 2 * torch.float32.itemsize + STATE_BYTES
-    return number * values + BEST
+    number = ADAM_BYTES if spec.moments == 32 else 2 * torch.float32.itemsize + STATE_BYTES
+    return number * values + MASK_BYTES
 
 
-LEARNED = Learned(make, bytes_per_weight, lighter=({"form": "compact"}, {"form": "compact", "moments": 8}))
+LEARNED = LearnedMethod(make, bytes_per_weight, lighter=({"form": "compact"}, {"form": "compact", "moments": 8}))

@@ -26,28 +26,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from accelerate.utils import reduce
 
-from nmsparse_deploy.find.learn.learner import BEST, Learned, MaskLearner, Subject
-from nmsparse_deploy.find.learn.mask_parametrization import Law, Site, move_to, showing
+from nmsparse_deploy.find.learn.learner import MASK_BYTES, LearnedMethod, MaskLearner, Subject
+from nmsparse_deploy.find.learn.mask_parametrization import (
+    LearnableMask,
+    MaskParametrization,
+    MaskSite,
+    set_step,
+    showing,
+)
 from nmsparse_deploy.find.learn.plackett_luce import as_mask, sample, score
-from nmsparse_deploy.find.learn.step_context import Moment
+from nmsparse_deploy.find.learn.step_context import StepContext
 from nmsparse_deploy.masks import project
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import MaskPro
 
 SMOOTHING = 0.99
-DEEPEST = 40.0
+MAX_MAGNITUDE = 40.0
 """The largest C that is looked for: beyond, no group flips in fp32."""
 
 
-class Drawn(Law):
+class DrawnMask(MaskParametrization):
     """One logit per weight; `soft` is a draw, or the starting mask."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: MaskSite) -> None:
         self.site = site
         self.prior = torch.empty(0)
         self.starting = False
@@ -57,15 +62,15 @@ class Drawn(Law):
         self.prior = prior
         return prior.float()
 
-    def order(self, values: torch.Tensor, moment: Moment, name: str) -> torch.Tensor:
+    def order(self, values: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
         """What is drawn at this moment, `[groups, keep]`; the same whenever it is asked for."""
         groups = values.detach().reshape(-1, self.site.pattern.group)
-        return sample(groups, self.site.pattern.keep, moment.generator(name, values.device))
+        return sample(groups, self.site.pattern.keep, context.generator(name, values.device))
 
-    def soft(self, values: torch.Tensor, rows: torch.Tensor, moment: Moment, name: str) -> torch.Tensor:
+    def soft(self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
         if self.starting:
             return torch.where(self.prior, rows, 0.0)
-        drawn = as_mask(self.order(values, moment, name), self.site.pattern.group)
+        drawn = as_mask(self.order(values, context, name), self.site.pattern.group)
         return torch.where(drawn.reshape(rows.shape), rows, 0.0)
 
     def hard(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -78,7 +83,7 @@ class PolicyGradient(MaskLearner):
     shards = False  # the score is taken outside the forward pass
 
     def __init__(self, spec: MaskPro) -> None:
-        super().__init__(Drawn, spec.rate or 1.0, decay=0.0, moments=32)
+        super().__init__(DrawnMask, spec.rate or 1.0, decay=0.0, moments=32)
         self.spec = spec
         self.magnitude = 1.0
         """C."""
@@ -98,29 +103,30 @@ class PolicyGradient(MaskLearner):
         rate = self.spec.rate or self.spec.step_size * self.magnitude
         return torch.optim.SGD([mask.values for mask in self.masks.values()], rate)
 
-    def loss_terms(self, subject: Subject, number: int, moment: Moment) -> dict[str, torch.Tensor]:
+    def loss_terms(self, subject: Subject, number: int, context: StepContext) -> dict[str, torch.Tensor]:
         """The loss of a draw, with the policy gradient as its gradient."""
-        move_to(subject.module, moment)
+        set_step(subject.module, context)
         with torch.no_grad(), showing(subject.module, "soft"):
             if subject.varies or number not in self.before:
                 self._show_starting(True)
-                self.before[number] = _total(subject.loss_terms(number, moment))
+                self.before[number] = _total(subject.loss_terms(number, context))
                 self._show_starting(False)
-            loss = _total(subject.loss_terms(number, moment))
+            loss = _total(subject.loss_terms(number, context))
         residual = loss - self.before[number]
         self.residuals.append(residual)
         factor = self._advantage(float(residual))
-        along = [(mask.values * factor * self._score(mask.values.detach(), mask.law, mask.site, moment)).sum()
-                 for mask in self.masks.values()]
+        along = [(mask.values * factor * self._score(mask, context)).sum() for mask in self.masks.values()]
         surrogate = torch.stack(along).sum()
         return {"loss": loss + surrogate - surrogate.detach()}
 
     def _show_starting(self, starting: bool) -> None:
         for mask in self.masks.values():
-            _law(mask.law).starting = starting
+            mask.parametrized_by(DrawnMask).starting = starting
 
-    def _score(self, values: torch.Tensor, law: Law, site: Site, moment: Moment) -> torch.Tensor:
-        order = _law(law).order(values, moment, site.name)
+    def _score(self, mask: LearnableMask, context: StepContext) -> torch.Tensor:
+        """Return `∂ log P / ∂π` of what is drawn in this step, in the shape of the values."""
+        values, site = mask.values.detach(), mask.site
+        order = mask.parametrized_by(DrawnMask).order(values, context, site.name)
         return score(values.reshape(-1, site.pattern.group), order).reshape(values.shape)
 
     def _advantage(self, residual: float) -> float:
@@ -132,7 +138,7 @@ class PolicyGradient(MaskLearner):
             return away
         return away / math.sqrt(square / young) if square else 0.0
 
-    def after_step(self, moment: Moment) -> None:
+    def after_step(self, context: StepContext) -> None:
         residual = float(reduce(torch.stack(self.residuals).mean(), "mean"))  # every process tracks the same
         self.residuals = []
         smoothed, square, count = self.tracked.tolist()
@@ -146,12 +152,13 @@ class PolicyGradient(MaskLearner):
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         self.tracked = state["tracked"]
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, float]:
         """`moved` is the share of groups whose logits favour another mask than at the start, better or not."""
         moved = groups = 0
         for mask in self.masks.values():
-            prior = _law(mask.law).prior
-            different = (mask.law.hard(mask.values, prior) ^ prior).reshape(-1, mask.site.pattern.group).any(-1)
+            drawn = mask.parametrized_by(DrawnMask)
+            different = drawn.hard(mask.values, drawn.prior) ^ drawn.prior
+            different = different.reshape(-1, mask.site.pattern.group).any(-1)
             moved, groups = moved + int(different.sum()), groups + len(different)
         return {"magnitude": self.magnitude, "moved": moved / groups}
 
@@ -165,7 +172,7 @@ def stays(magnitude: float, pattern: NMPattern) -> float:
 def magnitude_for(groups: Sequence[tuple[int, NMPattern]], flips: float) -> float:
     """The C at which `flips` of all groups, given as counts by pattern, differ from the start in a draw; zero when even
     an even law flips fewer."""
-    low, high = 0.0, DEEPEST
+    low, high = 0.0, MAX_MAGNITUDE
     for _ in range(60):
         middle = (low + high) / 2
         expected = sum(count * (1 - stays(middle, pattern)) for count, pattern in groups)
@@ -177,9 +184,4 @@ def _total(terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return torch.stack([term.float() for term in terms.values()]).sum()
 
 
-def _law(law: Law) -> Drawn:
-    assert isinstance(law, Drawn)
-    return law
-
-
-LEARNED = Learned(PolicyGradient, lambda spec, pattern: 8.0 + BEST)
+LEARNED = LearnedMethod(PolicyGradient, lambda spec, pattern: 8.0 + MASK_BYTES)

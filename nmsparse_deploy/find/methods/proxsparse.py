@@ -26,11 +26,11 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from nmsparse_deploy.find.learn.learner import Learned, MaskLearner, Subject
-from nmsparse_deploy.find.learn.mask_parametrization import Law, Site, original
+from nmsparse_deploy.find.learn.learner import LearnedMethod, MaskLearner, Subject
+from nmsparse_deploy.find.learn.mask_parametrization import MaskParametrization, MaskSite, original_weight
 from nmsparse_deploy.find.learn.prox import prox
 from nmsparse_deploy.find.learn.sharded import put, whole
-from nmsparse_deploy.find.learn.step_context import Moment
+from nmsparse_deploy.find.learn.step_context import StepContext
 from nmsparse_deploy.masks import project
 from nmsparse_deploy.models.base import to_rows
 from nmsparse_deploy.recipe import ProxSparse
@@ -39,10 +39,10 @@ FUSED = 3
 """Query, key and value stored as one: three times as many outputs as inputs. Each has a size of its own."""
 
 
-class Support(Law):
+class SupportMask(MaskParametrization):
     """Trained weights whose N largest of a group are the mask of the original ones."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: MaskSite) -> None:
         self.site = site
         self.prior: torch.Tensor | None = None
         """What the mask is until the first step: training starts at the dense weights, whatever the prior."""
@@ -51,7 +51,7 @@ class Support(Law):
         self.prior = prior
         return rows.to(torch.float32, copy=True)  # the original must not move
 
-    def soft(self, values: torch.Tensor, rows: torch.Tensor, moment: Moment, name: str) -> torch.Tensor:
+    def soft(self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
         return values
 
     def hard(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -67,41 +67,42 @@ class Support(Law):
             start += size
 
 
-class Prox(MaskLearner):
+class ProximalLearner(MaskLearner):
     """AdamW on a copy of the weights, and the proximal operator after every step."""
 
     def __init__(self, spec: ProxSparse) -> None:
-        super().__init__(Support, spec.rate or 1.0, decay=0.0, moments=32)
+        super().__init__(SupportMask, spec.rate or 1.0, decay=0.0, moments=32)
         self.spec = spec
         self.shards = not spec.lambda2  # that term is taken outside the forward pass
         self.sizes: dict[str, list[float]] = {}
-        """Root mean square of every slice of the original weights, by `Site.path`."""
+        """Root mean square of every slice of the original weights, by `MaskSite.path`."""
 
     def prepare(self, subject: Subject, priors: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
         super().prepare(subject, priors)
         groups = []
         for path, mask in self.masks.items():
-            rows = to_rows(original(self.module, mask.site), mask.site.axis).float()
-            self.sizes[path] = [float(rows[part].square().mean().sqrt()) for part in _law(mask.law).slices(rows)]
+            rows = to_rows(original_weight(self.module, mask.site), mask.site.axis).float()
+            slices = mask.parametrized_by(SupportMask).slices(rows)
+            self.sizes[path] = [float(rows[part].square().mean().sqrt()) for part in slices]
             rate = self.spec.rate or self.spec.reach * float(rows.square().mean().sqrt()) / self.spec.steps
             groups.append({"params": [mask.values], "lr": rate})
         return torch.optim.AdamW(groups, 1.0, self.betas, weight_decay=0.0, fused=True)
 
-    def loss_terms(self, subject: Subject, number: int, moment: Moment) -> dict[str, torch.Tensor]:
-        terms = super().loss_terms(subject, number, moment)
+    def loss_terms(self, subject: Subject, number: int, context: StepContext) -> dict[str, torch.Tensor]:
+        terms = super().loss_terms(subject, number, context)
         if self.spec.lambda2:
-            far = [frozen(mask.values, to_rows(original(self.module, mask.site), mask.site.axis), self.spec.epsilon)
-                   for mask in self.masks.values()]
-            terms["frozen"] = self.spec.lambda2 * torch.stack(far).sum()
+            distances = [frozen(mask.values, to_rows(original_weight(self.module, mask.site), mask.site.axis),
+                                self.spec.epsilon) for mask in self.masks.values()]
+            terms["frozen"] = self.spec.lambda2 * torch.stack(distances).sum()
         return terms
 
-    def after_step(self, moment: Moment) -> None:
+    def after_step(self, context: StepContext) -> None:
         for path, mask in self.masks.items():
-            law, held = _law(mask.law), mask.values.data
-            law.prior, values = None, whole(held)
-            for part, size in zip(law.slices(values), self.sizes[path]):
-                values[part] = prox(values[part], self._strength(size, law.site.pattern.keep), law.site.pattern)
-            put(held, values)
+            support, pattern = mask.parametrized_by(SupportMask), mask.site.pattern
+            support.prior, values = None, whole(mask.values.data)
+            for part, size in zip(support.slices(values), self.sizes[path]):
+                values[part] = prox(values[part], self._strength(size, pattern.keep), pattern)
+            put(mask.values.data, values)
 
     def _strength(self, size: float, keep: int) -> float:
         if self.spec.lambda1 is not None:
@@ -111,7 +112,7 @@ class Prox(MaskLearner):
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """A checkpoint is written after a step at the earliest."""
         for mask in self.masks.values():
-            _law(mask.law).prior = None
+            mask.parametrized_by(SupportMask).prior = None
 
 
 def frozen(weight: torch.Tensor, start: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -121,9 +122,4 @@ def frozen(weight: torch.Tensor, start: torch.Tensor, epsilon: float) -> torch.T
     return (weight / (start + epsilon * sign) * (weight - start)).square().sum()
 
 
-def _law(law: Law) -> Support:
-    assert isinstance(law, Support)
-    return law
-
-
-LEARNED = Learned(Prox)
+LEARNED = LearnedMethod(ProximalLearner)

@@ -25,7 +25,7 @@ from nmsparse_deploy.pattern import NMPattern
 DAMPING = 0.01
 FIRST, GROWTH = 0.01, 1.1
 """λ at the start, and its factor from one step to the next."""
-MOST = 150
+MAX_STEPS = 150
 """Steps at most; the support is projected if some groups still hold more."""
 STEPS = 20
 """Conjugate-gradient steps on the support."""
@@ -54,7 +54,7 @@ def descend(weight: torch.Tensor, hessian: torch.Tensor, pattern: NMPattern, gro
     length = 1 / (MARGIN * largest_eigenvalue(hessian))
     now = before = weight
     strength, momentum = FIRST, 1.0
-    for _ in range(MOST):
+    for _ in range(MAX_STEPS):
         follows = 0.5 + (0.25 + momentum**2) ** 0.5
         ahead = now + (momentum - 1) / follows * (now - before)
         before, now = now, prox(ahead - length * (ahead - weight) @ hessian, length * strength, pattern, SWEEPS)

@@ -22,17 +22,17 @@ from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.find.plan.knapsack import Option, choose
 from nmsparse_deploy.find.plan.latency import Latency, saving_for, speedup
 from nmsparse_deploy.find.plan.make_plan import PlanRow
-from nmsparse_deploy.find.plan.sensitivity import Rise
+from nmsparse_deploy.find.plan.sensitivity import LossIncrease
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, Pattern
 from nmsparse_deploy.recipe import DENSE, Allocate
 
 
 @dataclass(frozen=True)
-class Choice:
+class PatternChoice:
     """One way to treat a fusion group: a pattern (None = dense), what it costs, and what it wins."""
 
     pattern: Pattern | None
-    rise: Rise
+    rise: LossIncrease
     saving_us: float
     zeros: int
 
@@ -42,29 +42,29 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Group:
+class FusionGroup:
     """A fusion group and its choices."""
 
     rows: tuple[PlanRow, ...]
     dense_us: float
-    choices: tuple[Choice, ...]
+    choices: tuple[PatternChoice, ...]
 
     @property
     def weights(self) -> int:
         return sum(row.target.k * row.target.n for row in self.rows)
 
 
-def choices(rows: Sequence[PlanRow], patterns: Sequence[Pattern], rises: Sequence[Rise],
-            latencies: Sequence[Latency], dense: bool) -> Group:
+def choices(rows: Sequence[PlanRow], patterns: Sequence[Pattern], rises: Sequence[LossIncrease],
+            latencies: Sequence[Latency], dense: bool) -> FusionGroup:
     """The group of `rows` with one choice a pattern, and `dense` if it may stay so."""
     weights = sum(row.target.k * row.target.n for row in rows)
-    found = [Choice(None, Rise(0.0, 0.0), 0.0, 0)] if dense else []
-    found += [Choice(pattern, rise, latency.saving_us, round(weights * (1 - pattern.density)))
+    options = [PatternChoice(None, LossIncrease(0.0, 0.0), 0.0, 0)] if dense else []
+    options += [PatternChoice(pattern, rise, latency.saving_us, round(weights * (1 - pattern.density)))
               for pattern, rise, latency in zip(patterns, rises, latencies)]
-    return Group(tuple(rows), latencies[0].dense_us, tuple(found))
+    return FusionGroup(tuple(rows), latencies[0].dense_us, tuple(options))
 
 
-def solve(groups: Sequence[Group], spec: Allocate, share: float, weights: int) -> list[Choice]:
+def solve(groups: Sequence[FusionGroup], spec: Allocate, share: float, weights: int) -> list[PatternChoice]:
     """The best choice for every group. `share` is that of the targets in the model's FLOPs, `weights` all that could be
     pruned. Raises `NmsparseError` with the best that can be reached when the constraint cannot be met."""
     if spec.max_ppl_increase is not None:
@@ -72,29 +72,29 @@ def solve(groups: Sequence[Group], spec: Allocate, share: float, weights: int) -
     if spec.min_speedup is not None:
         dense = sum(group.dense_us for group in groups)
         best = [max(choice.saving_us for choice in group.choices) for group in groups]
-        found = _least_rise(groups, "saving_us", saving_for(share, dense, spec.min_speedup))
-        if found is None:
+        chosen = _least_rise(groups, "saving_us", saving_for(share, dense, spec.min_speedup))
+        if chosen is None:
             reach = speedup(share, dense, sum(best))
             raise NmsparseError(f"No plan makes the model {spec.min_speedup:g} times as fast: all groups that gain "
                                 f"reach {reach:.4f} ({share:.0%} of its FLOPs are theirs).",
                                 f"--min-speedup {math.floor(reach * 1e4) / 1e4:g}" if reach > 1.0001 else None)
-        return found
+        return chosen
     assert spec.budget is not None
     pattern = NMPattern.parse(spec.pattern)
     everywhere = weights * pattern.zeros / pattern.group
-    found = _least_rise(groups, "zeros", spec.budget * everywhere)
-    if found is None:
+    chosen = _least_rise(groups, "zeros", spec.budget * everywhere)
+    if chosen is None:
         reach = sum(max(choice.zeros for choice in group.choices) for group in groups) / everywhere
         raise NmsparseError(f"No plan prunes {spec.budget:.1%} of the prunable weights: only {reach:.1%} of them may "
                             f"get {pattern}.", "nmsparse-deploy inspect says why the others stay dense")
-    return found
+    return chosen
 
 
-def _within_loss(groups: Sequence[Group], increase: float, has_kernels: bool) -> list[Choice]:
+def _within_loss(groups: Sequence[FusionGroup], increase: float, has_kernels: bool) -> list[PatternChoice]:
     by = "saving_us" if has_kernels else "zeros"
     items = [[Option(getattr(choice, by), choice.cost) for choice in group.choices] for group in groups]
-    found = choose(items, math.log1p(increase))
-    chosen = [group.choices[index] for group, index in zip(groups, found or [0] * len(groups))]
+    indices = choose(items, math.log1p(increase))
+    chosen = [group.choices[index] for group, index in zip(groups, indices or [0] * len(groups))]
     if not any(choice.pattern for choice in chosen):
         useful = [choice for group in groups for choice in group.choices if choice.pattern and getattr(choice, by) > 0]
         if not useful:
@@ -105,17 +105,17 @@ def _within_loss(groups: Sequence[Group], increase: float, has_kernels: bool) ->
     return chosen
 
 
-def _least_rise(groups: Sequence[Group], by: str, need: float) -> list[Choice] | None:
+def _least_rise(groups: Sequence[FusionGroup], by: str, need: float) -> list[PatternChoice] | None:
     """The smallest sum of rises whose gains reach `need`: what is lost of the largest gains has to fit the rest."""
     best = [max(getattr(choice, by) for choice in group.choices) for group in groups]
     items = [[Option(-choice.cost, most - getattr(choice, by)) for choice in group.choices]
              for group, most in zip(groups, best)]
-    found = choose(items, sum(best) - need)
-    return None if found is None else [group.choices[index] for group, index in zip(groups, found)]
+    indices = choose(items, sum(best) - need)
+    return None if indices is None else [group.choices[index] for group, index in zip(groups, indices)]
 
 
 @dataclass(frozen=True)
-class Decision:
+class GroupDecision:
     """One fusion group in a finished plan."""
 
     members: tuple[str, ...]
@@ -133,24 +133,24 @@ class Decision:
     reason: str
 
 
-def decisions(groups: Sequence[Group], chosen: Sequence[Choice], share: float, unit: str,
-              asked: Pattern) -> tuple[Decision, ...]:
+def decisions(groups: Sequence[FusionGroup], chosen: Sequence[PatternChoice], share: float, unit: str,
+              asked: Pattern) -> tuple[GroupDecision, ...]:
     """What was decided about every group, in words too."""
     dense = sum(group.dense_us for group in groups)
-    found = []
+    rows = []
     for group, choice in zip(groups, chosen):
         shown = choice if choice.pattern else next(c for c in group.choices if c.pattern == asked)
         gain = share * shown.saving_us / dense
         won = f"{100 * gain:.2g} % predicted gain" if gain > 0 else "no gain"
         why = f"sensitivity {shown.rise.mean:.2g} {unit} for {won}"
         first = group.rows[0].target
-        found.append(Decision(tuple(row.target.name for row in group.rows), first.block, first.k,
+        rows.append(GroupDecision(tuple(row.target.name for row in group.rows), first.block, first.k,
                               sum(row.target.n for row in group.rows), str(choice.pattern or DENSE), shown.rise.mean,
                               shown.rise.error, group.dense_us, shown.saving_us, gain, why))
-    return tuple(found)
+    return tuple(rows)
 
 
-def totals(groups: Sequence[Group], chosen: Sequence[Choice], share: float, weights: int,
+def totals(groups: Sequence[FusionGroup], chosen: Sequence[PatternChoice], share: float, weights: int,
            llm: bool) -> dict[str, Any]:
     """Sums over the plan, predicted from single groups. `llm`: do rises add up to one of log perplexity?"""
     pruned = [(group, choice) for group, choice in zip(groups, chosen) if choice.pattern]
@@ -171,7 +171,7 @@ class Allocation:
 
     model: str
     pattern: str
-    decisions: tuple[Decision, ...]
+    decisions: tuple[GroupDecision, ...]
     rules: dict[str, str]
     """Targets that a shape or a user's rule keeps dense, and why."""
     totals: dict[str, Any]
@@ -183,7 +183,7 @@ class Allocation:
                  for row in self.decisions for name in row.members}
         return named | {name: f"{DENSE}: {reason}" for name, reason in self.rules.items()}
 
-    def short_names(self, row: Decision) -> list[str]:
+    def short_names(self, row: GroupDecision) -> list[str]:
         """Members without the path that they share and without `.weight`."""
         first, *others = [name.removesuffix(".weight") for name in row.members]
         return [first, *(name.rpartition(".")[2] for name in others)]
@@ -227,7 +227,7 @@ def candidates(spec: Allocate) -> list[NMPattern]:
     """The patterns that a group may get: the asked one, and with `vary_keep` its neighbours."""
     asked = NMPattern.parse(spec.pattern)
     keeps = (asked.keep - 1, asked.keep, asked.keep + 1) if spec.vary_keep else (asked.keep,)
-    found = [NMPattern(keep, asked.group) for keep in keeps if 1 <= keep < asked.group]
-    if spec.vary_keep and len(found) == 1:
+    patterns = [NMPattern(keep, asked.group) for keep in keeps if 1 <= keep < asked.group]
+    if spec.vary_keep and len(patterns) == 1:
         raise UsageError(f"{asked} has no neighbours to vary.", "try a larger group, for example 4:8")
-    return found
+    return patterns

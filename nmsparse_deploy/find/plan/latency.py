@@ -41,7 +41,7 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class Source:
+class LatencySource:
     """Where latencies come from: `status` is `measured` (a table) or `predicted` (the roofline of `gpu`)."""
 
     status: str
@@ -56,8 +56,8 @@ class Source:
         Raises `UsageError` when a measured table has no row for the shape.
         """
         k, n = members[0].k, sum(member.n for member in members)
-        found = self._roofline(k, n) if self.table is None else _looked_up(self.table, members, self.rows)
-        return found if shape_verdict(k, n, pattern) in ELIGIBLE else Latency(found.dense_us, found.dense_us)
+        latency = self._roofline(k, n) if self.table is None else _looked_up(self.table, members, self.rows)
+        return latency if shape_verdict(k, n, pattern) in ELIGIBLE else Latency(latency.dense_us, latency.dense_us)
 
     def _roofline(self, k: int, n: int) -> Latency:
         assert self.roofline is not None
@@ -68,17 +68,17 @@ class Source:
         return {"status": self.status, "gpu": self.gpu, "rows": self.rows}
 
 
-def source(gpu: str, rows: int | None = None, table: Path | None = None) -> Source:
+def source(gpu: str, rows: int | None = None, table: Path | None = None) -> LatencySource:
     """The measured table when there is one, otherwise the roofline of the GPU whose name contains `gpu`."""
     if table is not None:
         return _read(table, rows)
-    found = [known for known in GPUS if gpu.lower() in known.name.lower()]
-    if not found:
+    matching = [known for known in GPUS if gpu.lower() in known.name.lower()]
+    if not matching:
         raise UsageError(f"There are no figures for the GPU '{gpu}'.", f"one of: {', '.join(g.name for g in GPUS)}")
-    return Source("predicted", found[0].name, rows or ROWS, roofline=found[0])
+    return LatencySource("predicted", matching[0].name, rows or ROWS, roofline=matching[0])
 
 
-def _read(path: Path, rows: int | None) -> Source:
+def _read(path: Path, rows: int | None) -> LatencySource:
     if not path.is_file():
         raise UsageError(f"There is no latency table '{path}'.")
     try:
@@ -89,7 +89,7 @@ def _read(path: Path, rows: int | None) -> Source:
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise UsageError(f"'{path}' is not a latency table: {type(error).__name__} {error}.",
                          'write {"gpu": NAME, "rows": [{"k", "n", "rows", "dense_us", "sparse_us"}, ...]}') from error
-    if any(not 0 < time < float("inf") for *_, found in lines for time in (found.dense_us, found.sparse_us)):
+    if any(not 0 < time < float("inf") for *_, latency in lines for time in (latency.dense_us, latency.sparse_us)):
         raise UsageError(f"'{path}' holds a latency that is not a positive number.")
     held = sorted({line[0] for line in lines})
     if rows is None and len(held) == 1:
@@ -97,7 +97,7 @@ def _read(path: Path, rows: int | None) -> Source:
     if rows not in held:
         raise UsageError(f"'{path}' was measured at {', '.join(map(str, held)) or 'no'} rows.",
                          "choose one of them with --rows")
-    return Source("measured", gpu, rows, {(k, n): found for at, k, n, found in lines if at == rows})
+    return LatencySource("measured", gpu, rows, {(k, n): latency for at, k, n, latency in lines if at == rows})
 
 
 def _looked_up(table: Mapping[tuple[int, int], Latency], members: Sequence[Target], rows: int) -> Latency:
@@ -108,8 +108,8 @@ def _looked_up(table: Mapping[tuple[int, int], Latency], members: Sequence[Targe
     if missing is not None:
         shapes = f"k={k}, n={n}" + (f" nor for its member k={missing.k}, n={missing.n}" if len(members) > 1 else "")
         raise UsageError(f"The latency table has no row for {shapes} at {rows} rows.", "measure it and add it")
-    found = [table[member.k, member.n] for member in members]
-    return Latency(sum(one.dense_us for one in found), sum(one.sparse_us for one in found))
+    latencies = [table[member.k, member.n] for member in members]
+    return Latency(sum(latency.dense_us for latency in latencies), sum(latency.sparse_us for latency in latencies))
 
 
 def speedup(share: float, dense_us: float, saving_us: float) -> float:

@@ -29,8 +29,8 @@ def mixed_ratios(sensitivities: Sequence[float], ratio: float, alpha: float) -> 
     lowest = 1 - ratio - alpha
     highest = 2 * (1 - ratio) - lowest
     last = len(sensitivities) - 1
-    found = [ratio] * len(sensitivities)
-    for rank, place in enumerate(sorted(range(len(found)), key=lambda i: sensitivities[i])):
+    ratios = [ratio] * len(sensitivities)
+    for rank, place in enumerate(sorted(range(len(ratios)), key=lambda i: sensitivities[i])):
         if last:
-            found[place] = 1 - (lowest + rank * (highest - lowest) / last)
-    return found
+            ratios[place] = 1 - (lowest + rank * (highest - lowest) / last)
+    return ratios

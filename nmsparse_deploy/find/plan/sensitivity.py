@@ -25,7 +25,7 @@ from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.calibration.suffix_replay import SuffixReplay
 from nmsparse_deploy.find.methods.base import Method, prune_matrices
 from nmsparse_deploy.find.plan.make_plan import PlanRow
-from nmsparse_deploy.find.refine.base import Layer
+from nmsparse_deploy.find.refine.base import PrunedLayer
 from nmsparse_deploy.models.base import to_rows
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.objective import Objective
@@ -35,7 +35,7 @@ Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Rise:
+class LossIncrease:
     """Mean over samples of the rise of the loss, and its standard error (the same samples, dense and pruned)."""
 
     mean: float
@@ -43,7 +43,7 @@ class Rise:
 
 
 @dataclass(frozen=True)
-class Trace:
+class HessianTrace:
     """`tr(H) / n` of one weight, its standard error over probes, and n."""
 
     mean: float
@@ -52,34 +52,34 @@ class Trace:
 
 
 def direct(loaded: LoadedModel, blocks: Sequence[str], parts: Sequence[Sequence[PlanRow]], batches: Sequence[Batch],
-           measure: Objective, method: Method, progress: Progress = silent) -> list[Rise]:
+           measure: Objective, method: Method, progress: Progress = silent) -> list[LossIncrease]:
     """The rise when each of `parts` alone is pruned by `method` to its rows' patterns.
 
     A part is what is pruned together, within one block: a fusion group, or a single target. The model is left as it
     was found.
     """
-    found: dict[int, Rise] = {}
-    tail = _tail(loaded, blocks, batches, measure)
-    for index, stats in _in_order(tail, parts, method):
-        progress("trying fusion groups one by one", len(found), len(parts))
+    increases: dict[int, LossIncrease] = {}
+    replay = _tail(loaded, blocks, batches, measure)
+    for index, stats in _in_order(replay, parts, method):
+        progress("trying fusion groups one by one", len(increases), len(parts))
         with pruned(loaded.module, parts[index], method, stats):
-            found[index] = _rise(tail.dense, tail.run())
-    return [found[index] for index in range(len(parts))]
+            increases[index] = _rise(replay.dense, replay.run())
+    return [increases[index] for index in range(len(parts))]
 
 
 def from_curvature(loaded: LoadedModel, blocks: Sequence[str], parts: Sequence[Sequence[PlanRow]],
                    batches: Sequence[Batch], measure: Objective, method: Method,
-                   traces: Mapping[str, Trace]) -> list[Rise]:
+                   traces: Mapping[str, HessianTrace]) -> list[LossIncrease]:
     """The rise that a curvature alike in all directions would give: `Σ ½ tr(H)/n · ‖W - Ŵ‖²` over the part's weights.
 
     Ranks groups of different sizes; not calibrated in the objective's unit.
     """
-    found: dict[int, Rise] = {}
+    increases: dict[int, LossIncrease] = {}
     for index, stats in _in_order(_tail(loaded, blocks, batches, measure), parts, method):
         damage = {row.target.name: _damage(loaded.module, row, method, stats) / 2 for row in parts[index]}
         error = math.sqrt(sum((traces[name].error * half) ** 2 for name, half in damage.items()))
-        found[index] = Rise(sum(traces[name].mean * half for name, half in damage.items()), error)
-    return [found[index] for index in range(len(parts))]
+        increases[index] = LossIncrease(sum(traces[name].mean * half for name, half in damage.items()), error)
+    return [increases[index] for index in range(len(parts))]
 
 
 def _damage(module: nn.Module, row: PlanRow, method: Method, stats: Mapping[str, LayerStats]) -> float:
@@ -100,7 +100,7 @@ def _in_order(tail: SuffixReplay, parts: Sequence[Sequence[PlanRow]],
 
 
 def together(loaded: LoadedModel, blocks: Sequence[str], rows: Sequence[PlanRow], batches: Sequence[Batch],
-             measure: Objective, method: Method, progress: Progress = silent) -> Rise:
+             measure: Objective, method: Method, progress: Progress = silent) -> LossIncrease:
     """The rise when all `rows` are pruned at once: what the sum of the single rises stands for."""
     tail = _tail(loaded, blocks, batches, measure)
     dense = {row.target.name: loaded.module.get_parameter(row.target.name).detach().clone() for row in rows}
@@ -134,10 +134,10 @@ def _statistics(tail: SuffixReplay, rows: Sequence[PlanRow], method: Method) -> 
     return {} if method.facts.needs == "none" else tail.statistics([row.target for row in rows], method.facts.needs)
 
 
-def _rise(dense: Sequence[torch.Tensor], pruned: Sequence[torch.Tensor]) -> Rise:
+def _rise(dense: Sequence[torch.Tensor], pruned: Sequence[torch.Tensor]) -> LossIncrease:
     rise = torch.cat(list(pruned)).double() - torch.cat(list(dense)).double()
     error = float(rise.std()) / math.sqrt(len(rise)) if len(rise) > 1 else 0.0
-    return Rise(float(rise.mean()), error)
+    return LossIncrease(float(rise.mean()), error)
 
 
 @contextmanager
@@ -159,7 +159,7 @@ def trial(module: nn.Module, row: PlanRow, method: Method, stats: Mapping[str, L
     weight = to_rows(parameter, row.target.axis).float()
     known = stats.get(row.target.fusion, LayerStats.none())
     result = prune_matrices(method, weight, known, row.pattern)
-    return Layer(weight, known, row.pattern, row.target.axis, parameter.shape, result).stored(parameter.dtype)
+    return PrunedLayer(weight, known, row.pattern, row.target.axis, parameter.shape, result).stored(parameter.dtype)
 
 
 @torch.no_grad()
@@ -169,14 +169,14 @@ def _write(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def hutchinson(loaded: LoadedModel, names: Sequence[str], batches: Sequence[Batch], measure: Objective,
-               *, probes: int, seed: int, progress: Progress = silent) -> dict[str, Trace]:
+               *, probes: int, seed: int, progress: Progress = silent) -> dict[str, HessianTrace]:
     """The average trace of the loss Hessian for every named parameter. The same seed gives the same figures.
 
     The attention runs PyTorch's composed kernel, because the fused ones have no second derivative.
     """
     parameters = [loaded.module.get_parameter(name) for name in names]
     wanted = [p.requires_grad for p in loaded.module.parameters()]
-    found = []
+    forms_by_probe = []
     loaded.module.eval().requires_grad_(False)
     try:
         for parameter in parameters:
@@ -185,13 +185,13 @@ def hutchinson(loaded: LoadedModel, names: Sequence[str], batches: Sequence[Batc
         for probe in range(probes):
             signs = [_rademacher(p, generator) for p in parameters]
             progress("Hutchinson probes", probe, probes)
-            found.append(_quadratic_forms(loaded.module, parameters, signs, batches, measure))
+            forms_by_probe.append(_quadratic_forms(loaded.module, parameters, signs, batches, measure))
     finally:
         for parameter, flag in zip(loaded.module.parameters(), wanted):
             parameter.requires_grad_(flag)
-    forms = torch.stack(found) / torch.tensor([float(p.numel()) for p in parameters], dtype=torch.float64)
+    forms = torch.stack(forms_by_probe) / torch.tensor([float(p.numel()) for p in parameters], dtype=torch.float64)
     errors = forms.std(0) / math.sqrt(probes) if probes > 1 else torch.zeros(len(names))
-    return {name: Trace(float(mean), float(error), parameter.numel())
+    return {name: HessianTrace(float(mean), float(error), parameter.numel())
             for name, parameter, mean, error in zip(names, parameters, forms.mean(0), errors)}
 
 

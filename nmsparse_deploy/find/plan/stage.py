@@ -16,18 +16,18 @@ from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.methods.base import Method
 from nmsparse_deploy.find.plan.allocation import (
     Allocation,
-    Choice,
-    Group,
+    FusionGroup,
+    PatternChoice,
     candidates,
     choices,
     decisions,
     solve,
     totals,
 )
-from nmsparse_deploy.find.plan.latency import Latency, Source, source
+from nmsparse_deploy.find.plan.latency import Latency, LatencySource, source
 from nmsparse_deploy.find.plan.make_plan import Plan, PlanRow, by_fusion, make_plan
 from nmsparse_deploy.find.plan.mixed_ratios import mixed_ratios
-from nmsparse_deploy.find.plan.sensitivity import Rise, direct, from_curvature, hutchinson, together
+from nmsparse_deploy.find.plan.sensitivity import LossIncrease, direct, from_curvature, hutchinson, together
 from nmsparse_deploy.models.discovery import trace_inputs
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.objective import Objective, objective
@@ -80,8 +80,8 @@ def plan(model: str = DEFAULT_MODEL, spec: Allocate = Allocate(budget=1.0), prog
 
 
 def _choose(asked: Pattern, parts: Sequence[Sequence[PlanRow]], patterns: Sequence[Pattern],
-            rises: Sequence[Sequence[Rise]], times: Sequence[Sequence[Latency]], spec: Allocate, share: float,
-            weights: int) -> tuple[list[Group], list[Choice]]:
+            rises: Sequence[Sequence[LossIncrease]], times: Sequence[Sequence[Latency]], spec: Allocate, share: float,
+            weights: int) -> tuple[list[FusionGroup], list[PatternChoice]]:
     """The groups with all their choices, and the one that was taken: by the constraint, or by MixGPT's rule."""
     if isinstance(asked, Unstructured):
         own = mixed_ratios([rise.mean for (rise,) in rises], asked.ratio, spec.spread)
@@ -120,7 +120,7 @@ class _Trials:
             self.measure: Objective = objective(loaded, loaded.module(**batches[0]))
 
     def rises(self, parts: Sequence[Sequence[PlanRow]], patterns: Sequence[Pattern],
-              spec: Allocate) -> list[list[Rise]]:
+              spec: Allocate) -> list[list[LossIncrease]]:
         """For every part, its rise under every pattern."""
         given = (self.loaded, self.blocks)
         todo = [[replace(row, pattern=pattern) for row in part] for part in parts for pattern in patterns]
@@ -131,11 +131,12 @@ class _Trials:
             traces = hutchinson(self.loaded, names, self.batches, self.measure, probes=spec.probes,
                                  seed=spec.calibration.seed, progress=self.progress)
             if any(isinstance(pattern, Unstructured) for pattern in patterns):  # MixGPT ranks by curvature alone
-                return [[Rise(abs(traces[row.target.name].mean), traces[row.target.name].error)] for (row,) in parts]
+                own = [traces[row.target.name] for (row,) in parts]
+                return [[LossIncrease(abs(trace.mean), trace.error)] for trace in own]
             flat = from_curvature(*given, todo, self.batches, self.measure, self.method, traces)
         return [flat[at : at + len(patterns)] for at in range(0, len(flat), len(patterns))]
 
-    def together(self, groups: Sequence[Group], chosen: Sequence[Choice]) -> dict[str, float]:
+    def together(self, groups: Sequence[FusionGroup], chosen: Sequence[PatternChoice]) -> dict[str, float]:
         rows = [replace(row, pattern=choice.pattern) for group, choice in zip(groups, chosen) if choice.pattern
                 for row in group.rows]
         rise = together(self.loaded, self.blocks, rows, self.batches, self.measure, self.method, self.progress)
@@ -149,7 +150,7 @@ def _batches(loaded: LoadedModel, inputs: dict[str, torch.Tensor], size: int) ->
              for name, value in batch.items()} for batch in loaded.batches(inputs, size)]
 
 
-def _facts(spec: Allocate, latencies: Source, measure: Objective, sample: dict[str, Any]) -> dict[str, Any]:
+def _facts(spec: Allocate, latencies: LatencySource, measure: Objective, sample: dict[str, Any]) -> dict[str, Any]:
     asked = {name: getattr(spec, name) for name in ("max_ppl_increase", "min_speedup", "budget")}
     return {"constraint": {name: value for name, value in asked.items() if value is not None},
             "vary_keep": spec.vary_keep,

@@ -21,7 +21,7 @@ import torch
 
 from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.methods.hessian import FP64_WIDTH
-from nmsparse_deploy.find.refine.base import Layer
+from nmsparse_deploy.find.refine.base import PrunedLayer
 from nmsparse_deploy.masks import project
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import Admm
@@ -71,7 +71,7 @@ def _inverse(normal: torch.Tensor, rho: float) -> torch.Tensor:
     return torch.linalg.inv(shifted).to(normal.dtype)
 
 
-def refine(layer: Layer, step: Admm) -> LayerResult:
+def refine(layer: PrunedLayer, step: Admm) -> LayerResult:
     assert layer.stats.gram is not None
     mask = None if step.gradual else layer.result.mask
     return solve(layer.dense, layer.stats.gram, layer.groups, mask, steps=step.steps, damping=step.damping,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
+from nmsparse_deploy.find.facts import RefinementFacts
 from nmsparse_deploy.find.learn.checkpoint import Checkpoints
 from nmsparse_deploy.find.learn.learner import Subject
 from nmsparse_deploy.find.learn.loop import Outcome
@@ -25,7 +26,7 @@ from nmsparse_deploy.system.progress import Progress
 
 
 @dataclass(frozen=True)
-class Layer:
+class PrunedLayer:
     """One target while its block is pruned: the dense weight as rows `[R, n]` in fp32, and what stands for it now."""
 
     dense: torch.Tensor
@@ -47,14 +48,14 @@ class Layer:
         kept = self.dense if self.result.weight is None else self.result.weight
         return torch.where(self.result.mask, kept, 0.0)
 
-    def matrices(self) -> list[Layer]:
+    def matrices(self) -> list[PrunedLayer]:
         """The layer itself, or the matrices of a stack of experts, each with its own statistics."""
         count = len(self.stats.experts)
         if not count:
             return [self]
         weights = [None] * count if self.result.weight is None else self.result.weight.chunk(count)
         parts = zip(self.dense.chunk(count), self.stats.experts, self.result.mask.chunk(count), weights)
-        return [Layer(dense, stats, self.pattern, 1, dense.shape, LayerResult(mask, weight))
+        return [PrunedLayer(dense, stats, self.pattern, 1, dense.shape, LayerResult(mask, weight))
                 for dense, stats, mask, weight in parts]
 
     def error(self, weight: torch.Tensor) -> float | None:
@@ -64,14 +65,6 @@ class Layer:
         if len(grams) < len(parts):
             return None
         return error_over(zip([part.dense for part in parts], weight.chunk(len(parts)), grams))
-
-    def reached(self) -> dict[str, Any]:
-        """For the record: how many calibration tokens reached each expert, and which were pruned by magnitude."""
-        stats = self.stats.experts or (self.stats,)
-        if not self.stats.experts and not self.stats.white:
-            return {}
-        return {"experts": {"tokens": [own.tokens for own in stats],
-                            "by_magnitude": [number for number, own in enumerate(stats) if own.white]}}
 
     def stored(self, dtype: torch.dtype) -> torch.Tensor:
         """The present weight in the shape and dtype of the parameter, every zero of it exactly +0.0."""
@@ -84,7 +77,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockPair:
     """A pruned block beside its dense twin, with what a refinement of its loss needs. Names are those inside the block.
 
     `module` holds the pruned weights and `dense` the original ones, both fp32 and free to be used up. `inputs` are the
@@ -97,7 +90,7 @@ class Block:
 
     module: nn.Module
     dense: nn.Module
-    layers: Mapping[str, Layer]
+    layers: Mapping[str, PrunedLayer]
     inputs: Sequence[torch.Tensor]
     dense_inputs: Sequence[torch.Tensor] | None
     run: Callable[[nn.Module, int, torch.Tensor], torch.Tensor]
@@ -106,18 +99,18 @@ class Block:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """New results by parameter name, other parameters (norms, biases) that changed too, and facts for the record."""
+    """New results by parameter name, facts for the record, and other parameters (norms, biases) that changed too."""
 
     layers: dict[str, LayerResult]
+    facts: RefinementFacts
     others: dict[str, torch.Tensor] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
-RefineLayer = Callable[[Layer, Any], LayerResult]
+RefineLayer = Callable[[PrunedLayer, Any], LayerResult]
 """`(layer, step)`: the better mask, weight, or both; `step` holds the settings of the recipe."""
 
 
-def refine_matrices(refine: RefineLayer, layer: Layer, step: Any) -> LayerResult:
+def refine_matrices(refine: RefineLayer, layer: PrunedLayer, step: Any) -> LayerResult:
     """Refine a layer; a stack of experts matrix by matrix."""
     if not layer.stats.experts:
         return refine(layer, step)
@@ -129,12 +122,12 @@ def refine_matrices(refine: RefineLayer, layer: Layer, step: Any) -> LayerResult
     return stacked(found)
 
 
-RefineBlock = Callable[[Block, Any], BlockResult]
+RefineBlock = Callable[[BlockPair, Any], BlockResult]
 """`(block, step)`: the same for all layers of a block at once."""
 
 
 @dataclass(frozen=True)
-class Whole:
+class PrunedModel:
     """A pruned model with what it is trained on.
 
     `subject.module` holds the pruned weights in fp32; its sites have the masks `masks`, bool rows by parameter name.
@@ -149,5 +142,5 @@ class Whole:
     progress: Progress
 
 
-RefineModel = Callable[[Whole, Any], Outcome]
+RefineModel = Callable[[PrunedModel, Any], Outcome]
 """`(whole, step)`: what every parameter that changed is now, by name, and facts. The module is left as it was."""

@@ -13,19 +13,34 @@ correction, for rounding instead of pruning).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from nmsparse_deploy.find.refine.base import Block, BlockResult, Layer
+from nmsparse_deploy.find.facts import Json
+from nmsparse_deploy.find.refine.base import BlockPair, BlockResult, PrunedLayer
 from nmsparse_deploy.recipe import Bias
 
 
-def corrected(bias: torch.Tensor, layer: Layer) -> torch.Tensor:
+@dataclass(frozen=True)
+class BiasFacts:
+    """How many biases were corrected, how many layers have none, and the largest change."""
+
+    corrected: int
+    without: int
+    largest: float
+
+    def to_json(self) -> Json:
+        return {"corrected": self.corrected, "without a bias": self.without, "largest change": self.largest}
+
+
+def corrected(bias: torch.Tensor, layer: PrunedLayer) -> torch.Tensor:
     """The bias `[R]` that makes the mean error of every output zero. Needs `stats.total`."""
     lost = (layer.dense - layer.weight).double()
     return (bias.double() + lost @ layer.stats.mean.double()).float()
 
 
-def refine(block: Block, step: Bias) -> BlockResult:
+def refine(block: BlockPair, step: Bias) -> BlockResult:
     biases = {name: value.detach() for name, value in block.dense.named_parameters(remove_duplicate=False)}
     others, without, moved = {}, 0, 0.0
     for name, layer in block.layers.items():
@@ -36,4 +51,4 @@ def refine(block: Block, step: Bias) -> BlockResult:
             continue
         others[place] = corrected(bias, layer)
         moved = max(moved, float((others[place] - bias).abs().max()))
-    return BlockResult({}, others, {"corrected": len(others), "without a bias": without, "largest change": moved})
+    return BlockResult({}, BiasFacts(len(others), without, moved), others)

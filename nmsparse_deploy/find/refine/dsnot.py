@@ -18,11 +18,11 @@ from __future__ import annotations
 import torch
 
 from nmsparse_deploy.find.methods.base import LayerResult
-from nmsparse_deploy.find.refine.base import Layer
+from nmsparse_deploy.find.refine.base import PrunedLayer
 from nmsparse_deploy.recipe import Dsnot
 
 
-def balance(layer: Layer, cycles: int, threshold: float) -> torch.Tensor:
+def balance(layer: PrunedLayer, cycles: int, threshold: float) -> torch.Tensor:
     """The mask `[R, n]` after at most `cycles` swaps per row. Needs `stats.total`."""
     group, stats, kept = layer.groups.group, layer.stats, layer.result.mask.clone()
     share = layer.dense.double() * stats.mean.double()
@@ -50,5 +50,5 @@ def balance(layer: Layer, cycles: int, threshold: float) -> torch.Tensor:
     return kept
 
 
-def refine(layer: Layer, step: Dsnot) -> LayerResult:
+def refine(layer: PrunedLayer, step: Dsnot) -> LayerResult:
     return LayerResult(balance(layer, step.cycles, step.threshold))

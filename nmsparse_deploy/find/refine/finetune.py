@@ -18,23 +18,23 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from nmsparse_deploy.find.learn.learner import Learnt, MaskLearner, Subject
+from nmsparse_deploy.find.learn.learner import LearnedMask, MaskLearner, Subject
 from nmsparse_deploy.find.learn.loop import Outcome, fit
-from nmsparse_deploy.find.learn.mask_parametrization import Law, LawOf, Site
-from nmsparse_deploy.find.learn.sparse_training import Adapters, Fixed, SrSte, SSte
-from nmsparse_deploy.find.learn.step_context import Moment
-from nmsparse_deploy.find.refine.base import Whole
+from nmsparse_deploy.find.learn.mask_parametrization import MakeParametrization, MaskParametrization, MaskSite
+from nmsparse_deploy.find.learn.sparse_training import Adapters, FixedMask, SrSte, SSte
+from nmsparse_deploy.find.learn.step_context import StepContext
+from nmsparse_deploy.find.refine.base import PrunedModel
 from nmsparse_deploy.recipe import Finetune
 
 
-class Tuner(MaskLearner):
+class FinetuneLearner(MaskLearner):
     """AdamW on the weights under their masks, and on norms and biases."""
 
     trains_weights = True
     shards = False  # masks, penalties and norms are looked at outside the forward pass
 
-    def __init__(self, law: LawOf, rate: float) -> None:
-        super().__init__(law, rate, decay=0.0, moments=32)
+    def __init__(self, parametrize: MakeParametrization, rate: float) -> None:
+        super().__init__(parametrize, rate, decay=0.0, moments=32)
         self.vectors: dict[str, nn.Parameter] = {}
         """Norms and biases by name."""
 
@@ -47,49 +47,44 @@ class Tuner(MaskLearner):
             optimiser.add_param_group({"params": list(self.vectors.values())})
         return optimiser
 
-    def loss_terms(self, subject: Subject, number: int, moment: Moment) -> dict[str, torch.Tensor]:
-        terms = super().loss_terms(subject, number, moment)
-        found = [_law(mask.law).penalty(mask.values) for mask in self.masks.values()]
+    def loss_terms(self, subject: Subject, number: int, context: StepContext) -> dict[str, torch.Tensor]:
+        terms = super().loss_terms(subject, number, context)
+        found = [mask.parametrized_by(FixedMask).penalty(mask.values) for mask in self.masks.values()]
         own = [term for term in found if term is not None]
         return {**terms, "decay": torch.stack(own).sum()} if own else terms
 
-    def after_step(self, moment: Moment) -> None:
+    def after_step(self, context: StepContext) -> None:
         for mask in self.masks.values():
-            _law(mask.law).after_step(mask.values.data, moment)
+            mask.parametrized_by(FixedMask).after_step(mask.values.data, context)
 
-    def finish(self) -> dict[str, Learnt]:
+    def finish(self) -> dict[str, LearnedMask]:
         """Weights, and norms and biases as if everything in them were kept."""
-        vectors = {name: Learnt(torch.ones(value.shape, dtype=torch.bool), value.detach().float().cpu().clone())
+        vectors = {name: LearnedMask(torch.ones(value.shape, dtype=torch.bool), value.detach().float().cpu().clone())
                    for name, value in self.vectors.items()}
         return super().finish() | vectors
 
     def state(self) -> dict[str, torch.Tensor]:
         return {f"{mask.site.name}/{key}": value for mask in self.masks.values()
-                for key, value in _law(mask.law).state().items()}
+                for key, value in mask.parametrized_by(FixedMask).state().items()}
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         for mask in self.masks.values():
             prefix = f"{mask.site.name}/"
             own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             if own:
-                _law(mask.law).restore(own)
+                mask.parametrized_by(FixedMask).restore(own)
 
 
-def refine(whole: Whole, step: Finetune) -> Outcome:
+def refine(whole: PrunedModel, step: Finetune) -> Outcome:
     """The best weights found and their masks; see the module's docstring."""
     until = step.steps - round(step.frozen * step.steps)
 
-    def law(site: Site) -> Law:
+    def parametrize(site: MaskSite) -> MaskParametrization:
         if step.how == "sr-ste":
             return SrSte(site.pattern, whole.dense(site.name), step.refresh, until, step.decay)
         if step.how == "s-ste":
             return SSte(site.pattern, whole.dense(site.name), until)
-        return Adapters(site.name, step.rank) if step.how == "adapters" else Fixed()
+        return Adapters(site.name, step.rank) if step.how == "adapters" else FixedMask()
 
-    return fit(whole.subject, Tuner(law, step.rate), whole.masks, step, whole.seed, whole.checkpoints, whole.progress,
-               "fine-tuning")
-
-
-def _law(law: Law) -> Fixed:
-    assert isinstance(law, Fixed)
-    return law
+    return fit(whole.subject, FinetuneLearner(parametrize, step.rate), whole.masks, step, whole.seed,
+               whole.checkpoints, whole.progress, "fine-tuning")

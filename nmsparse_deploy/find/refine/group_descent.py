@@ -23,7 +23,7 @@ import torch
 
 from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.methods.group_obs import ENUMERATED
-from nmsparse_deploy.find.refine.base import Layer
+from nmsparse_deploy.find.refine.base import PrunedLayer
 from nmsparse_deploy.find.refine.swap import WORTH, best_swaps, precise, strongest
 from nmsparse_deploy.pattern import BLOCK_SIZE, NMPattern
 from nmsparse_deploy.recipe import GroupDescent
@@ -100,7 +100,7 @@ def swapping(pattern: NMPattern) -> Choose:
     return choose
 
 
-def refine(layer: Layer, step: GroupDescent) -> LayerResult:
+def refine(layer: PrunedLayer, step: GroupDescent) -> LayerResult:
     w, gram = precise(layer)
     fixed = strongest(layer, step.protect)
     return LayerResult(descend(w, layer.result.mask, fixed, gram, layer.groups, step.sweeps))

@@ -16,7 +16,7 @@ Su et al., LLM-Barber: Block-Aware Rebuilder for Sparsity Mask in One-Shot for L
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,8 +25,8 @@ from torch import nn
 
 from nmsparse_deploy.find.calibration.layer_stats import as_rows
 from nmsparse_deploy.find.methods.base import LayerResult
-from nmsparse_deploy.find.refine.base import Block, BlockResult, Layer
-from nmsparse_deploy.find.refine.units import Unit, units
+from nmsparse_deploy.find.refine.base import BlockPair, BlockResult, PrunedLayer
+from nmsparse_deploy.find.refine.units import Unit, UnitFacts, units
 from nmsparse_deploy.models.capture import capture
 from nmsparse_deploy.pattern import NMPattern, Pattern
 from nmsparse_deploy.recipe import LlmBarber
@@ -35,13 +35,21 @@ Call = tuple[nn.Module, torch.Tensor, torch.Tensor]
 """One call of a layer: the layer, its input, and the gradient of the loss at its output."""
 
 
-def refine(block: Block, step: LlmBarber) -> BlockResult:
+@dataclass(frozen=True)
+class RebuiltUnit:
+    """The mean loss of a sample before a unit's masks were rebuilt, and how many pairs of weights were swapped."""
+
+    before: float
+    swaps: int
+
+
+def refine(block: BlockPair, step: LlmBarber) -> BlockResult:
     """Rebuild the masks of the block's halves one after the other; see the module's docstring."""
     for parameter in (*block.module.parameters(), *block.dense.parameters()):
         parameter.requires_grad_(False)
     layers = dict(block.layers)
-    facts = {}
-    for number, unit in enumerate(units(block, "half")):
+    facts = []
+    for unit in units(block, "half"):
         squares, loss = squared_gradients(block, unit)
         for name, square in squares.items():
             scores = layers[name].dense.abs() * square.sqrt()
@@ -50,9 +58,9 @@ def refine(block: Block, step: LlmBarber) -> BlockResult:
             block.module.get_parameter(name).copy_(layers[name].stored(torch.float32))
         for name in unit.parameters:  # the next half is compared behind this one as it is now
             block.dense.get_parameter(name).copy_(block.module.get_parameter(name))
-        facts[f"unit {number}"] = {"before": loss, "swaps": sum(
-            int((layers[name].result.mask & ~block.layers[name].result.mask).sum()) for name in squares)}
-    return BlockResult({name: layer.result for name, layer in layers.items()}, facts=facts)
+        facts.append(RebuiltUnit(loss, sum(int((layers[name].result.mask & ~block.layers[name].result.mask).sum())
+                                           for name in squares)))
+    return BlockResult({name: layer.result for name, layer in layers.items()}, UnitFacts(tuple(facts)))
 
 
 def rebuild(scores: torch.Tensor, mask: torch.Tensor, pattern: Pattern, share: float) -> torch.Tensor:
@@ -81,13 +89,13 @@ def _rebuild_rows(scores: torch.Tensor, mask: torch.Tensor, share: float) -> tor
     return (mask & ~out) | torch.zeros_like(mask).scatter(1, grown.indices, swap)
 
 
-def _swapped(layer: Layer, mask: torch.Tensor) -> Layer:
+def _swapped(layer: PrunedLayer, mask: torch.Tensor) -> PrunedLayer:
     before = layer.result
     weight = None if before.weight is None else torch.where(before.mask, before.weight, layer.dense)
     return replace(layer, result=LayerResult(mask, weight))
 
 
-def squared_gradients(block: Block, unit: Unit) -> tuple[dict[str, torch.Tensor], float]:
+def squared_gradients(block: BlockPair, unit: Unit) -> tuple[dict[str, torch.Tensor], float]:
     """`mean over samples of g²` for the unit's targets, as rows `[R, n]`, and the mean loss of a sample.
 
     A layer that sees no batch axis (an expert with its share of the tokens) counts a calibration batch as one sample.
@@ -120,7 +128,7 @@ def _record(layer: nn.Module, x: torch.Tensor, output: torch.Tensor, calls: list
     return output
 
 
-def _loss(block: Block, unit: Unit, number: int, x: torch.Tensor) -> list[float]:
+def _loss(block: BlockPair, unit: Unit, number: int, x: torch.Tensor) -> list[float]:
     """Losses of one batch's samples, after a backward pass through their sum."""
     with torch.no_grad():
         target = unit.forward(block.module, number, x).float()

@@ -17,13 +17,13 @@ Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Mode
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
+from nmsparse_deploy.find.facts import Json
 from nmsparse_deploy.find.plan.make_plan import PlanRow, by_fusion
 from nmsparse_deploy.masks import project
 from nmsparse_deploy.models.base import to_rows
@@ -31,14 +31,14 @@ from nmsparse_deploy.models.permutable_channels import PermutableChannels, Run, 
 from nmsparse_deploy.pattern import NMPattern
 
 ROUNDS = 100
-SMALLEST = 1e-6
+MIN_GAIN = 1e-6
 """A swap has to gain this share of what two groups keep; less is rounding."""
 
 Orders = dict[tuple[str, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Found:
+class ChannelOrder:
     """Place `i` of segment `s` gets channel `order[s, i]` of that segment; what is kept before and after."""
 
     order: torch.Tensor
@@ -46,8 +46,12 @@ class Found:
     after: float
 
 
-def search(scores: torch.Tensor, segments: int, pattern: NMPattern, rounds: int = ROUNDS, seed: int = 0) -> Found:
-    """An order of the channels inside each segment, for `scores` `[segments * length, rows]`; never worse than none."""
+def search(scores: torch.Tensor, segments: int, pattern: NMPattern, rounds: int = ROUNDS,
+           seed: int = 0) -> ChannelOrder:
+    """Find an order of the channels inside each segment that is never worse than none.
+
+    `scores` are `[segments * length, rows]`.
+    """
     length = len(scores) // segments
     count = length // pattern.group
     price = _Prices(scores, pattern)
@@ -63,8 +67,8 @@ def search(scores: torch.Tensor, segments: int, pattern: NMPattern, rounds: int 
     before = retained(scores, pattern)
     after = retained(scores[price.slots.flatten()], pattern)
     if after <= before:
-        return Found(torch.arange(length).repeat(segments, 1), before, before)
-    return Found(price.slots.view(segments, length).cpu() - first * pattern.group, before, after)
+        return ChannelOrder(torch.arange(length).repeat(segments, 1), before, before)
+    return ChannelOrder(price.slots.view(segments, length).cpu() - first * pattern.group, before, after)
 
 
 def retained(scores: torch.Tensor, pattern: NMPattern) -> float:
@@ -111,7 +115,7 @@ class _Prices:
             price[:, :, i] += torch.maximum(x, without_y[:, i : i + 1]).sum(2)
         now = self.kept[a] + self.kept[b]
         best, swap = price.flatten(1).max(1)
-        better = (best > now * (1 + SMALLEST)).nonzero().flatten()
+        better = (best > now * (1 + MIN_GAIN)).nonzero().flatten()
         a, b, out, into = a[better], b[better], swap[better] // size, swap[better] % size
         self.slots[a, out], self.slots[b, into] = self.slots[b, into], self.slots[a, out]
         self._price(torch.cat([a, b]))
@@ -128,12 +132,36 @@ def _ranked(x: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class PermutedSpace:
+    """A space whose channels were reordered, and what the pattern keeps of it before and after."""
+
+    consumers: list[str]
+    producers: list[str]
+    segments: int
+    length: int
+    copies: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class PermuteFacts:
+    """The report of a permutation. `not_free` says of the other layers why their channels stay in place."""
+
+    spaces: tuple[PermutedSpace, ...]
+    not_free: dict[str, str]
+
+    def to_json(self) -> Json:
+        return {"spaces": [asdict(space) for space in self.spaces], "not_free": self.not_free}
+
+
+@dataclass(frozen=True)
 class Permuted:
     """Where the entries of every moved axis come from, statistics by fusion group in the new order, and the record."""
 
     orders: Orders
     stats: dict[str, LayerStats]
-    facts: dict[str, Any]
+    facts: PermuteFacts
 
 
 def permute(module: nn.Module, block: str, rows: Sequence[PlanRow], stats: Mapping[str, LayerStats], run: Run,
@@ -148,7 +176,7 @@ def permute(module: nn.Module, block: str, rows: Sequence[PlanRow], stats: Mappi
     spaces, reasons = find_permutable_channels(module.get_submodule(block), run, x, readers)
     shared = _shared(module)
     orders: Orders = {}
-    done, moved = [], dict(stats)
+    permuted, moved = [], dict(stats)
     by_name = {row.target.name: row for row in rows}
     for space in spaces:
         consumers = [by_name[prefix + side.parameter] for side in space.consumers]
@@ -159,13 +187,18 @@ def permute(module: nn.Module, block: str, rows: Sequence[PlanRow], stats: Mappi
             continue
         target, pattern = consumers[0].target, consumers[0].pattern
         assert isinstance(pattern, NMPattern)
-        found = search(_scores(module, consumers, space, moved[target.fusion]), space.shape[1], pattern)
-        here = {(prefix + name, axis): order for (name, axis), order in space.orders(found.order).items()}
+        channels = search(_scores(module, consumers, space, moved[target.fusion]), space.shape[1], pattern)
+        here = {(prefix + name, axis): order for (name, axis), order in space.orders(channels.order).items()}
         reorder(module, here)
         moved[target.fusion] = moved[target.fusion].reordered(here[target.name, target.axis])
         orders |= {key: orders[key][order] if key in orders else order for key, order in here.items()}
-        done.append({**_described(space, prefix), "before": found.before, "after": found.after})
-    return Permuted(orders, moved, {"spaces": done, "not_free": {prefix + name: why for name, why in reasons.items()}})
+        copies, segments, length = space.shape
+        consumer_names, producer_names = (sorted({prefix + side.parameter for side in sides})
+                                          for sides in (space.consumers, space.producers))
+        permuted.append(PermutedSpace(consumer_names, producer_names, segments, length, copies, channels.before,
+                                      channels.after))
+    not_free = {prefix + name: reason for name, reason in reasons.items()}
+    return Permuted(orders, moved, PermuteFacts(tuple(permuted), not_free))
 
 
 def _shared(module: nn.Module) -> set[str]:
@@ -199,10 +232,3 @@ def _scores(module: nn.Module, consumers: Sequence[PlanRow], space: PermutableCh
         columns = (weight.abs() * stats.rms).T[side.places]  # [copies, segments, length, outputs]
         parts.append(columns.permute(1, 2, 0, 3).flatten(2).flatten(0, 1))
     return torch.cat(parts, 1).contiguous()
-
-
-def _described(space: PermutableChannels, prefix: str) -> dict[str, Any]:
-    copies, segments, length = space.shape
-    names = {"consumers": space.consumers, "producers": space.producers}
-    return {**{kind: sorted({prefix + side.parameter for side in sides}) for kind, sides in names.items()},
-            "segments": segments, "length": length, "copies": copies}

@@ -15,36 +15,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from nmsparse_deploy.find.learn.losses import relative_error
 from nmsparse_deploy.find.methods.base import LayerResult
-from nmsparse_deploy.find.refine.base import Block, BlockResult
-from nmsparse_deploy.find.refine.units import Unit, units
+from nmsparse_deploy.find.refine.base import BlockPair, BlockResult
+from nmsparse_deploy.find.refine.units import Unit, UnitFacts, units
 from nmsparse_deploy.models.base import from_rows, to_rows
 from nmsparse_deploy.recipe import Reconstruct
 
 
-def refine(block: Block, step: Reconstruct) -> BlockResult:
+@dataclass(frozen=True)
+class TrainedUnit:
+    """The held-out loss before and after training a unit, and how many steps there were."""
+
+    before: float
+    after: float
+    steps: int
+
+
+def refine(block: BlockPair, step: Reconstruct) -> BlockResult:
     """Train the block's units one after the other; see the module's docstring."""
     assert block.dense_inputs is not None
     held_out = min(len(block.inputs) - 1, round(step.holdout * len(block.inputs)))
-    facts = {}
-    for number, unit in enumerate(units(block, step.unit)):
+    facts = []
+    for unit in units(block, step.unit):
         with torch.no_grad():
             targets = [unit.forward(block.dense, i, x) for i, x in enumerate(block.dense_inputs)]
-        facts[f"unit {number}"] = _train(block, unit, targets, held_out, step)
+        facts.append(_train(block, unit, targets, held_out, step))
     trained = dict(block.module.named_parameters())
     layers = {name: LayerResult(layer.result.mask, to_rows(trained[name].detach(), layer.axis))
               for name, layer in block.layers.items()}
     others = {name: value.detach() for name, value in trained.items()
               if name not in layers and not torch.equal(value, block.dense.get_parameter(name))}
-    return BlockResult(layers, others, facts)
+    return BlockResult(layers, UnitFacts(tuple(facts)), others)
 
 
-def _train(block: Block, unit: Unit, targets: Sequence[torch.Tensor], held_out: int, step: Reconstruct) -> dict:
-    """Adam with a cosine; returns the held-out loss before and after. Leaves the best weights in the module."""
+def _train(block: BlockPair, unit: Unit, targets: Sequence[torch.Tensor], held_out: int,
+           step: Reconstruct) -> TrainedUnit:
+    """Train a unit by Adam with a cosine; leave the best weights in the module."""
     trained = {name: block.module.get_parameter(name) for name in unit.parameters}
     masks = {name: from_rows(layer.result.mask, layer.shape, layer.axis) for name, layer in block.layers.items()
              if name in trained}
@@ -75,7 +86,7 @@ def _train(block: Block, unit: Unit, targets: Sequence[torch.Tensor], held_out: 
         for name, value in kept.items():
             trained[name].copy_(value)
             trained[name].requires_grad_(False)
-    return {"before": start, "after": best, "steps": total}
+    return TrainedUnit(start, best, total)
 
 
 def _schedule(share: float, warm: float = 0.05) -> float:
@@ -83,12 +94,12 @@ def _schedule(share: float, warm: float = 0.05) -> float:
 
 
 @torch.no_grad()
-def _loss(block: Block, unit: Unit, targets: Sequence[torch.Tensor], numbers: Sequence[int]) -> float:
+def _loss(block: BlockPair, unit: Unit, targets: Sequence[torch.Tensor], numbers: Sequence[int]) -> float:
     losses = [float(_error(block, unit, number, targets[number])) for number in numbers]
     return sum(losses) / len(losses)
 
 
-def _error(block: Block, unit: Unit, number: int, target: torch.Tensor) -> torch.Tensor:
+def _error(block: BlockPair, unit: Unit, number: int, target: torch.Tensor) -> torch.Tensor:
     """Of the unit's output, or of the model's where the unit ends the block and the block may look so far."""
     output = unit.forward(block.module, number, block.inputs[number])
     if block.distance is None or not unit.leaves:

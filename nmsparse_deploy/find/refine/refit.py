@@ -25,7 +25,7 @@ import torch
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.methods.least_squares import conjugate_gradients
-from nmsparse_deploy.find.refine.base import Layer
+from nmsparse_deploy.find.refine.base import PrunedLayer
 from nmsparse_deploy.recipe import Refit
 
 
@@ -54,7 +54,7 @@ def _cross(stats: LayerStats) -> torch.Tensor:
     return stats.cross
 
 
-def refine(layer: Layer, step: Refit) -> LayerResult:
+def refine(layer: PrunedLayer, step: Refit) -> LayerResult:
     weight = refit(layer.dense, layer.weight, layer.result.mask, layer.stats, blend=step.blend, residual=step.residual,
                    steps=step.steps, damping=step.damping)
     return LayerResult(layer.result.mask, weight)

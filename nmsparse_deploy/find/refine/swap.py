@@ -18,7 +18,7 @@ import torch
 
 from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.methods.hessian import FP64_WIDTH
-from nmsparse_deploy.find.refine.base import Layer
+from nmsparse_deploy.find.refine.base import PrunedLayer
 from nmsparse_deploy.recipe import Swap
 
 CELLS = 1 << 18
@@ -64,7 +64,7 @@ def best_swaps(w: torch.Tensor, c: torch.Tensor, kept: torch.Tensor, fixed: torc
     return kept
 
 
-def strongest(layer: Layer, share: float) -> torch.Tensor:
+def strongest(layer: PrunedLayer, share: float) -> torch.Tensor:
     """The `share` of every row's kept weights with the highest `|w| ‖X‖`, as a bool mask `[R, n]`."""
     kept = layer.result.mask
     count = round(share * int(kept[0].sum()))
@@ -73,14 +73,14 @@ def strongest(layer: Layer, share: float) -> torch.Tensor:
     return torch.zeros_like(kept).scatter_(1, first, True)
 
 
-def precise(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+def precise(layer: PrunedLayer) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and Gram in fp64 where that is cheap: gains are differences of large numbers."""
     assert layer.stats.gram is not None
     dtype = torch.float64 if layer.dense.shape[1] <= FP64_WIDTH else torch.float32
     return layer.dense.to(dtype), layer.stats.gram.to(dtype)
 
 
-def refine(layer: Layer, step: Swap) -> LayerResult:
+def refine(layer: PrunedLayer, step: Swap) -> LayerResult:
     w, gram = precise(layer)
     fixed = strongest(layer, step.protect)
     masks = []

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.calibration.layer_stats import StatsAccumulator
 from nmsparse_deploy.find.calibration.shared import share
-from nmsparse_deploy.find.prune import _check_shared
+from nmsparse_deploy.find.prune_checks import check_shared
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.system.distributed import Processes
 from tests import ROOT
@@ -135,5 +135,5 @@ def test_what_cannot_be_shared(texts):
                         (spec(texts, "magnitude"), "uses no data"),
                         (spec(texts, calibration={"data": "x", "samples": 4, "length": 8, "batch": 4}), "cannot be shared")):
         with pytest.raises(UsageError, match=why):
-            _check_shared(recipe, two)
-    _check_shared(spec(texts), two)
+            check_shared(recipe, two)
+    check_shared(spec(texts), two)

@@ -102,7 +102,7 @@ def test_ten_bytes_a_number():
 def test_masks_are_learned_with_it():
     subject, spec = Planted(), settings(steps=150, step_size=1.0, moments=8, evaluate_every=50)
     outcome = fit(subject, LEARNED.make(spec), subject.prior, spec, 0)
-    assert outcome.facts["best"] < 0.2 * outcome.facts["prior"]
+    assert outcome.facts.best < 0.2 * outcome.facts.prior
 
 
 def test_other_widths_are_refused():

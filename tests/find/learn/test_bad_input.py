@@ -39,20 +39,20 @@ def test_memory_that_runs_out_is_not_the_end(tmp_path):
     subject, calls = Planted(), []
     terms = subject.loss_terms
 
-    def loss_terms(number, moment):
+    def loss_terms(number, context):
         calls.append(number)
         if len(calls) == 8:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return terms(number, moment)
+        return terms(number, context)
 
     subject.loss_terms = loss_terms
     with pytest.raises(NmsparseError, match="out of memory") as caught:
         learn(subject, "broken.safetensors")
     assert "same command again" in caught.value.hint
     again = learn(Planted(), "broken.safetensors")
-    assert again.facts["history"] == whole.facts["history"]
+    assert again.facts.history == whole.facts.history
     one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "broken"))
-    assert all(torch.equal(one[key], two[key]) for key in one) and torch.equal(again.learnt[NAME].mask, whole.learnt[NAME].mask)
+    assert all(torch.equal(one[key], two[key]) for key in one) and torch.equal(again.masks[NAME].mask, whole.masks[NAME].mask)
 
 
 @pytest.mark.parametrize("tokens", [[-1, 3], [5, pico.VOCABULARY], [5, 10**6]])
@@ -114,7 +114,7 @@ def test_ctrl_c_keeps_what_was_learned(llama_dir, texts, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("changes", [{"learn": {"objective": "block"}}, {"refine": [{"name": "finetune"}]}])
 def test_several_processes_share_whole_models_only(changes, llama_dir, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("nmsparse_deploy.find.prune.here", lambda: Processes(0, 2))
+    monkeypatch.setattr("nmsparse_deploy.system.distributed.current", lambda: Processes(0, 2))
     section = {**spec(texts["calibration"]).model_dump(), **changes}
     with pytest.raises(UsageError, match="2 processes cannot share"):
         prune(str(llama_dir), validate(Prune, section), tmp_path / "run")

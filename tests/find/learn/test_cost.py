@@ -56,7 +56,7 @@ def test_blocks_are_cheaper_than_the_model(loaded):
 
 
 def test_memory_follows_the_form(loaded, monkeypatch):
-    monkeypatch.setattr("nmsparse_deploy.find.cost.used_memory", lambda: 100_000_000)  # of this process, which grows
+    monkeypatch.setattr("nmsparse_deploy.find.footprint.used_memory", lambda: 100_000_000)  # of this process, which grows
     sizes = [cost(loaded, method="maskllm", learn={"objective": "global", **form}).memory_mb for form in
              ({}, {"form": "compact"}, {"form": "compact", "moments": 8})]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[2]

@@ -10,10 +10,10 @@ from torch import nn
 
 from nmsparse_deploy.data.latents import NoisedSample
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.find.learn.diffusion import Diffusion
+from nmsparse_deploy.find.learn.diffusion import DiffusionSubject
 from nmsparse_deploy.find.learn.loop import fit
-from nmsparse_deploy.find.learn.mask_parametrization import Site, masks
-from nmsparse_deploy.find.learn.step_context import Moment, digest
+from nmsparse_deploy.find.learn.mask_parametrization import MaskSite, learnable_masks
+from nmsparse_deploy.find.learn.step_context import StepContext, digest
 from nmsparse_deploy.find.methods.maskllm import LEARNED
 from nmsparse_deploy.masks import project
 from nmsparse_deploy.models.denoising import Denoising
@@ -75,9 +75,9 @@ def sample(kind="epsilon", samples=24, null=True):
 
 def subject(kind="epsilon", size=4, null=True, samples=24, **changes):
     module = model()
-    sites = {name: Site(name, name, 1, TWO_FOUR) for name, value in module.named_parameters()
+    sites = {name: MaskSite(name, name, 1, TWO_FOUR) for name, value in module.named_parameters()
              if name.startswith("blocks") and name.endswith(("up.weight", "down.weight"))}
-    return Diffusion(module, sites, sample(kind, samples, null), size, settings(**{"holdout": 0.34, **changes}), torch.float32)
+    return DiffusionSubject(module, sites, sample(kind, samples, null), size, settings(**{"holdout": 0.34, **changes}), torch.float32)
 
 
 def asked(module):
@@ -114,7 +114,7 @@ def test_steps_are_uniform_and_new_at_every_moment_and_half_go_without_a_class()
     seen = asked(found.module)
     with torch.no_grad():
         for step in range(100):
-            found.loss_terms(0, Moment(step=step, steps=100))
+            found.loss_terms(0, StepContext(step=step, steps=100))
     counts = torch.bincount(torch.cat([one["timestep"] for one in seen]) // 10, minlength=10).double()
     expected = counts.sum() / 10
     assert int(counts.sum()) == 2400 and float(((counts - expected) ** 2 / expected).sum()) < 33.7
@@ -122,8 +122,8 @@ def test_steps_are_uniform_and_new_at_every_moment_and_half_go_without_a_class()
     assert 0.45 < alone.float().mean() < 0.55
     assert not torch.equal(seen[0]["hidden_states"], seen[1]["hidden_states"])
     with torch.no_grad():
-        found.loss_terms(0, Moment(step=0, steps=100))
-        found.loss_terms(0, Moment(step=0, steps=100, rank=1))
+        found.loss_terms(0, StepContext(step=0, steps=100))
+        found.loss_terms(0, StepContext(step=0, steps=100, rank=1))
     assert all(torch.equal(seen[-2][name], value) for name, value in seen[0].items())
     assert not torch.equal(seen[-1]["hidden_states"], seen[0]["hidden_states"])
 
@@ -142,7 +142,7 @@ def test_without_a_null_class_every_sample_keeps_its_own():
     found = subject(null=False, distill=0.0)
     seen = asked(found.module)
     with torch.no_grad():
-        found.loss_terms(1, Moment())
+        found.loss_terms(1, StepContext())
     assert torch.equal(seen[0]["class_labels"], found.given["class_labels"][1])
 
 
@@ -153,11 +153,11 @@ def test_masks_of_two_blocks_are_learned(task, distill):
     before = {name: value.clone() for name, value in module.named_parameters()}
     priors = {name: project(module.get_parameter(name).detach().abs(), TWO_FOUR) for name in found.sites}
     outcome = fit(found, LEARNED.make(found.spec), priors, found.spec, 0)
-    assert outcome.facts["best"] <= outcome.facts["prior"] and not masks(module)
-    assert any(row["hard"] != outcome.facts["prior"] for row in outcome.facts["history"])
+    assert outcome.facts.best <= outcome.facts.prior and not learnable_masks(module)
+    assert any(row["hard"] != outcome.facts.prior for row in outcome.facts.history)
     assert all(torch.equal(value, before[name]) for name, value in module.named_parameters())
 
 
 def test_what_cannot_be_learned_from_is_said():
     with pytest.raises(UsageError, match="nothing to learn"):
-        subject(task=0.0, distill=0.0).loss_terms(0, Moment())
+        subject(task=0.0, distill=0.0).loss_terms(0, StepContext())

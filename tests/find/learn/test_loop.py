@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 
 from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError
 from nmsparse_deploy.find.learn.checkpoint import Checkpoints
-from nmsparse_deploy.find.learn.learner import Learnt
+from nmsparse_deploy.find.learn.learner import LearnedMask
 from nmsparse_deploy.find.learn.loop import fit
-from nmsparse_deploy.find.learn.mask_parametrization import attach, detach, masks, showing
-from nmsparse_deploy.find.learn.mask_relaxations import Annealing, Choice
+from nmsparse_deploy.find.learn.mask_parametrization import attach, detach, learnable_masks, showing
+from nmsparse_deploy.find.learn.mask_relaxations import Annealing, CandidateDistribution
 from nmsparse_deploy.find.learn.prior_selection import best_prior, held_out_loss
-from nmsparse_deploy.find.learn.step_context import Linear, Moment, order, rate_factor
+from nmsparse_deploy.find.learn.step_context import LinearSchedule, StepContext, order, rate_factor
 from nmsparse_deploy.find.methods.maskllm import LEARNED
 from nmsparse_deploy.masks import mask_follows, tensor_hash
 from nmsparse_deploy.pattern import TWO_FOUR
@@ -29,11 +29,11 @@ def learn(subject, spec, store=None, **more):
 def test_a_planted_mask_is_recovered(form):
     """From a prior with 55 % of the groups right; 400 steps found 98.8 % to 100 % with every form and seed tried."""
     subject = Planted()
-    assert subject.right({NAME: Learnt(subject.prior[NAME])}) < 0.6
+    assert subject.right({NAME: LearnedMask(subject.prior[NAME])}) < 0.6
     outcome = learn(subject, settings(steps=400, step_size=1.0, form=form, evaluate_every=50))
-    assert subject.right(outcome.learnt) > 0.95
-    assert outcome.facts["best"] < 0.05 * outcome.facts["prior"]
-    assert mask_follows(outcome.learnt[NAME].mask, TWO_FOUR)
+    assert subject.right(outcome.masks) > 0.95
+    assert outcome.facts.best < 0.05 * outcome.facts.prior
+    assert mask_follows(outcome.masks[NAME].mask, TWO_FOUR)
 
 
 @pytest.mark.parametrize("form", ["candidates", "scores"])
@@ -43,9 +43,9 @@ def test_a_ruinous_rate_returns_the_prior(form):
     subject.prior = {NAME: subject.truth}
     subject.outputs = subject.outputs + 0.1 * torch.randn(subject.outputs.shape)
     outcome = learn(subject, settings(steps=30, step_size=500.0, form=form, evaluate_every=3))
-    assert torch.equal(outcome.learnt[NAME].mask, subject.truth)
-    assert outcome.facts["best_step"] == 0 and outcome.facts["best"] == outcome.facts["prior"]
-    assert max(row["hard"] for row in outcome.facts["history"]) > 1.5 * outcome.facts["prior"]
+    assert torch.equal(outcome.masks[NAME].mask, subject.truth)
+    assert outcome.facts.best_step == 0 and outcome.facts.best == outcome.facts.prior
+    assert max(row["hard"] for row in outcome.facts.history) > 1.5 * outcome.facts.prior
 
 
 def test_the_best_survives_a_kill(tmp_path):
@@ -55,8 +55,8 @@ def test_the_best_survives_a_kill(tmp_path):
     subject.outputs = subject.outputs + 0.1 * torch.randn(subject.outputs.shape)
     learner = LEARNED.make(spec)
 
-    def after_step(moment: Moment) -> None:
-        if moment.step == 20:
+    def after_step(context: StepContext) -> None:
+        if context.step == 20:
             raise Killed
 
     learner.after_step = after_step
@@ -64,7 +64,7 @@ def test_the_best_survives_a_kill(tmp_path):
     with pytest.raises(Killed):
         fit(subject, learner, subject.prior, spec, 0, checkpoints=store)
     outcome = learn(subject, spec, store)
-    assert outcome.facts["best_step"] == 0 and torch.equal(outcome.learnt[NAME].mask, subject.truth)
+    assert outcome.facts.best_step == 0 and torch.equal(outcome.masks[NAME].mask, subject.truth)
 
 
 def test_the_first_judgement_is_of_the_prior_to_the_last_bit():
@@ -75,8 +75,8 @@ def test_the_first_judgement_is_of_the_prior_to_the_last_bit():
         subject.module.weight.copy_(weight * subject.prior[NAME])
         wanted = torch.stack([subject.score(number).double() for number in subject.held_out]).mean()
         subject.module.weight.copy_(weight)
-    assert outcome.facts["history"][0] == {"step": 0, "hard": float(wanted)}
-    assert outcome.facts["prior"] == float(wanted) == held_out_loss(subject, subject.prior)
+    assert outcome.facts.history[0] == {"step": 0, "hard": float(wanted)}
+    assert outcome.facts.prior == float(wanted) == held_out_loss(subject, subject.prior)
 
 
 def test_the_weights_stay_and_nothing_is_left_behind():
@@ -85,7 +85,7 @@ def test_the_weights_stay_and_nothing_is_left_behind():
     names = [name for name, _ in subject.module.named_parameters()]
     learn(subject, settings(steps=10, step_size=5.0))
     assert subject.module.weight is weight and tensor_hash(weight) == before
-    assert type(subject.module) is kind and not masks(subject.module)
+    assert type(subject.module) is kind and not learnable_masks(subject.module)
     assert [name for name, _ in subject.module.named_parameters()] == names
     assert not subject.module._forward_hooks and not subject.module._forward_pre_hooks
 
@@ -98,7 +98,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(stop, form, tmp_path
     subject, count = Planted(), 0
     learner = LEARNED.make(spec)
 
-    def after_step(moment: Moment) -> None:
+    def after_step(context: StepContext) -> None:
         nonlocal count
         count += 1
         if count == stop:
@@ -112,12 +112,12 @@ def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(stop, form, tmp_path
     resumed = learn(Planted(), spec, store, progress=lambda text, *_: said.append(text))
     assert any("going on from step" in text for text in said) == (stop > 3)
     for key in ("prior", "best", "best_step", "history", "steps"):
-        assert resumed.facts[key] == whole.facts[key]
+        assert getattr(resumed.facts, key) == getattr(whole.facts, key)
     one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "broken"))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-    assert torch.equal(resumed.learnt[NAME].mask, whole.learnt[NAME].mask)
+    assert torch.equal(resumed.masks[NAME].mask, whole.masks[NAME].mask)
     again = learn(Planted(), spec, store)  # a finished one is not trained on
-    assert again.facts["history"] == whole.facts["history"]
+    assert again.facts.history == whole.facts.history
 
 
 def test_another_model_s_checkpoint_is_refused(tmp_path):
@@ -135,17 +135,17 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(poison, tmp_path):
     subject, spec = Planted(), settings(steps=20, evaluate_every=2, step_size=10.0)
     plain, calls = subject.loss_terms, 0
 
-    def loss_terms(number, moment):
+    def loss_terms(number, context):
         nonlocal calls
         calls += 1
-        terms = plain(number, moment)
+        terms = plain(number, context)
         return {"error": terms["error"] * poison} if calls == 8 else terms
 
     subject.loss_terms = loss_terms
     store = Checkpoints(RunDir(tmp_path), "c.safetensors")
     with pytest.raises(NmsparseError, match="not finite at step 8 of 20") as caught:
         learn(subject, spec, store)
-    assert "step_size" in caught.value.hint and not masks(subject.module)
+    assert "step_size" in caught.value.hint and not learnable_masks(subject.module)
     so_far, tensors = store.load()
     assert so_far.step == 7 and so_far.best < so_far.prior and f"best:{NAME}/mask" in tensors
     assert all(torch.isfinite(value).all() for value in tensors.values() if value.is_floating_point())
@@ -153,10 +153,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(poison, tmp_path):
 
 def test_memory_that_runs_out_is_one_sentence(tmp_path):
     subject = Planted()
-    subject.loss_terms = lambda number, moment: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    subject.loss_terms = lambda number, context: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(NmsparseError, match="out of memory; what was learned") as caught:
         learn(subject, settings(steps=5), Checkpoints(RunDir(tmp_path), "c.safetensors"))
-    assert "gradient_checkpointing" in caught.value.hint and not masks(subject.module)
+    assert "gradient_checkpointing" in caught.value.hint and not learnable_masks(subject.module)
 
 
 def test_too_little_data_is_refused():
@@ -177,15 +177,15 @@ def test_accumulation_is_the_mean_and_does_not_advance_the_schedule():
     learner = LEARNED.make(spec)
     plain = learner.loss_terms
 
-    def loss_terms(subject, number, moment):
-        seen.append((moment, number))
-        terms = plain(subject, number, moment)
+    def loss_terms(subject, number, context):
+        seen.append((context, number))
+        terms = plain(subject, number, context)
         losses.append(float(terms["error"].detach()))
         return terms
 
     learner.loss_terms = loss_terms
     outcome = fit(subject, learner, subject.prior, spec, 0)
-    assert outcome.facts["history"][-1]["loss"] == pytest.approx(sum(losses[-3:]) / 3)
+    assert outcome.facts.history[-1]["loss"] == pytest.approx(sum(losses[-3:]) / 3)
     assert [(m.step, m.part, m.parts) for m, _ in seen] == [(step, part, 3) for step in range(5) for part in range(3)]
     assert seen[0][0].progress == 0 and seen[-1][0].progress == 1
     assert [number for _, number in seen] == order(0, 20, 0, 15)
@@ -194,8 +194,8 @@ def test_accumulation_is_the_mean_and_does_not_advance_the_schedule():
 
 
 def test_schedules_hit_their_ends():
-    kappa, tau = Linear(100.0, 500.0), Linear(4.0, 0.05)
-    first, last = Moment(0, 0, 2000), Moment(0, 1999, 2000)
+    kappa, tau = LinearSchedule(100.0, 500.0), LinearSchedule(4.0, 0.05)
+    first, last = StepContext(0, 0, 2000), StepContext(0, 1999, 2000)
     assert (kappa.at(first.progress), tau.at(first.progress)) == (100.0, 4.0)
     assert (kappa.at(last.progress), tau.at(last.progress)) == (500.0, 0.05)
     factors = [rate_factor(step, 100, 10, "cosine", 0.1) for step in range(100)]
@@ -222,14 +222,14 @@ def test_the_three_faces_of_a_mask():
     subject = Planted()
     weight = subject.module.weight.detach().clone()
     attach(subject.module, subject.sites,
-           lambda site: Choice(site.pattern, Annealing(Linear(100, 500), Linear(1, 0.05), 0.9), False), subject.prior)
+           lambda site: CandidateDistribution(site.pattern, Annealing(LinearSchedule(100, 500), LinearSchedule(1, 0.05), 0.9), False), subject.prior)
     assert torch.equal(subject.module.weight, weight * subject.prior[NAME])
     with showing(subject.module, "dense"):
         assert torch.equal(subject.module.weight, weight)
     with showing(subject.module, "soft"):
         soft = subject.module.weight
         assert soft.requires_grad and not torch.equal(soft, weight * subject.prior[NAME])
-    [mask] = masks(subject.module)
+    [mask] = learnable_masks(subject.module)
     with torch.no_grad():
         mask.values.neg_()  # the hard mask follows at once
     assert torch.equal(subject.module.weight, weight * ~subject.prior[NAME])

@@ -10,9 +10,9 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.learn import losses
 from nmsparse_deploy.find.learn.loop import fit
-from nmsparse_deploy.find.learn.mask_parametrization import Site, masks
-from nmsparse_deploy.find.learn.step_context import Moment
-from nmsparse_deploy.find.learn.subjects import WholeModel, split
+from nmsparse_deploy.find.learn.mask_parametrization import MaskSite, learnable_masks
+from nmsparse_deploy.find.learn.step_context import StepContext
+from nmsparse_deploy.find.learn.subjects import BatchSubject, split
 from nmsparse_deploy.find.methods.maskllm import LEARNED
 from nmsparse_deploy.find.plan.make_plan import make_plan
 from nmsparse_deploy.masks import project
@@ -65,8 +65,8 @@ def test_batches_that_judge_are_never_trained_on():
 
 def subject(module, batches, kind, **changes):
     plan = make_plan(discover(module, {k: v for k, v in batches[0].items() if k != "labels"}), TWO_FOUR)
-    sites = {row.target.name: Site(row.target.name, row.target.name, row.target.axis, TWO_FOUR) for row in plan.pruned()}
-    return WholeModel(module, sites, batches, Objective(kind), settings(**changes), torch.float32)
+    sites = {row.target.name: MaskSite(row.target.name, row.target.name, row.target.axis, TWO_FOUR) for row in plan.pruned()}
+    return BatchSubject(module, sites, batches, Objective(kind), settings(**changes), torch.float32)
 
 
 def pictures(labels=False):
@@ -102,17 +102,17 @@ def test_every_family_learns(name):
     module = make()
     found = subject(module, data(), kind, steps=6, step_size=20.0, evaluate_every=2, **changes)
     before = {key: value.clone() for key, value in module.named_parameters()}
-    assert found.loss_terms(0, Moment()).keys() == terms
+    assert found.loss_terms(0, StepContext()).keys() == terms
     if "distill" in terms:
-        assert float(found.loss_terms(0, Moment())["distill"].detach()) == pytest.approx(0, abs=1e-5)  # dense is its own teacher
+        assert float(found.loss_terms(0, StepContext())["distill"].detach()) == pytest.approx(0, abs=1e-5)  # dense is its own teacher
     priors = {site.name: project(module.get_parameter(path).detach().abs(), TWO_FOUR)
               for path, site in found.sites.items()}
     outcome = fit(found, LEARNED.make(found.spec), priors, found.spec, 0)
-    assert outcome.facts["best"] <= outcome.facts["prior"] and not masks(module)
-    assert any(row["hard"] != outcome.facts["prior"] for row in outcome.facts["history"])  # the masks moved
+    assert outcome.facts.best <= outcome.facts.prior and not learnable_masks(module)
+    assert any(row["hard"] != outcome.facts.prior for row in outcome.facts.history)  # the masks moved
     assert all(torch.equal(value, before[key]) for key, value in module.named_parameters())
 
 
 def test_pictures_without_labels_need_a_teacher():
     with pytest.raises(UsageError, match="nothing to learn from"):
-        subject(classifier(), pictures(), "kl", distill=0.0).loss_terms(0, Moment())
+        subject(classifier(), pictures(), "kl", distill=0.0).loss_terms(0, StepContext())

@@ -12,24 +12,24 @@ from hypothesis import strategies as st
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.learn.mask_relaxations import (
     Annealing,
-    Choice,
-    Point,
-    Scores,
+    AnnealingPoint,
+    CandidateDistribution,
+    StraightThroughScores,
     candidates,
     form_for,
     margin,
     relaxed,
 )
-from nmsparse_deploy.find.learn.step_context import Linear, Moment
+from nmsparse_deploy.find.learn.step_context import LinearSchedule, StepContext
 from nmsparse_deploy.masks import mask_follows, project
 from nmsparse_deploy.pattern import NMPattern
 
 PATTERNS = [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(2, 8), NMPattern(3, 4), NMPattern(1, 2)]
-FLAT = Annealing(Linear(100, 500), Linear(1, 0.05), 0.83, noise=False)
+FLAT = Annealing(LinearSchedule(100, 500), LinearSchedule(1, 0.05), 0.83, noise=False)
 
 
-def law(pattern, compact=False, **changes):
-    return Choice(pattern, Annealing(Linear(100, 500), Linear(1, 0.05), 0.83, **changes), compact)
+def parametrization(pattern, compact=False, **changes):
+    return CandidateDistribution(pattern, Annealing(LinearSchedule(100, 500), LinearSchedule(1, 0.05), 0.83, **changes), compact)
 
 
 def noise(seed):
@@ -69,7 +69,7 @@ def test_the_gradient_is_autograd_s(pattern, regulariser, compact, seed):
     groups = torch.randn(50, pattern.group, dtype=torch.float64)
     values = (0.05 * torch.randn(50, pattern.group if compact else len(table), dtype=torch.float64)).requires_grad_()
     upstream = torch.randn_like(groups)
-    point = Point(20.0, 0.7, regulariser, compact, None if seed is None else noise(seed))
+    point = AnnealingPoint(20.0, 0.7, regulariser, compact, None if seed is None else noise(seed))
     seen, energy = reference(values, groups, table, point)
     wanted, = torch.autograd.grad((seen * upstream).sum() - energy, values)
     ours = relaxed(values, groups, table, point)
@@ -83,7 +83,7 @@ def test_the_gradient_is_that_of_finite_differences():
     table = candidates(NMPattern(2, 4)).double()
     groups = torch.randn(5, 4, dtype=torch.float64)
     values = (0.1 * torch.randn(5, 6, dtype=torch.float64)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda v: relaxed(v, groups, table, Point(3.0, 1.5, 0.0, False, noise(0))), values,
+    assert torch.autograd.gradcheck(lambda v: relaxed(v, groups, table, AnnealingPoint(3.0, 1.5, 0.0, False, noise(0))), values,
                                     eps=1e-6, atol=1e-7)
 
 
@@ -94,7 +94,7 @@ def test_long_tensors_are_worked_through_in_pieces(monkeypatch):
     monkeypatch.setattr(maskparam, "CHUNK", 60)
     table = candidates(NMPattern(2, 4)).double()
     groups, values = torch.randn(37, 4, dtype=torch.float64), torch.zeros(37, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda v: relaxed(v, groups, table, Point(2.0, 1.0, 0.0, False, noise(0))), values,
+    assert torch.autograd.gradcheck(lambda v: relaxed(v, groups, table, AnnealingPoint(2.0, 1.0, 0.0, False, noise(0))), values,
                                     atol=1e-6)
 
 
@@ -103,7 +103,7 @@ def test_sampled_candidates_follow_the_softmax_at_every_temperature(tau):
     """Chi-square with five degrees of freedom; 25.7 is exceeded by chance once in ten thousand."""
     logits, count = torch.tensor([0.3, -0.2, 0.0, 0.5, -0.5, 0.1]) / 10, 20000
     # With the identity for a table, `w * m~` is `y` itself.
-    y = relaxed(logits.repeat(count, 1), torch.ones(count, 6), torch.eye(6), Point(10.0, tau, noise=noise(5)))
+    y = relaxed(logits.repeat(count, 1), torch.ones(count, 6), torch.eye(6), AnnealingPoint(10.0, tau, noise=noise(5)))
     observed = torch.bincount(y.argmax(-1), minlength=6).double()
     expected = count * (10 * logits.double()).softmax(0)
     assert float(((observed - expected).square() / expected).sum()) < 25.7
@@ -113,17 +113,17 @@ def test_sampled_candidates_follow_the_softmax_at_every_temperature(tau):
 def test_soft_masks_keep_n_in_all(pattern, compact, progress, seed):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.ones(6, 8 * pattern.group)
-    chosen = law(pattern, compact)
+    chosen = parametrization(pattern, compact)
     values = chosen.start(rows, project(torch.rand(rows.shape, generator=generator), pattern))
     values = values + 0.05 * torch.randn(values.shape, generator=generator)
-    mask = chosen.soft(values, rows, Moment(seed, round(progress * 100), 101), "w")
+    mask = chosen.soft(values, rows, StepContext(seed, round(progress * 100), 101), "w")
     assert mask.min() >= 0 and mask.max() <= 1 + 1e-6
     assert (mask.reshape(-1, pattern.group).sum(-1) - pattern.keep).abs().max() < 1e-5
 
 
 def test_a_cold_sample_is_a_candidate():
     values = 0.05 * torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
-    seen = relaxed(values, torch.ones(500, 4), candidates(NMPattern(2, 4)), Point(100.0, 1e-4, noise=noise(1)))
+    seen = relaxed(values, torch.ones(500, 4), candidates(NMPattern(2, 4)), AnnealingPoint(100.0, 1e-4, noise=noise(1)))
     assert (seen.round() - seen).abs().max() < 1e-3
 
 
@@ -135,8 +135,8 @@ def test_the_prior_is_the_hard_mask_everywhere(pattern, form, above_chance):
     confidence = chance + (1 - chance) * above_chance
     rows = torch.randn(64, 8 * pattern.group, generator=torch.Generator().manual_seed(0))
     prior = project(torch.rand(rows.shape, generator=torch.Generator().manual_seed(1)), pattern)
-    annealing = Annealing(Linear(100, 500), Linear(1, 0.05), confidence)
-    chosen = Scores(pattern, annealing) if form == "scores" else Choice(pattern, annealing, form == "compact")
+    annealing = Annealing(LinearSchedule(100, 500), LinearSchedule(1, 0.05), confidence)
+    chosen = StraightThroughScores(pattern, annealing) if form == "scores" else CandidateDistribution(pattern, annealing, form == "compact")
     values = chosen.start(rows, prior)
     assert torch.equal(chosen.hard(values, rows), prior)
     groups = values.reshape(-1, values.shape[-1] if form != "scores" else pattern.group)
@@ -165,35 +165,35 @@ def test_too_many_candidates_are_refused():
     assert [form_for(p) for p in (NMPattern(2, 4), NMPattern(1, 8), NMPattern(4, 8), NMPattern(8, 16))] == [
         "candidates", "candidates", "compact", "scores"]
     with pytest.raises(UsageError, match="12,870 masks"):
-        Choice(NMPattern(8, 16), FLAT, True)
+        CandidateDistribution(NMPattern(8, 16), FLAT, True)
 
 
 def test_changed_values_change_the_hard_mask():
     pattern = NMPattern(2, 4)
     rows = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
-    for chosen in (law(pattern), law(pattern, True), Scores(pattern, FLAT)):
+    for chosen in (parametrization(pattern), parametrization(pattern, True), StraightThroughScores(pattern, FLAT)):
         values = chosen.start(rows, project(rows.abs(), pattern))
         assert torch.equal(chosen.hard(-values, rows), ~project(rows.abs(), pattern))
 
 
 def test_noise_is_new_everywhere_and_the_same_again():
-    chosen, rows = law(NMPattern(2, 4)), torch.ones(4, 16)
+    chosen, rows = parametrization(NMPattern(2, 4)), torch.ones(4, 16)
     values = torch.zeros(16, 6)
-    base = Moment(0, 3, 10, 0, 2, 0, 2)
+    base = StepContext(0, 3, 10, 0, 2, 0, 2)
     seen = chosen.soft(values, rows, base, "a")
     assert torch.equal(seen, chosen.soft(values, rows, base, "a"))
-    others = [(Moment(1, 3, 10, 0, 2, 0, 2), "a"), (Moment(0, 4, 10, 0, 2, 0, 2), "a"), (Moment(0, 3, 10, 1, 2, 0, 2), "a"),
-              (Moment(0, 3, 10, 0, 2, 1, 2), "a"), (base, "b")]
-    assert not any(torch.equal(seen, chosen.soft(values, rows, moment, name)) for moment, name in others)
+    others = [(StepContext(1, 3, 10, 0, 2, 0, 2), "a"), (StepContext(0, 4, 10, 0, 2, 0, 2), "a"), (StepContext(0, 3, 10, 1, 2, 0, 2), "a"),
+              (StepContext(0, 3, 10, 0, 2, 1, 2), "a"), (base, "b")]
+    assert not any(torch.equal(seen, chosen.soft(values, rows, context, name)) for context, name in others)
 
 
 def test_straight_through_hands_the_gradient_on():
     pattern = NMPattern(2, 4)
     rows = torch.randn(6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     values = torch.randn(6, 12, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    chosen = Scores(pattern, Annealing(Linear(1, 1), Linear(1, 1), 0.8, regulariser=0.25))
+    chosen = StraightThroughScores(pattern, Annealing(LinearSchedule(1, 1), LinearSchedule(1, 1), 0.8, regulariser=0.25))
     upstream = torch.randn(6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    seen = chosen.soft(values, rows, Moment(parts=2), "w")
+    seen = chosen.soft(values, rows, StepContext(parts=2), "w")
     mask = project(values.detach(), pattern)
     assert torch.equal(seen, rows * mask)
     found, = torch.autograd.grad((seen * upstream).sum(), values)
@@ -206,5 +206,5 @@ def test_half_precision_noise_is_finite():
     assert torch.isfinite(torch.stack([-(-low.log()).log(), -(-high.log()).log()])).all()
     values = torch.full((4, 6), 10.0)
     values[:, 0] = -10
-    seen = relaxed(values, torch.ones(4, 4), candidates(NMPattern(2, 4)), Point(500.0, 0.05, noise=noise(0)))
+    seen = relaxed(values, torch.ones(4, 4), candidates(NMPattern(2, 4)), AnnealingPoint(500.0, 0.05, noise=noise(0)))
     assert torch.isfinite(seen).all()

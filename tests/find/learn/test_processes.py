@@ -68,7 +68,7 @@ def test_two_processes_learn_what_one_learns(ranks):
     for seed in range(4):
         subject, spec = Planted(), settings(**SETTINGS)
         found = fit(subject, LEARNED.make(spec), subject.prior, spec, seed).facts
-        gone.append(1 - found["best"] / found["prior"])
+        gone.append(1 - found.best / found.prior)
     for how in ("parallel", "sharded"):
         facts = ranks[0][0][how]
         spread = max(gone) - min(gone)

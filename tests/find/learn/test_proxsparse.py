@@ -8,10 +8,10 @@ from torch import nn
 
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.find.learn.loop import fit
-from nmsparse_deploy.find.learn.mask_parametrization import Site, detach
+from nmsparse_deploy.find.learn.mask_parametrization import MaskSite, detach
 from nmsparse_deploy.find.learn.prox import prox
-from nmsparse_deploy.find.learn.step_context import Moment
-from nmsparse_deploy.find.methods.proxsparse import Prox, Support, frozen
+from nmsparse_deploy.find.learn.step_context import StepContext
+from nmsparse_deploy.find.methods.proxsparse import ProximalLearner, SupportMask, frozen
 from nmsparse_deploy.masks import mask_follows, project
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import ProxSparse
@@ -22,7 +22,7 @@ SHORT = ProxSparse(steps=12, evaluate_every=4, checkpoint_every=4, batch=16)
 
 def learn(spec=SHORT, toy=None, checkpoints=None, learner=None):
     toy = toy or Toy()
-    return fit(toy, learner or Prox(spec), toy.magnitude(), spec, 0, checkpoints)
+    return fit(toy, learner or ProximalLearner(spec), toy.magnitude(), spec, 0, checkpoints)
 
 
 @pytest.mark.parametrize(("pattern", "steps"), [("2:4", 200), ("1:4", 200), ("4:8", 40)])
@@ -32,11 +32,11 @@ def test_a_planted_mask_is_approached(pattern, steps):
     toy = Toy(NMPattern.parse(pattern))
     before = toy.weights()
     outcome = learn(ProxSparse(steps=steps, pressure=2, reach=4, evaluate_every=steps // 4), toy)
-    masks = {name: one.mask for name, one in outcome.learnt.items()}
+    masks = {name: one.mask for name, one in outcome.masks.items()}
     assert all(mask_follows(mask, NMPattern.parse(pattern)) for mask in masks.values())
-    assert outcome.facts["best"] < 0.6 * outcome.facts["prior"]
+    assert outcome.facts.best < 0.6 * outcome.facts.prior
     assert toy.agreement(masks) > 1.4 * toy.agreement(toy.magnitude())
-    assert all(one.weight is None for one in outcome.learnt.values())
+    assert all(one.weight is None for one in outcome.masks.values())
     assert toy.weights().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in toy.weights().items())  # the copy was trained
 
@@ -44,10 +44,10 @@ def test_a_planted_mask_is_approached(pattern, steps):
 def test_it_starts_at_the_prior_whatever_that_is():
     toy = Toy()
     prior = toy.corrupted()
-    learner = Prox(SHORT)
+    learner = ProximalLearner(SHORT)
     learner.prepare(toy, prior)
     assert all(torch.equal(learner.finish()[name].mask, prior[name]) for name in prior)
-    learner.after_step(Moment())
+    learner.after_step(StepContext())
     support = {mask.site.name: project(mask.values.abs(), mask.site.pattern) for mask in learner.masks.values()}
     assert all(torch.equal(learner.finish()[name].mask, support[name]) for name in prior)
     detach(toy.module)
@@ -55,9 +55,9 @@ def test_it_starts_at_the_prior_whatever_that_is():
 
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
     whole = learn()
-    again = interrupted(learn, Prox, 6, tmp_path)
-    assert [row["hard"] for row in again.facts["history"]] == [row["hard"] for row in whole.facts["history"]]
-    assert all(torch.equal(again.learnt[name].mask, one.mask) for name, one in whole.learnt.items())
+    again = interrupted(learn, ProximalLearner, 6, tmp_path)
+    assert [row["hard"] for row in again.facts.history] == [row["hard"] for row in whole.facts.history]
+    assert all(torch.equal(again.masks[name].mask, one.mask) for name, one in whole.masks.items())
 
 
 def test_a_loss_that_is_not_a_number_is_said():
@@ -69,7 +69,7 @@ def test_a_loss_that_is_not_a_number_is_said():
 
 def test_ruinous_settings_return_the_prior():
     outcome = learn(ProxSparse(steps=8, pressure=2, reach=1e-9, evaluate_every=4))
-    assert outcome.facts["best"] == outcome.facts["prior"] and outcome.facts["best_step"] == 0
+    assert outcome.facts.best == outcome.facts.prior and outcome.facts.best_step == 0
 
 
 def layer(weight: torch.Tensor, spec: ProxSparse, pattern: str = "2:4", slices: tuple[int, ...] = ()):
@@ -77,11 +77,11 @@ def layer(weight: torch.Tensor, spec: ProxSparse, pattern: str = "2:4", slices: 
     module = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     with torch.no_grad():
         module.weight.copy_(weight)
-    site = Site("w", "weight", 1, NMPattern.parse(pattern), slices)
-    learner = Prox(spec)
+    site = MaskSite("w", "weight", 1, NMPattern.parse(pattern), slices)
+    learner = ProximalLearner(spec)
     subject = type("Subject", (), {"module": module, "sites": {"weight": site}})
     optimiser = learner.prepare(subject, {"w": project(weight.abs(), site.pattern)})
-    learner.after_step(Moment())
+    learner.after_step(StepContext())
     return learner.masks["weight"].values.detach(), optimiser
 
 
@@ -125,18 +125,18 @@ def test_the_term_that_holds_weights_back():
 
 def test_the_term_is_part_of_the_loss():
     toy = Toy()
-    learner = Prox(SHORT.model_copy(update={"lambda2": 0.5}))
+    learner = ProximalLearner(SHORT.model_copy(update={"lambda2": 0.5}))
     learner.prepare(toy, toy.magnitude())
     with torch.no_grad():
         for mask in learner.masks.values():
             mask.values.mul_(1.5)
-        term = learner.loss_terms(toy, 0, Moment())["frozen"]
+        term = learner.loss_terms(toy, 0, StepContext())["frozen"]
         expected = sum(frozen(mask.values, mask.values / 1.5, 0.1) for mask in learner.masks.values())
     assert float(term) == pytest.approx(0.5 * float(expected), rel=1e-4)
     detach(toy.module)
 
 
 def test_groups_that_died_still_keep_exactly_their_number():
-    law = Support(Site("w", "weight", 1, NMPattern(2, 4)))
+    parametrization = SupportMask(MaskSite("w", "weight", 1, NMPattern(2, 4)))
     values = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0, 0.0]])
-    assert law.hard(values, values).tolist() == [[True, True, False, False, True, False, True, False]]
+    assert parametrization.hard(values, values).tolist() == [[True, True, False, False, True, False, True, False]]

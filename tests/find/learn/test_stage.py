@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.find.calibration.block_walk import BlockWalk
 from nmsparse_deploy.find.learn import loop
-from nmsparse_deploy.find.learn.memory_budget import Budget
+from nmsparse_deploy.find.learn.memory_budget import MemoryBudget
 from nmsparse_deploy.find.learn.session import sentence, summary
 from nmsparse_deploy.find.learn.whole_model import one_shot, recomputed
 from nmsparse_deploy.find.methods.base import Method
@@ -113,7 +113,7 @@ def test_a_rate_of_nothing_hands_back_the_prior_and_says_so(llama_dir, texts, tm
     run = prune(str(llama_dir), recipe, tmp_path / "run")
     learned = run.manifest().stages["prune"].learned
     assert learned.unmoved == 2 and learned.changed == 0
-    assert "no learned mask beat" in sentence(learned.to_json())
+    assert "no learned mask beat" in sentence(learned)
     other = validate(Prune, {**spec(texts).model_dump(exclude={"learn"}), "method": "magnitude"})
     one_shot_run = prune(str(llama_dir), other, tmp_path / "one")
     masks = [MaskSet.load(r / "masks.safetensors").masks for r in (run, one_shot_run)]
@@ -174,7 +174,7 @@ def test_what_cannot_fit_is_refused_before_the_first_step(llama_dir, texts, tmp_
     with pytest.raises(NmsparseError, match=r"Learning needs about .* GB more") as caught:
         prune(str(llama_dir), spec(texts, "global"), tmp_path / "run")
     assert "form: compact takes" in caught.value.hint and "moments: 8 takes" in caught.value.hint
-    Budget(1.0, 1.0, 1.0).check(torch.device("cpu"), "")
+    MemoryBudget(1.0, 1.0, 1.0).check(torch.device("cpu"), "")
 
 
 def test_six_logits_with_adam_take_24_bytes_per_weight():

@@ -18,10 +18,10 @@ from nmsparse_deploy.find.plan import file as plan_file
 from nmsparse_deploy.find.plan import latency
 from nmsparse_deploy.find.plan.allocation import choices, solve
 from nmsparse_deploy.find.plan.knapsack import STEPS, Option, choose
-from nmsparse_deploy.find.plan.latency import Latency, Source, saving_for, speedup
+from nmsparse_deploy.find.plan.latency import Latency, LatencySource, saving_for, speedup
 from nmsparse_deploy.find.plan.make_plan import PlanRow, make_plan
 from nmsparse_deploy.find.plan.mixed_ratios import mixed_ratios
-from nmsparse_deploy.find.plan.sensitivity import Rise
+from nmsparse_deploy.find.plan.sensitivity import LossIncrease
 from nmsparse_deploy.models.base import Discovery, Target
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
 from nmsparse_deploy.recipe import Allocate, Prune, fingerprint, validate
@@ -94,7 +94,7 @@ def problems(draw) -> list:
         row = PlanRow(target(f"layer{number}", k), TWO_FOUR, "selected")
         dense = draw(st.floats(1, 10))
         found = Latency(dense, dense * draw(st.floats(0.5, 1.1)))
-        groups.append(choices([row], [TWO_FOUR], [Rise(draw(st.floats(-0.05, 0.3)), 0.0)], [found], dense=True))
+        groups.append(choices([row], [TWO_FOUR], [LossIncrease(draw(st.floats(-0.05, 0.3)), 0.0)], [found], dense=True))
     return groups
 
 
@@ -156,7 +156,7 @@ def test_a_budget_is_reached_with_the_least_rise(groups, budget):
 
 def test_a_constraint_that_cannot_be_met_says_the_best_that_can():
     row = PlanRow(target(), TWO_FOUR, "selected")
-    group = choices([row], [TWO_FOUR], [Rise(0.1, 0.0)], [Latency(2.0, 1.0)], dense=True)
+    group = choices([row], [TWO_FOUR], [LossIncrease(0.1, 0.0)], [Latency(2.0, 1.0)], dense=True)
     with pytest.raises(NmsparseError, match=r"alone costs 10.52%") as caught:
         solve([group], Allocate(max_ppl_increase=0.01), SHARE, group.weights)
     assert caught.value.exit_code == 1 and caught.value.hint == "--max-ppl-increase 0.1052"
@@ -168,7 +168,7 @@ def test_a_constraint_that_cannot_be_met_says_the_best_that_can():
 
 
 def test_patterns_without_kernels_are_judged_by_their_zeros():
-    groups = [choices([PlanRow(target(name, k), NMPattern(4, 8), "selected")], [NMPattern(4, 8)], [Rise(rise, 0.0)],
+    groups = [choices([PlanRow(target(name, k), NMPattern(4, 8), "selected")], [NMPattern(4, 8)], [LossIncrease(rise, 0.0)],
                       [Latency(1.0, 1.0)], dense=True) for name, k, rise in (("a", 64, 0.05), ("b", 256, 0.05))]
     chosen = solve(groups, Allocate(max_ppl_increase=0.06, pattern="4:8"), SHARE, 320 * 64)
     assert [choice.zeros for choice in chosen] == [0, 128 * 64]
@@ -238,7 +238,7 @@ def test_the_roofline_stands_in():
     assert saved.sparse_us == pytest.approx(saved.dense_us / 2)
     with pytest.raises(UsageError, match="no figures for the GPU 'Voodoo'"):
         latency.source("Voodoo")
-    assert isinstance(found, Source)
+    assert isinstance(found, LatencySource)
 
 
 # --- MixGPT's ratios -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,14 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 from nmsparse_deploy.find.calibration.suffix_replay import SuffixReplay
 from nmsparse_deploy.find.methods.base import Method
 from nmsparse_deploy.find.plan.make_plan import make_plan
-from nmsparse_deploy.find.plan.sensitivity import Trace, _quadratic_forms, direct, from_curvature, hutchinson, together
+from nmsparse_deploy.find.plan.sensitivity import (
+    HessianTrace,
+    _quadratic_forms,
+    direct,
+    from_curvature,
+    hutchinson,
+    together,
+)
 from nmsparse_deploy.find.plan.stage import fusion_groups
 from nmsparse_deploy.masks import project
 from nmsparse_deploy.models.loaded import LoadedModel
@@ -223,7 +230,7 @@ def test_curvature_times_damage():
     batches = sample(model, 2, 12)
     plan = make_plan(model.discover(), TWO_FOUR)
     parts = fusion_groups(plan)
-    traces = {row.target.name: Trace(float(i + 1), 0.5, 1) for i, row in enumerate(plan.pruned())}
+    traces = {row.target.name: HessianTrace(float(i + 1), 0.5, 1) for i, row in enumerate(plan.pruned())}
     found = from_curvature(model, plan.blocks, parts, batches, Objective("cross-entropy"), Method.load("magnitude"), traces)
     for part, rise in zip(parts, found):
         wanted = 0.0

@@ -19,7 +19,7 @@ from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.methods.base import LayerResult, Method
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.find.refine import admm, bias, dsnot, group_descent, swap
-from nmsparse_deploy.find.refine.base import Block, Layer
+from nmsparse_deploy.find.refine.base import BlockPair, PrunedLayer
 from nmsparse_deploy.masks import MaskSet, mask_follows, project
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
 from nmsparse_deploy.prove.group_counter import check
@@ -40,7 +40,7 @@ def settings_of(name: str, **changes):
 
 
 def problem(seed: int, pattern: NMPattern = TWO_FOUR, rows: int = 6, width: int = 16, tokens: int = 64,
-            method: str | None = None) -> tuple[Layer, torch.Tensor]:
+            method: str | None = None) -> tuple[PrunedLayer, torch.Tensor]:
     """A layer under a random mask (or a method's), and its inputs: correlated, with means that are not zero."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, width, generator=generator)
@@ -51,10 +51,10 @@ def problem(seed: int, pattern: NMPattern = TWO_FOUR, rows: int = 6, width: int 
     start = LayerResult(project(torch.rand(weight.shape, generator=generator), pattern))
     if method is not None:
         start = Method.load(method).prune_layer(weight, stats, pattern)
-    return Layer(weight, stats, pattern, 1, weight.shape, start), x
+    return PrunedLayer(weight, stats, pattern, 1, weight.shape, start), x
 
 
-def losses(layer: Layer, mask: torch.Tensor) -> torch.Tensor:
+def losses(layer: PrunedLayer, mask: torch.Tensor) -> torch.Tensor:
     """Error of every row from the definition: `e G eᵀ` of what the mask takes away."""
     lost = torch.where(mask, 0.0, layer.dense).double()
     return ((lost @ layer.stats.gram.double()) * lost).sum(1)
@@ -194,7 +194,7 @@ def by_hand(shares: list[float], variances: list[float], kept: list[bool], patte
     """DSnoT on one row whose inputs all have mean 1, so that a weight is its share of the mean."""
     weight, square = torch.tensor([shares]), torch.tensor(variances) + 1
     stats = LayerStats(10, 10 * square, None, None, torch.full_like(square, 10.0))
-    layer = Layer(weight, stats, pattern, 1, weight.shape, LayerResult(torch.tensor([kept])))
+    layer = PrunedLayer(weight, stats, pattern, 1, weight.shape, LayerResult(torch.tensor([kept])))
     return dsnot.refine(layer, Dsnot()).mask[0].tolist()
 
 
@@ -211,7 +211,7 @@ def test_dsnot_stops_where_the_sign_flips():
 # --- ADMM ------------------------------------------------------------------------------------------------------------
 
 
-def damped(layer: Layer, damping: float) -> torch.Tensor:
+def damped(layer: PrunedLayer, damping: float) -> torch.Tensor:
     """What ADMM minimises the distance in: the Gram plus a ridge that is relative in every column."""
     gram = layer.stats.gram.double()
     return gram + damping * torch.diag(gram.diagonal())
@@ -221,7 +221,7 @@ def energies(lost: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     return ((lost.double() @ hessian) * lost.double()).sum(1)
 
 
-def optimum(layer: Layer, mask: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+def optimum(layer: PrunedLayer, mask: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """The least error of every row on a mask: `e_P (H⁻¹_PP)⁻¹ e_Pᵀ` over the pruned columns."""
     inverse, best = torch.linalg.inv(hessian), []
     for row, kept in zip(layer.dense.double(), mask):
@@ -265,13 +265,13 @@ def test_soft_masks_tighten_to_the_pattern(pattern, steps):
 # --- biases ----------------------------------------------------------------------------------------------------------
 
 
-def with_bias(seed: int, method: str) -> tuple[Layer, torch.Tensor, Block]:
+def with_bias(seed: int, method: str) -> tuple[PrunedLayer, torch.Tensor, BlockPair]:
     """One biased and one plain layer that share inputs, as a block."""
     layer, x = problem(seed, method=method)
     module = nn.ModuleDict({"biased": nn.Linear(16, 6), "plain": nn.Linear(16, 6, bias=False)})
     for child in module.values():
         child.weight.data.copy_(layer.dense)
-    block = Block(module, module, {"biased.weight": layer, "plain.weight": layer}, [x], None, lambda m, i, h: h)
+    block = BlockPair(module, module, {"biased.weight": layer, "plain.weight": layer}, [x], None, lambda m, i, h: h)
     return layer, x, block
 
 
@@ -298,7 +298,7 @@ def test_layers_without_a_bias_are_counted_and_left_alone():
     _, _, block = with_bias(0, "wanda")
     done = bias.refine(block, Bias())
     assert list(done.others) == ["biased.bias"] and not done.layers
-    assert (done.facts["corrected"], done.facts["without a bias"]) == (1, 1)
+    assert (done.facts.corrected, done.facts.without) == (1, 1)
 
 
 def test_a_bias_is_corrected_once_however_often_it_is_asked(texts, gpt2_dir, tmp_path):
@@ -347,7 +347,7 @@ def test_every_layer_refinement_survives_odd_layers(name):
         stats = LayerStats(len(inputs), gram.diagonal().clone(), gram, gram.clone(), inputs.sum(0))
         w = weight[:, :width]
         start = Method.load("sparsegpt").prune_layer(w, stats, TWO_FOUR)
-        result = refine(Layer(w, stats, TWO_FOUR, 1, w.shape, start), step)
+        result = refine(PrunedLayer(w, stats, TWO_FOUR, 1, w.shape, start), step)
         assert mask_follows(result.mask, TWO_FOUR)
         assert result.weight is None or torch.isfinite(result.weight).all()
 

@@ -17,7 +17,7 @@ from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 from nmsparse_deploy.find.methods.base import LayerResult
 from nmsparse_deploy.find.prune import prune
-from nmsparse_deploy.find.refine.base import Block, Layer
+from nmsparse_deploy.find.refine.base import BlockPair, PrunedLayer
 from nmsparse_deploy.find.refine.llm_barber import rebuild, refine, squared_gradients
 from nmsparse_deploy.find.refine.units import units
 from nmsparse_deploy.masks import MaskSet, mask_follows, project
@@ -121,7 +121,7 @@ def test_ties_break_the_published_rule_and_not_the_pairs():
 ROPE = pico.llama().model.rotary_emb
 
 
-def llama_block(seed: int, updated: bool = False, batches: int = 2, batch: int = 3) -> Block:
+def llama_block(seed: int, updated: bool = False, batches: int = 2, batch: int = 3) -> BlockPair:
     """The second block of a two-block model behind a random stream, its weights pruned by magnitude."""
     model = pico.llama(seed, intermediate_size=96).model
     generator = torch.Generator().manual_seed(seed)
@@ -137,13 +137,13 @@ def llama_block(seed: int, updated: bool = False, batches: int = 2, batch: int =
         rows = value.detach().clone()
         mask = project(rows.abs(), TWO_FOUR)
         weight = rows * 1.25 if updated else None
-        layers[name] = Layer(rows, LayerStats.none(), TWO_FOUR, 1, rows.shape, LayerResult(mask, weight))
+        layers[name] = PrunedLayer(rows, LayerStats.none(), TWO_FOUR, 1, rows.shape, LayerResult(mask, weight))
         module.get_parameter(name).data.copy_(layers[name].weight)
 
     def run(block: nn.Module, number: int, x: torch.Tensor) -> torch.Tensor:
         return block(x, position_embeddings=rope)
 
-    return Block(module, dense, layers, inputs, None, run)
+    return BlockPair(module, dense, layers, inputs, None, run)
 
 
 def gradients_one_by_one(layers, dense_loss, samples) -> dict[str, torch.Tensor]:
@@ -169,7 +169,7 @@ def mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return module.mlp(module.post_attention_layernorm(x))
 
 
-def expected_squares(part: str, dense: nn.Module, module: nn.Module, before: nn.Module, block: Block) -> dict:
+def expected_squares(part: str, dense: nn.Module, module: nn.Module, before: nn.Module, block: BlockPair) -> dict:
     """What one half's score is made of: no residual, and the MLP behind the attention of `before`."""
     for parameter in (*dense.parameters(), *module.parameters()):
         parameter.requires_grad_(False)
@@ -237,9 +237,9 @@ def test_convolutions_and_transposed_linears(seed):
     for name, axis in (("conv.weight", 1), ("mix.weight", 0)):
         weight = dense.get_parameter(name).detach()
         rows = to_rows(weight, axis)
-        layers[name] = Layer(rows, LayerStats.none(), TWO_FOUR, axis, weight.shape, LayerResult(project(rows, TWO_FOUR)))
+        layers[name] = PrunedLayer(rows, LayerStats.none(), TWO_FOUR, axis, weight.shape, LayerResult(project(rows, TWO_FOUR)))
     inputs = [torch.randn(3, 4, 5, 5) for _ in range(2)]
-    block = Block(module, dense, layers, inputs, None, lambda block, number, x: block(x))
+    block = BlockPair(module, dense, layers, inputs, None, lambda block, number, x: block(x))
     weights = {name: dense.get_parameter(name) for name in layers}
     expected = gradients_one_by_one(weights, lambda x: mse_loss(dense(x), module(x).detach()),
                                     [x[i : i + 1] for x in inputs for i in range(3)])
@@ -265,7 +265,7 @@ def test_what_stays_keeps_its_value_and_what_grows_is_dense(updated):
             continue
         assert torch.equal(result.weight[stayed], layer.result.weight[stayed])
         assert torch.equal(result.weight[grown], layer.dense[grown])
-    assert moved == sum(facts["swaps"] for facts in done.facts.values()) > 0 and not done.others
+    assert moved == sum(unit.swaps for unit in done.facts.units) > 0 and not done.others
 
 
 def test_a_half_that_is_still_dense_in_effect_stays_as_it_is():
@@ -317,6 +317,6 @@ def test_a_refinement_is_not_a_method(name):
 def test_an_empty_half_is_left_out():
     block = llama_block(0)
     some = {name: layer for name, layer in block.layers.items() if "mlp" in name}
-    squares, loss = squared_gradients(Block(block.module, block.dense, some, block.inputs, None, block.run),
+    squares, loss = squared_gradients(BlockPair(block.module, block.dense, some, block.inputs, None, block.run),
                                       SimpleNamespace(parameters=["self_attn.q_proj.weight"], forward=block.run))
     assert squares == {} and loss == 0

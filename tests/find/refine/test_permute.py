@@ -227,16 +227,16 @@ def test_permuting_every_block_leaves_the_model_as_it_was(family):
             stats = {row.target.fusion: LayerStats(1, torch.rand(row.target.k)) for row in plan.pruned(number)}
             done = permute(module, path, plan.pruned(number), stats,
                            lambda block, x, number=number: walk.run(block, number, 0, x), walk.hidden[0])
-            spaces = {space["consumers"][0]: space for space in done.facts["spaces"]}
+            spaces = {space.consumers[0]: space for space in done.facts.spaces}
             assert len(spaces) == len(expected)
             new = matrix(module, number, plan)
             for name, space in spaces.items():
                 shape, _ = next(value for key, value in expected.items() if name.endswith(key + ".weight"))
-                assert (space["copies"], space["segments"], space["length"]) == shape
+                assert (space.copies, space.segments, space.length) == shape
                 fusion = next(row.target.fusion for row in plan.pruned(number) if row.target.name == name)
                 kept = [retained((w[name].abs() * s[fusion].rms).T.contiguous(), TWO_FOUR)
                         for w, s in ((old, stats), (new, done.stats))]
-                assert kept[1] > kept[0] and [space["before"], space["after"]] == pytest.approx(kept, rel=1e-5)
+                assert kept[1] > kept[0] and [space.before, space.after] == pytest.approx(kept, rel=1e-5)
         after = module(**inputs)
     first, second = (out if isinstance(out, torch.Tensor) else out[0] for out in (before, after))
     assert (first - second).norm() <= 1e-5 * first.norm()
@@ -350,7 +350,7 @@ def test_shared_weights_and_broken_heads_stay():
     before = [p.clone() for p in module.parameters()]
     stats = {row.target.fusion: LayerStats(1, torch.ones(row.target.k)) for row in rows}
     done = permute(module, found.blocks[0], rows, stats, lambda block, x: walk.run(block, 0, 0, x), walk.hidden[0])
-    why = done.facts["not_free"]
+    why = done.facts.not_free
     assert "shared with another layer" in why["model.layers.0.mlp.down_proj"]
     assert "whole groups" in why["model.layers.0.self_attn.o_proj"]  # heads of 16, groups of 32
     assert not done.orders and all(torch.equal(a, b) for a, b in zip(before, module.parameters()))

@@ -97,7 +97,7 @@ def test_who_writes_to_the_residual_stream(make, writers, monkeypatch):
 @pytest.mark.parametrize("unit", ["half", "block"])
 def test_held_out_loss_falls_and_zeros_stay(unit, monkeypatch):
     block, before, result, pruned = blocks(pico.llama(), monkeypatch, {"unit": unit, "rate": 2e-3})
-    losses = [fact for name, fact in result.facts.items() if name.startswith("unit")]
+    losses = [fact for name, fact in result.facts.to_json().items() if name.startswith("unit")]
     assert len(losses) == (2 if unit == "half" else 1)
     assert all(loss["after"] < loss["before"] for loss in losses)
     for name, layer in block.layers.items():
@@ -106,7 +106,7 @@ def test_held_out_loss_falls_and_zeros_stay(unit, monkeypatch):
         assert not torch.equal(moved.weight, before[name])
     assert any("norm" in name for name in result.others)
     assert set(pruned.others) == {f"model.layers.0.{name}" for name in result.others}
-    assert pruned.refinements[0]["block"] == 0 and pruned.refinements[0]["name"] == "reconstruct"
+    assert pruned.refinements[0].block == 0 and pruned.refinements[0].name == "reconstruct"
 
 
 @pytest.mark.parametrize("make", [pico.llama, pico.gpt2, bert], ids=["llama", "gpt2", "bert"])
@@ -127,7 +127,7 @@ def test_the_last_block_may_be_judged_by_the_output_of_the_model(make, monkeypat
         p, q = dense.log_softmax(-1), found.log_softmax(-1)
         return float((p.exp() * (p - q)).sum(-1).mean())
 
-    facts = result.facts["unit 0"]
+    facts = result.facts.to_json()["unit 0"]
     assert facts["before"] == pytest.approx(judged(start, 9), rel=1e-3)
     after = {name: value.detach() for name, value in block.module.named_parameters()}
     assert facts["after"] == pytest.approx(judged(after, 9), rel=1e-3) and facts["after"] < facts["before"]
@@ -137,7 +137,7 @@ def test_the_last_block_may_be_judged_by_the_output_of_the_model(make, monkeypat
 def test_blocks_before_the_outlook_are_reconstructed_as_ever(monkeypatch):
     *_, near = blocks(pico.llama(), monkeypatch, {"through": 1})
     *_, never = blocks(pico.llama(), monkeypatch)
-    assert near.refinements[0]["unit 0"] == never.refinements[0]["unit 0"]
+    assert near.refinements[0].facts["unit 0"] == never.refinements[0].facts["unit 0"]
 
 
 def test_a_useless_training_is_thrown_away(monkeypatch):
