@@ -123,7 +123,8 @@ def compared(path, module, inputs):
 def compiled(path, groups, links):
     """What TensorRT-RTX makes of it, with the fusion groups that became one GEMM, or why it refuses."""
     try:
-        made = TensorRtRtx.build(path, SIZES).compiled
+        settings = {"batch": SIZES["batch"], "length": SIZES["sequence"], "past": SIZES["past"]}
+        made = TensorRtRtx.build(path, settings).compiled
     except NmsparseError as error:
         return {"failed": error.message}
     of = {row.node: row.parameter for row in links}

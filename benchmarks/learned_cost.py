@@ -121,15 +121,15 @@ def measure(size: dict[str, int], device: str, compute: torch.dtype, rounds: int
         predicted = bytes_per_weight(masked.subject.spec, TWO_FOUR) - MASK_BYTES
         rows.append({
             "form": form, "compute": str(compute).removeprefix("torch."), "prunable_weights": weights,
-            "ratio": cost["speedup"], "low": cost["low"], "high": cost["high"],
+            "ratio": cost.speedup, "low": cost.low, "high": cost.high,
             "dense_ms": steps["dense"].median_ms, "masked_ms": steps["masked"].median_ms, "rounds": rounds,
             "extra_ns_per_weight": 1e6 * (steps["masked"].median_ms - steps["dense"].median_ms) / weights,
             "bytes_per_weight": masked.bytes_held() / weights, "grown_bytes_per_weight": grown / weights,
             "predicted_bytes_per_weight": predicted})
         detach(module)
         del masked
-        print(f"{form}, {rows[-1]['compute']}: {cost['speedup']:.2f} dense steps ({cost['low']:.2f} to "
-              f"{cost['high']:.2f}), {rows[-1]['bytes_per_weight']:.1f} bytes per weight", flush=True)
+        print(f"{form}, {rows[-1]['compute']}: {cost.speedup:.2f} dense steps ({cost.low:.2f} to "
+              f"{cost.high:.2f}), {rows[-1]['bytes_per_weight']:.1f} bytes per weight", flush=True)
     return rows
 
 

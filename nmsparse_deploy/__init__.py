@@ -47,10 +47,10 @@ if TYPE_CHECKING:  # what an editor and a type checker see of the names below
     from nmsparse_deploy.recipe import Prune as Prune
     from nmsparse_deploy.recipe import Recipe as Recipe
     from nmsparse_deploy.runs.run_dir import RunDir as RunDir
+    from nmsparse_deploy.ship.build import build as build
     from nmsparse_deploy.ship.evidence import EngineEvidence as EngineEvidence
     from nmsparse_deploy.ship.onnx.stage import export as export
-    from nmsparse_deploy.ship.tensorrt.stage import build as build
-    from nmsparse_deploy.ship.tensorrt.stage import verify_engine as verify_engine
+    from nmsparse_deploy.ship.tensorrt.gather import verify_engine as verify_engine
     from nmsparse_deploy.ship.torch_sparse.stage import export_torch as export_torch
     from nmsparse_deploy.ship.verify_run import verify as verify
 
@@ -69,7 +69,7 @@ _PUBLIC = {
     "report": "measure.report.stage", "publish": "measure.report.stage",
     "run_recipe": "pipeline", "compare": "comparison",
     "export_torch": "ship.torch_sparse.stage", "crossover": "measure.bench.stages", "bench_run": "measure.bench.stages",
-    "build": "ship.tensorrt.stage", "verify_engine": "ship.tensorrt.stage", "EngineEvidence": "ship.evidence",
+    "build": "ship.build", "verify_engine": "ship.tensorrt.gather", "EngineEvidence": "ship.evidence",
     "NmsparseError": "errors", "UsageError": "errors", "CheckFailed": "errors",
 }
 """By name: the module that defines it. No room of the package has the name of a verb, so importing one hides none."""

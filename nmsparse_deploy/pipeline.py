@@ -11,8 +11,8 @@ from nmsparse_deploy.measure.evaluate.stage import evaluate
 from nmsparse_deploy.measure.report.stage import report
 from nmsparse_deploy.recipe import Recipe
 from nmsparse_deploy.runs.run_dir import RunDir
+from nmsparse_deploy.ship.build import build
 from nmsparse_deploy.ship.onnx.stage import export
-from nmsparse_deploy.ship.tensorrt.stage import build
 from nmsparse_deploy.system import distributed
 from nmsparse_deploy.system.progress import Progress, silent
 

@@ -321,6 +321,18 @@ ADAPTERS = Registry("model library", "nmsparse_deploy.adapters", RegistryEntry, 
                                   source="Hugging Face Transformers"),
 })
 
+ENGINES = Registry("engine", "nmsparse_deploy.engines", RegistryEntry, {
+    "onnxruntime": RegistryEntry(code="nmsparse_deploy.ship.onnx.onnxruntime:OnnxRuntime",
+                                 summary="exported graphs on the processor, or dense on a GPU", source="Microsoft"),
+    "tensorrt": RegistryEntry(code="nmsparse_deploy.ship.tensorrt.engine:TensorRT",
+                              summary="engines with and without sparse weights, with evidence for every layer",
+                              source="NVIDIA"),
+    "tensorrt-rtx": RegistryEntry(code="nmsparse_deploy.ship.tensorrt.rtx:TensorRtRtx",
+                                  summary="whether graphs compile, on any machine", source="NVIDIA"),
+    "torch-sparse": RegistryEntry(code="nmsparse_deploy.ship.torch_sparse.engine:TorchSparse",
+                                  summary="packed models on PyTorch's cuSPARSELt kernels", source="PyTorch"),
+})
+
 
 def check_method(name: str) -> str:
     """Return the name of a method, one-shot or learned; raise `UsageError` with the nearest name otherwise."""

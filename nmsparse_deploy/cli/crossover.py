@@ -1,5 +1,6 @@
 """`nmsparse-deploy crossover`."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import nmsparse_deploy as nms
@@ -18,8 +19,9 @@ def crossover(model: str | None = None, *, shape: tuple[str, ...] = (),
     shapes = [parse_shape(text) for text in shape]
     lines = nms.crossover(model, shapes, rows, precision, out, rounds, progress=output.progress)
     results = {name: wins([line for line in lines if line.precision == name]) for name in precision}
-    table = [(name, f"{row['k']}x{row['n']}", row["from_rows"] or "nowhere",
-              f"{row['best_speedup']:.2f} at {row['best_rows']} rows" if row["best_speedup"] else row["why_not"])
+    table = [(name, f"{row.k}x{row.n}", row.from_rows or "nowhere",
+              f"{row.best_speedup:.2f} at {row.best_rows} rows" if row.best_speedup else row.why_not)
              for name, shapes in results.items() for row in shapes]
-    output.table({"out": str(out), "crossover": results}, ("precision", "K x N", "wins from rows", "best speed-up"),
+    data = {name: [asdict(row) for row in shapes] for name, shapes in results.items()}
+    output.table({"out": str(out), "crossover": data}, ("precision", "K x N", "wins from rows", "best speed-up"),
                  table, [str(out / "crossover.md")])

@@ -11,8 +11,6 @@ from nmsparse_deploy.cli.options import Asked, Fields
 def export(asked: Asked, run: Run = None, *, trt: bool = False, torch: bool = False) -> None:
     """Export a run to ONNX, verify each graph, compare it with the model, and compile it with TensorRT-RTX if here."""
     from nmsparse_deploy.cli.build import show_engines
-    from nmsparse_deploy.ship.onnx.stage import told
-    from nmsparse_deploy.ship.torch_sparse.stage import told as told_torch
 
     opened = nms.RunDir.open(run)
     if torch:
@@ -20,12 +18,13 @@ def export(asked: Asked, run: Run = None, *, trt: bool = False, torch: bool = Fa
         low = [name for name in typed if name != "fp32"] or typed
         pack = asked.read(nms.Pack, **({"precisions": low} if low else {}))
         rows = nms.export_torch(opened, pack, output.progress)
-        output.result({"run": str(opened.path), "artefacts": rows},
-                      [line for row in rows for line in told_torch(row, opened / row["path"])])
+        output.result({"run": str(opened.path), "artefacts": [row.to_json() for row in rows]},
+                      [line for row in rows for line in row.lines(opened / row.path)])
         return
     spec = asked.read(nms.Export)
-    files = nms.export(opened, spec, output.progress)
-    lines = [*(line for row in files for line in told(row, str(opened / row["path"]))), files[0]["size_note"]]
+    graphs = nms.export(opened, spec, output.progress)
+    files = [graph.to_json() for graph in graphs]
+    lines = [*(line for graph in graphs for line in graph.lines(str(opened / graph.path))), graphs[0].size_note]
     if not trt:
         output.result({"run": str(opened.path), "files": files}, lines)
         return

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound="BaseModel")
 
-NAMES = {"precisions": "precision", "protocols": "protocol", "shapes": "shape", "tasks": "task"}
+NAMES = {"options": "option", "precisions": "precision", "protocols": "protocol", "shapes": "shape", "tasks": "task"}
 """Options that are not called as their field is: each takes one value, and may be repeated."""
-METAVARS = {"refine": "NAME", "shapes": "INPUT=1x3x224x224"}
+METAVARS = {"options": "NAME=VALUE", "refine": "NAME", "shapes": "INPUT=1x3x224x224"}
 """How a value is typed that is a section or a mapping in a recipe."""
 PLAIN = (str, bool, int, float, Path)
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}

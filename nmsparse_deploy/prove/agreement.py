@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,6 +31,13 @@ class Agreement:
     """Logits: mean of KL(reference || output), in nats."""
     cosine: float | None
     """Features: mean cosine similarity."""
+
+
+@dataclass(frozen=True)
+class NotCompared:
+    """Why outputs could not be compared here."""
+
+    not_checked: str
 
 
 def agreement(reference: Values, output: Values, kind: Kind = "logits", mask: Values | None = None) -> Agreement:
@@ -75,9 +81,9 @@ def _rows(values: Values) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def compared(row: Mapping[str, Any]) -> str:
-    """Say in words how well outputs agree, from an `Agreement` as JSON or from the reason why there is none."""
-    if "not_checked" in row:
-        return f"not run here: {row['not_checked']}"
-    same = f", same top token at {row['argmax_share']:.1%}" if row["argmax_share"] is not None else ""
-    return f"largest difference to PyTorch {row['max_abs']:.2g}{same}"
+def compared(found: Agreement | NotCompared) -> str:
+    """Return an agreement, or why there is none, in words."""
+    if isinstance(found, NotCompared):
+        return f"not run here: {found.not_checked}"
+    same = f", same top token at {found.argmax_share:.1%}" if found.argmax_share is not None else ""
+    return f"largest difference to PyTorch {found.max_abs:.2g}{same}"

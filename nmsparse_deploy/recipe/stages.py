@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.pattern import Unstructured, parse_pattern
 from nmsparse_deploy.recipe.calibration import AUTO, Calibration
 from nmsparse_deploy.recipe.section import Frozen
-from nmsparse_deploy.registry import METHODS
+from nmsparse_deploy.registry import ENGINES, METHODS
 
 
 class Allocate(Frozen):
@@ -78,9 +78,14 @@ class Export(Frozen):
     requantise: bool = Field(True, description="int8 and fp8: 8-bit outputs of the GEMMs that are sparse")
 
 
-class Build(Frozen):
-    """The TensorRT engines that are built from one exported graph."""
+EngineName = Annotated[str, AfterValidator(ENGINES.check)]
+Options = dict[str, str | int | float | bool | None]
 
+
+class Build(Frozen):
+    """The engines that are built from one exported graph."""
+
+    engine: EngineName = Field("tensorrt", description="runtime, see `nmsparse-deploy list`")
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] = Field("fp16", description="which exported graph")
     batch: int = Field(1, ge=1, description="samples per call")
     length: int = Field(128, ge=1, description="tokens per sample")
@@ -89,6 +94,7 @@ class Build(Frozen):
     timing_iterations: int = Field(8, ge=8, description="timings that are averaged for every tactic")
     route: str | None = Field(None, description="build-route knobs for a third engine, where TensorRT lists them")
     allow_fp32: bool = Field(False, description="build although no weight is in low precision")
+    options: Options = Field({}, description="other settings of the runtime; a wrong one is answered with those it has")
 
 
 class Pack(Frozen):
@@ -134,6 +140,7 @@ class Bench(Frozen):
     batch: int = Field(1, ge=1, description="samples per call")
     length: int = Field(128, ge=1, description="tokens per sample")
     rounds: int = Field(10, ge=3, description="timed calls per arm")
+    engine: EngineName = Field("onnxruntime", description="runtime that is timed beside PyTorch")
 
 
 class Published(Frozen):

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from nmsparse_deploy.ship.tensorrt.log import Pass
 
 Level = Literal["pattern", "shape", "eligible", "chosen", "tactic", "observed", "counted"]
 LEVELS: tuple[Level, ...] = ("pattern", "shape", "eligible", "chosen", "tactic", "observed", "counted")
@@ -56,8 +58,8 @@ class LayerEvidence:
     def name(self) -> str:
         return self.parameter or self.node
 
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "rung": self.level, "merged_with": list(self.merged_with)}
+    def to_json(self) -> dict[str, object]:
+        return {**asdict(self), "rung": self.level}
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class EngineEvidence:
     layers: tuple[LayerEvidence, ...]
     flop_basis: Literal["input shapes", "equal rows"]
     """FLOPs at the engine's input shapes, or where those could not be inferred, with the same rows for every GEMM."""
-    passes: tuple[dict[str, Any], ...] = ()
+    passes: tuple[Pass, ...] = ()
     """The builder's eligible and chosen lines in their order."""
     unplaced: tuple[str, ...] = ()
     """Names in these lines, and sparse kernels, that could not be tied to one multiplication."""
@@ -106,15 +108,13 @@ class EngineEvidence:
         return (f"{self.unplaced_kernels} sparse kernels were seen, but none could be tied to one of {everything} "
                 "GEMMs, so it is not known which of them run sparse.")
 
-    def summary(self) -> dict[str, Any]:
-        """Return counts and shares by level, and why layers stopped where they did."""
-        reasons = Counter(layer.reason for layer in self.layers if layer.reason)
-        return {"gemms": len(self.layers), "flop_basis": self.flop_basis,
-                "rungs": {level: {"layers": self.count(level), "flop_share": self.share(level)} for level in LEVELS},
-                "reasons": dict(reasons.most_common()), "sparse_seen": self.sparse_seen, "verdict": self.verdict}
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Return why layers stopped where they did, the most frequent reason first."""
+        return dict(Counter(layer.reason for layer in self.layers if layer.reason).most_common())
 
-    def to_json(self) -> dict[str, Any]:
-        return {"engine": self.engine, "artefact": self.artefact, "sparse_weights": self.sparse_weights,
-                **self.summary(), "layers": [layer.to_json() for layer in self.layers], "passes": list(self.passes),
-                "unplaced": list(self.unplaced), "unplaced_kernels": self.unplaced_kernels,
-                "problems": list(self.problems)}
+    def to_json(self) -> dict[str, object]:
+        return {**asdict(self), "gemms": len(self.layers),
+                "rungs": {level: {"layers": self.count(level), "flop_share": self.share(level)} for level in LEVELS},
+                "reasons": self.reasons, "sparse_seen": self.sparse_seen, "verdict": self.verdict,
+                "layers": [layer.to_json() for layer in self.layers]}

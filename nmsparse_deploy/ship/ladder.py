@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from nmsparse_deploy.pattern import TWO_FOUR, parse_pattern
@@ -48,7 +48,7 @@ def climb(engine: str, artefact: str, gemms: Sequence[Gemm], sources: Sources) -
     ladder = _Ladder(gemms, sources)
     exact = all(gemm.flops is not None for gemm in gemms)
     rows = tuple(ladder.row(gemm, gemm.flops if exact and gemm.flops else 2 * gemm.k * gemm.n) for gemm in gemms)
-    passes = tuple(asdict(step) for step in sources.log.passes) if sources.log else ()
+    passes = sources.log.passes if sources.log else ()
     return EngineEvidence(engine, artefact, sources.sparse_weights, rows, "input shapes" if exact else "equal rows",
                           passes, (*ladder.unplaced, *ladder.unplaced_kernels), len(ladder.unplaced_kernels),
                           tuple(ladder.problems))

@@ -12,7 +12,8 @@ from nmsparse_deploy.prove import VerifyReport, verify_checkpoint, verify_onnx
 from nmsparse_deploy.prove.report import NOT_CHECKED
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.ship.onnx import LinkMap
-from nmsparse_deploy.ship.torch_sparse.stage import packed_models, verify_packed
+from nmsparse_deploy.ship.torch_sparse.artefact import verify_packed
+from nmsparse_deploy.ship.torch_sparse.record import packed_models
 from nmsparse_deploy.system.progress import Progress, silent
 
 

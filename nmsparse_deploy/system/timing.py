@@ -9,10 +9,8 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
-
-from nmsparse_deploy.system.environment import Environment
 
 CPU_SENTENCE = ("No CPU kernel here uses 2:4 sparsity: the pruned model runs the same dense kernels over zeros, so no "
                 "speed-up is expected and any difference is noise.")
@@ -49,20 +47,15 @@ class TimedArm:
 
 
 @dataclass(frozen=True)
-class BenchResult:
-    """All arms of one measurement, ratios to the dense arm, and what may be concluded from them."""
+class SpeedUp:
+    """The time of one arm over that of another, with a 95 % interval."""
 
-    where: str
-    shape: dict[str, int]
-    arms: tuple[TimedArm, ...]
-    ratios: dict[str, dict[str, float]]
-    verdict: str
-    predicted: tuple[dict[str, Any], ...]
-    """Roofline bounds for GPUs that were not there (`predict.Prediction`); no measurement."""
-    environment: Environment
+    speedup: float
+    low: float
+    high: float
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    def __str__(self) -> str:
+        return f"{self.speedup:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
 def interleave(calls: Mapping[str, Call], rounds: int, warmup: int = 2, seed: int = 0,
@@ -90,7 +83,7 @@ def summarise(name: str, kernel: str, times: Sequence[float]) -> TimedArm:
                     statistics.pstdev(times) / mean if mean else 0.0)
 
 
-def ratio(base: Sequence[float], other: Sequence[float], seed: int = 0, draws: int = 1000) -> dict[str, float]:
+def ratio(base: Sequence[float], other: Sequence[float], seed: int = 0, draws: int = 1000) -> SpeedUp:
     """Return the speed-up of `other` over `base` (ratio of medians) with a 95 % bootstrap interval of paired rounds."""
     generator = random.Random(seed)
     count = len(base)
@@ -99,5 +92,5 @@ def ratio(base: Sequence[float], other: Sequence[float], seed: int = 0, draws: i
         picks = [generator.randrange(count) for _ in range(count)]
         ratios.append(statistics.median([base[i] for i in picks]) / statistics.median([other[i] for i in picks]))
     ratios.sort()
-    return {"speedup": statistics.median(base) / statistics.median(other), "low": ratios[int(0.025 * draws)],
-            "high": ratios[int(0.975 * draws)]}
+    return SpeedUp(statistics.median(base) / statistics.median(other), ratios[int(0.025 * draws)],
+                   ratios[int(0.975 * draws)])

@@ -45,7 +45,7 @@ def test_a_vision_transformer(pictures, photos, tmp_path):
     assert record.layers == 12 and record.calibration["ids"][0].startswith("colours/train/")
     assert all(row["relative_error"] < 1 for row in run.read_json("layers.json"))
     (row,) = nms.export(run, Export(precisions=("fp32",)))
-    assert row["agreement"]["max_abs"] < 1e-3 and row["links"] == 12
+    assert row.agreement.max_abs < 1e-3 and row.links == 12
     assert all(report.ok for report in nms.verify(run))
     data = nms.evaluate(run, Evaluate(data=str(pictures), images=18, probe=30, photos=str(photos), onnx=True))
     dense, pruned = by_name(data, "dense"), by_name(data, "pruned")
@@ -95,7 +95,7 @@ def test_a_convolutional_network_groups_along_its_input_channels(pictures, photo
     groups = weight.permute(0, 2, 3, 1).reshape(-1, 4)  # [M, R, S, C]: the channels of one kernel position
     assert int((groups != 0).sum(1).max()) == 2
     (row,) = nms.export(run, Export(precisions=("fp32",)))
-    assert row["agreement"]["max_abs"] < 1e-3 and all(report.ok for report in nms.verify(run))
+    assert row.agreement.max_abs < 1e-3 and all(report.ok for report in nms.verify(run))
     data = nms.evaluate(run, Evaluate(data=str(pictures), images=6, probe=12, photos=str(photos), size=32))
     assert "token_cosine@photos-224px" in by_name(data, "pruned")
 
@@ -118,7 +118,7 @@ def test_a_text_encoder(texts, tmp_path):
     run = prune(str(small.bert(tmp_path / "bert")), spec(texts["calibration"]), tmp_path / "run")
     holds(run, AutoModel.from_pretrained(run / "model"))
     (row,) = nms.export(run, Export(precisions=("fp32",)))
-    assert row["agreement"]["max_abs"] < 1e-3 and all(report.ok for report in nms.verify(run))
+    assert row.agreement.max_abs < 1e-3 and all(report.ok for report in nms.verify(run))
     data = nms.evaluate(run, Evaluate(data=str(rated(tmp_path)), onnx=True))
     dense, pruned, graph = (by_name(data, label) for label in ("dense", "pruned", "pruned, ONNX fp32"))
     assert -1 <= dense["sts_spearman@pairs"]["value"] <= 1 and dense["sts_spearman@pairs"]["standard_error"] > 0

@@ -130,7 +130,7 @@ def test_a_run_on_its_own_text_is_verified_and_exported_in_8_bits(writer, tmp_pa
     assert run.manifest().stages["prune"].calibration["source"] == GENERATED
     pytest.importorskip("onnxscript")
     [row] = nms.export(run, Export(precisions=("int8",), cache=False))
-    assert row["quantisation"]["gemms"]
+    assert row.quantisation.gemms
 
 
 def test_what_cannot_write_is_refused(writer, monkeypatch, tmp_path):

@@ -270,7 +270,7 @@ def test_every_later_stage(runs, texts, capfd):
     """Export, evaluate, bench and report of an unstructured run; each says what it is not."""
     run = runs["wanda"]
     rows = nms.export(run, Export(precisions=("fp32",)))
-    assert rows[0]["links"] == 14 and nms.verify(run)[1].ok and nms.verify(run)[1].checked == 14
+    assert rows[0].links == 14 and nms.verify(run)[1].ok and nms.verify(run)[1].checked == 14
     code, out, _ = command(capfd, "--json", "evaluate", run.path, "--data", texts["held_out"], "--tokens", 128, "--context",
                            64, "--continuation", 0)
     assert code == 0 and json.loads(out)["ratio"]

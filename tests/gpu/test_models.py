@@ -12,7 +12,7 @@ from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.recipe import Pack
 from nmsparse_deploy.registry import ADAPTERS
 from nmsparse_deploy.runs.run_dir import RunDir
-from nmsparse_deploy.ship.torch_sparse.artefact import TorchSparse
+from nmsparse_deploy.ship.torch_sparse.engine import TorchSparse
 from nmsparse_deploy.ship.torch_sparse.semi_structured import kernels
 from nmsparse_deploy.ship.torch_sparse.stage import export_torch
 from nmsparse_deploy.system.gpu_clock import require_gpu
@@ -34,7 +34,7 @@ def test_from_a_run_to_a_packed_model_that_decided_for_itself(llama_dir, tmp_pat
     out = tmp_path / "run"
     assert invoke(lambda: app(["--quiet", "prune", str(llama_dir), "--method", "magnitude", "--out", str(out)])) == 0
     row = export_torch(RunDir(out), Pack(rows=(64,), rounds=7))[0]
-    assert row["decisions"]["gpu"] == torch.cuda.get_device_name() and not row["decisions"]["dry"]
+    assert row.decisions.gpu == torch.cuda.get_device_name() and not row.decisions.dry
     found = {mode: TorchSparse.build(out / "torch/fp16", {"mode": mode}).run(IDS)["logits"]
              for mode in ("dense", "sparse", "auto")}
     assert abs(found["sparse"] - found["dense"]).max() < 0.02 and abs(found["auto"] - found["dense"]).max() < 0.02
@@ -45,8 +45,8 @@ def test_the_arms_of_a_model(device):
     loaded = LoadedModel(wide, "wide", "wide", "llm", ADAPTERS.load("transformers"))
     loaded.module.to(device)
     found = bench_arms(loaded, magnitude(loaded), Job(4, 64, "fp16", 7), require_gpu("This test"))
-    assert found["status"] == "measured" and found["evidence"]["prefill"][SPARSE]["rungs"]["observed"]["layers"] == 14
-    assert {(one["name"], one["replayed"]) for one in found["phases"]} >= {("prefill", False), ("prefill", True)}
+    assert found.status == "measured" and found.evidence["prefill"][SPARSE].count("observed") == 14
+    assert {(phase.name, phase.replayed) for phase in found.phases} >= {("prefill", False), ("prefill", True)}
     assert loaded.sample_inputs()["input_ids"].is_cuda
 
 

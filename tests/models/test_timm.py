@@ -78,7 +78,7 @@ def test_a_checkpoint_is_pruned_and_timm_loads_the_run(timm, checkpoint, picture
 def test_a_folder_through_the_whole_chain(folder, pictures, photos, tmp_path):
     run = prune(str(folder), spec(pictures), tmp_path / "run")
     (row,) = nms.export(run, Export(precisions=("fp32",)))
-    assert row["agreement"]["max_abs"] < 1e-3 and all(report.ok for report in nms.verify(run))
+    assert row.agreement.max_abs < 1e-3 and all(report.ok for report in nms.verify(run))
     data = nms.evaluate(run, Evaluate(data=str(pictures), images=9, probe=12, photos=str(photos), onnx=True))
     found = {r["metric"]: r["value"] for r in data["results"]["pruned"]}
     graph = {r["metric"]: r["value"] for r in data["results"]["pruned, ONNX fp32"]}

@@ -1,10 +1,11 @@
 """Timing: paired arms, one implementation for processors and GPUs; where sparse starts to win; what it was timed on."""
 
+from nmsparse_deploy.measure.bench.result import BenchResult, GpuBenchResult
 from nmsparse_deploy.system.timing import (
     CPU_SENTENCE,
-    BenchResult,
     Call,
     Clock,
+    SpeedUp,
     TimedArm,
     interleave,
     ratio,
@@ -12,4 +13,5 @@ from nmsparse_deploy.system.timing import (
     wall,
 )
 
-__all__ = ["CPU_SENTENCE", "BenchResult", "Call", "Clock", "TimedArm", "interleave", "ratio", "summarise", "wall"]
+__all__ = ["CPU_SENTENCE", "BenchResult", "Call", "Clock", "GpuBenchResult", "SpeedUp", "TimedArm", "interleave",
+           "ratio", "summarise", "wall"]

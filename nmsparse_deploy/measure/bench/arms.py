@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from nmsparse_deploy.masks import project
+from nmsparse_deploy.measure.bench.result import AmdahlBound, Phase
 from nmsparse_deploy.models.base import Target, to_rows
 from nmsparse_deploy.models.input_trace import group_axis
 from nmsparse_deploy.pattern import Unstructured
@@ -30,7 +31,7 @@ from nmsparse_deploy.ship.torch_sparse.linear import KernelLinear, encoded, make
 from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels
 from nmsparse_deploy.system.gpu_clock import Machine
 from nmsparse_deploy.system.sparse_cores import shape_fits
-from nmsparse_deploy.system.timing import Call, TimedArm, interleave, ratio, summarise
+from nmsparse_deploy.system.timing import Call, interleave, ratio, summarise
 
 DENSE, PRUNED, SPARSE, AUTO, CONTROL = "dense", "pruned-dense", "pruned-sparse", "auto", "unstructured"
 HALF = Unstructured(0.5)
@@ -116,22 +117,6 @@ def _read(known: Range | None, precision: str, device: torch.device) -> torch.Te
     return torch.tensor(float(scale_of(known.read, FORMATS[precision])), device=device)
 
 
-@dataclass(frozen=True)
-class Phase:
-    """One workload, replayed or enqueued plainly, in all arms."""
-
-    name: str
-    replayed: bool
-    """Through a CUDA graph?"""
-    shape: dict[str, int]
-    arms: tuple[TimedArm, ...]
-    over_dense: dict[str, dict[str, float]]
-    over_pruned: dict[str, dict[str, float]]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 def time_phase(name: str, calls: Mapping[str, Call], shape: dict[str, int], machine: Machine, rounds: int,
                replayed: bool) -> Phase:
     """Time all arms of one workload; with `replayed`, their recordings."""
@@ -181,7 +166,7 @@ def _same(cache: Any) -> Any:
     return found
 
 
-def bound(decisions: Sequence[GemmDecision], rows: Mapping[str, int], dense_ms: float) -> dict[str, float] | None:
+def bound(decisions: Sequence[GemmDecision], rows: Mapping[str, int], dense_ms: float) -> AmdahlBound | None:
     """Return what the GEMMs' own speed-up `s` allows for the model (Amdahl): `1 / (1 - f + f / s)`, `f` their share.
 
     None when the GEMMs were not timed at the rows that they have here.
@@ -197,4 +182,4 @@ def bound(decisions: Sequence[GemmDecision], rows: Mapping[str, int], dense_ms: 
     if not dense or not dense_ms:
         return None
     share = min(1.0, dense / (1e3 * dense_ms))
-    return {"gemm_share": share, "gemm_speedup": dense / best, "bound": 1 / (1 - share + share * best / dense)}
+    return AmdahlBound(share, dense / best, 1 / (1 - share + share * best / dense))

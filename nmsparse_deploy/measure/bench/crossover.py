@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+
+from pydantic import JsonValue
 
 from nmsparse_deploy.errors import NmsparseError, UsageError, first_line
 from nmsparse_deploy.models.base import Target
 from nmsparse_deploy.ship.torch_sparse.kernel_choice import ROUNDS, judge, time_pair, twins
-from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, kernels
+from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels
 from nmsparse_deploy.system.gpu_clock import Machine
 from nmsparse_deploy.system.progress import Progress, silent
 
@@ -41,13 +42,45 @@ class Line:
     speedup: float | None = None
     low: float | None = None
     high: float | None = None
-    setting: dict[str, Any] | None = None
+    setting: Setting | None = None
     why_not: str | None = None
 
     @property
     def teraflops(self) -> float | None:
         """Return the rate of the sparse product, counted as if it were dense."""
         return None if self.sparse_us is None else 2 * self.rows * self.k * self.n / self.sparse_us / 1e6
+
+
+@dataclass(frozen=True)
+class ShapeWins:
+    """From how many rows on sparse wins for one shape, and the most that it gains; None: nowhere."""
+
+    k: int
+    n: int
+    from_rows: int | None
+    best_speedup: float | None
+    best_rows: int | None
+    why_not: str | None
+    """Why nothing was timed."""
+
+
+@dataclass(frozen=True)
+class CrossoverTable:
+    """All lines of one precision on one GPU."""
+
+    gpu: str
+    precision: str
+    kernels: str
+    lines: tuple[Line, ...]
+    environment: dict[str, JsonValue]
+
+    def to_json(self) -> dict[str, object]:
+        timed = [{**{name: value for name, value in asdict(line).items() if name not in ("precision", "why_not")},
+                  "teraflops": line.teraflops} for line in self.lines if line.why_not is None]
+        missing = [{"k": line.k, "n": line.n, "rows": line.rows, "why_not": line.why_not}
+                   for line in self.lines if line.why_not]
+        return {"gpu": self.gpu, "precision": self.precision, "kernels": self.kernels, "rows": timed,
+                "missing": missing, "crossover": [asdict(row) for row in wins(self.lines)], **self.environment}
 
 
 def shapes_of(targets: Iterable[Target]) -> dict[Shape, list[str]]:
@@ -103,7 +136,7 @@ def _shape(shape: Shape, rows: Sequence[int], precision: str, machine: Machine, 
             continue
         found = judge(count, times)
         yield Line(*shape, count, precision, found.dense_us, found.sparse_us, found.speedup, found.low, found.high,
-                   times.setting.to_json())
+                   times.setting)
 
 
 def first_win(lines: Iterable[Line]) -> int | None:
@@ -116,24 +149,15 @@ def first_win(lines: Iterable[Line]) -> int | None:
     return found
 
 
-def tables(lines: Sequence[Line], machine: Machine) -> dict[str, dict[str, Any]]:
+def tables(lines: Sequence[Line], machine: Machine) -> dict[str, CrossoverTable]:
     """Return a latency table for every precision that ran, and what did not run."""
-    found = {}
-    for precision in dict.fromkeys(line.precision for line in lines):
-        mine = [line for line in lines if line.precision == precision]
-        timed = [_row(line) for line in mine if line.why_not is None]
-        missing = [{"k": one.k, "n": one.n, "rows": one.rows, "why_not": one.why_not} for one in mine if one.why_not]
-        found[precision] = {"gpu": machine.name, "precision": precision, "kernels": kernels().name, "rows": timed,
-                            "missing": missing, "crossover": wins(mine), **machine.environment()}
-    return found
+    return {precision: CrossoverTable(machine.name, precision, kernels().name,
+                                      tuple(line for line in lines if line.precision == precision),
+                                      machine.environment())
+            for precision in dict.fromkeys(line.precision for line in lines)}
 
 
-def _row(line: Line) -> dict[str, Any]:
-    keys = ("k", "n", "rows", "dense_us", "sparse_us", "speedup", "low", "high", "setting")
-    return {**{key: getattr(line, key) for key in keys}, "teraflops": line.teraflops}
-
-
-def wins(lines: Sequence[Line]) -> list[dict[str, Any]]:
+def wins(lines: Sequence[Line]) -> list[ShapeWins]:
     """Return by shape from how many rows on sparse wins, and the most that it gains."""
     shapes: dict[Shape, list[Line]] = {}
     for line in lines:
@@ -142,9 +166,8 @@ def wins(lines: Sequence[Line]) -> list[dict[str, Any]]:
     for (k, n), mine in shapes.items():
         timed = [line for line in mine if line.speedup is not None]
         best = max(timed, key=lambda one: one.speedup or 0, default=None)
-        rows.append({"k": k, "n": n, "from_rows": first_win(timed), "best_speedup": best.speedup if best else None,
-                     "best_rows": best.rows if best else None,
-                     "why_not": None if timed else mine[0].why_not})
+        rows.append(ShapeWins(k, n, first_win(timed), best.speedup if best else None, best.rows if best else None,
+                              None if timed else mine[0].why_not))
     return rows
 
 
@@ -162,9 +185,9 @@ def markdown(lines: Sequence[Line], machine: Machine) -> str:
         parts += [f"## {precision}", "", "| K x N | " + " | ".join(f"{count} rows" for count in counts)
                   + " | wins from |", "|" + " --- |" * (len(counts) + 2)]
         for row in wins(mine):
-            shown = [_cell(cells.get((row["k"], row["n"], count))) for count in counts]
-            start = f"{row['from_rows']} rows" if row["from_rows"] else "nowhere"
-            parts.append(f"| {row['k']} x {row['n']} | " + " | ".join(shown) + f" | {start} |")
+            shown = [_cell(cells.get((row.k, row.n, count))) for count in counts]
+            start = f"{row.from_rows} rows" if row.from_rows else "nowhere"
+            parts.append(f"| {row.k} x {row.n} | " + " | ".join(shown) + f" | {start} |")
         reasons = dict.fromkeys(line.why_not for line in mine if line.why_not)
         parts += ["", *(f"Not measured: {reason}" for reason in reasons), ""]
     return "\n".join(parts)

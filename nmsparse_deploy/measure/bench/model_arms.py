@@ -21,7 +21,6 @@ from nmsparse_deploy.measure.bench.arms import (
     PRUNED,
     SPARSE,
     ArmLayer,
-    Phase,
     arm_layers,
     bound,
     decode,
@@ -30,6 +29,7 @@ from nmsparse_deploy.measure.bench.arms import (
     prefill,
     time_phase,
 )
+from nmsparse_deploy.measure.bench.result import GpuBenchResult, Phase
 from nmsparse_deploy.models.discovery import trace_inputs
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.roofline import count_flops
@@ -40,7 +40,7 @@ from nmsparse_deploy.ship.quantise import BASE, FORMATS, calibrate
 from nmsparse_deploy.ship.torch_sparse.kernel_choice import ROUNDS, GemmDecision, decide_all
 from nmsparse_deploy.ship.torch_sparse.profile_kernels import LayerGemm, evidence, profile_kernels
 from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels
-from nmsparse_deploy.system.gpu_clock import Machine, transient
+from nmsparse_deploy.system.gpu_clock import Machine, state, transient
 from nmsparse_deploy.system.progress import Progress, silent
 from nmsparse_deploy.system.timing import Call
 
@@ -55,6 +55,8 @@ class Job:
     length: int = 128
     precision: str = "fp16"
     rounds: int = ROUNDS
+    engine: str = "onnxruntime"
+    """The runtime that is timed beside PyTorch."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Workload:
 
 
 def bench_arms(dense: LoadedModel, masks: MaskSet, job: Job, machine: Machine,
-               progress: Progress = silent) -> dict[str, Any]:
+               progress: Progress = silent) -> GpuBenchResult:
     """Time all arms of a dense model and its masks: phases, decisions, memory, evidence and what may be concluded.
 
     The model stays on the machine's device. Raises `NmsparseError` where sparse kernels cannot run the precision.
@@ -99,23 +101,19 @@ def bench_arms(dense: LoadedModel, masks: MaskSet, job: Job, machine: Machine,
                        [inputs]) if job.precision in FORMATS else {}
     arms = make_arms(dense.module, places, {name: mask.unpack() for name, mask in kept.items()}, job.precision, ranges,
                      _settings(decisions))
-    work = [_workload(name, arms, places, decisions[name], rows[name], inputs) for name in rows]
-    phases, failed = _phases(work, {"batch": job.batch, "length": job.length}, machine, job.rounds, progress)
+    works = [_workload(name, arms, places, decisions[name], rows[name], inputs) for name in rows]
+    phases, failed = _phases(works, {"batch": job.batch, "length": job.length}, machine, job.rounds, progress)
     checks = _checks(arms[PRUNED], places, kept)
-    seen = {one.name: {arm: _evidence(arm, one, places, job.precision, checks) for arm in (SPARSE, AUTO)}
-            for one in work}
+    seen = {work.name: {arm: _evidence(arm, work, places, job.precision, checks) for arm in (SPARSE, AUTO)}
+            for work in works}
     gemm_flops = sum(2 * rows[PREFILL][site.parameter] * site.k * site.n for site in places)
-    return {"status": "dry run" if machine.dry else "measured", "precision": job.precision, "batch": job.batch,
-            "length": job.length, "layers": len(places), "weight_bytes": _weights(arms, places),
-            "transient_bytes": {one.name: {arm: transient(call, machine) for arm, call in one.calls.items()}
-                                for one in work},
-            "flops": flops, "gemm_flop_share": gemm_flops / flops if flops else None,
-            "amdahl": {one.name: bound(one.decisions, one.rows, _median(phases, one.name)) for one in work},
-            "decisions": {one.name: [made.to_json() for made in one.decisions] for one in work},
-            "phases": [phase.to_json() for phase in phases], "failed": failed,
-            "evidence": {name: {arm: one.to_json() for arm, one in both.items()} for name, both in seen.items()},
-            "verdict": verdict(phases, seen, machine.dry), "before": before,
-            "after": machine.environment()["state"]}
+    transients = {work.name: {arm: transient(call, machine) for arm, call in work.calls.items()} for work in works}
+    return GpuBenchResult(
+        "dry run" if machine.dry else "measured", job.precision, job.batch, job.length, len(places),
+        _weights(arms, places), transients, flops, gemm_flops / flops if flops else None,
+        {work.name: bound(work.decisions, work.rows, _median(phases, work.name)) for work in works},
+        {work.name: work.decisions for work in works}, tuple(phases), failed, seen,
+        verdict(phases, seen, machine.dry), before, state())
 
 
 def _decided(places: Sequence[ArmLayer], rows: Mapping[str, int], job: Job, machine: Machine,
@@ -147,16 +145,16 @@ def _workload(name: str, arms: Mapping[str, nn.Module], places: Sequence[ArmLaye
     return Workload(name, modules, calls, decisions, rows)
 
 
-def _phases(work: Sequence[Workload], shape: dict[str, int], machine: Machine, rounds: int,
+def _phases(works: Sequence[Workload], shape: dict[str, int], machine: Machine, rounds: int,
             progress: Progress) -> tuple[list[Phase], dict[str, str]]:
     """Time every workload, enqueued plainly and then replayed; what cannot be recorded as a graph says why."""
     phases, failed = [], {}
     for replayed in (False, True) if machine.graph is not None else (False,):
-        for one in work:
-            how = f"{one.name}, {'CUDA graph' if replayed else 'plain'}"
+        for work in works:
+            how = f"{work.name}, {'CUDA graph' if replayed else 'plain'}"
             progress(f"timing {how}", 0, 0)
             try:
-                phases.append(time_phase(one.name, one.calls, shape, machine, rounds, replayed))
+                phases.append(time_phase(work.name, work.calls, shape, machine, rounds, replayed))
             except RuntimeError as error:
                 failed[how] = first_line(error)
     if not phases:
@@ -205,11 +203,9 @@ def verdict(phases: Sequence[Phase], seen: Mapping[str, Mapping[str, EngineEvide
     parts = []
     for phase in phases:
         for arm in (SPARSE, AUTO):
-            found, pruned = phase.over_dense[arm], phase.over_pruned[arm]
-            how = "CUDA graph" if phase.replayed else "plain"
+            won, pruned = phase.over_dense[arm], phase.over_pruned[arm]
             label = "" if seen[phase.name][arm].sparse_seen else f", {NOT_SPARSE}"
-            parts.append(f"{phase.name} ({how}), {arm}: {found['speedup']:.2f}x over dense ({found['low']:.2f} to "
-                         f"{found['high']:.2f}), {pruned['speedup']:.2f}x over the same weights on "
-                         f"dense kernels{label}")
-    told = "; ".join(parts) + "." + "".join(f" {name}: {both[SPARSE].verdict}" for name, both in seen.items())
-    return f"DRY RUN, nothing was measured on a GPU. {told}" if dry else told
+            parts.append(f"{phase.name} ({phase.how}), {arm}: {won.speedup:.2f}x over dense ({won.low:.2f} to "
+                         f"{won.high:.2f}), {pruned.speedup:.2f}x over the same weights on dense kernels{label}")
+    sentence = "; ".join(parts) + "." + "".join(f" {name}: {both[SPARSE].verdict}" for name, both in seen.items())
+    return f"DRY RUN, nothing was measured on a GPU. {sentence}" if dry else sentence

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from nmsparse_deploy import models
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.measure.bench.crossover import PRECISIONS, ROWS, Line, Shape, markdown, plot, shapes_of, tables
 from nmsparse_deploy.measure.bench.crossover import crossover as timed
+from nmsparse_deploy.measure.bench.engine_arms import engine_phases
 from nmsparse_deploy.measure.bench.model_arms import Job, bench_arms
-from nmsparse_deploy.measure.bench.onnx_arms import onnx_phases
+from nmsparse_deploy.measure.bench.result import GpuBenchResult
+from nmsparse_deploy.registry import ENGINES
 from nmsparse_deploy.runs.load import load_dense
 from nmsparse_deploy.runs.run_dir import RunDir
+from nmsparse_deploy.ship.engine import Engine
 from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES
 from nmsparse_deploy.system.gpu_clock import Machine, require_gpu
 from nmsparse_deploy.system.progress import Progress, silent
@@ -45,7 +47,8 @@ def crossover(model: str | None, shapes: Sequence[Shape] = (), rows: Sequence[in
 def write_crossover(lines: Sequence[Line], out: Path, machine: Machine) -> None:
     """Write `PRECISION.json` for every precision, `crossover.md` and `crossover.svg`, each by rename."""
     out.mkdir(parents=True, exist_ok=True)
-    texts = {f"{name}.json": json.dumps(data, indent=1) + "\n" for name, data in tables(lines, machine).items()}
+    texts = {f"{name}.json": json.dumps(table.to_json(), indent=1) + "\n"
+             for name, table in tables(lines, machine).items()}
     texts["crossover.md"] = markdown(lines, machine)
     picture = plot(lines, machine)
     for name, text in {**texts, **({"crossover.svg": picture} if picture else {})}.items():
@@ -65,19 +68,19 @@ def _shapes(model: str | None, progress: Progress) -> Sequence[Shape]:
     return list(shapes_of(found.targets))
 
 
-def bench_run(run: RunDir, job: Job, machine: Machine | None = None, progress: Progress = silent) -> dict[str, Any]:
-    """Time a run's model in all arms on a GPU, and its exported graphs; also written to `bench-gpu.json`.
+def bench_run(run: RunDir, job: Job, machine: Machine | None = None, progress: Progress = silent) -> GpuBenchResult:
+    """Time a run's model in all arms on a GPU, and what a runtime can run of it; also written to `bench-gpu.json`.
 
     Raises `NmsparseError` without a GPU, or where sparse kernels cannot run the precision.
     """
     machine = machine or require_gpu("Timing sparse kernels")
     start = time.perf_counter()
     dense = load_dense(run)
-    found = bench_arms(dense, MaskSet.load(run / "masks.safetensors"), job, machine, progress)
-    phases, failed = onnx_phases(run.graphs(whole=True), dense.sample_inputs(job.batch, job.length),
-                                 {"batch": job.batch, "length": job.length}, job.rounds, progress=progress)
-    found["phases"] += [phase.to_json() for phase in phases]
-    found["failed"] |= failed
-    run.write_json(RECORD, found)
+    result = bench_arms(dense, MaskSet.load(run / "masks.safetensors"), job, machine, progress)
+    engine: type[Engine] = ENGINES.load(job.engine)
+    phases, failed = engine_phases(engine, engine.arms(run), dense.sample_inputs(job.batch, job.length),
+                                   {"batch": job.batch, "length": job.length}, job.rounds, progress)
+    result = replace(result, phases=(*result.phases, *phases), failed=result.failed | failed)
+    run.write_json(RECORD, result.to_json())
     run.finish("bench-gpu", time.perf_counter() - start, spec=asdict(job))
-    return found
+    return result

@@ -69,10 +69,11 @@ def ladder(setting: Setting) -> None:
         for precision in PRECISIONS:
             lines += crossover([shape], DRY_ROWS if setting.dry else ROWS, [precision], setting.machine,
                                5 if setting.dry else 11, until=setting.until)
+        shapes = {precision: wins([line for line in lines if line.precision == precision]) for precision in PRECISIONS}
         setting.save({"models": {f"{k}x{n}": model for model, (k, n) in listed}, "done_to": name,
                       "lines": jsonable([{**asdict(line), "teraflops": line.teraflops} for line in lines]),
-                      "wins": jsonable({precision: wins([line for line in lines if line.precision == precision])
-                                        for precision in PRECISIONS}),
+                      "wins": jsonable({precision: [asdict(row) for row in rows]
+                                        for precision, rows in shapes.items()}),
                       "markdown": markdown(lines, setting.machine)})
 
 
@@ -126,7 +127,7 @@ def _arms(setting: Setting, name: str, build: Callable[[], LoadedModel], jobs: l
 def _timed(setting: Setting, loaded: LoadedModel, job: Job) -> JsonValue:
     """Return what the arms gave, or why they gave nothing; the next precision may do better."""
     try:
-        return jsonable(bench_arms(loaded, magnitude(loaded), job, setting.machine))
+        return jsonable(bench_arms(loaded, magnitude(loaded), job, setting.machine).to_json())
     except (NmsparseError, RuntimeError, NotImplementedError) as error:
         return {"status": "failed", "precision": job.precision, "batch": job.batch, "length": job.length,
                 "reason": first_line(error)}
@@ -192,7 +193,7 @@ def _compiled(setting: Setting, precision: str, k: int, n: int, rows: int) -> Js
             calls[arm] = machine.graph(call) if machine.graph else call
     times = interleave(calls, 5 if setting.dry else 31, clock=machine.clock())
     return jsonable({"arms": [asdict(summarise(arm, arm, times[arm])) for arm in times],
-                     "sparse_over_dense": ratio(times["dense"], times["sparse"])})
+                     "sparse_over_dense": asdict(ratio(times["dense"], times["sparse"]))})
 
 
 def jsonable(value: object) -> JsonValue:

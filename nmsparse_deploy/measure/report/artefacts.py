@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nmsparse_deploy.measure.report.stages import ExportedGraph, NotCompared, Stages
-from nmsparse_deploy.prove.agreement import Agreement
+from nmsparse_deploy.measure.report.stages import Stages
+from nmsparse_deploy.prove.agreement import Agreement, NotCompared
 from nmsparse_deploy.runs.section import Block, Bullets, Paragraph, Section, Table, columns
 from nmsparse_deploy.runs.wording import megabytes, number, percent, plain
+from nmsparse_deploy.ship.onnx.record import ExportedGraph
 
 DENSE_STORED = ("The zeros are stored like any other value, so the pruned weights take as much space as before; only a "
                 "runtime that packs the pattern makes them smaller.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from nmsparse_deploy.measure.report import views
@@ -19,7 +18,7 @@ def build_report(run: RunDir) -> Path:
     Raises `UsageError` when nothing is pruned yet or a stage file is damaged; the previous report then stays.
     """
     report = collect(run)
-    text = json.dumps(clean(asdict(report)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(clean(report.to_json()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     page = views.report_page(report)
     files = {"report.json": text, "report.md": views.markdown(page), "index.html": views.html(page)}
     with run.lock(), run.replacing("report") as folder:

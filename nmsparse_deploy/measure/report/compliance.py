@@ -6,8 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from nmsparse_deploy.measure.report.stages import NotChecked, NotCompared, Stages
+from nmsparse_deploy.measure.report.stages import NotChecked, Stages
 from nmsparse_deploy.pattern import NMPattern, parse_pattern
+from nmsparse_deploy.prove.agreement import NotCompared
 from nmsparse_deploy.prove.report import TensorCheck, VerifyReport
 from nmsparse_deploy.runs.section import Block, Bullets, Cell, Fold, Paragraph, Section, Table, columns
 from nmsparse_deploy.runs.wording import counts, megabytes, number, percent, plain, plural, quantity, shape

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from nmsparse_deploy.measure.bench.result import GpuBenchResult
 from nmsparse_deploy.measure.evaluate.result import DrawnImage
 from nmsparse_deploy.measure.report.artefacts import GraphFacts, Sizes, graphs, sizes, stored
 from nmsparse_deploy.measure.report.compliance import Compliance, compliance, held, not_checked, unchecked
-from nmsparse_deploy.measure.report.engines import WHAT_LEVELS_ARE, BuiltEngine, EnginesFile, built
+from nmsparse_deploy.measure.report.engines import NOTHING, built
 from nmsparse_deploy.measure.report.latency import LatencyResult, Variant, latency, overview, timed, together
 from nmsparse_deploy.measure.report.layers import Layers, MaskPictures, layers, masks, one_by_one
-from nmsparse_deploy.measure.report.packed import (
-    GpuBenchFile,
-    PackedFacts,
-    TorchFile,
-    gpu_arms,
-    packed,
-    without_zeros,
-)
+from nmsparse_deploy.measure.report.packed import PackedFacts, gpu_arms, packed, without_zeros
 from nmsparse_deploy.measure.report.provenance import Provenance, StayedDense, dense, origin, provenance, stayed_dense
 from nmsparse_deploy.measure.report.quality import (
     Continuations,
@@ -29,13 +23,16 @@ from nmsparse_deploy.measure.report.quality import (
     quality,
     written,
 )
-from nmsparse_deploy.measure.report.stages import NotChecked, Stages, read_stage
+from nmsparse_deploy.measure.report.stages import NotChecked, Stages
 from nmsparse_deploy.measure.report.verdict import Headline, Pruning, headline
 from nmsparse_deploy.models import short_name
 from nmsparse_deploy.pattern import TWO_FOUR, parse_pattern
 from nmsparse_deploy.runs.manifest import RecipeRecord
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.runs.section import Paragraph, Section
+from nmsparse_deploy.runs.stage_file import read_stage
+from nmsparse_deploy.ship.engine import BuiltEngine, EngineFile
+from nmsparse_deploy.ship.torch_sparse.record import PackedFile
 
 FORMAT = "nmsparse-report-1"
 
@@ -65,7 +62,7 @@ class Report:
     graphs: tuple[GraphFacts, ...] | None
     engines: tuple[BuiltEngine, ...] | None
     packed: tuple[PackedFacts, ...] | None
-    gpu_arms: GpuBenchFile | None
+    gpu_arms: GpuBenchResult | None
     layers: Layers
     masks: MaskPictures | None
     latency: LatencyResult | None
@@ -74,13 +71,19 @@ class Report:
     skipped: tuple[StayedDense, ...]
 
 
+    def to_json(self) -> dict[str, object]:
+        """Return the fields, and of engines and arms what follows from theirs."""
+        return {**asdict(self), "engines": [row.to_json() for row in self.engines] if self.engines else None,
+                "gpu_arms": self.gpu_arms.to_json() if self.gpu_arms else None}
+
+
 def collect(run: RunDir) -> Report:
     """Read what the run holds. Raises `UsageError` when nothing is pruned yet or a stage file is damaged."""
     stages = Stages.read(run)
     model = ReportedModel(stages.manifest.recipe.model, short_name(stages.manifest.recipe.model))
     verified, measured, latencies = compliance(stages), quality(stages.evaluate), latency(stages.bench)
     on_disk, exported = sizes(stages), graphs(stages)
-    engines, torch = read_stage(run, "engines.json", EnginesFile), read_stage(run, "torch.json", TorchFile)
+    engines, torch = read_stage(run, "engines.json", EngineFile), read_stage(run, "torch.json", PackedFile)
     missing, pruning = not_checked(stages, engines is not None), _pruning(stages)
     verdicts = [f"Engine {engine.path}: {engine.evidence.verdict}" for engine in (engines.engines if engines else ())]
     top = headline(model.name, pruning, verified, measured, on_disk, latencies, verdicts, missing)
@@ -89,7 +92,7 @@ def collect(run: RunDir) -> Report:
         stages.evaluate.images if stages.evaluate else [], verified, missing, on_disk, exported,
         engines.engines if engines else None,
         tuple(packed(row) for row in torch.artefacts) if torch else None,
-        read_stage(run, "bench-gpu.json", GpuBenchFile), layers(stages), masks(run), latencies,
+        read_stage(run, "bench-gpu.json", GpuBenchResult), layers(stages), masks(run), latencies,
         overview(measured, exported, latencies, on_disk.model_bytes), provenance(stages), stayed_dense(stages))
 
 
@@ -120,9 +123,7 @@ def sections(report: Report) -> tuple[Section, ...]:
 
 
 def _kernels(report: Report) -> Section:
-    first = Paragraph(WHAT_LEVELS_ARE if report.engines else
-                      "No inference engine was built in this run: which kernels would run was not checked here.")
     return Section("Which kernels run", (
-        first, *(built(engine) for engine in report.engines or ()),
+        *([] if report.engines else [Paragraph(NOTHING)]), *(built(engine) for engine in report.engines or ()),
         *(without_zeros(model) for model in report.packed or ()),
         *([gpu_arms(report.gpu_arms)] if report.gpu_arms else [])), "engines")

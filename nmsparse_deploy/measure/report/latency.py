@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from nmsparse_deploy.measure.report import plots
 from nmsparse_deploy.measure.report.artefacts import GraphFacts
 from nmsparse_deploy.measure.report.quality import Quality
-from nmsparse_deploy.measure.report.stages import BenchFile, Circumstances, SpeedUp
+from nmsparse_deploy.measure.report.stages import BenchFile, Circumstances
 from nmsparse_deploy.models.roofline import Prediction
 from nmsparse_deploy.runs.section import Block, Figure, Paragraph, Section, Table, columns
 from nmsparse_deploy.runs.wording import (
@@ -22,6 +22,7 @@ from nmsparse_deploy.runs.wording import (
     with_error,
     within,
 )
+from nmsparse_deploy.system.timing import SpeedUp
 
 OTHER_RUNTIME = ("Arms marked 'other runtime' do not run where the dense arm runs, and their dense twins were not "
                  "timed: their ratios compare runtimes and say nothing about pruning.")

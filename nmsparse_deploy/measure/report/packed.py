@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from nmsparse_deploy.measure.report.stages import Recorded, SpeedUp
+from nmsparse_deploy.measure.bench.result import GpuBenchResult
 from nmsparse_deploy.runs.section import Block, Bullets, Paragraph, Section, Table, columns
 from nmsparse_deploy.runs.wording import INTERVAL, megabytes, plural
+from nmsparse_deploy.ship.torch_sparse.record import PackedModel
+from nmsparse_deploy.system.timing import SpeedUp
 
 ARMS = ("dense: the weights as they were; pruned-dense: pruned weights on dense kernels; pruned-sparse: on sparse "
         "kernels; auto: layer by layer the faster of these two; unstructured: half of the weights zero, anywhere, as a "
@@ -14,8 +16,8 @@ ARMS = ("dense: the weights as they were; pruned-dense: pruned weights on dense 
 
 
 @dataclass(frozen=True)
-class TimedRows:
-    """A GEMM, dense and sparse, at one number of rows."""
+class DecidedRows:
+    """One timing of a GEMM with what its shape was decided to run on; `word` is what this timing alone says."""
 
     rows: int
     dense_us: float
@@ -24,54 +26,6 @@ class TimedRows:
     low: float
     high: float
     word: str
-
-
-@dataclass(frozen=True)
-class DecidedGemm:
-    """What the GEMMs of one shape were decided to run on."""
-
-    k: int
-    n: int
-    weights: tuple[str, ...]
-    keep: str
-    why: str
-    verdicts: tuple[TimedRows, ...]
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """All decisions, and the GPU on which they were timed."""
-
-    gpu: str
-    dry: bool
-    gemms: tuple[DecidedGemm, ...]
-
-
-@dataclass(frozen=True)
-class PackedModel:
-    """An entry of `torch.json`."""
-
-    precision: str
-    path: str
-    weights: int
-    packed_bytes: int
-    dense_bytes: int
-    verified: int
-    decisions: Decisions | None
-    not_checked: str | None
-
-
-@dataclass(frozen=True)
-class TorchFile:
-    """`torch.json`."""
-
-    artefacts: tuple[PackedModel, ...]
-
-
-@dataclass(frozen=True)
-class DecidedRows(TimedRows):
-    """One timing of a GEMM with what its shape was decided to run on."""
-
     k: int
     n: int
     weights: int
@@ -95,43 +49,11 @@ class PackedFacts:
     decisions: tuple[DecidedRows, ...]
 
 
-@dataclass(frozen=True)
-class GpuArm:
-    """An arm of one workload."""
-
-    name: str
-    median_ms: float
-    p99_ms: float
-
-
-@dataclass(frozen=True)
-class GpuPhase:
-    """A workload in all arms."""
-
-    name: str
-    replayed: bool
-    arms: tuple[GpuArm, ...]
-    over_dense: dict[str, SpeedUp]
-    over_pruned: dict[str, SpeedUp]
-
-
-@dataclass(frozen=True)
-class GpuBenchFile:
-    """`bench-gpu.json`."""
-
-    phases: tuple[GpuPhase, ...]
-    before: Recorded
-    precision: str
-    batch: int
-    length: int
-    verdict: str
-    failed: dict[str, str] = field(default_factory=dict)
-
-
 def packed(model: PackedModel) -> PackedFacts:
     """Put the decisions of a packed model into lines."""
     made = model.decisions
-    lines = tuple(DecidedRows(**vars(at), k=gemm.k, n=gemm.n, weights=len(gemm.weights), keep=gemm.keep, why=gemm.why)
+    lines = tuple(DecidedRows(**vars(at), word=at.word, k=gemm.k, n=gemm.n, weights=len(gemm.weights),
+                              keep=gemm.keep, why=gemm.why)
                   for gemm in (made.gemms if made else ()) for at in gemm.verdicts)
     return PackedFacts(model.precision, model.path, model.weights, model.packed_bytes, model.dense_bytes,
                        model.verified, made.gpu if made else None, bool(made and made.dry), model.not_checked, lines)
@@ -152,11 +74,11 @@ def without_zeros(model: PackedFacts) -> Section:
     return Section(f"Packed for PyTorch: {model.path}", (Paragraph(text), *table))
 
 
-def gpu_arms(bench: GpuBenchFile) -> Section:
+def gpu_arms(bench: GpuBenchResult) -> Section:
     """Write the subsection about the arms on a GPU."""
     heads = columns("work", "arm", "median", "99th percentile", f"speed-up over dense ({INTERVAL})",
                     f"speed-up over the same weights on dense kernels ({INTERVAL})")
-    rows = tuple((f"{phase.name}, {'CUDA graph' if phase.replayed else 'plain'}", arm.name,
+    rows = tuple((f"{phase.name}, {phase.how}", arm.name,
                   f"{arm.median_ms:.3f} ms", f"{arm.p99_ms:.3f} ms", _speed_up(phase.over_dense.get(arm.name)),
                   _speed_up(phase.over_pruned.get(arm.name)))
                  for phase in bench.phases for arm in phase.arms)
@@ -168,5 +90,5 @@ def gpu_arms(bench: GpuBenchFile) -> Section:
     return Section(f"Arms on {bench.before['device']}", tuple(blocks))
 
 
-def _speed_up(ratio: SpeedUp | TimedRows | None) -> str:
+def _speed_up(ratio: SpeedUp | DecidedRows | None) -> str:
     return f"{ratio.speedup:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else ""

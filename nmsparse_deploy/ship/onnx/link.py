@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class LinkMap:
         """Return the rows as `verify_onnx` takes them."""
         return {name: self.of(name) for name in dict.fromkeys(row.parameter for row in self.rows)}
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         return {"format": FORMAT, "onnx": self.onnx, "rows": [asdict(row) for row in self.rows]}
 
     def save(self, path: Path) -> None:

@@ -57,7 +57,7 @@ class ExportResult:
         return (f"The ONNX files take {sum(self.files.values()) / 1e6:.1f} MB, the dense weights "
                 f"{self.dense_bytes / 1e6:.1f} MB: ONNX stores the zeros, so pruning saves nothing here.")
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         return {**asdict(self), "link": self.link.as_dict(), "size_note": self.size_note}
 
 

@@ -7,31 +7,63 @@ enqueue is captured and replayed, without it every run enqueues again; a benchma
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from nmsparse_deploy.errors import NmsparseError, UsageError
-from nmsparse_deploy.ship.engine import Tensor
+from nmsparse_deploy.recipe import Build
+from nmsparse_deploy.runs.run_dir import RunDir
+from nmsparse_deploy.runs.section import Section
+from nmsparse_deploy.ship.engine import (
+    BuiltEngine,
+    Case,
+    Engine,
+    EngineSettings,
+    Inspection,
+    Tensor,
+    built_engines,
+    settings_of,
+)
 from nmsparse_deploy.ship.onnx.gemms import fixed_shapes, graph_inputs
 from nmsparse_deploy.ship.tensorrt.build import Settings, build_engine
 from nmsparse_deploy.ship.tensorrt.module import load_tensorrt, recorder, require_cuda
+from nmsparse_deploy.ship.tensorrt.section import section
 from nmsparse_deploy.ship.tensorrt.sidecar import Sidecar
+from nmsparse_deploy.ship.tensorrt.stage import OFF, ON, build_twins
+from nmsparse_deploy.system.progress import Progress
 
-DEFAULTS: dict[str, Any] = {"batch": 1, "length": 128, "shapes": {}, "sparse": True, "level": 4, "timing_iterations": 8,
-                            "route": None, "allow_fp32": False, "folder": None, "cuda_graph": False}
-"""`folder` None: beside the ONNX file. An engine file takes only `cuda_graph`."""
 DEVICE = "cuda"
 _TYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64,
           "INT32": torch.int32, "INT8": torch.int8, "UINT8": torch.uint8, "BOOL": torch.bool,
           "FP8": torch.float8_e4m3fn}
 
 
-class TensorRT:
+class TensorRtSettings(EngineSettings):
+    """Options of TensorRT. An engine that is built already takes only `cuda_graph`."""
+
+    batch: int = Field(1, ge=1, description="samples per call")
+    length: int = Field(128, ge=1, description="tokens per sample")
+    shapes: dict[str, tuple[int, ...]] = Field({}, description="shapes of inputs that batch and length do not settle")
+    sparse: bool = Field(True, description="whether the builder may use sparse kernels")
+    level: int = Field(4, ge=0, le=5, description="builder optimisation level")
+    timing_iterations: int = Field(8, ge=1, description="timings that are averaged for every tactic")
+    route: str | None = Field(None, description="build-route knobs, where TensorRT lists them")
+    allow_fp32: bool = Field(False, description="build although no weight is in low precision")
+    folder: Path | None = Field(None, description="where the engine goes; left out: beside the ONNX file")
+    cuda_graph: bool = Field(False, description="replay one captured enqueue")
+
+
+class TensorRT(Engine):
     """One engine with one execution context."""
+
+    name, title, label = "tensorrt", "TensorRT", "TensorRT"
+    settings_type = TensorRtSettings
+    twins: ClassVar[Mapping[str, str]] = {ON: OFF}
 
     def __init__(self, trt: Any, engine: Any, runtime: Any, path: Path, cuda_graph: bool) -> None:
         self.path = path
@@ -53,19 +85,16 @@ class TensorRT:
 
         Raises `NmsparseError` without a GPU, without TensorRT, or when the file is no engine of this version and GPU.
         """
-        unknown = set(settings or {}) - set(DEFAULTS)
-        if unknown:
-            raise UsageError(f"TensorRT has no setting '{min(unknown)}'; it has {', '.join(DEFAULTS)}.")
-        chosen = DEFAULTS | dict(settings or {})
+        chosen = settings_of(cls, TensorRtSettings, settings)
         if not artefact.is_file():
             raise UsageError(f"There is no file '{artefact}'.")
         require_cuda(f"Loading '{artefact.name}' in TensorRT")
         if artefact.suffix == ".onnx":
-            shapes = fixed_shapes(graph_inputs(artefact), chosen["batch"], chosen["length"], chosen["shapes"])
-            wanted = Settings(shapes, *(chosen[name] for name in ("sparse", "level", "timing_iterations", "route",
-                                                                  "allow_fp32")))
-            artefact = build_engine(artefact, chosen["folder"] or artefact.parent, artefact.stem, wanted)
-        return cls._load(artefact, chosen["cuda_graph"])
+            shapes = fixed_shapes(graph_inputs(artefact), chosen.batch, chosen.length, chosen.shapes)
+            wanted = Settings(shapes, chosen.sparse, chosen.level, chosen.timing_iterations, chosen.route,
+                              chosen.allow_fp32)
+            artefact = build_engine(artefact, chosen.folder or artefact.parent, artefact.stem, wanted)
+        return cls._load(artefact, chosen.cuda_graph)
 
     @classmethod
     def _load(cls, path: Path, cuda_graph: bool) -> Self:
@@ -79,9 +108,53 @@ class TensorRT:
                                 "another version or for another GPU.", "nmsparse-deploy build makes it again")
         return cls(trt, engine, runtime, path, cuda_graph)
 
-    def inspect(self) -> dict[str, Any]:
-        return {"engine": "tensorrt", "version": self._version, "path": str(self.path), "inputs": self._inputs,
-                "outputs": self._outputs, "cuda_graph": self._cuda_graph, "sparse_kernels": "see its evidence"}
+    def inspect(self) -> Inspection:
+        return Inspection(self.name, self._version, None, "the evidence beside the engine says which it holds", {
+            "path": str(self.path), "inputs": [*self._inputs], "outputs": [*self._outputs],
+            "cuda_graph": self._cuda_graph})
+
+    @classmethod
+    def artefacts(cls, run: RunDir) -> dict[str, Path]:
+        """Return the engines of a run, by folder and name."""
+        paths = [run / row.path for row in built_engines(run) if row.engine == cls.name]
+        return {f"{path.parent.name}/{path.stem}": path for path in paths}
+
+    @classmethod
+    def arms(cls, run: RunDir) -> dict[str, dict[str, Case]]:
+        """Return for every folder of twins its engines, as CUDA graphs."""
+        works: dict[str, dict[str, Case]] = {}
+        for path in cls.artefacts(run).values():
+            works.setdefault(f"{cls.label} {path.parent.name}", {})[path.stem] = Case(path, {"cuda_graph": True})
+        return works
+
+    @classmethod
+    def deploy(cls, run: RunDir, spec: Build, progress: Progress) -> list[BuiltEngine]:
+        """Build twins, which differ in sparse weights alone, and gather the evidence for both."""
+        if spec.options:
+            raise UsageError(f"{cls.title} has no setting '{min(spec.options)}' beside those of the recipe.")
+
+        def profile(engine: Path, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, int]:
+            # Zeros of the right shape: which kernels run does not depend on the values.
+            zeros = {name: np.zeros(tuple(shape), np.float32) for name, shape in shapes.items()}
+            return cls.build(engine).observe(zeros)
+
+        return build_twins(run, spec, cls.name, cls.verify, profile, progress)
+
+    @classmethod
+    def section(cls, row: BuiltEngine) -> Section:
+        """Return the evidence for an engine, layer by layer."""
+        return section(row)
+
+    def bound(self, batch: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Return a call that runs `batch`, which is on the device already, and waits for the end."""
+        call = self.prepare(batch)
+
+        def waiting() -> None:
+            call()
+            self._stream.synchronize()
+
+        waiting()
+        return waiting
 
     def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Return outputs by name, as float32 where NumPy lacks the type. Inputs are cast to the types of the engine."""

@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from pydantic import Field
 
 from nmsparse_deploy.errors import CheckFailed, MissingExtra, NmsparseError, UsageError
-from nmsparse_deploy.ship.engine import Tensor
+from nmsparse_deploy.ship.engine import Engine, EngineSettings, Inspection, Recorded, Tensor, settings_of
 from nmsparse_deploy.ship.tensorrt.rtx_layers import LISTED, PlanLayer, layers
 
 EXTRA = "trt-rtx"
 PACKAGE = "tensorrt-rtx-cu13"
 LEVEL = "compiles"
-SIZES = {"batch": 1, "sequence": 128, "decoder_sequence": 128, "text": 128, "past": 128}
-"""What an axis that may vary is compiled for."""
 WIDE = "Float"
 
 
@@ -64,7 +63,7 @@ class Compiled:
     wide: tuple[str, ...]
     """ONNX nodes with a weight whose GEMM reads fp32 though the graph stores something narrower."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Recorded:
         return {**asdict(self), "rung": LEVEL, "eight_bit_gemms": sum(gemm.eight_bit for gemm in self.gemms)}
 
     def summary(self) -> str:
@@ -77,22 +76,39 @@ class Compiled:
         return f"TensorRT-RTX {self.version} {'; '.join(parts)}"
 
 
-class TensorRtRtx:
+class RtxSettings(EngineSettings):
+    """What the axes that may vary are compiled for."""
+
+    batch: int = Field(1, ge=1, description="samples per call")
+    length: int = Field(128, ge=1, description="tokens per sample")
+    past: int = Field(128, ge=1, description="tokens in the cache, where a graph has one")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Return the length of every axis by its name."""
+        return {"batch": self.batch, **dict.fromkeys(("sequence", "decoder_sequence", "text"), self.length),
+                "past": self.past}
+
+
+class TensorRtRtx(Engine):
     """One compiled graph. It cannot run here; `inspect` tells what is in it."""
+
+    name, title, label = "tensorrt-rtx", "TensorRT-RTX", "TensorRT-RTX"
+    settings_type = RtxSettings
 
     def __init__(self, compiled: Compiled) -> None:
         self.compiled = compiled
 
     @classmethod
     def build(cls, artefact: Path, settings: Mapping[str, Any] | None = None) -> Self:
-        """Parse and compile an ONNX file. Settings: sizes of the axes that may vary, by name (`batch`, `sequence`...).
+        """Parse and compile an ONNX file.
 
         Raises `CheckFailed` with TensorRT-RTX's own reason when it refuses the graph.
         """
         trt = load()
         if not artefact.is_file():
             raise UsageError(f"There is no ONNX file '{artefact}'.")
-        sizes = SIZES | dict(settings or {})
+        sizes = settings_of(cls, RtxSettings, settings).sizes
         log = _Log.make(trt)
         builder = trt.Builder(log)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -110,10 +126,11 @@ class TensorRtRtx:
             raise NmsparseError(f"TensorRT-RTX {trt.__version__} compiled '{artefact}' and listed no layers.")
         return cls(judge(artefact, found, trt.__version__, plan.nbytes, sizes))
 
-    def inspect(self) -> dict[str, Any]:
-        return {"engine": "tensorrt-rtx", **self.compiled.to_json(), "summary": self.compiled.summary(),
-                "sparse_kernels": None,
-                "reason": "compiled without a GPU: kernels are chosen where the plan is loaded"}
+    def inspect(self) -> Inspection:
+        facts = {name: value for name, value in self.compiled.to_json().items() if name != "version"}
+        return Inspection(self.name, self.compiled.version, None,
+                          "compiled without a GPU, and kernels are chosen where the plan is loaded",
+                          {**facts, "summary": self.compiled.summary()})
 
     def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Raise `NmsparseError`: a plan is compiled here, never loaded."""

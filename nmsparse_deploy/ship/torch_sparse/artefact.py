@@ -1,9 +1,9 @@
-"""A pruned model for PyTorch whose 2:4 weights are stored without their zeros, and what runs it.
+"""A pruned model for PyTorch whose 2:4 weights are stored without their zeros.
 
     FOLDER/config.json ...      what describes the model: configuration, tokenizer, preprocessing
     FOLDER/packed.safetensors   NAME.values and NAME.places of every 2:4 weight (packed.py), in 8 bits also NAME.scale
                                 and NAME.read; everything else as it is
-    FOLDER/decisions.json       by GEMM: sparse or dense, what its timing said, which setting (bench/auto.py)
+    FOLDER/decisions.json       by GEMM: sparse or dense, what its timing said, which setting (kernel_choice.py)
 
 Nothing in it belongs to one GPU but the decisions. The dense weights are not needed: a layer's rows are unpacked,
 brought into the order of the kernels, and dropped, one after the other.
@@ -12,14 +12,14 @@ brought into the order of the kernels, and dropped, one after the other.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -31,15 +31,13 @@ from nmsparse_deploy.models.base import Target, from_rows, to_rows
 from nmsparse_deploy.models.input_trace import group_axis
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.meta_model import fits, settle
-from nmsparse_deploy.models.outputs import UNNAMED
 from nmsparse_deploy.pattern import TWO_FOUR
-from nmsparse_deploy.ship.engine import Tensor
+from nmsparse_deploy.prove import VerifyReport, verify_tensors
 from nmsparse_deploy.ship.quantise import BASE, FORMATS, Range, scale_of
+from nmsparse_deploy.ship.torch_sparse.kernel_choice import Decisions
 from nmsparse_deploy.ship.torch_sparse.linear import EightBit, encoded, make, replace
 from nmsparse_deploy.ship.torch_sparse.packed import Packed, pack, packable, unpack
 from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels
-from nmsparse_deploy.system import hardware
-from nmsparse_deploy.system.cuda_graphs import record
 from nmsparse_deploy.system.sparse_cores import shape_fits
 
 FILE, DECISIONS, FORMAT = "packed.safetensors", "decisions.json", "nmsparse-packed-1"
@@ -69,16 +67,43 @@ class Entry:
     @property
     def k(self) -> int:
         """Return the reduction length as `to_rows` has it: a convolution reduces over its kernel as well."""
-        return int(np.prod(self.shape[1:])) if len(self.shape) > 3 else self.shape[self.axis]
+        return math.prod(self.shape[1:]) if len(self.shape) > 3 else self.shape[self.axis]
 
     @property
     def n(self) -> int:
-        return int(np.prod(self.shape)) // self.k
+        return math.prod(self.shape) // self.k
+
+
+@dataclass(frozen=True)
+class Header:
+    """What `packed.safetensors` says of itself."""
+
+    format: str
+    precision: str
+    packed: dict[str, Entry]
+    kept: dict[str, str]
+    """What is stored with its zeros, and why."""
+    tied: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedSizes:
+    """What packing saved, and what stayed as it was."""
+
+    weights: int
+    packed_bytes: int
+    dense_bytes: int
+    share: float | None = None
+    file_bytes: int = 0
+    kept: dict[str, str] = field(default_factory=dict)
+    """Why a weight is stored with its zeros."""
+    not_sparse: dict[str, str] = field(default_factory=dict)
+    """Why sparse kernels cannot run a packed weight."""
 
 
 def write(folder: Path, loaded: LoadedModel, masks: MaskSet, targets: Iterable[Target], precision: str,
-          ranges: Mapping[str, Range]) -> dict[str, Any]:
-    """Write `packed.safetensors`; returns sizes and what stayed as it was and why. The caller makes it atomic.
+          ranges: Mapping[str, Range]) -> PackedSizes:
+    """Write `packed.safetensors`; returns what that saved. The caller makes it atomic.
 
     In 8 bits the packed weights of ordinary layers are codes, with `ranges` by module path for what they read;
     everything else is fp16. Raises `CheckFailed` when a weight is not in its pattern or leaves the range of fp16.
@@ -86,7 +111,7 @@ def write(folder: Path, loaded: LoadedModel, masks: MaskSet, targets: Iterable[T
     known = {target.name: target for target in targets}
     base = DTYPES[BASE if precision in FORMATS else precision]
     tensors: dict[str, torch.Tensor] = {}
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, Entry] = {}
     kept: dict[str, str] = {}
     owned = dict(loaded.module.named_parameters())
     for name, value in {**owned, **_buffers(loaded.module)}.items():
@@ -105,17 +130,15 @@ def write(folder: Path, loaded: LoadedModel, masks: MaskSet, targets: Iterable[T
         tensors |= {f"{name}.values": packed.values, f"{name}.places": packed.places}
         if scales is not None:
             tensors |= {f"{name}.scale": scales.weight, f"{name}.read": scales.read.reshape(1)}
-        entries[name] = {"shape": list(mask.shape), "axis": mask.axis, "pattern": str(mask.pattern), "layer": layer,
-                         "why_not": _why_not(layer, precision, rows)}
+        entries[name] = Entry(mask.shape, mask.axis, str(mask.pattern), layer, _why_not(layer, precision, rows))
     dense = sum(owned[name].numel() * _size(tensors[f"{name}.values"]) for name in entries)
     packed_bytes = sum(tensors[f"{name}.{part}"].nbytes for name in entries for part in ("values", "places"))
-    header = {"format": FORMAT, "precision": precision, "packed": entries, "kept": kept,
-              "tied": _tied(loaded.module, owned)}
+    header = Header(FORMAT, precision, entries, kept, _tied(loaded.module, owned))
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / FILE,
-              {FORMAT: json.dumps(header, sort_keys=True)})
-    return {"weights": len(entries), "packed_bytes": packed_bytes, "dense_bytes": dense,
-            "share": packed_bytes / dense if dense else None, "file_bytes": (folder / FILE).stat().st_size,
-            "kept": kept, "not_sparse": {name: row["why_not"] for name, row in entries.items() if row["why_not"]}}
+              {FORMAT: json.dumps(asdict(header), sort_keys=True)})
+    return PackedSizes(weights=len(entries), packed_bytes=packed_bytes, dense_bytes=dense,
+                       share=packed_bytes / dense if dense else None, file_bytes=(folder / FILE).stat().st_size,
+                       kept=kept, not_sparse={name: entry.why_not for name, entry in entries.items() if entry.why_not})
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -178,11 +201,8 @@ class Artefact:
         if not (folder / FILE).is_file():
             raise UsageError(f"'{folder}' holds no packed model (no {FILE}).", "nmsparse-deploy export --torch")
         with self._file() as file:
-            header = json.loads((file.metadata() or {})[FORMAT])
-            self.precision: str = header["precision"]
-            self.entries = {name: Entry(**row | {"shape": tuple(row["shape"])})
-                            for name, row in header["packed"].items()}
-            self.tied: dict[str, str] = header["tied"]
+            header = TypeAdapter(Header).validate_json((file.metadata() or {})[FORMAT])
+            self.precision, self.entries, self.tied = header.precision, header.packed, header.tied
             packed = {f"{name}.{part}" for name in self.entries for part in PARTS}
             self.plain = [name for name in file.keys() if name not in packed]  # noqa: SIM118
         self.base = DTYPES[BASE if self.precision in FORMATS else self.precision]
@@ -222,22 +242,19 @@ class Artefact:
             raise UsageError(f"The GEMMs of '{self.folder}' were not timed yet.",
                              "nmsparse-deploy export --torch on the GPU that will run it, or mode 'sparse'")
         here = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-        if made["gpu"] != here:
-            raise UsageError(f"The decisions of '{self.folder}' were made on {made['gpu']}, and this is {here}.",
+        if made.gpu != here:
+            raise UsageError(f"The decisions of '{self.folder}' were made on {made.gpu}, and this is {here}.",
                              "nmsparse-deploy export --torch times them again")
-        found: dict[str, KernelChoice] = {}
-        for row in made["gemms"]:
-            settings = {int(rows): Setting(**one) for rows, one in (row.get("settings") or {}).items()}
-            found |= {name: KernelChoice(row["keep"] == "sparse", settings) for name in row["weights"] if name in able}
-        return found
+        return {name: KernelChoice(gemm.keep == "sparse", gemm.settings)
+                for gemm in made.gemms for name in gemm.weights if name in able}
 
-    def decisions(self) -> dict[str, Any] | None:
+    def decisions(self) -> Decisions | None:
         path = self.folder / DECISIONS
         try:
-            return json.loads(path.read_text()) if path.is_file() else None
-        except ValueError as error:
-            raise UsageError(f"'{path}' is damaged: {error}.", "nmsparse-deploy export --torch writes it again") \
-                from error
+            return TypeAdapter(Decisions).validate_json(path.read_bytes()) if path.is_file() else None
+        except ValidationError as error:
+            raise UsageError(f"'{path}' is damaged: {error.errors()[0]['msg']}.",
+                             "nmsparse-deploy export --torch writes it again") from error
 
     def load(self, mode: Mode, device: torch.device) -> LoadedModel:
         """Load the model on `device`, with compressed weights where `mode` says sparse."""
@@ -271,6 +288,13 @@ class Artefact:
         return loaded
 
 
+def verify_packed(folder: Path, masks: MaskSet) -> VerifyReport:
+    """Check every mask against what a packed model really stores."""
+    artefact = Artefact(folder)
+    plain = artefact.dense([name for name in masks.masks if name not in artefact.entries])
+    return verify_tensors({**artefact.tensors(), **plain}, masks, str(folder), "file")
+
+
 class _Reading:
     """`safe_open` with its errors, and those of what is read from it, as one sentence."""
 
@@ -288,63 +312,3 @@ class _Reading:
         self._file.__exit__(kind, error, trace)
         if isinstance(error, (SafetensorError, KeyError, TypeError, ValueError, AttributeError, IndexError)):
             raise UsageError(f"'{self.path}' is damaged or no packed model of this tool: {error}.") from error
-
-
-class TorchSparse:
-    """A packed model that runs.
-
-    With `compile` it goes through torch.compile; with `cuda_graph` a batch of every new shape is recorded, and replayed
-    for the next ones.
-    """
-
-    SETTINGS: Mapping[str, Any] = {"mode": "auto", "device": None, "compile": False, "cuda_graph": False}
-
-    def __init__(self, artefact: Artefact, loaded: LoadedModel, settings: Mapping[str, Any]) -> None:
-        self.artefact, self.loaded, self.settings = artefact, loaded, dict(settings)
-        self._call: Any = torch.compile(loaded.module) if settings["compile"] else loaded.module
-        self._recorded: dict[Any, tuple[dict[str, torch.Tensor], Any]] = {}
-
-    @classmethod
-    def build(cls, artefact: Path, settings: Mapping[str, Any] | None = None) -> Self:
-        """Load a packed model. Raises `UsageError` for an unknown setting, `NmsparseError` without sparse kernels."""
-        unknown = set(settings or {}) - set(cls.SETTINGS)
-        if unknown:
-            raise UsageError(f"torch-sparse has no setting '{min(unknown)}'; it has {', '.join(cls.SETTINGS)}.")
-        chosen = {**cls.SETTINGS, **(settings or {})}
-        device = torch.device(chosen["device"] or hardware.device())
-        if chosen["cuda_graph"] and device.type != "cuda":
-            raise UsageError("A CUDA graph needs a CUDA device.", "leave out cuda_graph")
-        opened = Artefact(artefact)
-        return cls(opened, opened.load(chosen["mode"], device), chosen)
-
-    def inspect(self) -> dict[str, Any]:
-        return {"engine": "torch-sparse", "kernels": kernels().name, "precision": self.artefact.precision,
-                **self.settings, "gemms": {name: type(layer).__name__ for name, layer in self.layers().items()}}
-
-    def layers(self) -> dict[str, nn.Module]:
-        """Return the layers that were put in place, by parameter name."""
-        return {name: self.loaded.module.get_submodule(entry.layer) for name, entry in self.artefact.entries.items()
-                if entry.layer}
-
-    @torch.inference_mode()
-    def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        module = self.loaded.module
-        device = next(chain(module.parameters(), module.buffers())).device  # all parameters may be packed
-        inputs = {name: torch.as_tensor(value).to(device) for name, value in batch.items()}
-        floating = {name: value.to(self.artefact.base) if value.is_floating_point() else value
-                    for name, value in inputs.items()}
-        output = self._replayed(floating) if self.settings["cuda_graph"] else self._call(**floating)
-        named = {UNNAMED: output} if isinstance(output, torch.Tensor) else dict(output.items())
-        return {name: value.float().cpu().numpy() if value.is_floating_point() else value.cpu().numpy()
-                for name, value in named.items() if isinstance(value, torch.Tensor)}
-
-    def _replayed(self, inputs: dict[str, torch.Tensor]) -> Any:
-        """Replay the recording for these shapes, with these values in its inputs."""
-        key = tuple((name, tuple(value.shape), value.dtype) for name, value in sorted(inputs.items()))
-        if key not in self._recorded:
-            held = {name: value.clone() for name, value in inputs.items()}
-            self._recorded[key] = held, record(lambda: self._call(**held))
-        held, replay = self._recorded[key]
-        for name, value in inputs.items():
-            held[name].copy_(value)
-        return replay()

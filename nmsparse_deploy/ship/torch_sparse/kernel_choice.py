@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
+from pydantic import JsonValue
 
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.masks import project
@@ -71,16 +72,36 @@ class GemmDecision:
     verdicts: tuple[Verdict, ...] = ()
     settings: Mapping[int, Setting] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        rows = [{**asdict(one), "word": one.word} for one in self.verdicts]
-        return {**asdict(self), "verdicts": rows, "settings": {str(k): s.to_json() for k, s in self.settings.items()}}
+    def to_json(self) -> dict[str, object]:
+        return {**asdict(self), "verdicts": [{**asdict(verdict), "word": verdict.word} for verdict in self.verdicts]}
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What `decisions.json` holds: a decision for every shape of a packed model, as timed on one GPU."""
+
+    gpu: str
+    dry: bool
+    gemms: tuple[GemmDecision, ...]
+    rows: tuple[int, ...] = ()
+    kernels: str = ""
+    environment: dict[str, JsonValue] = field(default_factory=dict)
+
+    @property
+    def kept_sparse(self) -> int:
+        return sum(gemm.keep == "sparse" for gemm in self.gemms)
+
+    def to_json(self) -> dict[str, object]:
+        return {"gpu": self.gpu, "rows": self.rows, "kernels": self.kernels, "dry": self.dry,
+                "kept_sparse": self.kept_sparse, "shapes": len(self.gemms),
+                "gemms": [gemm.to_json() for gemm in self.gemms], **self.environment}
 
 
 def judge(rows: int, times: Times) -> Verdict:
     """Return the paired speed-up at one number of rows."""
     found = ratio(times.dense, times.sparse)
     dense, sparse = (1e3 * statistics.median(one) for one in (times.dense, times.sparse))
-    return Verdict(rows, dense, sparse, found["speedup"], found["low"], found["high"])
+    return Verdict(rows, dense, sparse, found.speedup, found.low, found.high)
 
 
 def settle(verdicts: Sequence[Verdict]) -> tuple[Keep, str]:
@@ -202,11 +223,3 @@ def _repeated(call: Call) -> Call:
             call()
 
     return calls
-
-
-def as_file(decisions: Sequence[GemmDecision], machine: Machine, rows: Sequence[int]) -> dict[str, Any]:
-    """Return what `decisions.json` holds."""
-    kept = sum(one.keep == "sparse" for one in decisions)
-    return {"gpu": machine.name if not machine.dry else "cpu", "rows": list(rows), "kernels": kernels().name,
-            "dry": machine.dry, "kept_sparse": kept, "shapes": len(decisions),
-            "gemms": [one.to_json() for one in decisions], **machine.environment()}

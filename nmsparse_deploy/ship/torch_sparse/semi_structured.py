@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
@@ -39,9 +39,6 @@ class Setting:
     split_k: int = 1
     split_k_mode: int = -1
     transposed: bool = True
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Kernels(Protocol):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.masks import Mask, MaskSet, project
@@ -22,6 +23,7 @@ from nmsparse_deploy.measure.bench.arms import (
     make_auto,
 )
 from nmsparse_deploy.measure.bench.model_arms import Job, bench_arms
+from nmsparse_deploy.measure.bench.result import AmdahlBound, GpuBenchResult
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.registry import ADAPTERS
@@ -114,7 +116,7 @@ def test_amdahl_needs_the_times_at_these_rows():
     verdict = Verdict(32, 100.0, 50.0, 2.0, 1.9, 2.1)
     made = [GemmDecision(1, 1, "fp16", ("a", "b"), "sparse", "", (verdict,))]
     found = bound(made, {"a": 32, "b": 32}, 0.4)
-    assert found == {"gemm_share": 0.5, "gemm_speedup": 2.0, "bound": pytest.approx(4 / 3)}
+    assert found == AmdahlBound(0.5, 2.0, pytest.approx(4 / 3))
     assert bound(made, {"a": 32, "b": 64}, 0.4) is None and bound([], {}, 0.4) is None
 
 
@@ -126,19 +128,28 @@ def result(request):
 
 
 def test_a_dry_bench_walks_the_whole_way_and_claims_nothing(result):
-    assert json.loads(json.dumps(result)) and result["status"] == "dry run" and result["layers"] == 14
-    assert {(phase["name"], phase["replayed"]) for phase in result["phases"]} == {("prefill", False), ("decode", False)}
-    for phase in result["phases"]:
-        assert {arm["name"] for arm in phase["arms"]} == {DENSE, PRUNED, SPARSE, AUTO, CONTROL}
-        assert set(phase["over_pruned"]) == {SPARSE, AUTO} and set(phase["over_dense"]) == {PRUNED, SPARSE, AUTO, CONTROL}
-    assert result["verdict"].startswith("DRY RUN") and NOT_SPARSE in result["verdict"]
-    assert result["evidence"]["prefill"][SPARSE]["rungs"]["observed"]["layers"] == 0
-    assert result["evidence"]["prefill"][SPARSE]["rungs"]["chosen"]["layers"] == 14
-    share = 10 / 16 if result["precision"] == "int8" else 9 / 16
-    assert result["weight_bytes"][SPARSE] == share * result["weight_bytes"][DENSE]
-    assert {one["verdicts"][0]["rows"] for one in result["decisions"]["prefill"]} == {32}
-    assert {one["verdicts"][0]["rows"] for one in result["decisions"]["decode"]} == {2}
-    assert 0 < result["gemm_flop_share"] < 1
+    assert result.status == "dry run" and result.layers == 14
+    assert {(phase.name, phase.replayed) for phase in result.phases} == {("prefill", False), ("decode", False)}
+    for phase in result.phases:
+        assert {arm.name for arm in phase.arms} == {DENSE, PRUNED, SPARSE, AUTO, CONTROL}
+        assert set(phase.over_pruned) == {SPARSE, AUTO} and set(phase.over_dense) == {PRUNED, SPARSE, AUTO, CONTROL}
+    assert result.verdict.startswith("DRY RUN") and NOT_SPARSE in result.verdict
+    assert result.evidence["prefill"][SPARSE].count("observed") == 0
+    assert result.evidence["prefill"][SPARSE].count("chosen") == 14
+    share = 10 / 16 if result.precision == "int8" else 9 / 16
+    assert result.weight_bytes[SPARSE] == share * result.weight_bytes[DENSE]
+    assert {one.verdicts[0].rows for one in result.decisions["prefill"]} == {32}
+    assert {one.verdicts[0].rows for one in result.decisions["decode"]} == {2}
+    assert 0 < result.gemm_flop_share < 1
+
+
+def test_what_is_written_is_what_is_read_back(result):
+    written = json.loads(json.dumps(result.to_json()))
+    assert written["evidence"]["prefill"][SPARSE]["rungs"]["chosen"]["layers"] == 14
+    assert written["decisions"]["prefill"][0]["verdicts"][0]["word"] in ("wins", "loses", "within noise")
+    read = TypeAdapter(GpuBenchResult).validate_python(written)
+    assert read.to_json() == TypeAdapter(GpuBenchResult).validate_python(read.to_json()).to_json()
+    assert (read.decisions, read.evidence, read.phases) == (result.decisions, result.evidence, result.phases)
 
 
 def test_a_graph_that_cannot_be_recorded_is_told_and_the_rest_stands():
@@ -160,7 +171,7 @@ def test_a_graph_that_cannot_be_recorded_is_told_and_the_rest_stands():
     half = Machine(machine.device, machine.name, machine.clock, refuse_models, dry=True)
     with standing_in(StandIn()):
         found = bench_arms((model := loaded()), magnitude(model), Job(2, 16, "fp16", 5), half)
-    assert set(found["failed"]) == {"prefill, CUDA graph", "decode, CUDA graph"} and len(found["phases"]) == 2
+    assert set(found.failed) == {"prefill, CUDA graph", "decode, CUDA graph"} and len(found.phases) == 2
 
 
 def test_without_kernels_or_masks_there_is_one_sentence():

@@ -77,9 +77,9 @@ def test_what_cannot_run_says_why():
         late = crossover([(64, 32)], [16, 32], ["fp16"], dry_machine(), 5, until=0.0)
     assert found[0].why_not is None and found[0].speedup and "24 x 32" in found[1].why_not
     assert [one.why_not for one in late] == [NO_TIME] * 2
-    assert wins(found)[1]["why_not"] and wins(found)[0]["best_rows"] == 16
+    assert wins(found)[1].why_not and wins(found)[0].best_rows == 16
     assert plot(late, dry_machine()) is None and NO_TIME in markdown(late, dry_machine())
-    assert tables(late, dry_machine())["fp16"]["rows"] == []
+    assert tables(late, dry_machine())["fp16"].to_json()["rows"] == []
 
 
 @pytest.mark.parametrize("text", ("4096", "x", "0x64", "4096 x 64", "-1x4", "axb"))

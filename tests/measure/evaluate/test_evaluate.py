@@ -94,4 +94,4 @@ def test_summary_and_ratio():
     same = ratio(base, base)
     assert same == {"speedup": 1.0, "low": 1.0, "high": 1.0}
     half = ratio(base, [t / 2 for t in base])
-    assert half["speedup"] == pytest.approx(2.0) and half["low"] <= 2.0 <= half["high"]
+    assert half.speedup == pytest.approx(2.0) and half.low <= 2.0 <= half.high

@@ -64,7 +64,7 @@ def test_the_vit_through_every_stage(tmp_path):
     assert pruned["saliency_correlation@photos-20-224px"] > 0.75 and pruned["token_cosine@photos-20-224px"] > 0.7
     assert len(data["images"]) == 6 and data["held_out"]["overlaps"] == 0
     (row,) = run.read_json("export.json")["files"]
-    assert row["agreement"]["max_abs"] < 1e-3 and row["links"] == 72
+    assert row.agreement.max_abs < 1e-3 and row.links == 72
 
 
 def test_the_sentence_encoder(tmp_path):
@@ -76,7 +76,7 @@ def test_the_sentence_encoder(tmp_path):
     assert dense["sts_spearman@wordsim353"] == pytest.approx(0.729, abs=0.01)  # its published neighbourhood
     assert pruned["sts_spearman@wordsim353"] > 0.6
     (row,) = nms.export(run, Export(precisions=("fp32",)))
-    assert row["agreement"]["max_abs"] < 1e-3 and row["links"] == 36
+    assert row.agreement.max_abs < 1e-3 and row.links == 36
 
 
 @pytest.mark.skipif(not os.environ.get("NMSPARSE_DATA"), reason="NMSPARSE_DATA is not set")

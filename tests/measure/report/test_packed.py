@@ -7,8 +7,11 @@ import json
 import pytest
 
 from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.measure.bench.result import AmdahlBound, GpuBenchResult, Phase
 from nmsparse_deploy.measure.report.build import build_report
+from nmsparse_deploy.ship.evidence import EngineEvidence
 from nmsparse_deploy.ship.torch_sparse.kernel_choice import Times, decide
+from nmsparse_deploy.system.timing import SpeedUp, summarise
 from tests.fixtures.run_folder import Page, make_run
 
 STEADY = [2.0 + 0.001 * (i % 3) for i in range(9)]
@@ -65,12 +68,14 @@ def test_a_damaged_file_names_the_command(tmp_path, name, data):
 
 def test_arms_on_a_gpu_are_shown_beside_their_evidence(tmp_path):
     run = make_run(tmp_path / "run")
-    ratio = {"speedup": 1.25, "low": 1.2, "high": 1.3}
-    arms = [{"name": name, "median_ms": 2.0, "p99_ms": 2.5} for name in ("dense", "pruned-sparse")]
-    phase = {"name": "prefill", "replayed": True, "arms": arms, "over_dense": {"pruned-sparse": ratio},
-             "over_pruned": {"pruned-sparse": ratio}}
-    run.write_json("bench-gpu.json", {"phases": [phase], "before": {"device": "NVIDIA H9000"}, "precision": "fp16", "batch": 8,
-                                      "length": 1, "verdict": "4 of 4 GEMMs ran sparse.", "failed": {"decode": "a reason"}})
+    ratio = {"pruned-sparse": SpeedUp(1.25, 1.2, 1.3)}
+    arms = tuple(summarise(name, "a kernel", [2.0] * 9) for name in ("dense", "pruned-sparse"))
+    evidence = {"prefill": {"pruned-sparse": EngineEvidence("e", "torch", True, (), "input shapes")}}
+    result = GpuBenchResult(
+        "measured", "fp16", 8, 1, 4, {"dense": 1}, {"prefill": {"dense": None}}, 10, 0.5, {"prefill": AmdahlBound(0.5, 2, 1.3)},
+        {"prefill": ()}, (Phase("prefill", True, {"batch": 8}, arms, ratio, ratio),), {"decode": "a reason"}, evidence,
+        "4 of 4 GEMMs ran sparse.", {"device": "NVIDIA H9000"})
+    run.write_json("bench-gpu.json", result.to_json())
     build_report(run)
     html, markdown = (run / "report/index.html").read_text(), (run / "report/report.md").read_text()
     for text in (Page(html).text, markdown.replace("\\", "")):

@@ -11,8 +11,8 @@ from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime
 def test_evidence_says_what_ran_and_that_zeros_are_multiplied(exported):
     engine = OnnxRuntime.build(exported("llama").path, {"threads": 1, "optimization": "basic"})
     evidence = engine.inspect()
-    assert evidence["providers"] == evidence["requested"] == ["CPUExecutionProvider"]
-    assert (evidence["threads"], evidence["optimization"], evidence["sparse_kernels"]) == (1, "basic", False)
+    assert evidence.facts["providers"] == evidence.facts["requested"] == ["CPUExecutionProvider"]
+    assert (evidence.facts["threads"], evidence.facts["optimization"], evidence.sparse_kernels) == (1, "basic", False)
 
 
 def test_bf16_on_the_cpu_is_one_sentence(exported):

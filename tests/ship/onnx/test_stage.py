@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ import nmsparse_deploy as nms
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.measure.report.build import build_report
 from nmsparse_deploy.recipe import Calibration, Export, Prune
-from nmsparse_deploy.ship.onnx.stage import told
+from nmsparse_deploy.ship.onnx.record import CompileOutcome
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
@@ -42,20 +43,20 @@ def test_the_graphs_share_one_data_file_and_all_of_them_are_verified(exported):
     reports = json.loads((run / "verify.json").read_text())["reports"]
     assert [(r["place"], r["checked"], r["ok"]) for r in reports] == [("file", 14, True), *3 * [("onnx", 14, True)]]
     assert {c["dtype"] for r in reports[1:] for c in r["checks"] if c["skipped"] is None} == {"I8"}
-    assert row["files"]["model.onnx.data"] == (run / "onnx/int8/model.onnx.data").stat().st_size
+    assert row.files["model.onnx.data"] == (run / "onnx/int8/model.onnx.data").stat().st_size
 
 
 def test_eight_bits_stay_close_to_the_model_in_one_pass_and_in_steps(exported):
     _, row = exported
-    for same in (row["agreement"], row["cached"]["agreement"]):
-        assert 0 < same["relative"] < 0.1 and same["argmax_share"] > 0.8
-    assert (row["quantisation"]["gemms"], row["quantisation"]["requantised"], row["quantisation"]["scales"]) == (14, 14, "channel")
+    for same in (row.agreement, row.cached.agreement):
+        assert 0 < same.relative < 0.1 and same.argmax_share > 0.8
+    assert (row.quantisation.gemms, row.quantisation.requantised, row.quantisation.scales) == (14, 14, "channel")
 
 
 def test_a_compiler_that_is_not_here_is_told_with_the_command_that_brings_it(exported):
     run, row = exported
-    assert row["tensorrt_rtx"].keys() == {"model", "prefill", "decode"}
-    assert any("not checked here: TensorRT-RTX (pip install" in line for line in told(row, "x"))
+    assert row.tensorrt_rtx.keys() == {"model", "prefill", "decode"}
+    assert any("not checked here: TensorRT-RTX (pip install" in line for line in row.lines("x"))
     build_report(run)
     report = json.loads((run / "report/report.json").read_text())
     assert "TensorRT-RTX compile" in {item["place"] for item in report["not_checked"]}
@@ -64,5 +65,6 @@ def test_a_compiler_that_is_not_here_is_told_with_the_command_that_brings_it(exp
 
 def test_what_the_compiler_said_is_told_per_graph(exported):
     _, row = exported
-    found = {"model": {"summary": "compiles"}, "decode": {"refused": "no such operator"}}
-    assert told({**row, "tensorrt_rtx": found}, "x")[-2:] == ["  model: compiles", "  decode: no such operator"]
+    found = {"model": CompileOutcome("compiles", facts={"version": "1.7"}), "decode": CompileOutcome(refused="no such operator")}
+    assert found["model"].to_json()["version"] == "1.7" and found["decode"].to_json() == {"refused": "no such operator"}
+    assert replace(row, tensorrt_rtx=found).lines("x")[-2:] == ["  model: compiles", "  decode: no such operator"]

@@ -218,7 +218,7 @@ def test_runs_by_name_through_the_addresses_of_tensors(major, cuda_graph, instal
     ran = len(trt.ran)
     engine.run({"x": torch.zeros(4, 64)})
     assert (len(trt.ran) == ran) == cuda_graph, "a captured enqueue is replayed, not enqueued again"
-    assert engine.inspect()["cuda_graph"] is cuda_graph and engine.inspect()["inputs"] == ["x"]
+    assert engine.inspect().facts["cuda_graph"] is cuda_graph and engine.inspect().facts["inputs"] == ["x"]
 
 
 def test_wrong_batches_are_usage_errors(install, tmp_path):

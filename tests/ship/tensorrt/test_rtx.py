@@ -123,7 +123,7 @@ def library():
 
 
 def test_a_graph_compiles_without_a_gpu_and_what_reads_one_input_is_merged(library, graph):
-    found = TensorRtRtx.build(graph, {"batch": 2, "sequence": 64}).compiled
+    found = TensorRtRtx.build(graph, {"batch": 2, "length": 64}).compiled
     assert {node for gemm in found.gemms for node in gemm.nodes} == {"q", "k", "o", "head"}
     assert {frozenset(nodes) for nodes in found.merged} >= {frozenset({"q", "k"})}
     assert not found.wide and not found.lost
@@ -136,7 +136,7 @@ def test_eight_bit_graphs_compile_to_eight_bit_gemms_and_outputs_need_one_scale(
                  for n, s in (("q", (64, 64)), ("k", (64, 32)), ("o", (64, 64)), ("head", (32, 64))))
     insert_qdq(graph, LinkMap("model.onnx", rows), dict.fromkeys(("q", "k", "o", "head"), Range(3, 3)), kind,
                {row.parameter for row in rows}, one_scale)
-    found = TensorRtRtx.build(graph, {"batch": 2, "sequence": 64}).compiled
+    found = TensorRtRtx.build(graph, {"batch": 2, "length": 64}).compiled
     assert all(gemm.inputs == (dtype,) for gemm in found.gemms)
     eight = {node for gemm in found.gemms if gemm.eight_bit for node in gemm.nodes}
     assert (eight >= {"q", "k"}) if one_scale else not eight

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 import nmsparse_deploy as nms
 from nmsparse_deploy.cli import app, invoke
@@ -14,7 +15,9 @@ from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.ship.onnx import LinkMap
 from nmsparse_deploy.ship.onnx.gemms import GraphInput, fixed_shapes, gemms, graph_inputs
-from nmsparse_deploy.ship.tensorrt.stage import parse_shapes, read_counters
+from nmsparse_deploy.ship.onnx.record import ExportedGraph
+from nmsparse_deploy.ship.tensorrt.gather import read_counters
+from nmsparse_deploy.ship.tensorrt.stage import parse_shapes
 from tests.fixtures.fake_tensorrt import SPARSE
 from tests.fixtures.small_engines import graph, settings
 
@@ -178,7 +181,8 @@ def test_without_tensorrt_the_graph_stays(arguments, pruned, capfd):
 def test_export_with_engines_is_one_document(pruned, install, capfd, monkeypatch):
     install(11)
     # a machine that only says it has a GPU cannot trace; the exported files are there already
-    monkeypatch.setattr(nms, "export", lambda run, *rest: run.read_json("export.json")["files"])
+    files = TypeAdapter(tuple[ExportedGraph, ...]).validate_python(RunDir(pruned).read_json("export.json")["files"])
+    monkeypatch.setattr(nms, "export", lambda run, *rest: files)
     code, out, _ = run(capfd, "--json", "export", pruned, "--precision", "fp16", "--trt")
     document = json.loads(out)
     assert code == 0 and document["files"][0]["precision"] == "fp16" and len(document["engines"]) == 2

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.ship.torch_sparse.kernel_choice import (
@@ -58,9 +61,11 @@ def test_what_is_kept_is_never_slower_beyond_noise(drawn):
 
 
 def test_a_decision_survives_json():
-    made = decide((64, 128), "fp16", ["a", "b"], {32: Times(STEADY, STEADY, Setting(3, transposed=False))}).to_json()
+    decision = decide((64, 128), "fp16", ["a", "b"], {32: Times(STEADY, STEADY, Setting(3, transposed=False))})
+    made = json.loads(json.dumps(decision.to_json()))
+    assert TypeAdapter(GemmDecision).validate_python(made) == decision
     assert made["settings"] == {"32": {"algorithm": 3, "split_k": 1, "split_k_mode": -1, "transposed": False}}
-    assert made["weights"] == ("a", "b") and made["verdicts"][0]["word"] == "within noise"
+    assert made["weights"] == ["a", "b"] and made["verdicts"][0]["word"] == "within noise"
 
 
 class Injected:

@@ -12,7 +12,8 @@ from nmsparse_deploy.masks import Mask, MaskSet, project
 from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.models.meta_model import description
 from nmsparse_deploy.pattern import TWO_FOUR
-from nmsparse_deploy.ship.torch_sparse.artefact import TorchSparse, write
+from nmsparse_deploy.ship.torch_sparse.artefact import write
+from nmsparse_deploy.ship.torch_sparse.engine import TorchSparse
 from tests.fixtures.zoo import FAMILIES
 
 
@@ -37,7 +38,7 @@ def test_a_packed_family_gives_what_the_pruned_model_gives(name, tmp_path):
     for file in description(tmp_path / "model"):
         shutil.copy(file, folder)
     facts = write(folder, loaded, MaskSet(masks), targets, "fp16", {})
-    assert facts["weights"] + len(facts["kept"]) == len(masks) and facts["weights"]
+    assert facts.weights + len(facts.kept) == len(masks) and facts.weights
     with torch.inference_mode():
         output = loaded.module(**inputs)
     found = TorchSparse.build(folder, {"mode": "dense", "device": "cpu"}).run(inputs)

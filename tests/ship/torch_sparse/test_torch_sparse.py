@@ -16,10 +16,12 @@ from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.models import load
 from nmsparse_deploy.recipe import Pack
 from nmsparse_deploy.runs.run_dir import RunDir
-from nmsparse_deploy.ship.torch_sparse.artefact import DECISIONS, FILE, Artefact, TorchSparse
+from nmsparse_deploy.ship.torch_sparse.artefact import DECISIONS, FILE, Artefact, verify_packed
+from nmsparse_deploy.ship.torch_sparse.engine import TorchSparse
 from nmsparse_deploy.ship.torch_sparse.linear import Sparse
+from nmsparse_deploy.ship.torch_sparse.record import PackedModel
 from nmsparse_deploy.ship.torch_sparse.semi_structured import StandIn, standing_in
-from nmsparse_deploy.ship.torch_sparse.stage import export_torch, verify_packed
+from nmsparse_deploy.ship.torch_sparse.stage import export_torch
 from nmsparse_deploy.system.gpu_clock import dry_machine
 from tests.fixtures import pico
 
@@ -97,7 +99,7 @@ def test_other_precisions(llama, texts, precision, share):
     with standing_in(StandIn()):
         row = export_torch(llama, Pack(precisions=(precision,), rows=(16,), rounds=5), machine=dry_machine())[0] \
             if precision == "bf16" else _eight(llama, texts, precision)
-        assert row["share"] == share and row["verified"] == 14
+        assert row.share == share and row.verified == 14
         wanted = load(str(llama / "model")).module.float()(**IDS).logits.detach()
         found = torch.from_numpy(outputs(llama / f"torch/{precision}", "sparse"))
     assert (found - wanted).norm() / wanted.norm() < 0.1
@@ -106,7 +108,7 @@ def test_other_precisions(llama, texts, precision, share):
         assert {layer.kind for layer in layers.values()} == {{"int8": torch.int8, "fp8": torch.float8_e4m3fn}[precision]}
 
 
-def _eight(run: RunDir, texts, precision: str) -> dict:
+def _eight(run: RunDir, texts, precision: str) -> PackedModel:
     """With the calibration sample of the run set to something that is here."""
     manifest = run.read_json("manifest.json")
     manifest["recipe"]["calibration"] |= {"data": str(texts["calibration"]), "samples": 4, "length": 32}
@@ -117,7 +119,7 @@ def _eight(run: RunDir, texts, precision: str) -> dict:
 def test_decisions_are_followed(llama):
     with standing_in(StandIn()):
         row = export_torch(llama, Pack(rows=(16, 24), rounds=5), machine=dry_machine())[0]
-        made = row["decisions"]
+        made = json.loads(json.dumps(row.decisions.to_json()))
         assert made["dry"] and made["shapes"] == 4 and sum(len(one["weights"]) for one in made["gemms"]) == 14
         kept = made["gemms"][0]["weights"]
         for number, one in enumerate(made["gemms"]):

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from nmsparse_deploy.errors import NmsparseError, UsageError
-from nmsparse_deploy.measure.bench.onnx_arms import ALLOWED, ARMS, PLAIN, onnx_phases
+from nmsparse_deploy.measure.bench.engine_arms import engine_phases
 from nmsparse_deploy.models.discovery import discover
+from nmsparse_deploy.ship.engine import Case
 from nmsparse_deploy.ship.onnx import export_onnx
-from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime
+from nmsparse_deploy.ship.onnx.onnxruntime import ALLOWED, GPU_ARMS, PLAIN, OnnxRuntime
 from tests.fixtures import pico
 
 INPUTS = {"input_ids": np.arange(16, dtype=np.int64).reshape(2, 8)}
@@ -26,11 +27,12 @@ def graph(tmp_path_factory):
 
 
 def test_arms_that_run_are_timed_and_the_others_say_why_not(graph):
-    given = {"cpu": {"provider": "cpu", "threads": 1}, **ARMS}
-    [phase], failed = onnx_phases([graph], INPUTS, {"batch": 2}, 3, given)
-    missing = [arm for arm in ARMS if f"ONNX {graph.parent.name}, {arm}" in failed]
+    given = {"cpu": {"provider": "cpu", "threads": 1}, **GPU_ARMS}
+    work = {"ONNX fp32": {arm: Case(graph, settings) for arm, settings in given.items()}}
+    [phase], failed = engine_phases(OnnxRuntime, work, INPUTS, {"batch": 2}, 3)
+    missing = [arm for arm in GPU_ARMS if f"ONNX fp32, {arm}" in failed]
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        assert missing == list(ARMS) and all("This ONNX Runtime has no" in why for why in failed.values())
+        assert missing == list(GPU_ARMS) and all("This ONNX Runtime has no" in why for why in failed.values())
     assert phase.arms[0].name == "cpu" and phase.arms[0].calls == 3 and phase.arms[0].median_ms > 0
     assert phase.over_dense == {}
 
@@ -43,8 +45,8 @@ def test_inputs_may_come_as_a_model_of_16_bits_takes_them(tmp_path):
 
 
 def test_nothing_that_runs_is_no_phase(graph):
-    phases, failed = onnx_phases([graph.with_name("gone.onnx")], INPUTS, {}, 3, {"cpu": {}})
-    assert phases == [] and "no ONNX file" in failed[f"ONNX {graph.parent.name}, cpu"]
+    phases, failed = engine_phases(OnnxRuntime, {"ONNX fp32": {"cpu": Case(graph.with_name("gone.onnx"))}}, INPUTS, {}, 3)
+    assert phases == [] and "no ONNX file" in failed["ONNX fp32, cpu"]
 
 
 def test_a_bound_call_computes_what_run_does(graph, monkeypatch):
@@ -83,11 +85,11 @@ def test_tensorrt_is_built_with_and_without_sparse_weights_and_claims_neither(gr
     monkeypatch.setattr(Session, "asked", [])
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider", "CUDAExecutionProvider"])
-    plain, allowed = (OnnxRuntime.build(graph, ARMS[arm]).inspect() for arm in (PLAIN, ALLOWED))
+    plain, allowed = (OnnxRuntime.build(graph, GPU_ARMS[arm]).inspect() for arm in (PLAIN, ALLOWED))
     assert [asked[0] for asked in Session.asked] == [("TensorrtExecutionProvider", {"trt_sparsity_enable": flag})
                                                      for flag in (False, True)]
-    assert plain["sparse_kernels"] is False and allowed["sparse_kernels"] is None
-    assert "does not say which" in allowed["reason"]
+    assert plain.sparse_kernels is False and allowed.sparse_kernels is None
+    assert "does not say which" in allowed.reason
     monkeypatch.setattr(Session, "get_providers", lambda self: ["CPUExecutionProvider"])
     with pytest.raises(NmsparseError, match="silently took"):
-        OnnxRuntime.build(graph, ARMS["onnxruntime-cuda"])
+        OnnxRuntime.build(graph, GPU_ARMS["onnxruntime-cuda"])

@@ -1,0 +1,102 @@
+"""What `export.json` holds: every exported graph with what was checked about it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from nmsparse_deploy.prove.agreement import Agreement, NotCompared, compared
+from nmsparse_deploy.runs.run_dir import GRAPH
+from nmsparse_deploy.ship.engine import Recorded
+from nmsparse_deploy.ship.onnx.tidy import TensorSpec
+from nmsparse_deploy.ship.quantise import BASE
+
+RECORD = "export.json"
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How the GEMMs of a graph were brought to 8 bits."""
+
+    gemms: int
+    requantised: int
+    """GEMMs with 8-bit outputs."""
+    vanished: int
+    """Weights that were not zero and are now."""
+    scales: str
+    base: str = BASE
+
+
+@dataclass(frozen=True)
+class CachedGraphs:
+    """Graphs with a key/value cache, on the weights of the model's own graph."""
+
+    graphs: tuple[str, ...]
+    agreement: Agreement | NotCompared
+
+
+@dataclass(frozen=True)
+class CompileOutcome:
+    """What a compiler made of a graph, why it refuses it, or that it is not here to ask: one of the three."""
+
+    summary: str | None = None
+    refused: str | None = None
+    not_checked: str | None = None
+    hint: str | None = None
+    facts: Recorded = field(default_factory=dict)
+    """What else the compiler said."""
+
+    def to_json(self) -> dict[str, object]:
+        words = asdict(self)
+        return {**words.pop("facts"), **{name: text for name, text in words.items() if text is not None}}
+
+
+@dataclass(frozen=True)
+class ExportedGraph:
+    """One precision of an export. `files` are those of its folder, by name with their bytes."""
+
+    name: str
+    files: dict[str, int]
+    precision: str
+    opset: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dynamic: tuple[str, ...]
+    dense_bytes: int
+    seconds: float
+    warnings: tuple[str, ...]
+    size_note: str
+    path: str
+    links: int
+    """Pruned weights that were found in the graph."""
+    agreement: Agreement | NotCompared
+    quantisation: Quantisation | None = None
+    cached: CachedGraphs | None = None
+    tensorrt_rtx: dict[str, CompileOutcome] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, object]:
+        compiled = {name: outcome.to_json() for name, outcome in self.tensorrt_rtx.items()}
+        return {**asdict(self), "tensorrt_rtx": compiled}
+
+    def lines(self, path: str) -> list[str]:
+        """Return the record in sentences; `path` is where the graph lies."""
+        lines = [f"{path}: {sum(self.files.values()) / 1e6:.0f} MB, {self.links} weights linked and verified; "
+                 f"{compared(self.agreement)}"]
+        if self.quantisation is not None:
+            done = self.quantisation
+            lines.append(f"  {done.gemms} GEMMs in {self.precision} (scales per {done.scales}), {done.requantised} "
+                         f"with 8-bit outputs; {done.vanished:,} small weights became 0")
+        if self.cached is not None:
+            lines.append(f"  {' and '.join(self.cached.graphs)} on the same weights, prefill and steps: "
+                         f"{compared(self.cached.agreement)}")
+        compiled = self.tensorrt_rtx
+        if all(outcome.not_checked for outcome in compiled.values()):
+            return [*lines, f"  not checked here: TensorRT-RTX ({compiled[GRAPH].hint})"]
+        return lines + [f"  {name}: {outcome.summary or outcome.refused or outcome.not_checked}"
+                        for name, outcome in compiled.items()]
+
+
+@dataclass(frozen=True)
+class ExportFile:
+    """`export.json`."""
+
+    files: tuple[ExportedGraph, ...]
