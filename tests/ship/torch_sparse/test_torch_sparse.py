@@ -170,10 +170,8 @@ def test_a_damaged_file_is_one_sentence(llama, damage):
 def test_a_weight_that_fp16_cannot_hold_is_refused(llama):
     module = load(str(llama / "model"))
     module.module.model.embed_tokens.weight.data[0, 0] = 1e6
-    from nmsparse_deploy.models import save
-
     shutil.rmtree(llama / "model")
-    save(module, llama / "model")
+    module.save(llama / "model")
     with pytest.raises(NmsparseError, match="fp16 cannot hold"):
         export_torch(llama, Pack())
     assert Artefact(llama / "torch/fp16").entries  # the artefact before it is still there
