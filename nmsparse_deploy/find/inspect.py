@@ -52,7 +52,7 @@ def _cost(loaded: LoadedModel, spec: Prune) -> dict[str, Any]:
     inputs = loaded.sample_inputs()
     found = discover(loaded.module, inputs, loaded.weights)
     plan = make_plan(found, parse_pattern(spec.pattern), spec.include, spec.exclude, spec.patterns)
-    if loaded.family == "vision":  # a picture has as many tokens as the model makes of it
+    if loaded.family == "vision":  # an image has as many tokens as the model makes of it
         reads = trace_inputs(loaded.module, found.blocks, inputs)
         tokens = max(reads[row.target.name].rows for row in plan.rows) // len(next(iter(inputs.values())))
         spec = spec.model_copy(update={"calibration": spec.calibration.model_copy(update={"length": tokens})})

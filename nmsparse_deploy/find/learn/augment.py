@@ -1,8 +1,8 @@
-"""Augmentation of the pictures that a mask is learned from, by timm's own factories.
+"""Augmentation of the images that a mask is learned from, by timm's own factories.
 
-`create_transform` (crops, flips, RandAugment, random erasing) works on each picture, `Mixup` (mixup, CutMix, label
+`create_transform` (crops, flips, RandAugment, random erasing) works on each image, `Mixup` (mixup, CutMix, label
 smoothing) on a batch. Both draw from the global generators of Python, NumPy and PyTorch, which are set to a seed
-around each call and put back: a run that was killed and resumed sees the same pictures.
+around each call and put back: a run that was killed and resumed sees the same images.
 
 MaskLLM-4V's settings are the defaults (VainF/MaskLLM-4V).
 """
@@ -29,7 +29,7 @@ _INTERPOLATION = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 
 
 class Augmentation:
-    """Pictures to one batch, the same for the same seed."""
+    """Images to one batch, the same for the same seed."""
 
     def __init__(self, spec: Augment, preprocess: Preprocess, classes: int) -> None:
         try:
@@ -37,7 +37,7 @@ class Augmentation:
         except ImportError as error:
             raise MissingExtra("timm", "vision", "Augmentation") from error
         if len(preprocess.mean) != 3:
-            raise UsageError("timm augments pictures in colour, and this model reads another number of channels.",
+            raise UsageError("timm augments images in colour, and this model reads another number of channels.",
                              "leave learn.augment out")
         self.transform: Any = create_transform(
             (3, *preprocess.size), is_training=True, auto_augment=spec.policy or None, re_prob=spec.erasing,
@@ -48,11 +48,11 @@ class Augmentation:
                                 num_classes=classes) if mixes else None
         self.smoothing, self.classes = spec.smoothing, classes
 
-    def __call__(self, pictures: Sequence[Image], labels: torch.Tensor | None,
+    def __call__(self, images: Sequence[Image], labels: torch.Tensor | None,
                  seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return `[images, 3, H, W]`, and what stands for the labels: probabilities `[images, classes]`."""
         with seeded(seed):
-            values = torch.stack([self.transform(picture.convert("RGB")) for picture in pictures])
+            values = torch.stack([self.transform(image.convert("RGB")) for image in images])
             if self.mixup is not None and len(values) % 2 == 0:  # timm mixes pairs
                 asked = torch.zeros(len(values), dtype=torch.long) if labels is None else labels
                 values, mixed = self.mixup(values, asked)

@@ -1,4 +1,4 @@
-"""Pictures as a subject: decoded batch by batch, augmented anew every time they are learned from, plain for judging."""
+"""Images as a subject: decoded batch by batch, augmented anew every time they are learned from, plain for judging."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def believable(classes: int) -> float:
 
 
 class ImageSubject(ModelSubject):
-    """A vision model on pictures; `labels` `[pictures]` are class numbers, None where nobody tells.
+    """A vision model on images; `labels` `[images]` are class numbers, None where nobody tells.
 
     With labels the score is their cross-entropy, else the distance to the dense model.
     """
@@ -41,13 +41,13 @@ class ImageSubject(ModelSubject):
     def batch(self, number: int, context: StepContext | None = None) -> tuple[Batch, torch.Tensor | None]:
         places = range(number * self.size, min((number + 1) * self.size, len(self.sample)))
         device = next(self.module.parameters()).device
-        pictures = [self.sample.image(place) for place in places]
+        images = [self.sample.image(place) for place in places]
         labels = None if self.labels is None else self.labels[places.start : places.stop]
         if context is None or self.augmentation is None:
-            values = torch.stack([self.sample.preprocess(picture) for picture in pictures])
+            values = torch.stack([self.sample.preprocess(image) for image in images])
         else:
             seed = digest(context.seed, "pictures", context.step, context.part, context.rank)
-            values, labels = self.augmentation(pictures, labels, seed)
+            values, labels = self.augmentation(images, labels, seed)
         return {self.sample.input_name: values.to(device)}, None if labels is None else labels.to(device)
 
     def score(self, number: int) -> torch.Tensor:
@@ -69,7 +69,7 @@ class ImageSubject(ModelSubject):
             right, count = right + int((output.argmax(-1) == labels).sum()), count + len(labels)
             classes = output.shape[-1]
         if right / count < believable(classes):
-            raise UsageError(f"The dense model is right on {right} of {count} held-out pictures, hardly better "
+            raise UsageError(f"The dense model is right on {right} of {count} held-out images, hardly better "
                              "than chance: the folders of the data do not name them in its order.",
                              "learn.labels: false learns from the dense model's outputs instead")
         return right / count
@@ -83,14 +83,14 @@ def class_numbers(sample: ImageSample, module: nn.Module, classes: int) -> torch
     """
     named = sorted({label for images, _ in sample.chosen for label in images.labels if label}, key=by_value)
     if not named or None in sample.labels:
-        raise UsageError(f"The pictures of '{sample.source}' are in no folders that name their classes.",
+        raise UsageError(f"The images of '{sample.source}' are in no folders that name their classes.",
                          "learn.labels: false")
     config: Any = getattr(module, "config", None)
     known = {str(name).lower(): int(number) for name, number in (getattr(config, "label2id", None) or {}).items()}
     if all(name.lower() in known for name in named):
         return torch.tensor([known[str(label).lower()] for label in sample.labels])
     if len(named) != classes:
-        raise UsageError(f"The pictures of '{sample.source}' have {len(named)} classes, the model {classes}.",
+        raise UsageError(f"The images of '{sample.source}' have {len(named)} classes, the model {classes}.",
                          "learn.labels: false")
     place = {name: number for number, name in enumerate(named)}
     return torch.tensor([place[str(label)] for label in sample.labels])

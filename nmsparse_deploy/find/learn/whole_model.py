@@ -98,7 +98,7 @@ def _subject(session: LearningSession, loaded: LoadedModel, sites: Mapping[str, 
 def _shuffled(sample: Sample, seed: int) -> ImageSample:
     """Shuffle images: those of one class lie side by side in their folder. Raises `UsageError` for other data."""
     if not isinstance(sample, ImageSample):
-        raise UsageError("learn.labels and learn.augment are for pictures.", "leave them out")
+        raise UsageError("learn.labels and learn.augment are for images.", "leave them out")
     order = torch.randperm(len(sample), generator=torch.Generator().manual_seed(seed)).tolist()
     return sample.at(order)
 

@@ -98,7 +98,7 @@ def test_blocks_have_no_labels(learn, sentence, classifier, pictures, tmp_path):
 def test_text_has_no_labels(llama_dir, texts, tmp_path):
     section = spec(texts["calibration"], labels=True).model_dump()
     section["calibration"] |= {"length": 32}
-    with pytest.raises(UsageError, match="are for pictures"):
+    with pytest.raises(UsageError, match="are for images"):
         prune(str(llama_dir), validate(Prune, section), tmp_path / "run")
 
 
