@@ -57,17 +57,17 @@ def choose(model: str, settings: dict[str, Any], minutes: float = MINUTES, progr
     plan = planned(loaded, base)
     device = hardware.device()
     rates = Rates.measure(hardware.compute_dtype(base.compute, device))
-    room = max_memory or free_memory()
-    passed: list[tuple[str, float]] = []
+    available = max_memory or free_memory()
+    rejected: list[tuple[str, float]] = []
     for name, rung in LADDER.items():
         spec = validate(Prune, {**settings, **rung})
         settled = spec.settled(gpu=device.type == "cuda")
-        if loaded.streamed and settled.whole_model and footprint(loaded, plan, settled, rates.dtype).whole > room:
+        if loaded.streamed and settled.whole_model and footprint(loaded, plan, settled, rates.dtype).whole > available:
             continue
         predicted = SLACK * estimate(loaded, plan, settled, rates).seconds / 60
         if predicted <= minutes:
-            said = "".join(f"; '{other}' would take {time:.0f} min" for other, time in passed)
-            return AutoRecipe(spec, f"auto: '{name}', predicted {predicted:.1f} of the {minutes:g} min{said}")
-        passed.append((name, predicted))
+            slower = "".join(f"; '{other}' would take {time:.0f} min" for other, time in rejected)
+            return AutoRecipe(spec, f"auto: '{name}', predicted {predicted:.1f} of the {minutes:g} min{slower}")
+        rejected.append((name, predicted))
     raise UsageError(f"Even '{name}' is predicted to take {predicted:.0f} min, more than the {minutes:g} allowed.",
                      "raise --time-budget, lower --samples, or choose --method magnitude")

@@ -167,7 +167,9 @@ def _distance(module: nn.Module, number: int, walk: BlockWalk) -> Callable[..., 
             reference = walk.finish(number, batch, dense)
         output = walk.finish(number, batch, x)
         measure = unlabelled(module, output)
-        found, wanted = measure.signal(output), measure.signal(reference)
-        return divergence(found, wanted, 1.0) if measure.kind == "kl" else measure.loss(output, {}, wanted).mean()
+        signal = measure.signal(reference)
+        if measure.kind == "kl":
+            return divergence(measure.signal(output), signal, 1.0)
+        return measure.loss(output, {}, signal).mean()
 
     return distance

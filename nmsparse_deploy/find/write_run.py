@@ -34,11 +34,11 @@ def write_model(run: RunDir, loaded: LoadedModel,
 def write_masks(run: RunDir, masks: dict[str, Mask], records: Sequence[LayerRecord], method: str,
                 model: str) -> MaskSet:
     """Write the masks and the records of the layers."""
-    found = MaskSet(masks, {"method": method, "recipe": run.manifest().fingerprint, "model": model})
+    mask_set = MaskSet(masks, {"method": method, "recipe": run.manifest().fingerprint, "model": model})
     with run.replacing("masks.safetensors") as path:
-        found.save(path)
+        mask_set.save(path)
     run.write_json("layers.json", [record.to_json() for record in records])
-    return found
+    return mask_set
 
 
 def write_blocks(run: RunDir, loaded: LoadedModel, spec: Prune, files: Sequence[BlockFile],

@@ -82,8 +82,8 @@ def read(state: Mapping[str, torch.Tensor], name: str, value: torch.Tensor) -> t
     share = codes.abs()
     for _ in range(_HALVINGS[name]):
         share = share.square()
-    found = share.copysign(codes) * state[f"{name}-scale"].unsqueeze(1)
-    return found.flatten()[: value.numel()].view_as(value)
+    moment = share.copysign(codes) * state[f"{name}-scale"].unsqueeze(1)
+    return moment.flatten()[: value.numel()].view_as(value)
 
 
 def write(state: dict[str, Any], name: str, moment: torch.Tensor, chance: torch.Generator) -> None:

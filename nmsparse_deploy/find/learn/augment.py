@@ -29,7 +29,7 @@ _INTERPOLATION = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 
 
 class Augmentation:
-    """Images to one batch, the same for the same seed."""
+    """A transform of images into one batch, the same for the same seed."""
 
     def __init__(self, spec: Augment, preprocess: Preprocess, classes: int) -> None:
         try:
@@ -54,8 +54,8 @@ class Augmentation:
         with seeded(seed):
             values = torch.stack([self.transform(image.convert("RGB")) for image in images])
             if self.mixup is not None and len(values) % 2 == 0:  # timm mixes pairs
-                asked = torch.zeros(len(values), dtype=torch.long) if labels is None else labels
-                values, mixed = self.mixup(values, asked)
+                classes = torch.zeros(len(values), dtype=torch.long) if labels is None else labels
+                values, mixed = self.mixup(values, classes)
                 return values, None if labels is None else mixed
         return values, None if labels is None else self._smoothed(labels)
 

@@ -80,10 +80,10 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, trained: Sequence[torch.
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
 
 
-def flat_masks(learnt: Mapping[str, LearnedMask]) -> dict[str, torch.Tensor]:
+def flat_masks(learned: Mapping[str, LearnedMask]) -> dict[str, torch.Tensor]:
     """Return learned masks and weights as named tensors."""
-    masks = {f"{name}/mask": one.mask for name, one in learnt.items()}
-    return masks | {f"{name}/weight": one.weight for name, one in learnt.items() if one.weight is not None}
+    masks = {f"{name}/mask": result.mask for name, result in learned.items()}
+    return masks | {f"{name}/weight": result.weight for name, result in learned.items() if result.weight is not None}
 
 
 def unflat_masks(flat: Mapping[str, torch.Tensor]) -> dict[str, LearnedMask]:

@@ -1,4 +1,4 @@
-"""Images as a subject: decoded batch by batch, augmented anew every time they are learned from, plain for judging."""
+"""Images as a subject: decoded batch by batch, augmented anew for every training step, plain for evaluation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def believable(classes: int) -> float:
 
 
 class ImageSubject(ModelSubject):
-    """A vision model on images; `labels` `[images]` are class numbers, None where nobody tells.
+    """A vision model on images; `labels` `[images]` are class numbers, None where they are unknown.
 
     With labels the score is their cross-entropy, else the distance to the dense model.
     """

@@ -162,14 +162,14 @@ class MaskLearner(Learner):
 
     @torch.no_grad()
     def finish(self) -> dict[str, LearnedMask]:
-        found = {}
+        learned = {}
         for mask in self.masks.values():
             rows = to_rows(whole(original_weight(self.module, mask.site)), mask.site.axis)
             values = whole(mask.values)
             weight = mask.parametrization.kept(values, rows) if self.trains_weights else None
-            found[mask.site.name] = LearnedMask(_copied(mask.parametrization.hard(values, rows), torch.bool),
+            learned[mask.site.name] = LearnedMask(_copied(mask.parametrization.hard(values, rows), torch.bool),
                                            None if weight is None else _copied(weight, torch.float32))
-        return found
+        return learned
 
 
 def _copied(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -126,10 +126,10 @@ def attach(module: nn.Module, sites: Mapping[str, MaskSite], parametrization: Ma
 def detach(module: nn.Module) -> None:
     """Take every learnable mask off again; the original tensors, not copies of them, are the weights again."""
     for layer in list(module.modules()):
-        listed: Any = getattr(layer, "parametrizations", {})
+        parametrizations: Any = getattr(layer, "parametrizations", {})
         order: list[str] = []
-        for name in list(listed):
-            if isinstance(mask := listed[name][0], LearnableMask):
+        for name in list(parametrizations):
+            if isinstance(mask := parametrizations[name][0], LearnableMask):
                 order = order or mask.order  # the first one's, which saw all of them
                 parametrize.remove_parametrizations(layer, name, leave_parametrized=False)
         for key in order:
@@ -151,14 +151,14 @@ def original_weight(module: nn.Module, site: MaskSite) -> torch.Tensor:
 @contextmanager
 def showing(module: nn.Module, mode: Mode) -> Iterator[None]:
     """Put every mask of `module` into another mode inside the block."""
-    found = learnable_masks(module)
-    before = [mask.mode for mask in found]
-    for mask in found:
+    masks = learnable_masks(module)
+    before = [mask.mode for mask in masks]
+    for mask in masks:
         mask.mode = mode
     try:
         yield
     finally:
-        for mask, old in zip(found, before):
+        for mask, old in zip(masks, before):
             mask.mode = old
 
 

@@ -65,11 +65,11 @@ def memory_budget(weights: Sequence[TrainedMatrix], bytes_per_weight: Callable[[
     `processes` share the state.
     """
     single = torch.float32.itemsize
-    state = sum(one.count * bytes_per_weight(one.pattern) for one in weights)
+    state = sum(matrix.count * bytes_per_weight(matrix.pattern) for matrix in weights)
     cast = compute.itemsize if compute.itemsize < single else 0  # autocast keeps another copy
-    masked = sum(one.count for one in weights) * (single + cast)
-    touched = sum(one.k + 2 * one.n for one in weights)
+    masked = sum(matrix.count for matrix in weights) * (single + cast)
+    touched = sum(matrix.k + 2 * matrix.n for matrix in weights)
     if recomputed:
-        touched = max((one.k for one in weights), default=0)
-        masked = max((one.count for one in weights), default=0) * single
+        touched = max((matrix.k for matrix in weights), default=0)
+        masked = max((matrix.count for matrix in weights), default=0) * single
     return MemoryBudget(state / processes, masked, tokens * (touched * compute.itemsize + outputs * SOFTMAX_BYTES))

@@ -84,8 +84,8 @@ def _cases(z: torch.Tensor, strength: torch.Tensor, keep: int, sweeps: int) -> t
     solved[keep:] = 0.0
     settled, convex = _settled(z, strength, keep), _convex(z, strength, keep)
     for some, solve in ((convex & ~settled, _only), (~convex & ~settled, _cheapest)):
-        if len(found := some.nonzero().squeeze(1)):
-            solved[:, found] = solve(z[:, found], strength[found], keep, sweeps)
+        if len(places := some.nonzero().squeeze(1)):
+            solved[:, places] = solve(z[:, places], strength[places], keep, sweeps)
     return solved
 
 

@@ -1,7 +1,7 @@
 """Learned masks inside the prune stage: priors, the best of them, the loop, and what it has to tell.
 
 With the block objective a block is learned where the walk stands, from the stream of the pruned model; with the global
-one the whole model is learned first (`learn_model.py`) and the walk only writes down the masks.
+one the whole model is learned first (`whole_model.py`) and the walk only writes down the masks.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class LearningSession:
 
     @property
     def method(self) -> LearnedMethod:
-        found: LearnedMethod = LEARNERS.load(self.spec.name)
-        return found
+        method: LearnedMethod = LEARNERS.load(self.spec.name)
+        return method
 
     def learn(self, subject: Subject, priors: Mapping[str, Masks], budget: MemoryBudget, name: str,
               title: str) -> tuple[dict[str, LearnedMask], LearnFacts]:

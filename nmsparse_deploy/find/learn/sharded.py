@@ -37,16 +37,16 @@ def shard(module: nn.Module, blocks: Sequence[str], optimiser: torch.optim.Optim
     for part in (*(module.get_submodule(path) for path in blocks), module):
         split: Any = fully_shard(part, mesh=mesh, reshard_after_forward=True)
         split.set_force_sum_reduction_for_comms(device == "cpu")  # gloo cannot average
-    found = dict(module.named_parameters())
+    parameters = dict(module.named_parameters())
     for group in optimiser.param_groups:
-        group["params"] = [found[names[id(value)]] for value in group["params"]]
+        group["params"] = [parameters[names[id(value)]] for value in group["params"]]
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return the whole of a tensor that may be split (a `DTensor`); every process has to ask."""
     gather: Any = getattr(tensor, "full_tensor", None)
-    found: torch.Tensor = tensor if gather is None else gather()
-    return found
+    gathered: torch.Tensor = tensor if gather is None else gather()
+    return gathered
 
 
 def like(tensor: torch.Tensor, full: torch.Tensor) -> torch.Tensor:

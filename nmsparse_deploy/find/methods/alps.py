@@ -57,7 +57,7 @@ def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: NMPattern, mas
 
 def admm(weight: torch.Tensor, hessian: torch.Tensor, pattern: NMPattern, mask: torch.Tensor | None = None,
          iterations: int = ITERATIONS) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The mask and `D` at the start and after each iteration, for a `hessian` of unit diagonal.
+    """Yield the mask and `D` at the start and after each iteration, for a `hessian` of unit diagonal.
 
     Starts from `mask`, or from the largest of `weight` (with unit diagonal, Wanda's mask).
     """

@@ -63,28 +63,29 @@ def prune_matrices(method: Method, weight: torch.Tensor, stats: LayerStats, patt
     options: dict[str, Any] = {} if grid is None else {"grid": grid}
     if not stats.experts:
         return method.prune_layer(weight, stats, pattern, mask, **options)
-    count, found = len(stats.experts), []
+    count, results = len(stats.experts), []
     masks = [None] * count if mask is None else mask.chunk(count)
-    for number, (part, own) in enumerate(zip(weight.chunk(count), stats.experts)):
+    for number, (rows, matrix_stats) in enumerate(zip(weight.chunk(count), stats.experts)):
         if grid is not None:
             options["grid"] = Grid(grid.scales.chunk(count)[number], grid.width, grid.bits)
-        found.append(method.prune_layer(part, own, pattern, masks[number], **options))
-    return stacked(found, grid)
+        results.append(method.prune_layer(rows, matrix_stats, pattern, masks[number], **options))
+    return stacked(results, grid)
 
 
 def stacked(results: Sequence[LayerResult], grid: Grid | None = None) -> LayerResult:
-    """The results of a stack's matrices as that of the stack; all of them changed weights, or none did."""
+    """Return the results of a stack's matrices as that of the stack; all of them changed weights, or none did."""
     weights = [result.weight for result in results if result.weight is not None]
     return LayerResult(torch.cat([result.mask for result in results]), torch.cat(weights) if weights else None, grid)
 
 
 def relative_error(weight: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> float:
-    """`tr[(W-Ŵ) G (W-Ŵ)ᵀ] / tr[W G Wᵀ]`: the layer's output error on the calibration data, as a share of its output."""
+    """Return `tr[(W-Ŵ) G (W-Ŵ)ᵀ] / tr[W G Wᵀ]`: the layer's output error on the calibration data, as a share of its
+    output."""
     return error_over([(weight, pruned, gram)])
 
 
 def error_over(layers: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> float:
-    """The relative error of several `(weight, pruned, gram)` together."""
+    """Return the relative error of several `(weight, pruned, gram)` together."""
     def energy(m: torch.Tensor, gram: torch.Tensor) -> float:
         return float(((m @ gram) * m).sum(dtype=torch.float64))
 

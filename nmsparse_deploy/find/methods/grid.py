@@ -26,17 +26,18 @@ class Grid:
 
     @classmethod
     def of(cls, weight: torch.Tensor, bits: int, width: int | None = None) -> Grid:
-        """The grid of the dense `weight` `[R, n]`; `width` divides n, None = one scale for the whole row."""
+        """Make the grid of the dense `weight` `[R, n]`; `width` divides n, None = one scale for the whole row."""
         width = width or weight.shape[1]
         largest = weight.abs().unflatten(1, (-1, width)).amax(-1)
         return cls(torch.where(largest > 0, largest / _levels(bits), 1.0), width, bits)
 
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
-        """The nearest levels of a whole weight `[R, n]`, fp32 integers; times their scales they are its values."""
+        """Return the nearest levels of a whole weight `[R, n]`, fp32 integers; times their scales they are its
+        values."""
         return _nearest(weight, self._spread(), self.bits)
 
     def holds(self, weight: torch.Tensor) -> bool:
-        """Is every value of `weight` `[R, n]` a level, stored in the dtype of `weight`?"""
+        """Tell whether every value of `weight` `[R, n]` is a level, stored in the dtype of `weight`."""
         return torch.equal((self.codes(weight.float()) * self._spread()).to(weight.dtype), weight)
 
     def _spread(self) -> torch.Tensor:

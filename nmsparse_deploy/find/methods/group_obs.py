@@ -65,7 +65,7 @@ def enumerating(pattern: NMPattern) -> Freeze:
 
 
 def solving(pattern: NMPattern) -> Freeze:
-    """A given mask, or SparseGPT's choice: one small system per row."""
+    """Take a given mask, or SparseGPT's choice: one small system per row."""
 
     def freeze(w: torch.Tensor, factor: torch.Tensor, errors: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
         prices = (w / factor.diagonal().unsqueeze(1)).square_()

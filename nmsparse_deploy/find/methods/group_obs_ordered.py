@@ -23,15 +23,15 @@ def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: NMPattern,
     """Prune `weight` `[R, n]` to `pattern`, or do so with a given `mask`. Needs `stats.gram`."""
     assert stats.gram is not None
     order = by_damage(weight, stats.gram.diagonal(), pattern)
-    found = group_obs.prune_layer(weight[:, order], stats.reordered(order), pattern,
+    result = group_obs.prune_layer(weight[:, order], stats.reordered(order), pattern,
                                   None if mask is None else mask[:, order])
-    assert found.weight is not None
+    assert result.weight is not None
     back = order.argsort()
-    return LayerResult(found.mask[:, back], found.weight[:, back])
+    return LayerResult(result.mask[:, back], result.weight[:, back])
 
 
 def by_damage(weight: torch.Tensor, energy: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
-    """The columns group by group, the groups by falling damage; `energy` `[n]` is that of the inputs."""
+    """Order the columns group by group, the groups by falling damage; `energy` `[n]` is that of the inputs."""
     prices = weight.square() * energy
     lost = prices.masked_fill(project(prices, pattern), 0.0).sum(0)
     groups = lost.view(-1, pattern.group).sum(1).argsort(descending=True, stable=True)

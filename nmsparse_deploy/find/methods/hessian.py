@@ -13,7 +13,7 @@ MIN_DAMPING = 1e-8
 
 
 def dampen(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """`G + λI` with λ = `damping` times the mean diagonal (1 when there was no signal at all).
+    """Return `G + λI` with λ = `damping` times the mean diagonal (1 when there was no signal at all).
 
     A column that never saw an input is left with λ alone: the cheapest to prune, and untouched where it is kept. Raises
     `NmsparseError` when the Gram is not finite.
@@ -28,14 +28,14 @@ def dampen(gram: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 def normalised(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The damped Hessian at unit diagonal and the scale `s` of its columns, fp32: `H = Ĥ ∘ s sᵀ`."""
+    """Return the damped Hessian at unit diagonal and the scale `s` of its columns, fp32: `H = Ĥ ∘ s sᵀ`."""
     hessian = dampen(gram, damping)
     scale = hessian.diagonal().sqrt()
     return (hessian / scale.outer(scale)).float(), scale.float()
 
 
 def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """Upper triangular `U` with `H⁻¹ = UᵀU` for the damped Hessian `H`; fp32, `[n, n]`.
+    """Return the upper triangular `U` with `H⁻¹ = UᵀU` for the damped Hessian `H`; fp32, `[n, n]`.
 
     Its trailing blocks factor the inverses of the trailing blocks of `H`. When the factorisation fails the damping is
     raised tenfold up to 1, then negative eigenvalues are lifted; raises `NmsparseError` when even that fails.
@@ -58,7 +58,7 @@ def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 def _factor(hessian: torch.Tensor) -> torch.Tensor | None:
-    """Cholesky from the last row up gives `H = V Vᵀ` with `V` upper triangular; then `U = V⁻¹`. None on failure."""
+    """Factor from the last row up, `H = V Vᵀ` with `V` upper triangular, and return `U = V⁻¹`; None on failure."""
     lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
     if int(info) or not torch.isfinite(lower).all():
         return None

@@ -37,7 +37,7 @@ ROUNDS = 20
 
 def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: NMPattern,
                 mask: torch.Tensor | None = None) -> LayerResult:
-    """The two-dimensional mask of `weight` `[R, n]`; needs no data."""
+    """Return the two-dimensional mask of `weight` `[R, n]`; needs no data."""
     group, scores = pattern.group, weight.abs()
     whole = len(scores) // group * group
     tiles = scores[:whole].unflatten(1, (-1, group)).unflatten(0, (-1, group)).transpose(1, 2)  # [R/g, n/g, g, g]
@@ -49,7 +49,7 @@ def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: NMPattern,
 
 
 def transposable(scores: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
-    """For tiles `[count, group, group]` of scores, masks with `keep` in each row and column."""
+    """Return, for tiles `[count, group, group]` of scores, masks with `keep` in each row and column."""
     if comb(pattern.group, pattern.keep) ** pattern.group > ENUMERATED:
         return exchanged(scores, pattern)
     shapes = all_tiles(pattern).to(scores.device)
@@ -58,7 +58,7 @@ def transposable(scores: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
 
 @cache
 def all_tiles(pattern: NMPattern) -> torch.Tensor:
-    """Every 0/1 tile with row and column sums `keep`, `[count, group, group]`."""
+    """Return every 0/1 tile with row and column sums `keep`, `[count, group, group]`."""
     rows = [[i in kept for i in range(pattern.group)] for kept in combinations(range(pattern.group), pattern.keep)]
     candidates = torch.tensor(list(product(rows, repeat=pattern.group)))
     return candidates[(candidates.sum(1) == pattern.keep).all(1)]
@@ -72,16 +72,16 @@ def exchanged(scores: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
     pairs = list(combinations(range(pattern.group), 2))
     for _ in range(ROUNDS):
         before = kept.clone()
-        for one, two in pairs:
-            kept[:, one], kept[:, two] = _deal(kept[:, one], kept[:, two], scores[:, one] - scores[:, two])
+        for i, j in pairs:
+            kept[:, i], kept[:, j] = _deal(kept[:, i], kept[:, j], scores[:, i] - scores[:, j])
         if torch.equal(before, kept):
             break
     return kept
 
 
-def _deal(one: torch.Tensor, two: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _deal(first: torch.Tensor, second: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Share out what only one of two rows keeps: the places that gain most go to the first, as many as it had."""
-    single = one ^ two
+    both, single = first & second, first ^ second
     ranks = gain.masked_fill(~single, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
-    first = single & (ranks < (one & single).sum(1, keepdim=True))
-    return (one & two) | first, (one & two) | (single & ~first)
+    share = single & (ranks < (first & single).sum(1, keepdim=True))
+    return both | share, both | (single & ~share)

@@ -10,7 +10,7 @@ kept weights, which keep the gradient alive. Learning starts at a one-shot prior
 
 Only `kappa*sigma` and `kappa*rate` matter, so `confidence` and `step_size = kappa_end*rate` are what is set. The paper
 adds the prior to Gaussian noise of its own size, which loses the prior in one group of eighteen; here it stands alone.
-The masks themselves are in `train/maskparam.py`: six-way for 2:4 as published, compact and straight-through besides.
+The masks themselves are in `learn/mask_relaxations.py`: six-way for 2:4 as published, compact and straight-through.
 
 Fang et al., MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models, NeurIPS 2024, arXiv:2409.17481.
 Written from the paper's formulas; the published code was not used.
@@ -37,7 +37,7 @@ from nmsparse_deploy.recipe import MaskLLM
 
 
 def make(spec: MaskLLM) -> MaskLearner:
-    """The learner for a recipe's settings."""
+    """Make the learner for a recipe's settings."""
     annealing = Annealing(LinearSchedule(*spec.kappa), LinearSchedule(*spec.tau), spec.confidence, spec.noise,
                           spec.regulariser)
 
@@ -53,8 +53,8 @@ def make(spec: MaskLLM) -> MaskLearner:
 
 
 def bytes_per_weight(spec: MaskLLM, pattern: NMPattern) -> float:
-    """24 bytes for the six logits of a 2:4 group, 16 for the other forms; with moments of a byte 15 and 10; and the
-    best mask."""
+    """Return 24 bytes for the six logits of a 2:4 group, 16 for the other forms; with moments of a byte 15 and 10; and
+    the best mask."""
     candidates = spec.form == "candidates" or (spec.form == "auto" and form_for(pattern) == "candidates")
     values = math.comb(pattern.group, pattern.keep) / pattern.group if candidates else 1
     number = ADAM_BYTES if spec.moments == 32 else 2 * torch.float32.itemsize + STATE_BYTES

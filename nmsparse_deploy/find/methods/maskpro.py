@@ -1,6 +1,6 @@
 """MaskPro: learn which weights of every group stay from forward passes alone.
 
-Every weight has a logit, and a mask is drawn without replacement (`train/plackett_luce.py`). A step draws `m_t`,
+Every weight has a logit, and a mask is drawn without replacement (`learn/plackett_luce.py`). A step draws `m_t`,
 measures how much worse it is than the starting mask `m₀` on the same batch, and moves the logits along the score:
 
     r_t  = f(m_t) - f(m₀)
@@ -63,7 +63,7 @@ class DrawnMask(MaskParametrization):
         return prior.float()
 
     def order(self, values: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
-        """What is drawn at this moment, `[groups, keep]`; the same whenever it is asked for."""
+        """Draw the places to keep in this step, `[groups, keep]`; the same whenever it is asked for."""
         groups = values.detach().reshape(-1, self.site.pattern.group)
         return sample(groups, self.site.pattern.keep, context.generator(name, values.device))
 
@@ -104,7 +104,7 @@ class PolicyGradient(MaskLearner):
         return torch.optim.SGD([mask.values for mask in self.masks.values()], rate)
 
     def loss_terms(self, subject: Subject, number: int, context: StepContext) -> dict[str, torch.Tensor]:
-        """The loss of a draw, with the policy gradient as its gradient."""
+        """Return the loss of a draw, with the policy gradient as its gradient."""
         set_step(subject.module, context)
         with torch.no_grad(), showing(subject.module, "soft"):
             if subject.varies or number not in self.before:
@@ -130,7 +130,7 @@ class PolicyGradient(MaskLearner):
         return score(values.reshape(-1, site.pattern.group), order).reshape(values.shape)
 
     def _advantage(self, residual: float) -> float:
-        """`r - δ`, in units of its usual size unless the rate is given raw; zero while that is unknown."""
+        """Return `r - δ`, in units of its usual size unless the rate is given raw; zero while that is unknown."""
         smoothed, square, count = self.tracked.tolist()
         young = 1 - SMOOTHING**count if count else 1.0
         away = residual - smoothed / young
@@ -153,7 +153,8 @@ class PolicyGradient(MaskLearner):
         self.tracked = state["tracked"]
 
     def facts(self) -> dict[str, float]:
-        """`moved` is the share of groups whose logits favour another mask than at the start, better or not."""
+        """Report C, and as `moved` the share of groups whose logits favour another mask than at the start, better or
+        not."""
         moved = groups = 0
         for mask in self.masks.values():
             drawn = mask.parametrized_by(DrawnMask)
@@ -164,14 +165,14 @@ class PolicyGradient(MaskLearner):
 
 
 def stays(magnitude: float, pattern: NMPattern) -> float:
-    """Probability that a group draws what it starts with, at `C = magnitude`."""
+    """Return the probability that a group draws what it starts with, at `C = magnitude`."""
     odds = [j * math.exp(magnitude) for j in range(1, pattern.keep + 1)]
     return math.prod(odd / (odd + pattern.zeros) for odd in odds)
 
 
 def magnitude_for(groups: Sequence[tuple[int, NMPattern]], flips: float) -> float:
-    """The C at which `flips` of all groups, given as counts by pattern, differ from the start in a draw; zero when even
-    an even law flips fewer."""
+    """Find the C at which `flips` of all groups, given as counts by pattern, differ from the start in a draw; zero when
+    even an even distribution flips fewer."""
     low, high = 0.0, MAX_MAGNITUDE
     for _ in range(60):
         middle = (low + high) / 2

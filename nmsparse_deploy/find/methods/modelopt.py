@@ -26,13 +26,14 @@ from nmsparse_deploy.pattern import NMPattern
 
 def magnitude(weight: torch.Tensor, stats: LayerStats, pattern: NMPattern,
               mask: torch.Tensor | None = None) -> LayerResult:
-    """ModelOpt's mask of `weight` `[R, n]` by magnitude. Raises `NmsparseError` unless 8 divides R and 16 divides n."""
+    """Return ModelOpt's mask of `weight` `[R, n]` by magnitude. Raises `NmsparseError` unless 8 divides R and 16
+    divides n."""
     return LayerResult(_found("sparse_magnitude", {}, weight, pattern))
 
 
 def sparsegpt(weight: torch.Tensor, stats: LayerStats, pattern: NMPattern,
               mask: torch.Tensor | None = None) -> LayerResult:
-    """ModelOpt's mask of `weight` `[R, n]` by its SparseGPT sweep (damping 0.1). Needs `stats.gram`."""
+    """Return ModelOpt's mask of `weight` `[R, n]` by its SparseGPT sweep (damping 0.1). Needs `stats.gram`."""
     assert stats.gram is not None
     values, vectors = torch.linalg.eigh(stats.gram)
     root = (vectors * values.clamp_(min=0).sqrt_()).mT  # rootᵀ root = gram
@@ -41,7 +42,8 @@ def sparsegpt(weight: torch.Tensor, stats: LayerStats, pattern: NMPattern,
 
 
 def _found(mode: str, settings: Mapping[str, Any], weight: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
-    """The mask of a layer with `weight`, with exactly `keep` per group: what is exactly zero is pruned too often."""
+    """Return the mask of a layer with `weight`, with exactly `keep` per group: ModelOpt prunes too many where weights
+    are exactly zero."""
     try:
         with warnings.catch_warnings(action="ignore"):
             import modelopt.torch.sparsity as backend

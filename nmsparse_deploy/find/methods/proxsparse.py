@@ -2,7 +2,7 @@
 
     min_W  L(W) + λ₁ Σ_groups e_{N+1}(|w|) + λ₂ ‖ W / (W₀ + ε sgn W₀) ∘ (W - W₀) ‖²_F
 
-A step of AdamW on `L` and the last term, then the proximal operator of the one before (`train/prox.py`) on every
+A step of AdamW on `L` and the last term, then the proximal operator of the one before (`learn/prox.py`) on every
 matrix. In the end the N largest of every group of the copy stay, with their original values; the copy is thrown away.
 The last term holds back what changes much for its size.
 
@@ -58,7 +58,7 @@ class SupportMask(MaskParametrization):
         return project(values.detach().abs(), self.site.pattern) if self.prior is None else self.prior
 
     def slices(self, rows: torch.Tensor) -> Iterator[slice]:
-        """Rows that make one matrix."""
+        """Yield the rows that make one matrix."""
         height, width = rows.shape
         sizes = self.site.slices or ((width,) * FUSED if height == FUSED * width else (height,))
         start = 0
@@ -110,13 +110,13 @@ class ProximalLearner(MaskLearner):
         return self.spec.pressure / self.spec.steps / size ** (keep - 1) if size else 0.0
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """A checkpoint is written after a step at the earliest."""
+        """Forget the prior: a checkpoint is written after a step at the earliest."""
         for mask in self.masks.values():
             mask.parametrized_by(SupportMask).prior = None
 
 
 def frozen(weight: torch.Tensor, start: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """`‖ W / (W₀ + ε sgn W₀) ∘ (W - W₀) ‖²_F` with `sgn 0 = 1`."""
+    """Return `‖ W / (W₀ + ε sgn W₀) ∘ (W - W₀) ‖²_F` with `sgn 0 = 1`."""
     start = start.float()
     sign = torch.where(start < 0, -1.0, 1.0)
     return (weight / (start + epsilon * sign) * (weight - start)).square().sum()

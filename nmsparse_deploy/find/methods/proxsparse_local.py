@@ -43,14 +43,14 @@ def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: NMPattern, mas
     scaled = weight * scale
     size = scaled.square().mean(1, keepdim=True).sqrt()
     scaled = scaled / torch.where(size > 0, size, 1.0)
-    found = descend(scaled, hessian, pattern, growth)
-    kept = project(found.abs(), pattern)
-    fitted = conjugate_gradients(hessian, scaled @ hessian, torch.where(kept, found, 0.0), kept, STEPS)
+    sparse = descend(scaled, hessian, pattern, growth)
+    kept = project(sparse.abs(), pattern)
+    fitted = conjugate_gradients(hessian, scaled @ hessian, torch.where(kept, sparse, 0.0), kept, STEPS)
     return LayerResult(kept, torch.where(kept, fitted * size / scale, 0.0))
 
 
 def descend(weight: torch.Tensor, hessian: torch.Tensor, pattern: NMPattern, growth: float = GROWTH) -> torch.Tensor:
-    """Weights whose groups hold N entries, or nearly, after the steps."""
+    """Return weights whose groups hold N entries, or nearly, after the steps."""
     length = 1 / (MARGIN * largest_eigenvalue(hessian))
     now = before = weight
     strength, momentum = FIRST, 1.0
@@ -65,7 +65,7 @@ def descend(weight: torch.Tensor, hessian: torch.Tensor, pattern: NMPattern, gro
 
 
 def largest_eigenvalue(hessian: torch.Tensor) -> float:
-    """Of a positive semi-definite matrix, by power iteration."""
+    """Find the largest eigenvalue of a positive semi-definite matrix, by power iteration."""
     vector = torch.ones(len(hessian), device=hessian.device) / len(hessian) ** 0.5
     for _ in range(POWER):
         vector = hessian @ vector

@@ -19,7 +19,7 @@ POWER = 0.5
 
 
 def scores(weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
-    """`RI`, `[R, n]`. Needs the norms."""
+    """Return `RI`, `[R, n]`. Needs the norms."""
     size = weight.abs()
     tiny = torch.finfo(size.dtype).tiny
     shares = size / size.sum(0).clamp(min=tiny) + size / size.sum(1, keepdim=True).clamp(min=tiny)

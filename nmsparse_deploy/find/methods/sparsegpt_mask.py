@@ -16,5 +16,5 @@ from nmsparse_deploy.pattern import Pattern
 
 def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: Pattern,
                 mask: torch.Tensor | None = None) -> LayerResult:
-    """The mask of `sparsegpt.prune_layer`, without its weights."""
+    """Return the mask of `sparsegpt.prune_layer`, without its weights."""
     return LayerResult(sparsegpt.prune_layer(weight, stats, pattern, mask).mask)

@@ -15,6 +15,6 @@ from nmsparse_deploy.find.methods.sparsegpt import DAMPING
 
 
 def scores(weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
-    """`w²/d²`, `[R, n]`. Needs `stats.gram`."""
+    """Return `w²/d²`, `[R, n]`. Needs `stats.gram`."""
     assert stats.gram is not None
     return (weight / inverse_factor(stats.gram, DAMPING).diagonal()).square()

@@ -54,7 +54,8 @@ def solve(weight: torch.Tensor, gram: torch.Tensor, pattern: NMPattern, mask: to
 
 
 def level(pattern: NMPattern, step: int, moving: int) -> NMPattern:
-    """One more zero per group after each of `zeros` equal parts of `moving` steps; `pattern` itself in the last."""
+    """Return the pattern of a step: one more zero per group after each of `zeros` equal parts of `moving` steps, and
+    `pattern` itself in the last."""
     return NMPattern(pattern.group - math.ceil((step + 1) * pattern.zeros / moving), pattern.group)
 
 
@@ -65,7 +66,7 @@ def _scale(gram: torch.Tensor) -> torch.Tensor:
 
 
 def _inverse(normal: torch.Tensor, rho: float) -> torch.Tensor:
-    """`(Ĝ + ρI)⁻¹`: safe with any Gram, since ρ and the damping are large beside a unit diagonal."""
+    """Return `(Ĝ + ρI)⁻¹`: safe with any Gram, since ρ and the damping are large beside a unit diagonal."""
     shifted = normal.to(torch.float64 if len(normal) <= FP64_WIDTH else torch.float32, copy=True)
     shifted.diagonal().add_(rho)
     return torch.linalg.inv(shifted).to(normal.dtype)

@@ -38,18 +38,19 @@ class PrunedLayer:
 
     @property
     def groups(self) -> NMPattern:
-        """The pattern, for refinements that work in groups; a recipe refuses to combine them with other patterns."""
+        """Return the pattern, for refinements that work in groups; a recipe refuses to combine them with other
+        patterns."""
         assert isinstance(self.pattern, NMPattern)
         return self.pattern
 
     @property
     def weight(self) -> torch.Tensor:
-        """The present weight as rows, zeros off the mask."""
+        """Return the present weight as rows, zeros off the mask."""
         kept = self.dense if self.result.weight is None else self.result.weight
         return torch.where(self.result.mask, kept, 0.0)
 
     def matrices(self) -> list[PrunedLayer]:
-        """The layer itself, or the matrices of a stack of experts, each with its own statistics."""
+        """Return the layer itself, or the matrices of a stack of experts, each with its own statistics."""
         count = len(self.stats.experts)
         if not count:
             return [self]
@@ -59,7 +60,7 @@ class PrunedLayer:
                 for dense, stats, mask, weight in parts]
 
     def error(self, weight: torch.Tensor) -> float | None:
-        """The relative output error of `weight` (rows) on the calibration data; None without a Gram."""
+        """Return the relative output error of `weight` (rows) on the calibration data; None without a Gram."""
         parts = self.matrices()
         grams = [part.stats.gram for part in parts if part.stats.gram is not None]
         if len(grams) < len(parts):
@@ -67,7 +68,7 @@ class PrunedLayer:
         return error_over(zip([part.dense for part in parts], weight.chunk(len(parts)), grams))
 
     def stored(self, dtype: torch.dtype) -> torch.Tensor:
-        """The present weight in the shape and dtype of the parameter, every zero of it exactly +0.0."""
+        """Return the present weight in the shape and dtype of the parameter, every zero of it exactly +0.0."""
         return self.baked(dtype)[0]
 
     def baked(self, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
@@ -115,11 +116,11 @@ def refine_matrices(refine: RefineLayer, layer: PrunedLayer, step: Any) -> Layer
     if not layer.stats.experts:
         return refine(layer, step)
     parts = layer.matrices()
-    found = [refine(part, step) for part in parts]
-    if any(result.weight is not None for result in found):  # a refinement may leave some matrices as they were
-        found = [replace(result, weight=part.dense if result.weight is None else result.weight)
-                 for part, result in zip(parts, found)]
-    return stacked(found)
+    results = [refine(part, step) for part in parts]
+    if any(result.weight is not None for result in results):  # a refinement may leave some matrices as they were
+        results = [replace(result, weight=part.dense if result.weight is None else result.weight)
+                 for part, result in zip(parts, results)]
+    return stacked(results)
 
 
 RefineBlock = Callable[[BlockPair, Any], BlockResult]

@@ -24,7 +24,7 @@ from nmsparse_deploy.recipe import Bias
 
 @dataclass(frozen=True)
 class BiasFacts:
-    """How many biases were corrected, how many layers have none, and the largest change."""
+    """The numbers of corrected biases and of layers without one, and the largest change."""
 
     corrected: int
     without: int
@@ -35,12 +35,13 @@ class BiasFacts:
 
 
 def corrected(bias: torch.Tensor, layer: PrunedLayer) -> torch.Tensor:
-    """The bias `[R]` that makes the mean error of every output zero. Needs `stats.total`."""
+    """Return the bias `[R]` that makes the mean error of every output zero. Needs `stats.total`."""
     lost = (layer.dense - layer.weight).double()
     return (bias.double() + lost @ layer.stats.mean.double()).float()
 
 
 def refine(block: BlockPair, step: Bias) -> BlockResult:
+    """Correct the bias of every layer that has one."""
     biases = {name: value.detach() for name, value in block.dense.named_parameters(remove_duplicate=False)}
     others, without, moved = {}, 0, 0.0
     for name, layer in block.layers.items():

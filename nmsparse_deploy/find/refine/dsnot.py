@@ -23,7 +23,7 @@ from nmsparse_deploy.recipe import Dsnot
 
 
 def balance(layer: PrunedLayer, cycles: int, threshold: float) -> torch.Tensor:
-    """The mask `[R, n]` after at most `cycles` swaps per row. Needs `stats.total`."""
+    """Return the mask `[R, n]` after at most `cycles` swaps per row. Needs `stats.total`."""
     group, stats, kept = layer.groups.group, layer.stats, layer.result.mask.clone()
     share = layer.dense.double() * stats.mean.double()
     square = stats.rms.double().square()
@@ -51,4 +51,5 @@ def balance(layer: PrunedLayer, cycles: int, threshold: float) -> torch.Tensor:
 
 
 def refine(layer: PrunedLayer, step: Dsnot) -> LayerResult:
+    """Swap weights inside groups until the mean errors of the rows are small."""
     return LayerResult(balance(layer, step.cycles, step.threshold))

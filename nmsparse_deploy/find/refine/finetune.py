@@ -2,10 +2,10 @@
 
     loss = task · CE + distill · T² KL(dense ‖ pruned),    AdamW
 
-It comes after any mask. Surviving weights, norms and biases move; embeddings and heads stay. `train/survivors.py` has
-the four ways: the mask fixed, SR-STE and S-STE with a mask that follows the weights and is frozen towards the end, and
-low-rank adapters under the mask. Held-out batches decide which state is kept; when none beats the start, that is the
-start.
+It comes after any mask. Surviving weights, norms and biases move; embeddings and heads stay. The four ways are in
+`learn/sparse_training.py`: the mask fixed, SR-STE and S-STE with a mask that follows the weights and is frozen towards
+the end, and low-rank adapters under the mask. Held-out batches decide which state is kept; when none beats the start,
+that is the start.
 
 The weights of the loss are those of Huang et al., Pruning Large Language Models with Semi-Structural Adaptive Sparse
 Training (AST), AAAI 2025, arXiv:2407.20584.
@@ -49,16 +49,16 @@ class FinetuneLearner(MaskLearner):
 
     def loss_terms(self, subject: Subject, number: int, context: StepContext) -> dict[str, torch.Tensor]:
         terms = super().loss_terms(subject, number, context)
-        found = [mask.parametrized_by(FixedMask).penalty(mask.values) for mask in self.masks.values()]
-        own = [term for term in found if term is not None]
-        return {**terms, "decay": torch.stack(own).sum()} if own else terms
+        penalties = [mask.parametrized_by(FixedMask).penalty(mask.values) for mask in self.masks.values()]
+        present = [term for term in penalties if term is not None]
+        return {**terms, "decay": torch.stack(present).sum()} if present else terms
 
     def after_step(self, context: StepContext) -> None:
         for mask in self.masks.values():
             mask.parametrized_by(FixedMask).after_step(mask.values.data, context)
 
     def finish(self) -> dict[str, LearnedMask]:
-        """Weights, and norms and biases as if everything in them were kept."""
+        """Return weights, and norms and biases as if everything in them were kept."""
         vectors = {name: LearnedMask(torch.ones(value.shape, dtype=torch.bool), value.detach().float().cpu().clone())
                    for name, value in self.vectors.items()}
         return super().finish() | vectors
@@ -76,7 +76,7 @@ class FinetuneLearner(MaskLearner):
 
 
 def refine(whole: PrunedModel, step: Finetune) -> Outcome:
-    """The best weights found and their masks; see the module's docstring."""
+    """Return the best weights found and their masks; see the module's docstring."""
     until = step.steps - round(step.frozen * step.steps)
 
     def parametrize(site: MaskSite) -> MaskParametrization:

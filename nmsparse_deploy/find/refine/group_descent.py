@@ -37,7 +37,7 @@ Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch
 
 def descend(w: torch.Tensor, mask: torch.Tensor, fixed: torch.Tensor, gram: torch.Tensor, pattern: NMPattern,
             sweeps: int) -> torch.Tensor:
-    """The mask `[R, n]` after at most `sweeps` sweeps over the groups of `w` `[R, n]`, starting from `mask`."""
+    """Return the mask `[R, n]` after at most `sweeps` sweeps over the groups of `w` `[R, n]`, starting from `mask`."""
     choose = enumerating(pattern) if comb(pattern.group, pattern.keep) <= ENUMERATED else swapping(pattern)
     kept, live = mask.clone(), torch.arange(len(w), device=w.device)
     lost = torch.where(mask, 0.0, w)
@@ -54,7 +54,7 @@ def descend(w: torch.Tensor, mask: torch.Tensor, fixed: torch.Tensor, gram: torc
 
 def _sweep(w: torch.Tensor, kept: torch.Tensor, fixed: torch.Tensor, gram: torch.Tensor, group: int, choose: Choose,
            worth: torch.Tensor) -> torch.Tensor:
-    """One sweep; `c` is made anew for every block of columns, so errors of rounding do not add up."""
+    """Sweep once; `c` is made anew for every block of columns, so errors of rounding do not add up."""
     kept, block_size = kept.clone(), max(group, BLOCK_SIZE // group * group)
     for start in range(0, w.shape[1], block_size):
         block = slice(start, start + block_size)
@@ -91,7 +91,7 @@ def enumerating(pattern: NMPattern) -> Choose:
 
 
 def swapping(pattern: NMPattern) -> Choose:
-    """The best swaps of the group, one after the other."""
+    """Make the best swaps of the group, one after the other."""
 
     def choose(w: torch.Tensor, c: torch.Tensor, kept: torch.Tensor, fixed: torch.Tensor, block: torch.Tensor,
                worth: torch.Tensor) -> torch.Tensor:
@@ -101,6 +101,7 @@ def swapping(pattern: NMPattern) -> Choose:
 
 
 def refine(layer: PrunedLayer, step: GroupDescent) -> LayerResult:
+    """Improve the mask group by group, from its present state."""
     w, gram = precise(layer)
     fixed = strongest(layer, step.protect)
     return LayerResult(descend(w, layer.result.mask, fixed, gram, layer.groups, step.sweeps))

@@ -96,7 +96,7 @@ def _swapped(layer: PrunedLayer, mask: torch.Tensor) -> PrunedLayer:
 
 
 def squared_gradients(block: BlockPair, unit: Unit) -> tuple[dict[str, torch.Tensor], float]:
-    """`mean over samples of g²` for the unit's targets, as rows `[R, n]`, and the mean loss of a sample.
+    """Return `mean over samples of g²` for the unit's targets, as rows `[R, n]`, and the mean loss of a sample.
 
     A layer that sees no batch axis (an expert with its share of the tokens) counts a calibration batch as one sample.
     """
@@ -121,7 +121,7 @@ def squared_gradients(block: BlockPair, unit: Unit) -> tuple[dict[str, torch.Ten
 
 
 def _record(layer: nn.Module, x: torch.Tensor, output: torch.Tensor, calls: list[Call]) -> torch.Tensor:
-    """Have the backward pass report the gradient here; it starts at the unit's first targets and goes no further."""
+    """Report the gradient of the backward pass here; it starts at the unit's first targets and goes no further."""
     if not output.requires_grad:
         output = output.requires_grad_().clone()  # a leaf could not be changed in place by what follows
     output.register_hook(lambda gradient: calls.append((layer, x.detach(), gradient)))
@@ -129,7 +129,7 @@ def _record(layer: nn.Module, x: torch.Tensor, output: torch.Tensor, calls: list
 
 
 def _loss(block: BlockPair, unit: Unit, number: int, x: torch.Tensor) -> list[float]:
-    """Losses of one batch's samples, after a backward pass through their sum."""
+    """Return the losses of one batch's samples, after a backward pass through their sum."""
     with torch.no_grad():
         target = unit.forward(block.module, number, x).float()
     with torch.enable_grad():
@@ -139,7 +139,7 @@ def _loss(block: BlockPair, unit: Unit, number: int, x: torch.Tensor) -> list[fl
 
 
 def _per_sample(calls: list[Call], batch: int) -> Iterator[torch.Tensor]:
-    """`∂L/∂W` of every sample, `[R, n]`: the sum over its tokens of (gradient at the output) x (input)."""
+    """Yield `∂L/∂W` of every sample, `[R, n]`: the sum over its tokens of (gradient at the output) x (input)."""
     parts = batch if all(x.ndim > 2 and len(x) == batch for _, x, _ in calls) else 1
     split = [(layer, x.chunk(parts), gradient.chunk(parts)) for layer, x, gradient in calls]
     for part in range(parts):
@@ -148,6 +148,6 @@ def _per_sample(calls: list[Call], batch: int) -> Iterator[torch.Tensor]:
 
 
 def _columns(layer: nn.Module, gradient: torch.Tensor) -> torch.Tensor:
-    """The gradient at a layer's output as `[R, tokens]`."""
+    """Return the gradient at a layer's output as `[R, tokens]`."""
     channels = gradient.movedim(1, -1) if isinstance(layer, nn.Conv2d) else gradient
     return channels.float().flatten(0, -2).T

@@ -72,12 +72,12 @@ def search(scores: torch.Tensor, segments: int, pattern: NMPattern, rounds: int 
 
 
 def retained(scores: torch.Tensor, pattern: NMPattern) -> float:
-    """What the shared projection keeps of `scores` `[channels, rows]`."""
+    """Return what the shared projection keeps of `scores` `[channels, rows]`."""
     return float(scores[project(scores, pattern, axis=0)].sum(dtype=torch.float64))
 
 
 class _Prices:
-    """What every group `slots` `[groups, group]` keeps, and would keep without each of its channels."""
+    """The sums that every group `slots` `[groups, group]` keeps, and would keep without each of its channels."""
 
     def __init__(self, scores: torch.Tensor, pattern: NMPattern) -> None:
         slots = torch.arange(len(scores), device=scores.device).view(-1, pattern.group)
@@ -88,7 +88,7 @@ class _Prices:
         self._price(torch.arange(len(slots), device=scores.device))
 
     def _channels(self, groups: torch.Tensor) -> torch.Tensor:
-        """Scores `[groups, group, rows]`; whole rows are copied, which plain indexing does value by value."""
+        """Return scores `[groups, group, rows]`; whole rows are copied, which plain indexing does value by value."""
         chosen = self.slots.index_select(0, groups)
         return self.scores.index_select(0, chosen.flatten()).unflatten(0, chosen.shape)
 
@@ -123,7 +123,7 @@ class _Prices:
 
 
 def _ranked(x: torch.Tensor) -> torch.Tensor:
-    """`x` `[groups, group, rows]` sorted downwards inside its groups, by exchanging whole slices: 15 times faster."""
+    """Sort `x` `[groups, group, rows]` downwards inside its groups, by exchanging whole slices: 15 times faster."""
     slices = list(x.unbind(1))
     for turn in range(len(slices)):
         for i in range(turn % 2, len(slices) - 1, 2):
@@ -157,7 +157,8 @@ class PermuteFacts:
 
 @dataclass(frozen=True)
 class Permuted:
-    """Where the entries of every moved axis come from, statistics by fusion group in the new order, and the record."""
+    """The outcome of a permutation: where the entries of every moved axis come from, statistics by fusion group in the
+    new order, and the facts."""
 
     orders: Orders
     stats: dict[str, LayerStats]
@@ -202,7 +203,7 @@ def permute(module: nn.Module, block: str, rows: Sequence[PlanRow], stats: Mappi
 
 
 def _shared(module: nn.Module) -> set[str]:
-    """Names of parameters that other modules hold too."""
+    """Return the names of parameters that other modules hold too."""
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -210,6 +211,7 @@ def _shared(module: nn.Module) -> set[str]:
 
 
 def _not_free(space: PermutableChannels, consumers: Sequence[PlanRow], tied: set[str]) -> str | None:
+    """Say why the channels of a space stay in place; None when they may move."""
     if tied:
         return f"'{min(tied)}' is shared with another layer"
     if len({row.pattern for row in consumers}) > 1:
@@ -225,7 +227,7 @@ def _not_free(space: PermutableChannels, consumers: Sequence[PlanRow], tied: set
 
 def _scores(module: nn.Module, consumers: Sequence[PlanRow], space: PermutableChannels,
             stats: LayerStats) -> torch.Tensor:
-    """Wanda's scores `[segments * length, rows]`; a row is an output of one consumer, once per copy."""
+    """Return Wanda's scores `[segments * length, rows]`; a row is an output of one consumer, once per copy."""
     parts = []
     for row, side in zip(consumers, space.consumers):
         weight = to_rows(module.get_parameter(row.target.name).detach(), row.target.axis).float()

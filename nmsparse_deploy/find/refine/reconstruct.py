@@ -100,7 +100,8 @@ def _loss(block: BlockPair, unit: Unit, targets: Sequence[torch.Tensor], numbers
 
 
 def _error(block: BlockPair, unit: Unit, number: int, target: torch.Tensor) -> torch.Tensor:
-    """Of the unit's output, or of the model's where the unit ends the block and the block may look so far."""
+    """Return the error of the unit's output, or of the model's where the unit ends the block and the block may look so
+    far."""
     output = unit.forward(block.module, number, block.inputs[number])
     if block.distance is None or not unit.leaves:
         return relative_error(output, target)

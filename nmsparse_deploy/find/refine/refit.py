@@ -31,7 +31,7 @@ from nmsparse_deploy.recipe import Refit
 
 def refit(weight: torch.Tensor, start: torch.Tensor, mask: torch.Tensor, stats: LayerStats, *, blend: float,
           residual: float, steps: int, damping: float) -> torch.Tensor:
-    """Weights `[R, n]` on `mask` for the dense `weight`, warm-started from `start`.
+    """Return weights `[R, n]` on `mask` for the dense `weight`, warm-started from `start`.
 
     Needs `stats.gram`, and `stats.cross` when `blend` is not 0.
     """
@@ -55,6 +55,7 @@ def _cross(stats: LayerStats) -> torch.Tensor:
 
 
 def refine(layer: PrunedLayer, step: Refit) -> LayerResult:
+    """Refit the weights of a layer on its mask."""
     weight = refit(layer.dense, layer.weight, layer.result.mask, layer.stats, blend=step.blend, residual=step.residual,
                    steps=step.steps, damping=step.damping)
     return LayerResult(layer.result.mask, weight)

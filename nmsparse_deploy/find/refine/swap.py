@@ -30,7 +30,7 @@ WORTH = 1e-6
 
 def change(w: torch.Tensor, c: torch.Tensor, kept: torch.Tensor, free: torch.Tensor,
            blocks: torch.Tensor) -> torch.Tensor:
-    """`ΔL` of every pair `[..., p, u]` of every group; infinite unless `p` may leave (`free`) and `u` is pruned.
+    """Return `ΔL` of every pair `[..., p, u]` of every group; infinite unless `p` may leave (`free`) and `u` is pruned.
 
     The others are `[..., group]`, `blocks` the groups' own parts of `G`, `[..., group, group]`.
     """
@@ -42,7 +42,8 @@ def change(w: torch.Tensor, c: torch.Tensor, kept: torch.Tensor, free: torch.Ten
 
 def best_swaps(w: torch.Tensor, c: torch.Tensor, kept: torch.Tensor, fixed: torch.Tensor, gram: torch.Tensor,
                group: int, steps: int, worth: torch.Tensor) -> torch.Tensor:
-    """The mask `[R, n]` after at most `steps` swaps per row, each of which wins more than the row's `worth` `[R]`."""
+    """Return the mask `[R, n]` after at most `steps` swaps per row, each of which wins more than the row's `worth`
+    `[R]`."""
     blocks = gram.unflatten(0, (-1, group)).unflatten(2, (-1, group)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
     kept, live = kept.clone(), torch.arange(len(w), device=w.device)
 
@@ -65,7 +66,7 @@ def best_swaps(w: torch.Tensor, c: torch.Tensor, kept: torch.Tensor, fixed: torc
 
 
 def strongest(layer: PrunedLayer, share: float) -> torch.Tensor:
-    """The `share` of every row's kept weights with the highest `|w| ‖X‖`, as a bool mask `[R, n]`."""
+    """Return the `share` of every row's kept weights with the highest `|w| ‖X‖`, as a bool mask `[R, n]`."""
     kept = layer.result.mask
     count = round(share * int(kept[0].sum()))
     scores = torch.where(kept, layer.dense.abs() * layer.stats.rms, -1.0)
@@ -74,13 +75,14 @@ def strongest(layer: PrunedLayer, share: float) -> torch.Tensor:
 
 
 def precise(layer: PrunedLayer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and Gram in fp64 where that is cheap: gains are differences of large numbers."""
+    """Return weight and Gram in fp64 where that is cheap: gains are differences of large numbers."""
     assert layer.stats.gram is not None
     dtype = torch.float64 if layer.dense.shape[1] <= FP64_WIDTH else torch.float32
     return layer.dense.to(dtype), layer.stats.gram.to(dtype)
 
 
 def refine(layer: PrunedLayer, step: Swap) -> LayerResult:
+    """Swap kept and pruned weights of a layer while a row's error falls."""
     w, gram = precise(layer)
     fixed = strongest(layer, step.protect)
     masks = []
