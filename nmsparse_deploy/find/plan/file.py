@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.find.facts import Json
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
 
 @dataclass(frozen=True)
 class PlanFile:
-    """What pruning needs of a plan; the rest of the file is for readers."""
+    """The part of a plan that pruning needs; the rest of the file is for readers."""
 
     model: str
     pattern: str
@@ -24,12 +24,12 @@ class PlanFile:
 
 
 def check_name(path: Path) -> None:
-    """Raises `UsageError` for a name that says no format."""
+    """Raise `UsageError` for a name that says no format."""
     if path.suffix not in SUFFIXES:
         raise UsageError(f"'{path}' is neither YAML nor JSON.", "end its name in .yaml or .json")
 
 
-def save(plan: dict[str, Any], path: Path) -> None:
+def save(plan: Json, path: Path) -> None:
     """Write what `Allocation.to_json` gave; appears by rename."""
     check_name(path)
     json_wanted = path.suffix == ".json"

@@ -30,7 +30,7 @@ class Option:
 
 
 def choose(items: Sequence[Sequence[Option]], capacity: float, steps: int = STEPS) -> list[int] | None:
-    """The number of the chosen option of every item, or None when nothing fits.
+    """Return the number of the chosen option of every item, or None when nothing fits.
 
     Weights are >= 0. Of equal values the lighter choice wins, then the option listed first.
     """
@@ -58,7 +58,7 @@ def choose(items: Sequence[Sequence[Option]], capacity: float, steps: int = STEP
 
 
 def _in_steps(items: Sequence[Sequence[Option]], capacity: float, steps: int) -> tuple[list[list[int]], int]:
-    """Weights as whole steps, and how many steps the capacity holds."""
+    """Return weights as whole steps, and how many steps the capacity holds."""
     weights = [[option.weight for option in options] for options in items]
     flat = [weight for row in weights for weight in row]
     if all(float(weight).is_integer() for weight in flat):

@@ -16,9 +16,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.find.facts import Json
 from nmsparse_deploy.models.base import Target
 from nmsparse_deploy.models.roofline import GPUS, Gpu, gemm_seconds
 from nmsparse_deploy.pattern import Pattern
@@ -42,7 +42,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class LatencySource:
-    """Where latencies come from: `status` is `measured` (a table) or `predicted` (the roofline of `gpu`)."""
+    """A source of latencies: `status` is `measured` (a table) or `predicted` (the roofline of `gpu`)."""
 
     status: str
     gpu: str
@@ -51,7 +51,7 @@ class LatencySource:
     roofline: Gpu | None = None
 
     def group(self, members: Sequence[Target], pattern: Pattern) -> Latency:
-        """Dense and sparse latency of a fusion group; no saving where sparse tensor cores cannot run it.
+        """Return the dense and the sparse latency of a fusion group; no saving where sparse tensor cores cannot run it.
 
         Raises `UsageError` when a measured table has no row for the shape.
         """
@@ -64,12 +64,12 @@ class LatencySource:
         dense, sparse = (1e6 * gemm_seconds(self.roofline, self.rows, k, n, kind) for kind in (False, True))
         return Latency(dense, sparse)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         return {"status": self.status, "gpu": self.gpu, "rows": self.rows}
 
 
 def source(gpu: str, rows: int | None = None, table: Path | None = None) -> LatencySource:
-    """The measured table when there is one, otherwise the roofline of the GPU whose name contains `gpu`."""
+    """Return the measured table when there is one, otherwise the roofline of the GPU whose name contains `gpu`."""
     if table is not None:
         return _read(table, rows)
     matching = [known for known in GPUS if gpu.lower() in known.name.lower()]
@@ -113,10 +113,11 @@ def _looked_up(table: Mapping[tuple[int, int], Latency], members: Sequence[Targe
 
 
 def speedup(share: float, dense_us: float, saving_us: float) -> float:
-    """Speed-up of the model when `saving_us` of the targets' `dense_us` go; `share` of its FLOPs is theirs (`f`)."""
+    """Return the speed-up of the model when `saving_us` of the targets' `dense_us` go; `share` of its FLOPs is theirs
+    (`f`)."""
     return 1 / (1 - share * saving_us / dense_us) if dense_us else 1.0
 
 
 def saving_for(share: float, dense_us: float, wanted: float) -> float:
-    """The saving that a speed-up of the model takes: the inverse of `speedup`."""
+    """Return the saving that a speed-up of the model takes: the inverse of `speedup`."""
     return (1 - 1 / wanted) * dense_us / share if share else float("inf")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 from nmsparse_deploy.errors import NmsparseError, UsageError
+from nmsparse_deploy.find.facts import Json
 from nmsparse_deploy.models.base import Discovery, Skipped, Target
 from nmsparse_deploy.pattern import NMPattern, Pattern
 from nmsparse_deploy.recipe import decided
@@ -23,7 +23,7 @@ class PlanRow:
     reason: str
 
     def shape_verdict(self) -> str | None:
-        """Whether sparse tensor cores have kernels for this shape; None where they cannot run the pattern."""
+        """Tell whether sparse tensor cores have kernels for this shape; None where they cannot run the pattern."""
         return shape_verdict(self.target.k, self.target.outputs, self.pattern) if self.pattern else None
 
 
@@ -37,10 +37,11 @@ class Plan:
     """Paths of all repeated blocks, in the order in which they run."""
 
     def pruned(self, block: int | None = None) -> list[PlanRow]:
+        """Return the targets that get a pattern, of one block or of all."""
         return [row for row in self.rows if row.pattern and (block is None or row.target.block == block)]
 
     def summary(self) -> str:
-        """One sentence with counts and the share of weights."""
+        """Say in one sentence how many matrices and weights are selected."""
         chosen = self.pruned()
         values = sum(row.target.k * row.target.n for row in chosen)
         inside = sum(row.target.k * row.target.n for row in self.rows)
@@ -49,14 +50,14 @@ class Plan:
                 f"({values / 1e6:.1f} of {inside / 1e6:.1f} M weights); {left} stay dense, "
                 f"{len(self.skipped)} others are never pruned.")
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         rows = [{**asdict(r.target), "pattern": str(r.pattern) if r.pattern else None, "reason": r.reason,
                  "shape_verdict": r.shape_verdict()} for r in self.rows]
         return {"blocks": list(self.blocks), "rows": rows, "skipped": [asdict(s) for s in self.skipped]}
 
 
 def by_fusion(rows: Sequence[PlanRow]) -> dict[str, list[PlanRow]]:
-    """Rows by fusion group, in the order in which the groups run."""
+    """Sort rows by fusion group, in the order in which the groups run."""
     parts: dict[str, list[PlanRow]] = {}
     for row in rows:
         parts.setdefault(row.target.fusion, []).append(row)
@@ -96,7 +97,7 @@ def make_plan(discovery: Discovery, pattern: Pattern, include: Sequence[str] = (
 
 
 def _named(discovery: Discovery, patterns: Mapping[str, str]) -> dict[str, tuple[Pattern | None, str]]:
-    """The decisions about single parameters, checked against the model."""
+    """Return the decisions about single parameters, checked against the model."""
     targets = {target.name: target for target in discovery.targets}
     named = {name: decided(text) for name, text in patterns.items()}
     for name, (pattern, _) in named.items():
@@ -110,7 +111,7 @@ def _named(discovery: Discovery, patterns: Mapping[str, str]) -> dict[str, tuple
 
 
 def _check_merged(plan: Plan) -> None:
-    """One merged GEMM has one N:M pattern."""
+    """Raise `UsageError` when one merged GEMM would have two N:M patterns."""
     first: dict[str, PlanRow] = {}
     for row in plan.pruned():
         other = first.setdefault(row.target.fusion, row)

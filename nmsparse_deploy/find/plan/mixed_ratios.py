@@ -18,7 +18,7 @@ from nmsparse_deploy.errors import UsageError
 
 
 def mixed_ratios(sensitivities: Sequence[float], ratio: float, alpha: float) -> list[float]:
-    """Sparsity (share of zeros) of every matrix around the mean `ratio` = p, most for the least sensitive.
+    """Return the sparsity (share of zeros) of every matrix around the mean `ratio` = p, most for the least sensitive.
 
     Equal sensitivities are ranked by their order. A single matrix gets `ratio`. Raises `UsageError` when a density
     would leave [0, 1].

@@ -1,7 +1,7 @@
-"""How much the loss rises when a part of the model is pruned: tried out, or told by the curvature of the loss.
+"""How much the loss increases when a part of the model is pruned: tried out, or predicted from its curvature.
 
-* `direct`: prune one fusion group, leave everything else dense, and measure the rise of the loss on the calibration
-  samples. One pass over the samples a group, started at the group's block.
+* `direct`: prune one fusion group, leave everything else dense, and measure the increase of the loss on the
+  calibration samples. One pass over the samples a group, started at the group's block.
 * `hutchinson`: the mean diagonal of the Hessian, `tr(H) / n`, of every weight, estimated by `zᵀ H z` with Rademacher
   `z` (Hutchinson 1990). MixGPT's sensitivity (Shao et al. 2024, arXiv:2310.09499). One `z` covers all weights at once:
   with `v = H z`, `E[z_i · v_i] = tr(H_ii)` for the part `i` of a weight. Needs memory for a double backward pass.
@@ -36,7 +36,7 @@ Batch = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class LossIncrease:
-    """Mean over samples of the rise of the loss, and its standard error (the same samples, dense and pruned)."""
+    """The mean increase of the loss over samples, and its standard error (the same samples, dense and pruned)."""
 
     mean: float
     error: float
@@ -53,29 +53,30 @@ class HessianTrace:
 
 def direct(loaded: LoadedModel, blocks: Sequence[str], parts: Sequence[Sequence[PlanRow]], batches: Sequence[Batch],
            measure: Objective, method: Method, progress: Progress = silent) -> list[LossIncrease]:
-    """The rise when each of `parts` alone is pruned by `method` to its rows' patterns.
+    """Measure the increase of the loss when each of `parts` alone is pruned by `method` to its rows' patterns.
 
     A part is what is pruned together, within one block: a fusion group, or a single target. The model is left as it
     was found.
     """
     increases: dict[int, LossIncrease] = {}
-    replay = _tail(loaded, blocks, batches, measure)
+    replay = _replay(loaded, blocks, batches, measure)
     for index, stats in _in_order(replay, parts, method):
         progress("trying fusion groups one by one", len(increases), len(parts))
         with pruned(loaded.module, parts[index], method, stats):
-            increases[index] = _rise(replay.dense, replay.run())
+            increases[index] = _increase(replay.dense, replay.run())
     return [increases[index] for index in range(len(parts))]
 
 
 def from_curvature(loaded: LoadedModel, blocks: Sequence[str], parts: Sequence[Sequence[PlanRow]],
                    batches: Sequence[Batch], measure: Objective, method: Method,
                    traces: Mapping[str, HessianTrace]) -> list[LossIncrease]:
-    """The rise that a curvature alike in all directions would give: `Σ ½ tr(H)/n · ‖W - Ŵ‖²` over the part's weights.
+    """Predict the increase of the loss that a curvature alike in all directions would give: `Σ ½ tr(H)/n · ‖W - Ŵ‖²`
+    over the part's weights.
 
     Ranks groups of different sizes; not calibrated in the objective's unit.
     """
     increases: dict[int, LossIncrease] = {}
-    for index, stats in _in_order(_tail(loaded, blocks, batches, measure), parts, method):
+    for index, stats in _in_order(_replay(loaded, blocks, batches, measure), parts, method):
         damage = {row.target.name: _damage(loaded.module, row, method, stats) / 2 for row in parts[index]}
         error = math.sqrt(sum((traces[name].error * half) ** 2 for name, half in damage.items()))
         increases[index] = LossIncrease(sum(traces[name].mean * half for name, half in damage.items()), error)
@@ -83,43 +84,45 @@ def from_curvature(loaded: LoadedModel, blocks: Sequence[str], parts: Sequence[S
 
 
 def _damage(module: nn.Module, row: PlanRow, method: Method, stats: Mapping[str, LayerStats]) -> float:
-    """`‖W - Ŵ‖²`"""
+    """Return `‖W - Ŵ‖²`."""
     weight = module.get_parameter(row.target.name).detach()
     return float((weight.double() - trial(module, row, method, stats).double()).square().sum())
 
 
-def _in_order(tail: SuffixReplay, parts: Sequence[Sequence[PlanRow]],
+def _in_order(replay: SuffixReplay, parts: Sequence[Sequence[PlanRow]],
               method: Method) -> Iterator[tuple[int, dict[str, LayerStats]]]:
-    """The number of every part, block by block, with the statistics of its block and the tail starting there."""
+    """Yield the number of every part, block by block, with the statistics of its block and the replay starting
+    there."""
     for block in range(1 + max(part[0].target.block for part in parts)):
         here = [index for index, part in enumerate(parts) if part[0].target.block == block]
-        stats = _statistics(tail, [row for index in here for row in parts[index]], method) if here else {}
+        stats = _statistics(replay, [row for index in here for row in parts[index]], method) if here else {}
         for index in here:
             yield index, stats
-        tail.advance()
+        replay.advance()
 
 
 def together(loaded: LoadedModel, blocks: Sequence[str], rows: Sequence[PlanRow], batches: Sequence[Batch],
              measure: Objective, method: Method, progress: Progress = silent) -> LossIncrease:
-    """The rise when all `rows` are pruned at once: what the sum of the single rises stands for."""
-    tail = _tail(loaded, blocks, batches, measure)
+    """Measure the increase of the loss when all `rows` are pruned at once: what the sum of single increases stands
+    for."""
+    replay = _replay(loaded, blocks, batches, measure)
     dense = {row.target.name: loaded.module.get_parameter(row.target.name).detach().clone() for row in rows}
     changed: dict[str, torch.Tensor] = {}
     progress("trying the plan as a whole", 0, 0)
     for block in range(len(blocks)):
         here = [row for row in rows if row.target.block == block]
-        stats = _statistics(tail, here, method) if here else {}
+        stats = _statistics(replay, here, method) if here else {}
         changed |= {row.target.name: trial(loaded.module, row, method, stats) for row in here}
-        tail.advance()
+        replay.advance()
     try:
         _write(loaded.module, changed)
-        tail.start_over()
-        return _rise(tail.dense, tail.run())
+        replay.start_over()
+        return _increase(replay.dense, replay.run())
     finally:
         _write(loaded.module, dense)
 
 
-def _tail(loaded: LoadedModel, blocks: Sequence[str], batches: Sequence[Batch], measure: Objective) -> SuffixReplay:
+def _replay(loaded: LoadedModel, blocks: Sequence[str], batches: Sequence[Batch], measure: Objective) -> SuffixReplay:
     references: dict[int, torch.Tensor] = {}
 
     def see(number: int, output: Any) -> torch.Tensor:
@@ -130,20 +133,20 @@ def _tail(loaded: LoadedModel, blocks: Sequence[str], batches: Sequence[Batch], 
     return SuffixReplay(loaded.module, blocks, batches, see)
 
 
-def _statistics(tail: SuffixReplay, rows: Sequence[PlanRow], method: Method) -> dict[str, LayerStats]:
-    return {} if method.facts.needs == "none" else tail.statistics([row.target for row in rows], method.facts.needs)
+def _statistics(replay: SuffixReplay, rows: Sequence[PlanRow], method: Method) -> dict[str, LayerStats]:
+    return {} if method.facts.needs == "none" else replay.statistics([row.target for row in rows], method.facts.needs)
 
 
-def _rise(dense: Sequence[torch.Tensor], pruned: Sequence[torch.Tensor]) -> LossIncrease:
-    rise = torch.cat(list(pruned)).double() - torch.cat(list(dense)).double()
-    error = float(rise.std()) / math.sqrt(len(rise)) if len(rise) > 1 else 0.0
-    return LossIncrease(float(rise.mean()), error)
+def _increase(dense: Sequence[torch.Tensor], pruned: Sequence[torch.Tensor]) -> LossIncrease:
+    difference = torch.cat(list(pruned)).double() - torch.cat(list(dense)).double()
+    error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
+    return LossIncrease(float(difference.mean()), error)
 
 
 @contextmanager
 def pruned(module: nn.Module, rows: Sequence[PlanRow], method: Method,
            stats: Mapping[str, LayerStats]) -> Iterator[None]:
-    """The model with some targets pruned, and as it was afterwards."""
+    """Prune some targets inside the block; afterwards the model is as it was."""
     dense = {row.target.name: module.get_parameter(row.target.name).detach().clone() for row in rows}
     try:
         _write(module, {row.target.name: trial(module, row, method, stats) for row in rows})
@@ -153,7 +156,7 @@ def pruned(module: nn.Module, rows: Sequence[PlanRow], method: Method,
 
 
 def trial(module: nn.Module, row: PlanRow, method: Method, stats: Mapping[str, LayerStats]) -> torch.Tensor:
-    """The weight of a target as `method` prunes it, in the parameter's shape and dtype."""
+    """Return the weight of a target as `method` prunes it, in the parameter's shape and dtype."""
     assert row.pattern is not None
     parameter = module.get_parameter(row.target.name).detach()
     weight = to_rows(parameter, row.target.axis).float()
@@ -170,7 +173,7 @@ def _write(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
 
 def hutchinson(loaded: LoadedModel, names: Sequence[str], batches: Sequence[Batch], measure: Objective,
                *, probes: int, seed: int, progress: Progress = silent) -> dict[str, HessianTrace]:
-    """The average trace of the loss Hessian for every named parameter. The same seed gives the same figures.
+    """Estimate the average trace of the loss Hessian for every named parameter. The same seed gives the same figures.
 
     The attention runs PyTorch's composed kernel, because the fused ones have no second derivative.
     """
@@ -201,7 +204,7 @@ def _rademacher(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 def _quadratic_forms(module: nn.Module, parameters: Sequence[nn.Parameter], signs: Sequence[torch.Tensor],
                      batches: Sequence[Batch], measure: Objective) -> torch.Tensor:
-    """`z_i · (H z)_i` for every parameter, of the mean loss over all samples."""
+    """Return `z_i · (H z)_i` for every parameter, of the mean loss over all samples."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     forms = torch.zeros(len(parameters), dtype=torch.float64)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,16 +17,17 @@ from nmsparse_deploy.find.plan.allocation import (
     Allocation,
     FusionGroup,
     PatternChoice,
+    PlanFacts,
     candidates,
     choices,
     decisions,
     solve,
     totals,
 )
-from nmsparse_deploy.find.plan.latency import Latency, LatencySource, source
+from nmsparse_deploy.find.plan.latency import Latency, source
 from nmsparse_deploy.find.plan.make_plan import Plan, PlanRow, by_fusion, make_plan
 from nmsparse_deploy.find.plan.mixed_ratios import mixed_ratios
-from nmsparse_deploy.find.plan.sensitivity import LossIncrease, direct, from_curvature, hutchinson, together
+from nmsparse_deploy.find.plan.sensitivity import Batch, LossIncrease, direct, from_curvature, hutchinson, together
 from nmsparse_deploy.models.discovery import trace_inputs
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.objective import Objective, objective
@@ -36,8 +36,6 @@ from nmsparse_deploy.pattern import Pattern, Unstructured, parse_pattern
 from nmsparse_deploy.recipe import DEFAULT_MODEL, Allocate
 from nmsparse_deploy.system import hardware
 from nmsparse_deploy.system.progress import Progress, silent
-
-Batches = list[dict[str, Any]]
 
 
 def plan(model: str = DEFAULT_MODEL, spec: Allocate = Allocate(budget=1.0), progress: Progress = silent) -> Allocation:  # noqa: B008
@@ -67,39 +65,41 @@ def plan(model: str = DEFAULT_MODEL, spec: Allocate = Allocate(budget=1.0), prog
     loaded.module.to(device, torch.float32 if curved else compute)
     trials = _Trials(loaded, base.blocks, _batches(loaded, sample.inputs, spec.calibration.batch),
                      Method.load(spec.method), progress)
-    rises = trials.rises(parts, patterns, spec)
+    increases = trials.increases(parts, patterns, spec)
     weights = sum(row.target.k * row.target.n for row in base.rows)
-    groups, chosen = _choose(asked, parts, patterns, rises, times, spec, share, weights)
-    total = totals(groups, chosen, share, weights, loaded.family == "llm" and not mixed)
-    total["measured_together"] = trials.together(groups, chosen)
+    groups, chosen = _choose(asked, parts, patterns, increases, times, spec, share, weights)
+    total = totals(groups, chosen, share, weights, loaded.family == "llm" and not mixed,
+                   trials.together(groups, chosen))
     rules = {row.target.name: row.reason for row in base.rows if row.pattern is None}
-    facts = _facts(spec, latencies, trials.measure, sample.to_json())
-    return Allocation(model, spec.pattern, decisions(groups, chosen, share, trials.measure.unit,
-                                                     asked), rules, total,
-                      {**facts, "seconds": round(time.perf_counter() - start, 1)})
+    constraint = {name: getattr(spec, name) for name in ("max_ppl_increase", "min_speedup", "budget")}
+    facts = PlanFacts({name: value for name, value in constraint.items() if value is not None}, spec.vary_keep,
+                      spec.spread if mixed else None, spec.estimator, spec.method, trials.measure.kind,
+                      trials.measure.unit, latencies, sample.to_json(), round(time.perf_counter() - start, 1))
+    return Allocation(model, spec.pattern, decisions(groups, chosen, share, trials.measure.unit, asked), rules, total,
+                      facts)
 
 
 def _choose(asked: Pattern, parts: Sequence[Sequence[PlanRow]], patterns: Sequence[Pattern],
-            rises: Sequence[Sequence[LossIncrease]], times: Sequence[Sequence[Latency]], spec: Allocate, share: float,
-            weights: int) -> tuple[list[FusionGroup], list[PatternChoice]]:
-    """The groups with all their choices, and the one that was taken: by the constraint, or by MixGPT's rule."""
+            increases: Sequence[Sequence[LossIncrease]], times: Sequence[Sequence[Latency]], spec: Allocate,
+            share: float, weights: int) -> tuple[list[FusionGroup], list[PatternChoice]]:
+    """Return the groups with all their choices, and the one that was taken: by the constraint, or by MixGPT's rule."""
     if isinstance(asked, Unstructured):
-        own = mixed_ratios([rise.mean for (rise,) in rises], asked.ratio, spec.spread)
-        groups = [choices(part, [Unstructured(ratio)], rise, latency, dense=False)
-                  for part, ratio, rise, latency in zip(parts, own, rises, times)]
+        own = mixed_ratios([increase.mean for (increase,) in increases], asked.ratio, spec.spread)
+        groups = [choices(part, [Unstructured(ratio)], increase, latency, dense=False)
+                  for part, ratio, increase, latency in zip(parts, own, increases, times)]
         return groups, [group.choices[0] for group in groups]
-    groups = [choices(part, patterns, rise, latency, dense=not spec.vary_keep)
-              for part, rise, latency in zip(parts, rises, times)]
+    groups = [choices(part, patterns, increase, latency, dense=not spec.vary_keep)
+              for part, increase, latency in zip(parts, increases, times)]
     return groups, solve(groups, spec, share, weights)
 
 
 def fusion_groups(base: Plan) -> list[list[PlanRow]]:
-    """The targets that may get the pattern, by fusion group, in the order of the blocks."""
+    """Return the targets that may get the pattern, by fusion group, in the order of the blocks."""
     return list(by_fusion(base.pruned()).values())
 
 
 def flop_share(loaded: LoadedModel, base: Plan, length: int) -> float:
-    """Share of the groups' GEMMs in all FLOPs of one sample of `length` tokens (text only)."""
+    """Return the share of the groups' GEMMs in all FLOPs of one sample of `length` tokens (text only)."""
     inputs = loaded.sample_inputs(1, length)
     reads = trace_inputs(loaded.module, base.blocks, inputs)
     inside = sum(2 * reads[row.target.name].rows * row.target.k * row.target.outputs for row in base.pruned())
@@ -107,9 +107,9 @@ def flop_share(loaded: LoadedModel, base: Plan, length: int) -> float:
 
 
 class _Trials:
-    """What is tried out on one model with one sample."""
+    """Trials on one model with one sample."""
 
-    def __init__(self, loaded: LoadedModel, blocks: Sequence[str], batches: Batches, method: Method,
+    def __init__(self, loaded: LoadedModel, blocks: Sequence[str], batches: list[Batch], method: Method,
                  progress: Progress) -> None:
         self.loaded = loaded
         self.blocks = blocks
@@ -119,9 +119,9 @@ class _Trials:
         with torch.no_grad():
             self.measure: Objective = objective(loaded, loaded.module(**batches[0]))
 
-    def rises(self, parts: Sequence[Sequence[PlanRow]], patterns: Sequence[Pattern],
-              spec: Allocate) -> list[list[LossIncrease]]:
-        """For every part, its rise under every pattern."""
+    def increases(self, parts: Sequence[Sequence[PlanRow]], patterns: Sequence[Pattern],
+                  spec: Allocate) -> list[list[LossIncrease]]:
+        """Return, for every part, the increase of the loss under every pattern."""
         given = (self.loaded, self.blocks)
         todo = [[replace(row, pattern=pattern) for row in part] for part in parts for pattern in patterns]
         if spec.estimator == "direct":
@@ -136,24 +136,15 @@ class _Trials:
             flat = from_curvature(*given, todo, self.batches, self.measure, self.method, traces)
         return [flat[at : at + len(patterns)] for at in range(0, len(flat), len(patterns))]
 
-    def together(self, groups: Sequence[FusionGroup], chosen: Sequence[PatternChoice]) -> dict[str, float]:
+    def together(self, groups: Sequence[FusionGroup], chosen: Sequence[PatternChoice]) -> LossIncrease:
+        """Measure the increase of the loss under the plan as a whole."""
         rows = [replace(row, pattern=choice.pattern) for group, choice in zip(groups, chosen) if choice.pattern
                 for row in group.rows]
-        rise = together(self.loaded, self.blocks, rows, self.batches, self.measure, self.method, self.progress)
-        return {"loss_rise": rise.mean, "standard_error": rise.error}
+        return together(self.loaded, self.blocks, rows, self.batches, self.measure, self.method, self.progress)
 
 
-def _batches(loaded: LoadedModel, inputs: dict[str, torch.Tensor], size: int) -> Batches:
-    """Batches in the model's own dtype: nothing here runs under autocast."""
+def _batches(loaded: LoadedModel, inputs: dict[str, torch.Tensor], size: int) -> list[Batch]:
+    """Make batches in the model's own dtype: nothing here runs under autocast."""
     dtype = next(loaded.module.parameters()).dtype
     return [{name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
              for name, value in batch.items()} for batch in loaded.batches(inputs, size)]
-
-
-def _facts(spec: Allocate, latencies: LatencySource, measure: Objective, sample: dict[str, Any]) -> dict[str, Any]:
-    asked = {name: getattr(spec, name) for name in ("max_ppl_increase", "min_speedup", "budget")}
-    return {"constraint": {name: value for name, value in asked.items() if value is not None},
-            "vary_keep": spec.vary_keep,
-            "spread": spec.spread if isinstance(parse_pattern(spec.pattern), Unstructured) else None,
-            "estimator": spec.estimator, "method": spec.method,
-            "objective": measure.kind, "unit": measure.unit, "latency": latencies.to_json(), "calibration": sample}
