@@ -16,7 +16,7 @@ def inspect(asked: Asked, model: str = DEMO, *, cost: bool = False) -> None:
     spec = asked.read(nms.Prune)
     say_default(model)
     if cost:
-        predicted = predict_cost(model, spec, output.progress)
+        predicted = predict_cost(model, spec, output.progress).to_json()
         output.table(predicted, ("predicted", ""), [(name.replace("_", " "), f"{value:,.0f}")
                                                     for name, value in predicted.items() if not isinstance(value, str)])
         return

@@ -13,16 +13,16 @@ def run(recipe: Path, *, out: Path | None = None, force: bool = False, dry_run: 
     if not dry_run:
         show_run(nms.run_recipe(loaded, out, force, output.progress))
         return
-    from nmsparse_deploy.find.inspect import price
+    from nmsparse_deploy.find.inspect import NotPriced, price
 
     cost = price(loaded, output.progress)
-    if "not_priced" in cost:  # a recipe of a model that nothing is known of is still a valid one
-        line = f"not priced: {cost['not_priced']}"
+    if isinstance(cost, NotPriced):  # a recipe of a model that nothing is known of is still a valid one
+        line = f"not priced: {cost.not_priced}"
     else:
-        time = f"{cost['seconds'] / 3600:,.1f} h" if cost["seconds"] > 7200 else f"{cost['seconds']:,.0f} s"
-        line = (f"predicted for pruning on this machine: {time}, {cost['memory_mb'] / 1e3:,.1f} GB of memory, "
-                f"{cost['disk_mb'] / 1e3:,.1f} GB of disk")
-    output.result({**loaded.model_dump(mode="json"), "cost": cost}, [f"{recipe} is valid.", line])
+        time = f"{cost.seconds / 3600:,.1f} h" if cost.seconds > 7200 else f"{cost.seconds:,.0f} s"
+        line = (f"predicted for pruning on this machine: {time}, {cost.memory_mb / 1e3:,.1f} GB of memory, "
+                f"{cost.disk_mb / 1e3:,.1f} GB of disk")
+    output.result({**loaded.model_dump(mode="json"), "cost": cost.to_json()}, [f"{recipe} is valid.", line])
 
 
 def show_run(run: "nms.RunDir") -> None:

@@ -7,10 +7,10 @@ speed of matrix products on this machine, which small models and small batches d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.cost import Rates, estimate
+from nmsparse_deploy.find.facts import Json
 from nmsparse_deploy.find.footprint import footprint
 from nmsparse_deploy.find.offload import load_fitting, planned
 from nmsparse_deploy.pattern import NMPattern
@@ -23,7 +23,7 @@ NAME = "auto"
 MINUTES = 10.0
 SLACK = 2.0
 CLOSED = CLOSED_FORM.model_dump(include={"method", "refine", "sequential"})
-LADDER: dict[str, dict[str, Any]] = {
+LADDER: dict[str, Json] = {
     "reconstructed, the last block on predictions": {
         **CLOSED, "refine": [*CLOSED["refine"], {"name": "reconstruct", "through": 1}]},
     "reconstructed": {**CLOSED, "refine": [*CLOSED["refine"], {"name": "reconstruct"}]},
@@ -42,9 +42,10 @@ class AutoRecipe:
     why: str
 
 
-def choose(model: str, settings: dict[str, Any], minutes: float = MINUTES, progress: Progress = silent,
+def choose(model: str, settings: Json, minutes: float = MINUTES, progress: Progress = silent,
            max_memory: int | None = None) -> AutoRecipe:
-    """The first rung of the ladder that is predicted to fit; `settings` are the other fields of the prune section.
+    """Choose the first recipe of the ladder that is predicted to fit; `settings` are the other fields of the prune
+    section.
 
     Raises `UsageError` when even the fastest rung does not fit, or when the settings ask for refinements themselves.
     """

@@ -50,7 +50,7 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class BlockContent:
-    """What pruning a block came to: parameters (weights, norms, biases) as they are stored, packed masks, scales of
+    """The outcome of pruning a block: parameters (weights, norms, biases) as they are stored, packed masks, scales of
     rounded weights, orders of permuted channels, and the records."""
 
     layers: Sequence[LayerRecord]

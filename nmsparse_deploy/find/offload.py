@@ -6,12 +6,12 @@ The first of the three that is predicted to fit is taken. What is computed is th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from nmsparse_deploy import models
 from nmsparse_deploy.errors import NmsparseError
+from nmsparse_deploy.find.facts import Json
 from nmsparse_deploy.find.footprint import footprint
 from nmsparse_deploy.find.plan.make_plan import Plan, make_plan
 from nmsparse_deploy.models.loaded import LoadedModel
@@ -35,7 +35,7 @@ class OpenedModel:
     limit: int | None
     """What the user allows, in bytes."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         return {"weights": "streamed" if self.loaded.streamed else "in memory",
                 "hidden_states": "on disk" if self.on_disk else "in memory",
                 "predicted_bytes": self.predicted, "limit_bytes": self.limit}
@@ -49,21 +49,20 @@ class OpenedModel:
 
 
 def load_fitting(model: str, limit: int | None = None) -> LoadedModel:
-    """`model` with its weights left in their files when they are more than is free, or when there is a limit.
+    """Load `model`, with its weights left in their files when they are more than is free, or when there is a limit.
 
     A model of the hub is downloaded first: how large it is should not be found out by loading it.
     """
     folder = models.download(model) or models.checkpoint(model)
-    room = memory.free_memory()
+    free = memory.free_memory()
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
-    stream = folder is not None and (limit is not None or size > room)
+    stream = folder is not None and (limit is not None or size > free)
     return models.load(model, stream=stream)
 
 
 def planned(loaded: LoadedModel, spec: Prune) -> Plan:
-    """What `spec` asks to be pruned in `loaded`."""
-    found = loaded.discover()
-    return make_plan(found, parse_pattern(spec.pattern), spec.include, spec.exclude, spec.patterns)
+    """Plan what `spec` asks to be pruned in `loaded`."""
+    return make_plan(loaded.discover(), parse_pattern(spec.pattern), spec.include, spec.exclude, spec.patterns)
 
 
 def open_model(model: str, spec: Prune, compute: torch.dtype, limit: int | None = None,
@@ -76,13 +75,13 @@ def open_model(model: str, spec: Prune, compute: torch.dtype, limit: int | None 
     if not loaded.streamed:
         _refuse_over(limit, need.whole, "and this kind of model cannot be streamed from its files")
         return OpenedModel(loaded, plan, False, need.whole, limit)
-    room = limit or memory.free_memory()
-    if need.whole <= room:
+    available = limit or memory.free_memory()
+    if need.whole <= available:
         return OpenedModel(models.load(model), plan, False, need.whole, limit)
     if reason := spec.whole_model:
         raise NmsparseError(f"{reason} needs the whole model in memory, {megabytes(need.whole)} as predicted, and "
-                            f"there are {megabytes(room)}.", "leave it out, or take a machine with more memory")
-    on_disk = need.streamed > room
+                            f"there are {megabytes(available)}.", "leave it out, or take a machine with more memory")
+    on_disk = need.streamed > available
     predicted = need.on_disk if on_disk else need.streamed
     progress(f"weights are streamed from their files{', hidden states are on disk' if on_disk else ''}; predicted peak "
              f"{megabytes(predicted)}", 0, 0)

@@ -131,7 +131,7 @@ def _prune_layer(module: nn.Module, row: PlanRow, stats: LayerStats, spec: Prune
 
 
 def _rounded(layer: PrunedLayer, spec: Prune) -> LayerResult:
-    """The survivors on a grid of their own, by a sweep that keeps the mask and lets later columns compensate."""
+    """Round the survivors to a grid of their own, by a sweep that keeps the mask and lets later columns compensate."""
     assert spec.wbits is not None
     weight = layer.weight
     return prune_matrices(Method.load("sparsegpt"), weight, layer.stats, layer.pattern,
@@ -161,7 +161,7 @@ def _refine_block(module: nn.Module, plan: Plan, pruned: PrunedBlock, walk: Bloc
 
 
 def _distance(module: nn.Module, number: int, walk: BlockWalk) -> Callable[..., torch.Tensor]:
-    """How far the model's output moves with this block's; the blocks behind this one are still dense."""
+    """Measure how far the model's output moves with this block's; the blocks behind this one are still dense."""
     def distance(batch: int, x: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             reference = walk.finish(number, batch, dense)

@@ -192,7 +192,7 @@ def test_hostile_files_are_one_sentence_and_leave_nothing(dense, truth, tmp_path
 
 def test_an_archive_that_unpacks_to_more_than_any_model_is_refused_unread(dense, truth, tmp_path, monkeypatch):
     bomb = hostile(tmp_path, truth) / "bomb.npz"
-    monkeypatch.setattr("nmsparse_deploy.find.import_masks.LARGEST", 100)
+    monkeypatch.setattr("nmsparse_deploy.find.mask_files.MAX_BYTES", 100)
     monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_, **__: pytest.fail("unpacked"))
     with pytest.raises(UsageError, match="claims to unpack"):
         import_result(str(dense), bomb, out=tmp_path / "run")

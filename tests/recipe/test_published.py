@@ -13,7 +13,7 @@ import yaml
 from nmsparse_deploy import models
 from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.find.cost import Rates
+from nmsparse_deploy.find.cost import Cost, Rates
 from nmsparse_deploy.find.inspect import predict_cost, price
 from nmsparse_deploy.recipe import Prune, Recipe, fingerprint, validate
 from tests import ROOT
@@ -41,9 +41,9 @@ def test_every_recipe_is_priced_without_the_model(path):
     if recipe.model.startswith("timm:"):
         pytest.importorskip("timm")
     cost = price(recipe)
-    assert "not_priced" not in cost and cost["status"] == "predicted"
-    assert cost["seconds"] > 0 or recipe.prune.method == "magnitude"
-    assert cost["memory_mb"] > 0 and cost["disk_mb"] > 0
+    assert isinstance(cost, Cost) and cost.status == "predicted"
+    assert cost.seconds > 0 or recipe.prune.method == "magnitude"
+    assert cost.memory_mb > 0 and cost.disk_mb > 0
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -68,7 +68,7 @@ def test_a_price_is_that_of_the_loaded_model(llama_dir):
     spec = validate(Prune, {"method": "sparsegpt", "calibration": {"samples": 8, "length": 64}})
     real, bare = predict_cost(str(llama_dir), spec), price(Recipe(model=str(llama_dir), prune=spec))
     known = {"forward_gflop", "gram_gflop", "factor_gflop", "sweep_gflop", "tokens", "disk_mb"}
-    assert {key: real[key] for key in known} == {key: bare[key] for key in known}
+    assert {key: getattr(real, key) for key in known} == {key: getattr(bare, key) for key in known}
 
 
 def test_what_is_not_known_is_not_priced(tmp_path, capfd):

@@ -13,7 +13,7 @@ from nmsparse_deploy.registry import Need
 
 @dataclass(frozen=True)
 class ExpertTokens:
-    """How many calibration tokens reached each expert of a matrix, and which experts too few reached."""
+    """The numbers of calibration tokens that reached each expert of a matrix, and the experts that too few reached."""
 
     tokens: tuple[int, ...]
     by_magnitude: tuple[int, ...]
