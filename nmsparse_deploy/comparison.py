@@ -8,20 +8,22 @@ pruned, so they cannot be shared between recipes without changing them; within a
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.prune import prune
-from nmsparse_deploy.measure.evaluate.result import bootstrap_interval
+from nmsparse_deploy.measure.evaluate.result import Evaluation, bootstrap_interval
 from nmsparse_deploy.measure.evaluate.stage import evaluate
+from nmsparse_deploy.measure.report.compare import ComparedRecipe, Comparison, PairedMean, Score, compare_page
+from nmsparse_deploy.measure.report.views import html, markdown
 from nmsparse_deploy.recipe import DEFAULT_MODEL, Evaluate, Prune, Recipe, validate
 from nmsparse_deploy.registry import check_method
 from nmsparse_deploy.runs.run_dir import RUNS, RunDir
+from nmsparse_deploy.runs.stage_file import read_stage
 from nmsparse_deploy.system.environment import environment, now
 from nmsparse_deploy.system.progress import Progress, silent
 
@@ -31,7 +33,7 @@ def load(names: Sequence[str]) -> dict[str, Prune]:
 
     Raises `UsageError` for a name that is neither, and for two recipes of one name.
     """
-    found: dict[str, Prune] = {}
+    recipes: dict[str, Prune] = {}
     for name in names:
         path = Path(name)
         if path.suffix in (".yaml", ".yml"):
@@ -40,76 +42,65 @@ def load(names: Sequence[str]) -> dict[str, Prune]:
             method, *steps = name.split("+")
             check_method(method)
             key, spec = name, validate(Prune, {"method": method, "refine": [{"name": step} for step in steps]})
-        if key in found:
+        if key in recipes:
             raise UsageError(f"Two recipes are called '{key}'; rename one of the files.")
-        found[key] = spec
-    if len(found) < 2:
+        recipes[key] = spec
+    if len(recipes) < 2:
         raise UsageError("Comparing takes two recipes or more.", "nmsparse-deploy compare sparsegpt group-obs+refit")
-    return found
+    return recipes
 
 
 def compare(recipes: dict[str, Prune], model: str = DEFAULT_MODEL, spec: Evaluate = Evaluate(),  # noqa: B008
-            out: Path | None = None, progress: Progress = silent) -> dict[str, Any]:
+            out: Path | None = None, progress: Progress = silent) -> Comparison:
     """Prune with every recipe, score all of them, and write `compare.json`, `.md` and `.html` into `out`.
 
     Finished runs in `out` are kept, so a stopped comparison goes on where it was. The first recipe is the reference.
     """
     folder = out or RUNS / "compare"
-    rows: list[dict[str, Any]] = []
-    dense: dict[str, Any] = {}
-    samples: dict[str, str] = {}
+    rows: list[ComparedRecipe] = []
+    samples: set[str] = set()
     for number, (name, prune_spec) in enumerate(recipes.items()):
         progress(f"recipe {number + 1} of {len(recipes)}: {name}", number, len(recipes))
         run = prune(model, prune_spec, folder / name, progress=progress)
         manifest = run.manifest()
         if manifest.spec("evaluate") != spec.model_dump(mode="json"):
             evaluate(run, spec, progress)
-        measured = run.read_json("evaluate.json")
-        dense, pruned = (_headline(measured["results"][label]) for label in ("dense", "pruned"))
+        dense, pruned = (_score(run, label) for label in ("dense", "pruned"))
         record = manifest.stages["prune"]
-        if record.calibration:
-            samples[name] = str(record.calibration["fingerprint"])
-        rows.append({"recipe": name, "spec": prune_spec.model_dump(mode="json"), "run": str(run.path),
-                     "seconds": record.seconds, "peak_memory_mb": record.peak_memory_mb, **pruned})
-    for row in rows:
-        row |= _against(row, rows[0], dense)
-    result = {"model": model, "date": now(), "evaluate": spec.model_dump(mode="json"), "dense": dense, "rows": rows,
-              "same_calibration": len(set(samples.values())) <= 1, "page": str(folder / "compare.html"),
-              **environment()}
-    _write(folder, result)
-    return result
+        samples |= {str(record.calibration["fingerprint"])} if record.calibration else set()
+        row = ComparedRecipe(**vars(pruned), recipe=name, spec=prune_spec.model_dump(mode="json"), run=str(run.path),
+                             seconds=record.seconds, peak_memory_mb=record.peak_memory_mb or 0)
+        rows.append(_against(row, rows[0] if rows else row, dense))
+    comparison = Comparison(model, now(), spec.model_dump(mode="json"), dense, tuple(rows), len(samples) <= 1,
+                            str(folder / "compare.html"), **environment())
+    _write(folder, comparison)
+    return comparison
 
 
-def _headline(found: dict[str, Any] | list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the first metric of a model's results: perplexity, accuracy or similarity."""
-    row = found[0] if isinstance(found, list) else found
-    return {key: row[key] for key in ("metric", "value", "standard_error", "samples", "per_sample")}
+def _score(run: RunDir, label: str) -> Score:
+    """Read the first metric of a model's results."""
+    evaluation = read_stage(run, "evaluate.json", Evaluation)
+    assert evaluation is not None
+    results = evaluation.results[label]
+    first = results[0] if isinstance(results, list) else results
+    return Score(first.metric, first.value, first.standard_error, first.samples, first.per_sample)
 
 
-def _against(row: dict[str, Any], reference: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
-    """Return the share of the reference's gap to dense that a recipe closes, and for a mean a paired interval."""
-    gap = _loss(reference) - _loss(dense)
-    share = (_loss(reference) - _loss(row)) / gap if gap else 0.0
-    pairs = [b - a for a, b in zip(reference["per_sample"], row["per_sample"])]
-    if not pairs:
-        return {"gap_closed": share}
-    low, high = bootstrap_interval(torch.tensor(pairs, dtype=torch.float64))
-    return {"gap_closed": share, "difference": {"mean": sum(pairs) / len(pairs), "low": low, "high": high}}
+def _against(row: ComparedRecipe, reference: ComparedRecipe, dense: Score) -> ComparedRecipe:
+    """Add the share of the reference's gap to dense that a recipe closes, and for a mean a paired interval."""
+    gap = reference.loss - dense.loss
+    share = (reference.loss - row.loss) / gap if gap else 0.0
+    pairs = [b - a for a, b in zip(reference.per_sample, row.per_sample)]
+    interval = bootstrap_interval(torch.tensor(pairs, dtype=torch.float64)) if pairs else None
+    return replace(row, gap_closed=share,
+                   difference=PairedMean(sum(pairs) / len(pairs), *interval) if interval else None)
 
 
-def _loss(row: dict[str, Any]) -> float:
-    """Return a figure that is better when smaller: log-perplexity, or minus a score."""
-    return math.log(row["value"]) if "ppl" in row["metric"] else -float(row["value"])
-
-
-def _write(folder: Path, result: dict[str, Any]) -> None:
-    from nmsparse_deploy.measure.report.compare import compare_page
-    from nmsparse_deploy.measure.report.views import html, markdown
-
-    page = compare_page(result)
+def _write(folder: Path, comparison: Comparison) -> None:
+    page = compare_page(comparison)
     home = RunDir(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in {"compare.json": json.dumps(result, indent=1) + "\n", "compare.md": markdown(page),
-                       "compare.html": html(page)}.items():
+    for name, text in {"compare.json": json.dumps(comparison.to_json(), indent=1) + "\n",
+                       "compare.md": markdown(page), "compare.html": html(page)}.items():
         with home.replacing(name) as file:
             file.write_text(text, encoding="utf-8")

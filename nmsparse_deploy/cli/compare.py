@@ -15,10 +15,10 @@ def compare(asked: Asked, recipes: tuple[str, ...], *, model: str = DEMO, out: P
     from nmsparse_deploy.comparison import load
 
     result = nms.compare(load(recipes), model, asked.read(nms.Evaluate, continuation=0), out, output.progress)
-    dense = result["dense"]
-    rows = [("dense", f"{dense['value']:.4g} ± {dense['standard_error']:.2g}", "", "", "")]
-    rows += [(row["recipe"], f"{row['value']:.4g} ± {row['standard_error']:.2g}",
-              f"{row['gap_closed']:.0%}" if number else "reference", f"{row['seconds']:.0f} s",
-              f"{row['peak_memory_mb']:,} MB") for number, row in enumerate(result["rows"])]
-    output.table(result, ("recipe", dense["metric"], "gap to dense closed", "prune time", "peak memory"), rows,
-                 [result["page"]])
+    dense = result.dense
+    rows = [("dense", f"{dense.value:.4g} ± {dense.standard_error:.2g}", "", "", "")]
+    rows += [(row.recipe, f"{row.value:.4g} ± {row.standard_error:.2g}",
+              f"{row.gap_closed:.0%}" if number else "reference", f"{row.seconds:.0f} s",
+              f"{row.peak_memory_mb:,} MB") for number, row in enumerate(result.rows)]
+    output.table(result.to_json(), ("recipe", dense.metric, "gap to dense closed", "prune time", "peak memory"), rows,
+                 [result.page])

@@ -25,8 +25,8 @@ def build(run: RunDir, spec: Build = Build(), progress: Progress = silent) -> Se
     with run.lock():
         rows = engine.deploy(run, spec, progress)
         made = {row.key for row in rows}
-        kept = [row for row in built_engines(run) if row.key not in made]
-        run.write_json(RECORD, {"engines": [row.to_json() for row in (*kept, *rows)], **environment()})
+        others = [row for row in built_engines(run) if row.key not in made]
+        run.write_json(RECORD, {"engines": [row.to_json() for row in (*others, *rows)], **environment()})
         run.finish("build", time.perf_counter() - start, spec=spec.model_dump(mode="json"))
     return rows
 

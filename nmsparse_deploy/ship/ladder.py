@@ -75,14 +75,14 @@ class _Ladder:
 
     def _resolve(self, kind: str) -> dict[str, str]:
         """Return by node the builder's line that names it."""
-        found: dict[str, str] = {}
+        lines: dict[str, str] = {}
         names = self.sources.log.names(kind) if self.sources.log else {}
         for name, raw in names.items():
             nodes = nodes_of(name, self.sources.layers or (), self.gemms)
             if not nodes and name not in self.unplaced:
                 self.unplaced.append(name)
-            found |= dict.fromkeys(nodes, raw)
-        return found
+            lines |= dict.fromkeys(nodes, raw)
+        return lines
 
     def _unplaced_kernels(self) -> list[str]:
         """Return sparse kernels, in the plan or running, that belong to no single multiplication."""
@@ -200,9 +200,9 @@ class _Ladder:
 def _by_tactic(layers: Sequence[EngineLayer], kernels: Kernels) -> dict[str, dict[str, int]]:
     """Return by tactic the kernels that ran for it: those whose name holds it, each for its longest tactic."""
     tactics = sorted({layer.tactic for layer in layers if layer.tactic not in HIDDEN}, key=len, reverse=True)
-    found: dict[str, dict[str, int]] = defaultdict(dict)
+    ran: dict[str, dict[str, int]] = defaultdict(dict)
     for name, count in kernels.items():
         tactic = next((tactic for tactic in tactics if tactic in name), None)
         if tactic is not None:
-            found[tactic][name] = count
-    return found
+            ran[tactic][name] = count
+    return ran

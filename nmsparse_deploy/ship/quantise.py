@@ -116,11 +116,11 @@ class Range:
 def calibrate(module: nn.Module, targets: Sequence[Target], batches: Iterable[Mapping[str, Any]],
               progress: Progress = silent) -> dict[str, Range]:
     """Return ranges by module path over `batches` of keyword arguments. Raises `NmsparseError` if one is not finite."""
-    found: dict[str, tuple[float, float]] = {}
+    ranges: dict[str, tuple[float, float]] = {}
 
     def see(path: str, read: torch.Tensor, wrote: torch.Tensor) -> None:
-        before = found.get(path, (0.0, 0.0))
-        found[path] = (max(before[0], float(read.abs().max())), max(before[1], float(wrote.abs().max())))
+        before = ranges.get(path, (0.0, 0.0))
+        ranges[path] = (max(before[0], float(read.abs().max())), max(before[1], float(wrote.abs().max())))
 
     handles = [module.get_submodule(path).register_forward_hook(
         lambda layer, args, result, path=path: see(path, args[0], result)) for path in {t.module for t in targets}]
@@ -132,10 +132,10 @@ def calibrate(module: nn.Module, targets: Sequence[Target], batches: Iterable[Ma
     finally:
         for handle in handles:
             handle.remove()
-    for path, seen in found.items():
+    for path, seen in ranges.items():
         if not all(np.isfinite(seen)):
             raise NmsparseError(f"The activations of '{path}' are not finite, so they have no range to quantise.")
-    return {path: Range(*seen) for path, seen in found.items()}
+    return {path: Range(*seen) for path, seen in ranges.items()}
 
 
 def activation_ranges(run: RunDir, loaded: LoadedModel, targets: list[Target], progress: Progress) -> dict[str, Range]:

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 
@@ -27,7 +27,7 @@ class Finding:
     found: str
     hint: str = ""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, str]:
         return asdict(self)
 
 
@@ -91,17 +91,17 @@ def _packages() -> list[Finding]:
     rows = []
     for package, extra in (("transformers", ""), ("onnx", "onnx"), ("onnxscript", "onnx"), ("onnxruntime", "onnx"),
                            ("timm", "vision"), ("pillow", "vision"), ("diffusers", "diffusion"), ("lm_eval", "eval")):
-        found = installed(package) or (installed("onnxruntime-gpu") if package == "onnxruntime" else None)
+        release = installed(package) or (installed("onnxruntime-gpu") if package == "onnxruntime" else None)
         hint = f"pip install 'nmsparse-deploy[{extra}]'"
-        rows.append(Finding(package, "ok", found) if found else Finding(package, "missing", "not installed", hint))
+        rows.append(Finding(package, "ok", release) if release else Finding(package, "missing", "not installed", hint))
     return rows
 
 
 def _tensorrt() -> Finding:
     for package in ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"):
-        found = installed(package)
-        if found:
-            return Finding("TensorRT", "ok", f"{found} (major {found.split('.')[0]})")
+        release = installed(package)
+        if release:
+            return Finding("TensorRT", "ok", f"{release} (major {release.split('.')[0]})")
     return Finding("TensorRT", "missing", "not installed: exports are kept as ONNX, no engine is built",
                    "pip install 'nmsparse-deploy[trt11]'")
 
@@ -123,15 +123,15 @@ def _clashes() -> list[Finding]:
 def _torchvision_clash() -> list[Finding]:
     import torch
 
-    found = installed("torchvision")
-    if found is None:
+    release = installed("torchvision")
+    if release is None:
         return []
     try:
         import torchvision  # noqa: F401
     except Exception:
-        return [Finding("torchvision", "problem", f"{found} was built for another torch than {torch.__version__}; "
+        return [Finding("torchvision", "problem", f"{release} was built for another torch than {torch.__version__}; "
                         "it breaks transformers and timm", "pip uninstall torchvision")]
-    return [Finding("torchvision", "ok", found)]
+    return [Finding("torchvision", "ok", release)]
 
 
 def _memory() -> Finding:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import psutil
 import torch
@@ -20,7 +20,7 @@ import torch
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.system.cuda_graphs import record
 from nmsparse_deploy.system.doctor import no_cuda
-from nmsparse_deploy.system.environment import environment
+from nmsparse_deploy.system.environment import Environment, environment
 from nmsparse_deploy.system.timing import Call, Clock, wall
 
 MIN_MS = 0.2
@@ -32,6 +32,41 @@ REASONS = {0x1: "idle", 0x2: "clocks set by an application", 0x4: "power cap", 0
            0x10: "sync boost", 0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown",
            0x80: "hardware power brake", 0x100: "display clocks"}
 """Bits of NVML's reasons for a lower clock."""
+
+
+class Libraries(TypedDict):
+    """Versions that kernels come from; None where a library is not there or does not tell."""
+
+    cuda: str | None
+    cusparselt: int | None
+    cusparselt_loaded: str | None
+    """The file that is really loaded; PyTorch only tells what it was built with."""
+    cudnn: int | None
+    cublas: int | None
+    driver: str | None
+
+
+class GpuState(TypedDict, total=False):
+    """What NVML says now; None where this GPU or driver does not tell."""
+
+    unavailable: str
+    """Why nobody can say; then nothing else is there."""
+    sm_mhz: int | None
+    memory_mhz: int | None
+    most_sm_mhz: int | None
+    power_mw: int | None
+    power_limit_mw: int | None
+    temperature_c: int | None
+    throttle_reasons: list[str] | None
+
+
+class MachineEnvironment(Environment):
+    """What a figure depends on besides the model."""
+
+    dry: bool
+    device: str
+    libraries: Libraries
+    state: GpuState
 
 
 @dataclass(frozen=True)
@@ -50,10 +85,9 @@ class Machine:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def environment(self) -> dict[str, Any]:
+    def environment(self) -> MachineEnvironment:
         """Return everything a figure depends on besides the model."""
-        found = environment()
-        return {**found, "dry": self.dry, "device": self.name, "libraries": libraries(), "state": state()}
+        return {**environment(), "dry": self.dry, "device": self.name, "libraries": libraries(), "state": state()}
 
 
 def require_gpu(what: str) -> Machine:
@@ -95,8 +129,8 @@ def _between_events(call: Call, calls: int) -> float:
     return float(start.elapsed_time(end)) / calls
 
 
-def libraries() -> dict[str, Any]:
-    """Return versions that kernels come from."""
+def libraries() -> Libraries:
+    """Ask every library that kernels come from."""
     backend = getattr(torch.backends, "cusparselt", None)
     return {"cuda": torch.version.cuda, "cusparselt": backend.version() if backend is not None else None,
             "cusparselt_loaded": _loaded("libcusparseLt"), "cudnn": torch.backends.cudnn.version(),
@@ -104,20 +138,19 @@ def libraries() -> dict[str, Any]:
 
 
 def _loaded(library: str) -> str | None:
-    """Return the file that is really loaded; PyTorch only tells what it was built with."""
     return next((mapped.path for mapped in psutil.Process().memory_maps() if library in mapped.path), None)
 
 
 def _cublas_version() -> int | None:
     path = _loaded("libcublasLt.so")
     try:
-        found = ctypes.CDLL(path).cublasLtGetVersion if path else None
+        ask = ctypes.CDLL(path).cublasLtGetVersion if path else None
     except (OSError, AttributeError):
         return None
-    if found is None:
+    if ask is None:
         return None
-    found.restype = ctypes.c_size_t
-    return int(found())
+    ask.restype = ctypes.c_size_t
+    return int(ask())
 
 
 def _driver() -> str | None:
@@ -125,22 +158,22 @@ def _driver() -> str | None:
         return _text(nvml.nvmlSystemGetDriverVersion()) if nvml is not None else None
 
 
-def state() -> dict[str, Any]:
+def state() -> GpuState:
     """Read clocks, power, temperature and what holds the clocks down, now; or why nobody can say."""
     with _nvml() as nvml:
         if nvml is None:
             return {"unavailable": "no NVIDIA GPU, or the package nvidia-ml-py is not installed"}
         handle = nvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device() if torch.cuda.is_available() else 0)
         reasons = _ask(nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", handle)
-        asked: dict[str, Any] = {
+        held = [text for bit, text in REASONS.items() if reasons is not None and reasons & bit]
+        return {
             "sm_mhz": _ask(nvml, "nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_SM),
             "memory_mhz": _ask(nvml, "nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_MEM),
             "most_sm_mhz": _ask(nvml, "nvmlDeviceGetMaxClockInfo", handle, nvml.NVML_CLOCK_SM),
             "power_mw": _ask(nvml, "nvmlDeviceGetPowerUsage", handle),
             "power_limit_mw": _ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle),
-            "temperature_c": _ask(nvml, "nvmlDeviceGetTemperature", handle, nvml.NVML_TEMPERATURE_GPU)}
-        held = [text for bit, text in REASONS.items() if reasons is not None and reasons & bit]
-        return {**asked, "throttle_reasons": held if reasons is not None else None}
+            "temperature_c": _ask(nvml, "nvmlDeviceGetTemperature", handle, nvml.NVML_TEMPERATURE_GPU),
+            "throttle_reasons": held if reasons is not None else None}
 
 
 def _ask(nvml: Any, name: str, *arguments: Any) -> Any:

@@ -28,7 +28,7 @@ from nmsparse_deploy.pattern import Unstructured
 from nmsparse_deploy.ship.quantise import BASE, FORMATS, Range, scale_of
 from nmsparse_deploy.ship.torch_sparse.kernel_choice import GemmDecision
 from nmsparse_deploy.ship.torch_sparse.linear import KernelLinear, encoded, make, replace
-from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels
+from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, KernelSetting, kernels
 from nmsparse_deploy.system.gpu_clock import Machine
 from nmsparse_deploy.system.sparse_cores import shape_fits
 from nmsparse_deploy.system.timing import Call, interleave, ratio, summarise
@@ -54,27 +54,27 @@ class ArmLayer:
 def arm_layers(module: nn.Module, targets: Sequence[Target], masked: Collection[str],
                precision: str) -> list[ArmLayer]:
     """Return the layers that the arms differ in. What is not an ordinary layer stays dense in all of them."""
-    found = []
+    layers = []
     for target in targets:
         layer: Any = module.get_submodule(target.module)
         if target.name not in masked or target.watched or target.experts > 1 or group_axis(layer) is None \
                 or layer.weight.ndim != 2:
             continue
         fits = shape_fits(precision, target.k, target.n)
-        found.append(ArmLayer(target.name, target.module, target.axis, target.k, target.n, layer.bias is not None,
+        layers.append(ArmLayer(target.name, target.module, target.axis, target.k, target.n, layer.bias is not None,
                           None if fits else f"the kernels do not take {target.k} x {target.n} in {precision}"))
-    return found
+    return layers
 
 
-def make_arms(module: nn.Module, found: Sequence[ArmLayer], masks: Mapping[str, torch.Tensor], precision: str,
-              ranges: Mapping[str, Range], settings: Mapping[str, dict[int, Setting]]) -> dict[str, nn.Module]:
+def make_arms(module: nn.Module, places: Sequence[ArmLayer], masks: Mapping[str, torch.Tensor], precision: str,
+              ranges: Mapping[str, Range], settings: Mapping[str, dict[int, KernelSetting]]) -> dict[str, nn.Module]:
     """Return the arms of a dense `module`, which is on its device in 16 bits, without `auto`.
 
     `masks` are bool, in the weights' layout; `settings` of the sparse kernels are by parameter.
     """
     base = DTYPES[BASE if precision in FORMATS else precision]
     arms = {name: _sharing(module) for name in (DENSE, PRUNED, SPARSE, CONTROL)}
-    for site in found:
+    for site in places:
         parameter = module.get_parameter(site.parameter).detach()
         bias = getattr(module.get_submodule(site.layer), "bias", None)
         bias = None if bias is None else bias.detach()
@@ -91,17 +91,18 @@ def make_arms(module: nn.Module, found: Sequence[ArmLayer], masks: Mapping[str, 
         layers = {DENSE: layer(rows, False), PRUNED: layer(pruned, False),
                   CONTROL: layer(torch.where(project(rows.abs().float(), HALF, scope="row"), rows, zero), False)}
         layers[SPARSE] = layers[PRUNED] if site.why_not else layer(pruned, True)
-        for name, one in layers.items():
-            replace(arms[name], site.layer, one)
+        for name, made in layers.items():
+            replace(arms[name], site.layer, made)
     return arms
 
 
-def make_auto(arms: Mapping[str, nn.Module], found: Sequence[ArmLayer], decisions: Sequence[GemmDecision]) -> nn.Module:
+def make_auto(arms: Mapping[str, nn.Module], places: Sequence[ArmLayer],
+              decisions: Sequence[GemmDecision]) -> nn.Module:
     """Return a model whose every layer is that of the pruned arm that was decided for."""
-    kept = {name for one in decisions for name in one.weights if one.keep == "sparse"}
+    sparse = {name for decision in decisions for name in decision.weights if decision.keep == "sparse"}
     auto = _sharing(arms[PRUNED])
-    for site in found:
-        replace(auto, site.layer, arms[SPARSE if site.parameter in kept else PRUNED].get_submodule(site.layer))
+    for site in places:
+        replace(auto, site.layer, arms[SPARSE if site.parameter in sparse else PRUNED].get_submodule(site.layer))
     return auto
 
 
@@ -134,7 +135,7 @@ def prefill(arms: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> dict[st
     return {name: _forward(module, dict(inputs)) for name, module in arms.items()}
 
 
-def _forward(module: nn.Module, inputs: dict[str, Any]) -> Call:
+def _forward(module: nn.Module, inputs: Mapping[str, Any]) -> Call:
     def call() -> Any:
         with torch.inference_mode():
             return module(**inputs)
@@ -161,9 +162,9 @@ def _step(module: nn.Module, ids: torch.Tensor) -> Call:
 
 def _same(cache: Any) -> Any:
     """Return a cache of its own on the same keys and values: what is appended to it is new memory."""
-    found = copy.copy(cache)
-    found.layers = [copy.copy(layer) for layer in cache.layers]
-    return found
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
 
 
 def bound(decisions: Sequence[GemmDecision], rows: Mapping[str, int], dense_ms: float) -> AmdahlBound | None:
@@ -172,13 +173,13 @@ def bound(decisions: Sequence[GemmDecision], rows: Mapping[str, int], dense_ms: 
     None when the GEMMs were not timed at the rows that they have here.
     """
     dense = best = 0.0
-    for one in decisions:
-        for name in one.weights:
-            verdict = next((v for v in one.verdicts if v.rows == rows.get(name)), None)
+    for decision in decisions:
+        for name in decision.weights:
+            verdict = next((v for v in decision.verdicts if v.rows == rows.get(name)), None)
             if verdict is None:
                 return None
             dense += verdict.dense_us
-            best += verdict.sparse_us if one.keep == "sparse" else verdict.dense_us
+            best += verdict.sparse_us if decision.keep == "sparse" else verdict.dense_us
     if not dense or not dense_ms:
         return None
     share = min(1.0, dense / (1e3 * dense_ms))

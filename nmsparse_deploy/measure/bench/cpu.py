@@ -52,9 +52,9 @@ def bench(run: RunDir, spec: Bench = Bench(), progress: Progress = silent) -> Be
     ratios = {name: ratio(times["dense"], times[name]) for name in calls
               if name != "dense" and kernels[name] == kernels["dense"]}
     masked = MaskSet.load(run / "masks.safetensors").masks
-    found = discover(dense.module, inputs)
-    targets = [t for t in found.targets if t.name in masked and masked[t.name].pattern.implies(TWO_FOUR)]
-    rows = trace_inputs(dense.module, found.blocks, inputs)[targets[0].name].rows if targets else 0
+    discovery = discover(dense.module, inputs)
+    targets = [t for t in discovery.targets if t.name in masked and masked[t.name].pattern.implies(TWO_FOUR)]
+    rows = trace_inputs(dense.module, discovery.blocks, inputs)[targets[0].name].rows if targets else 0
     bounds = predict(targets, rows, count_flops(dense.module, inputs)) if targets else []
     result = BenchResult("cpu", {"batch": spec.batch, "length": spec.length}, arms, ratios, CPU_SENTENCE,
                          tuple(bounds), environment())

@@ -11,15 +11,13 @@ Where a fusion group becomes one GEMM its merged shape is looked up, where it do
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-
-from pydantic import JsonValue
 
 from nmsparse_deploy.errors import NmsparseError, UsageError, first_line
 from nmsparse_deploy.models.base import Target
 from nmsparse_deploy.ship.torch_sparse.kernel_choice import ROUNDS, judge, time_pair, twins
-from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels
+from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, KernelSetting, kernels
 from nmsparse_deploy.system.gpu_clock import Machine
 from nmsparse_deploy.system.progress import Progress, silent
 
@@ -42,7 +40,7 @@ class Line:
     speedup: float | None = None
     low: float | None = None
     high: float | None = None
-    setting: Setting | None = None
+    setting: KernelSetting | None = None
     why_not: str | None = None
 
     @property
@@ -72,7 +70,7 @@ class CrossoverTable:
     precision: str
     kernels: str
     lines: tuple[Line, ...]
-    environment: dict[str, JsonValue]
+    environment: Mapping[str, object]
 
     def to_json(self) -> dict[str, object]:
         timed = [{**{name: value for name, value in asdict(line).items() if name not in ("precision", "why_not")},
@@ -85,16 +83,16 @@ class CrossoverTable:
 
 def shapes_of(targets: Iterable[Target]) -> dict[Shape, list[str]]:
     """Return the GEMM shapes `(k, n)` of matrices and of fusion groups, with the parameters that have them."""
-    found: dict[Shape, list[str]] = {}
+    shapes: dict[Shape, list[str]] = {}
     groups: dict[str, list[Target]] = {}
     for target in targets:
-        found.setdefault((target.k, target.outputs), []).append(target.name)
+        shapes.setdefault((target.k, target.outputs), []).append(target.name)
         groups.setdefault(target.fusion, []).append(target)
     for members in groups.values():
         if len(members) > 1 and not members[0].routed:
             merged = " + ".join(member.name for member in members)
-            found.setdefault((members[0].k, sum(member.n for member in members)), []).append(merged)
-    return found
+            shapes.setdefault((members[0].k, sum(member.n for member in members)), []).append(merged)
+    return shapes
 
 
 def parse_shape(text: str) -> Shape:
@@ -134,19 +132,19 @@ def _shape(shape: Shape, rows: Sequence[int], precision: str, machine: Machine, 
         except RuntimeError as error:  # out of memory, or a kernel that refuses
             yield Line(*shape, count, precision, why_not=first_line(error))
             continue
-        found = judge(count, times)
-        yield Line(*shape, count, precision, found.dense_us, found.sparse_us, found.speedup, found.low, found.high,
-                   times.setting)
+        verdict = judge(count, times)
+        yield Line(*shape, count, precision, verdict.dense_us, verdict.sparse_us, verdict.speedup, verdict.low,
+                   verdict.high, times.setting)
 
 
 def first_win(lines: Iterable[Line]) -> int | None:
     """Return the smallest number of rows from which on sparse wins beyond noise wherever it was measured, or None."""
-    found = None
-    for line in sorted(lines, key=lambda one: -one.rows):
+    rows = None
+    for line in sorted(lines, key=lambda line: -line.rows):
         if line.low is None or line.low <= 1:
             break
-        found = line.rows
-    return found
+        rows = line.rows
+    return rows
 
 
 def tables(lines: Sequence[Line], machine: Machine) -> dict[str, CrossoverTable]:
@@ -165,7 +163,7 @@ def wins(lines: Sequence[Line]) -> list[ShapeWins]:
     rows = []
     for (k, n), mine in shapes.items():
         timed = [line for line in mine if line.speedup is not None]
-        best = max(timed, key=lambda one: one.speedup or 0, default=None)
+        best = max(timed, key=lambda line: line.speedup or 0, default=None)
         rows.append(ShapeWins(k, n, first_win(timed), best.speedup if best else None, best.rows if best else None,
                               None if timed else mine[0].why_not))
     return rows
@@ -213,9 +211,9 @@ def plot(lines: Sequence[Line], machine: Machine) -> str | None:
     panels = figure.subplots(1, len(precisions), sharey=True, squeeze=False)[0]
     for panel, precision in zip(panels, precisions):
         for shape in dict.fromkeys((line.k, line.n) for line in timed if line.precision == precision):
-            mine = sorted((one for one in timed if one.precision == precision and (one.k, one.n) == shape),
-                          key=lambda one: one.rows)
-            panel.plot([one.rows for one in mine], [one.speedup or 0 for one in mine], marker="o", markersize=3,
+            mine = sorted((line for line in timed if line.precision == precision and (line.k, line.n) == shape),
+                          key=lambda line: line.rows)
+            panel.plot([line.rows for line in mine], [line.speedup or 0 for line in mine], marker="o", markersize=3,
                        linewidth=1, label=f"{shape[0]} x {shape[1]}")
         panel.axhline(1, color="black", linewidth=0.8)
         panel.set(xscale="log", title=precision, xlabel="rows")

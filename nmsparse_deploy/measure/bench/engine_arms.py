@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.measure.bench.result import Phase
 from nmsparse_deploy.ship.engine import Case, Engine, Tensor
 from nmsparse_deploy.system.progress import Progress, silent
-from nmsparse_deploy.system.timing import interleave, ratio, summarise
+from nmsparse_deploy.system.timing import Call, interleave, ratio, summarise
 
 
 def engine_phases(engine: type[Engine], works: Mapping[str, Mapping[str, Case]], inputs: Mapping[str, Tensor],
@@ -21,7 +20,7 @@ def engine_phases(engine: type[Engine], works: Mapping[str, Mapping[str, Case]],
     """
     phases, failed = [], {}
     for name, arms in works.items():
-        calls: dict[str, Any] = {}
+        calls: dict[str, Call] = {}
         for arm, case in arms.items():
             progress(f"opening {name} with {arm}", 0, 0)
             try:

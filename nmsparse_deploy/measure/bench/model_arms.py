@@ -39,7 +39,7 @@ from nmsparse_deploy.ship.evidence import NOT_SPARSE, EngineEvidence
 from nmsparse_deploy.ship.quantise import BASE, FORMATS, calibrate
 from nmsparse_deploy.ship.torch_sparse.kernel_choice import ROUNDS, GemmDecision, decide_all
 from nmsparse_deploy.ship.torch_sparse.profile_kernels import LayerGemm, evidence, profile_kernels
-from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels
+from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, KernelSetting, kernels
 from nmsparse_deploy.system.gpu_clock import Machine, state, transient
 from nmsparse_deploy.system.progress import Progress, silent
 from nmsparse_deploy.system.timing import Call
@@ -84,26 +84,26 @@ def bench_arms(dense: LoadedModel, masks: MaskSet, job: Job, machine: Machine,
     inputs: dict[str, Any] = dict(dense.sample_inputs(job.batch, job.length))
     if dense.family == "llm" and "logits_to_keep" in signature(dense.module.forward).parameters:
         inputs["logits_to_keep"] = 1  # a prefill needs the logits of the last token alone
-    found = dense.discover()
-    traced = trace_inputs(dense.module, found.blocks, inputs)
+    discovery = dense.discover()
+    traced = trace_inputs(dense.module, discovery.blocks, inputs)
     flops = count_flops(dense.module, inputs)
-    kept = {name: mask for name, mask in masks.masks.items() if mask.pattern.implies(TWO_FOUR)}
-    places = arm_layers(dense.module, found.targets, kept, job.precision)
+    sparse = {name: mask for name, mask in masks.masks.items() if mask.pattern.implies(TWO_FOUR)}
+    places = arm_layers(dense.module, discovery.targets, sparse, job.precision)
     if not places:
         raise NmsparseError("No ordinary layer of this model has a 2:4 mask, so the arms would all be the same.")
     rows = {PREFILL: {site.parameter: traced[site.parameter].rows for site in places}}
     if dense.family == "llm":
         rows[DECODE] = {site.parameter: job.batch for site in places}
     decisions = {name: _decided(places, at, job, machine, progress) for name, at in rows.items()}
-    wanted = {site.module for site in found.targets if site.name in rows[PREFILL]}
+    wanted = {site.module for site in discovery.targets if site.name in rows[PREFILL]}
     # What the layers read on the very inputs that are timed: accuracy is not judged here.
-    ranges = calibrate(dense.module, [target for target in found.targets if target.module in wanted],
+    ranges = calibrate(dense.module, [target for target in discovery.targets if target.module in wanted],
                        [inputs]) if job.precision in FORMATS else {}
-    arms = make_arms(dense.module, places, {name: mask.unpack() for name, mask in kept.items()}, job.precision, ranges,
-                     _settings(decisions))
+    arms = make_arms(dense.module, places, {name: mask.unpack() for name, mask in sparse.items()}, job.precision,
+                     ranges, _settings(decisions))
     works = [_workload(name, arms, places, decisions[name], rows[name], inputs) for name in rows]
     phases, failed = _phases(works, {"batch": job.batch, "length": job.length}, machine, job.rounds, progress)
-    checks = _checks(arms[PRUNED], places, kept)
+    checks = _checks(arms[PRUNED], places, sparse)
     seen = {work.name: {arm: _evidence(arm, work, places, job.precision, checks) for arm in (SPARSE, AUTO)}
             for work in works}
     gemm_flops = sum(2 * rows[PREFILL][site.parameter] * site.k * site.n for site in places)
@@ -119,23 +119,23 @@ def bench_arms(dense: LoadedModel, masks: MaskSet, job: Job, machine: Machine,
 def _decided(places: Sequence[ArmLayer], rows: Mapping[str, int], job: Job, machine: Machine,
              progress: Progress) -> tuple[GemmDecision, ...]:
     """Time every shape at the rows that this workload gives it."""
-    found: list[GemmDecision] = []
+    decisions: list[GemmDecision] = []
     for count in sorted(set(rows.values())):
         shapes: dict[tuple[int, int, bool], list[str]] = {}
         for site in places:
             if site.why_not is None and rows[site.parameter] == count:
                 shapes.setdefault((site.k, site.n, site.biased), []).append(site.parameter)
-        found += decide_all(shapes, job.precision, [count], machine, max(5, job.rounds), progress)
-    return tuple(found)
+        decisions += decide_all(shapes, job.precision, [count], machine, max(5, job.rounds), progress)
+    return tuple(decisions)
 
 
-def _settings(decisions: Mapping[str, Sequence[GemmDecision]]) -> dict[str, dict[int, Setting]]:
-    found: dict[str, dict[int, Setting]] = {}
+def _settings(decisions: Mapping[str, Sequence[GemmDecision]]) -> dict[str, dict[int, KernelSetting]]:
+    settings: dict[str, dict[int, KernelSetting]] = {}
     for made in decisions.values():
-        for one in made:
-            for name in one.weights:
-                found.setdefault(name, {}).update(one.settings)
-    return found
+        for decision in made:
+            for name in decision.weights:
+                settings.setdefault(name, {}).update(decision.settings)
+    return settings
 
 
 def _workload(name: str, arms: Mapping[str, nn.Module], places: Sequence[ArmLayer], decisions: tuple[GemmDecision, ...],
@@ -162,22 +162,22 @@ def _phases(works: Sequence[Workload], shape: dict[str, int], machine: Machine, 
     return phases, failed
 
 
-def _checks(module: nn.Module, places: Sequence[ArmLayer], kept: Mapping[str, Any]) -> dict[str, TensorCheck]:
+def _checks(module: nn.Module, places: Sequence[ArmLayer], masked: Mapping[str, Any]) -> dict[str, TensorCheck]:
     """Check the pattern of what the pruned arms hold."""
     held = {}
     for site in places:
         layer: Any = module.get_submodule(site.layer)
         held[site.parameter] = layer.weight if site.axis else layer.weight.t().contiguous()
-    masks = MaskSet({site.parameter: kept[site.parameter] for site in places})
+    masks = MaskSet({site.parameter: masked[site.parameter] for site in places})
     return {check.tensor: check for check in verify_tensors(held, masks, PRUNED).checks}
 
 
 def _evidence(arm: str, work: Workload, places: Sequence[ArmLayer], precision: str,
               checks: Mapping[str, TensorCheck]) -> EngineEvidence:
-    decided = {name: one for one in work.decisions for name in one.weights}
-    dense = {name: one.why for name, one in decided.items() if one.keep == "dense"} if arm == AUTO else {}
+    decided = {name: decision for decision in work.decisions for name in decision.weights}
+    kept_dense = {name: decision.why for name, decision in decided.items() if arm == AUTO and decision.keep == "dense"}
     layers, every = profile_kernels(work.calls[arm], work.modules[arm], [site.layer for site in places])
-    gemms = [LayerGemm(site.parameter, site.layer, site.k, site.n, site.why_not, dense.get(site.parameter))
+    gemms = [LayerGemm(site.parameter, site.layer, site.k, site.n, site.why_not, kept_dense.get(site.parameter))
              for site in places]
     rows = {site.layer: work.rows[site.parameter] for site in places}
     return evidence(f"{work.name}, {arm}", "torch", gemms, precision, rows, checks, layers, every)
@@ -185,17 +185,17 @@ def _evidence(arm: str, work: Workload, places: Sequence[ArmLayer], precision: s
 
 def _weights(arms: Mapping[str, nn.Module], places: Sequence[ArmLayer]) -> dict[str, int]:
     """Return bytes of the weights in which the arms differ."""
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for arm, module in arms.items():
         layers: list[Any] = [module.get_submodule(site.layer) for site in places]
-        found[arm] = sum(layer.weight_bytes for layer in layers)
-    return found
+        sizes[arm] = sum(layer.weight_bytes for layer in layers)
+    return sizes
 
 
 def _median(phases: Sequence[Phase], name: str) -> float:
     """Return the dense arm's median, replayed where it was; 0 where it was not timed."""
-    found = [arm.median_ms for phase in phases if phase.name == name for arm in phase.arms if arm.name == DENSE]
-    return found[-1] if found else 0.0
+    medians = [arm.median_ms for phase in phases if phase.name == name for arm in phase.arms if arm.name == DENSE]
+    return medians[-1] if medians else 0.0
 
 
 def verdict(phases: Sequence[Phase], seen: Mapping[str, Mapping[str, EngineEvidence]], dry: bool) -> str:

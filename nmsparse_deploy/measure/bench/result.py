@@ -6,15 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from pydantic import JsonValue
-
 from nmsparse_deploy.models.roofline import Prediction
 from nmsparse_deploy.ship.evidence import EngineEvidence
 from nmsparse_deploy.ship.torch_sparse.kernel_choice import GemmDecision
 from nmsparse_deploy.system.environment import Environment
 from nmsparse_deploy.system.timing import SpeedUp, TimedArm
-
-Recorded = dict[str, JsonValue]
 
 
 @dataclass(frozen=True)
@@ -84,9 +80,9 @@ class GpuBenchResult:
     evidence: dict[str, dict[str, EngineEvidence]]
     """By workload and arm."""
     verdict: str
-    before: Recorded
+    before: Mapping[str, object]
     """Versions, libraries and the state of the GPU when it began."""
-    after: Recorded = field(default_factory=dict)
+    after: Mapping[str, object] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
         decisions = {name: [decision.to_json() for decision in made] for name, made in self.decisions.items()}
@@ -94,4 +90,4 @@ class GpuBenchResult:
 
 
 def _to_json(evidence: Mapping[str, Mapping[str, EngineEvidence]]) -> dict[str, object]:
-    return {name: {arm: found.to_json() for arm, found in arms.items()} for name, arms in evidence.items()}
+    return {name: {arm: proved.to_json() for arm, proved in arms.items()} for name, arms in evidence.items()}

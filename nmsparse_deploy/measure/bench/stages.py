@@ -62,10 +62,10 @@ def _shapes(model: str | None, progress: Progress) -> Sequence[Shape]:
         raise UsageError("There is nothing to time.", "name a model, or give --shape 4096x14336")
     progress(f"loading {model}", 0, 0)
     loaded = models.load(model)
-    found = loaded.discover()
-    if not found.targets:
+    discovery = loaded.discover()
+    if not discovery.targets:
         raise NmsparseError(f"'{model}' has no GEMM that could be pruned.")
-    return list(shapes_of(found.targets))
+    return list(shapes_of(discovery.targets))
 
 
 def bench_run(run: RunDir, job: Job, machine: Machine | None = None, progress: Progress = silent) -> GpuBenchResult:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from pydantic import TypeAdapter
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 from nmsparse_deploy.measure.report import plots
 from nmsparse_deploy.measure.report.views import Page
@@ -15,12 +14,27 @@ from nmsparse_deploy.runs.wording import megabytes, moment, number, plain, quant
 
 @dataclass(frozen=True)
 class Score:
-    """The first metric of a model."""
+    """The first metric of a model: perplexity, accuracy or similarity."""
 
     metric: str
     value: float
     standard_error: float
     samples: int
+    per_sample: tuple[float, ...]
+
+    @property
+    def loss(self) -> float:
+        """Return a figure that is better when smaller: log-perplexity, or minus a score."""
+        return math.log(self.value) if "ppl" in self.metric else -self.value
+
+
+@dataclass(frozen=True)
+class PairedMean:
+    """The mean of paired differences with a 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -28,26 +42,36 @@ class ComparedRecipe(Score):
     """A recipe with its score and its cost."""
 
     recipe: str
-    gap_closed: float
+    spec: Mapping[str, object]
+    run: str
     seconds: float
     peak_memory_mb: int
+    gap_closed: float = 0.0
+    """Share of the gap between the first recipe and the dense model."""
+    difference: PairedMean | None = None
+    """To the first recipe, where the metric is a mean."""
 
 
 @dataclass(frozen=True)
-class CompareFile:
-    """`compare.json`."""
+class Comparison:
+    """The content of `compare.json`."""
 
     model: str
     date: str
+    evaluate: Mapping[str, object]
     dense: Score
     rows: tuple[ComparedRecipe, ...]
     same_calibration: bool
+    page: str
     versions: dict[str, str]
+    hardware: Mapping[str, object]
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
 
 
-def compare_page(data: object) -> Page:
-    """Make the page of a `compare.json`."""
-    compared = TypeAdapter(CompareFile).validate_python(data)
+def compare_page(compared: Comparison) -> Page:
+    """Make the page of a comparison."""
     metric, dense = compared.dense.metric, compared.dense
     calibration = "the same calibration data for all" if compared.same_calibration else "their calibration data differ"
     rows = [("dense", with_error(dense.value, dense.standard_error), "", "", "")]

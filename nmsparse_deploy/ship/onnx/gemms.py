@@ -96,14 +96,14 @@ def gemms(path: Path, link: LinkMap | None, shapes: Mapping[str, Sequence[int]])
     parameters = {row.node: row.parameter for row in link.rows} if link else {}
     sizes, reads = _sizes(model, shapes), _reads(model.graph)
     outputs = {_name(node.name, node.output): node.output[0] for node in model.graph.node if node.output}
-    found = []
+    products = []
     for use in graph.uses:
         if use.k == 1 and use.op != "Conv":  # an outer product, such as the angles of rotary positions
             continue
         size = sizes.get(outputs.get(use.node, ""))
-        found.append(Gemm(use.node, parameters.get(use.node), use.tensor, use.k, use.n, _computed_in(use),
+        products.append(Gemm(use.node, parameters.get(use.node), use.tensor, use.k, use.n, _computed_in(use),
                           reads.get(use.node, use.node), None if size is None else 2 * _reduction(use) * size))
-    return tuple(found)
+    return tuple(products)
 
 
 def _computed_in(use: WeightUse) -> str:
@@ -157,13 +157,13 @@ def _sizes(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> dict[str, 
 
 
 def _known(values: Iterable[ValueInfoProto], named: Mapping[str, int]) -> dict[str, int]:
-    found = {}
+    known = {}
     for value in values:
         shape = value.type.tensor_type.shape
         sizes = [d.dim_value if d.HasField("dim_value") else _product(d.dim_param, named) for d in shape.dim]
         if value.type.tensor_type.HasField("shape") and all(size is not None for size in sizes):
-            found[value.name] = math.prod(size for size in sizes if size is not None)
-    return found
+            known[value.name] = math.prod(size for size in sizes if size is not None)
+    return known
 
 
 def _product(text: str, named: Mapping[str, int]) -> int | None:

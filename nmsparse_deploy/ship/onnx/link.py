@@ -117,20 +117,20 @@ def _candidates(target: Target, uses: dict[str, list[WeightUse]]) -> list[Weight
 def _rows(graph: OnnxGraph, target: Target, own: dict[str, torch.Tensor], uses: list[WeightUse]) -> Iterator[LinkRow]:
     """Yield one row per use in the target's own module whose values are the target's."""
     parameter = own[target.name]
-    bits, axis, found = _tensor_bits(parameter), target.axis % parameter.ndim, False
+    bits, axis, linked = _tensor_bits(parameter), target.axis % parameter.ndim, False
     for use in uses:
         if sorted(use.shape) != sorted(parameter.shape):
             continue
         raw = _array_bits(graph.read(use.tensor))
         if _same(raw, bits.swapaxes(axis, use.axis)) and use.dtype == TORCH_ELEMENTS[parameter.dtype]:
-            found = True
+            linked = True
             yield LinkRow(target.name, target.module, use.node, use.op, use.tensor, use.axis, tuple(use.shape),
                           use.dtype, hashlib.sha256(np.ascontiguousarray(raw).data).hexdigest())
         elif not target.watched and not any(
                 _same(raw, view) for tensor in own.values() for view in _views(_tensor_bits(tensor))):
             raise CheckFailed(f"The ONNX node '{use.node}' multiplies by other values than the parameter "
                               f"'{target.name}' holds: its module changes the weight while it runs.", BAKE)
-    if not found:
+    if not linked:
         raise CheckFailed(f"The parameter '{target.name}' was not found in the ONNX graph, so its pattern cannot be "
                           "followed there.")
 

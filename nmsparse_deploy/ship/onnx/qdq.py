@@ -91,13 +91,13 @@ class _Rewrite:
         groups: dict[str, list[LinkRow]] = defaultdict(list)
         for row in rows:
             groups[self._activation_of(self.nodes[row.node])[1]].append(row)
-        found = dict(ranges)
+        shared = dict(ranges)
         for group in groups.values():
             max_value = max(float(np.abs(self._read(row.tensor)).max()) for row in group)
             wrote = max(ranges[row.module].wrote for row in group)
             self.shared |= {row.tensor: max(max_value, self.shared.get(row.tensor, 0.0)) for row in group}
-            found |= {row.module: replace(ranges[row.module], wrote=wrote) for row in group}
-        return found
+            shared |= {row.module: replace(ranges[row.module], wrote=wrote) for row in group}
+        return shared
 
     def _activation_of(self, node: onnx.NodeProto) -> tuple[int, str]:
         """Return which input of a multiplication is computed, and its name."""

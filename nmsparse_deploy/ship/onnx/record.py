@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from nmsparse_deploy.prove.agreement import Agreement, NotCompared, compared
 from nmsparse_deploy.runs.run_dir import GRAPH
 from nmsparse_deploy.ship.engine import Recorded
-from nmsparse_deploy.ship.onnx.tidy import TensorSpec
+from nmsparse_deploy.ship.onnx.trace import TracedGraph
 from nmsparse_deploy.ship.quantise import BASE
 
 RECORD = "export.json"
@@ -51,20 +51,9 @@ class CompileOutcome:
 
 
 @dataclass(frozen=True)
-class ExportedGraph:
-    """One precision of an export. `files` are those of its folder, by name with their bytes."""
+class ExportedGraph(TracedGraph):
+    """One precision of an export. `files` are all of its folder, `precision` is that of the GEMMs."""
 
-    name: str
-    files: dict[str, int]
-    precision: str
-    opset: int
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    dynamic: tuple[str, ...]
-    dense_bytes: int
-    seconds: float
-    warnings: tuple[str, ...]
-    size_note: str
     path: str
     links: int
     """Pruned weights that were found in the graph."""
@@ -75,7 +64,7 @@ class ExportedGraph:
 
     def to_json(self) -> dict[str, object]:
         compiled = {name: outcome.to_json() for name, outcome in self.tensorrt_rtx.items()}
-        return {**asdict(self), "tensorrt_rtx": compiled}
+        return {**asdict(self), "size_note": self.size_note, "tensorrt_rtx": compiled}
 
     def lines(self, path: str) -> list[str]:
         """Return the record in sentences; `path` is where the graph lies."""

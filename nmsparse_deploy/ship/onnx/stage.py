@@ -32,9 +32,9 @@ from nmsparse_deploy.system.progress import Progress, silent
 def export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str, spec: Export,
                ranges: dict[str, Range], progress: Progress) -> ExportedGraph:
     """Write `onnx/PRECISION/` and return its record. `ranges` is filled by the first 8-bit precision."""
-    found = loaded.discover()
+    discovery = loaded.discover()
     eight = precision in FORMATS
-    targets = [target for target in found.targets if eight or target.name in masks.masks]
+    targets = [target for target in discovery.targets if eight or target.name in masks.masks]
     if eight and not ranges:
         ranges |= activation_ranges(run, loaded, targets, progress)
     cached: tuple[CacheGraph, ...] = ()
@@ -59,7 +59,7 @@ def export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str,
     steps = CachedGraphs(tuple(sorted(graphs)), _steps(graphs, loaded, eight)) if cached else None
     compiled = {name: _compiled(file, progress) for name, file in {GRAPH: path, **graphs}.items()}
     return ExportedGraph(result.name, files, precision, result.opset, result.inputs, result.outputs, result.dynamic,
-                         result.dense_bytes, result.seconds, result.warnings, result.size_note,
+                         result.dense_bytes, result.seconds, result.warnings,
                          str(path.relative_to(run.path)), sum(row.parameter in masks.masks for row in result.link.rows),
                          same, quantised, steps, compiled)
 

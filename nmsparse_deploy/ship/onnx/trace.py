@@ -34,8 +34,8 @@ OPSETS = range(18, 24)
 
 
 @dataclass(frozen=True)
-class ExportResult:
-    """What was written. `files` maps file name to bytes; `link` says where every target is in the graph."""
+class TracedGraph:
+    """What was written. `files` maps file name to bytes."""
 
     name: str
     files: dict[str, int]
@@ -48,7 +48,6 @@ class ExportResult:
     dense_bytes: int
     """What the weights of the unpruned model take at this precision."""
     seconds: float
-    link: LinkMap
     warnings: tuple[str, ...]
 
     @property
@@ -56,6 +55,13 @@ class ExportResult:
         """Say that ONNX stores every zero: no claim about a smaller file can be made."""
         return (f"The ONNX files take {sum(self.files.values()) / 1e6:.1f} MB, the dense weights "
                 f"{self.dense_bytes / 1e6:.1f} MB: ONNX stores the zeros, so pruning saves nothing here.")
+
+
+@dataclass(frozen=True)
+class ExportResult(TracedGraph):
+    """What was written, and where every target is in the graph."""
+
+    link: LinkMap
 
     def as_dict(self) -> dict[str, object]:
         return {**asdict(self), "link": self.link.as_dict(), "size_note": self.size_note}
@@ -104,7 +110,7 @@ def export_onnx(
     if dynamic:
         notes += fixed_axes(given, dict(zip(sample, dynamic_shapes(sample))))
     return ExportResult(name, files, precision, opset, given, made, dynamic_dims(given, made), _dense_bytes(copied),
-                        time.perf_counter() - start, linked, tuple(notes))
+                        time.perf_counter() - start, tuple(notes), linked)
 
 
 def write_graph(module: nn.Module, sample: Mapping[str, torch.Tensor], shapes: tuple[Any, ...] | None,

@@ -12,8 +12,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,19 @@ from nmsparse_deploy.errors import CheckFailed, NmsparseError, UsageError
 from nmsparse_deploy.ship.onnx.gemms import Gemm, gemms
 from nmsparse_deploy.ship.tensorrt.log import BuildLog, parse_log
 from nmsparse_deploy.ship.tensorrt.module import extra, load_tensorrt, monitor, recorder, require_cuda
-from nmsparse_deploy.ship.tensorrt.sidecar import CACHE, FAILED_LOG, FILES, LAYERS, LOG, Sidecar, identify, onnx_files
+from nmsparse_deploy.ship.tensorrt.sidecar import (
+    CACHE,
+    FAILED_LOG,
+    FILES,
+    LAYERS,
+    LOG,
+    BuildEnvironment,
+    Settings,
+    Sidecar,
+    identify,
+    onnx_files,
+)
 from nmsparse_deploy.system.progress import Progress, silent
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides which tactics an engine gets. Twins differ in `sparse` alone."""
-
-    shapes: Mapping[str, Sequence[int]]
-    """The one shape of each input: minimum, optimum and maximum of the profile."""
-    sparse: bool = True
-    level: int = 4
-    """Builder optimisation level. Below 4 a heuristic decides which kernels are tried at all."""
-    timing_iterations: int = 8
-    """TensorRT's own default of 1 decides sparse against dense on one noisy sample."""
-    route: str | None = None
-    """Build-route knobs, `-name=value`, where TensorRT lists them."""
-    allow_fp32: bool = False
-    """Build with sparse weights although the graph has no weight in 16 or 8 bits."""
 
 
 def refuse_fp32(onnx: Path, weights: Sequence[Gemm]) -> None:
@@ -70,11 +63,11 @@ def build_engine(onnx: Path, folder: Path, name: str, settings: Settings, progre
                 statistics = _build(trt, logger, onnx, made, settings, progress)
             _refuse_skipped(parse_log(_text(made)), name)
         except NmsparseError as error:
-            kept = folder / f"{name}{FAILED_LOG}"
-            os.replace(made.with_suffix(LOG), kept)
-            error.hint = error.hint or f"the whole log is {kept}"
+            whole = folder / f"{name}{FAILED_LOG}"
+            os.replace(made.with_suffix(LOG), whole)
+            error.hint = error.hint or f"the whole log is {whole}"
             raise
-        Sidecar(identify(made, made.parent), tuple(identify(file, folder) for file in files), asdict(settings),
+        Sidecar(identify(made, made.parent), tuple(identify(file, folder) for file in files), settings,
                 environment(trt), round(time.perf_counter() - start, 1), statistics).save(made.with_suffix(".json"))
         return _publish(made, folder)
 
@@ -178,13 +171,13 @@ def _inspect(trt: Any, logger: Any, made: Path, settings: Settings) -> dict[str,
     return {"total_weights_bytes": int(engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE))}
 
 
-def environment(trt: Any) -> dict[str, Any]:
+def environment(trt: Any) -> BuildEnvironment:
     """Return what this build depends on beside the graph and the settings."""
     import torch
 
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return {"tensorrt": trt.__version__, "torch": torch.__version__, "cuda": torch.version.cuda, "gpu": device.name,
-            "capability": f"{device.major}.{device.minor}", "timing_cache": "started empty, shared with no engine"}
+    return BuildEnvironment(trt.__version__, torch.__version__, torch.version.cuda, device.name,
+                            f"{device.major}.{device.minor}")
 
 
 def _refuse_skipped(log: BuildLog, name: str) -> None:

@@ -30,10 +30,10 @@ from nmsparse_deploy.ship.engine import (
     settings_of,
 )
 from nmsparse_deploy.ship.onnx.gemms import fixed_shapes, graph_inputs
-from nmsparse_deploy.ship.tensorrt.build import Settings, build_engine
+from nmsparse_deploy.ship.tensorrt.build import build_engine
 from nmsparse_deploy.ship.tensorrt.module import load_tensorrt, recorder, require_cuda
 from nmsparse_deploy.ship.tensorrt.section import section
-from nmsparse_deploy.ship.tensorrt.sidecar import Sidecar
+from nmsparse_deploy.ship.tensorrt.sidecar import Settings, Sidecar
 from nmsparse_deploy.ship.tensorrt.stage import OFF, ON, build_twins
 from nmsparse_deploy.system.progress import Progress
 

@@ -52,10 +52,10 @@ def gather(engine: Path, sidecar: Sidecar, report: VerifyReport, link: LinkMap |
         raise CheckFailed(f"The log of '{engine}' says that tactics were left out for lack of memory, so its choice "
                           f"means nothing: {log.memory[0]}")
     sources = Sources({check.node: check for check in report.checks if check.node},
-                      bool(sidecar.settings.get("sparse")), log,
+                      sidecar.settings.sparse, log,
                       parse_inspector(texts[LAYERS], f"'{engine.with_suffix(LAYERS)}'") if LAYERS in texts else None,
                       _kernels(engine, texts[KERNELS]) if KERNELS in texts else None, counters)
-    return climb(engine.name, str(onnx), gemms(onnx, link, sidecar.settings.get("shapes", {})), sources)
+    return climb(engine.name, str(onnx), gemms(onnx, link, sidecar.settings.shapes), sources)
 
 
 def _kernels(engine: Path, text: str) -> Kernels:
@@ -69,14 +69,14 @@ def read_counters(path: Path) -> Counters:
     """Read the table of metrics of `ncu --csv`: by kernel and counter the value, added up over launches."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line[:1] == '"']
-        found: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        counters: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         for row in csv.DictReader(lines):
             metric = row["Metric Name"].partition(".")[0]
             if metric.endswith(("sparsity_on", "sparsity_off")):
-                found[row["Kernel Name"]][metric] += float(row["Metric Value"].replace(",", ""))
+                counters[row["Kernel Name"]][metric] += float(row["Metric Value"].replace(",", ""))
     except (OSError, KeyError, ValueError, AttributeError, csv.Error) as error:
         raise UsageError(f"'{path}' is not the CSV output of Nsight Compute: {error}.") from error
-    if not found:
+    if not counters:
         raise UsageError(f"'{path}' holds no counter that ends in sparsity_on or sparsity_off.",
                          "see docs/tensorrt.md for the command")
-    return found
+    return counters

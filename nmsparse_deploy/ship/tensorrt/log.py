@@ -71,11 +71,11 @@ class BuildLog:
 
     def names(self, kind: str) -> dict[str, str]:
         """Return layer names that are listed as `eligible` or `chosen` in any pass, with the line that says so."""
-        found: dict[str, str] = {}
+        listed: dict[str, str] = {}
         for line in self.lines(kind):
             for name in line.names:
-                found.setdefault(name, line.raw)
-        return found
+                listed.setdefault(name, line.raw)
+        return listed
 
     def lines(self, kind: str) -> list[Listed]:
         both = (getattr(step, kind) for step in self.passes)

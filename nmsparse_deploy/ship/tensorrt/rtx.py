@@ -121,10 +121,10 @@ class TensorRtRtx(Engine):
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise CheckFailed(f"TensorRT-RTX cannot compile '{artefact}': {_first_error(None, log.lines)}")
-        found = [layer for _, message in log.lines if LISTED in message for layer in layers(message)]
-        if not found:
+        listed = [layer for _, message in log.lines if LISTED in message for layer in layers(message)]
+        if not listed:
             raise NmsparseError(f"TensorRT-RTX {trt.__version__} compiled '{artefact}' and listed no layers.")
-        return cls(judge(artefact, found, trt.__version__, plan.nbytes, sizes))
+        return cls(judge(artefact, listed, trt.__version__, plan.nbytes, sizes))
 
     def inspect(self) -> Inspection:
         facts = {name: value for name, value in self.compiled.to_json().items() if name != "version"}
@@ -147,7 +147,7 @@ def load() -> Any:
     return tensorrt_rtx
 
 
-def judge(artefact: Path, found: Sequence[PlanLayer], version: str, plan_bytes: int, sizes: dict[str, int]) -> Compiled:
+def judge(artefact: Path, plan: Sequence[PlanLayer], version: str, plan_bytes: int, sizes: dict[str, int]) -> Compiled:
     """Tie the layers of a plan to the multiplications by a stored weight in the graph it was made from."""
     from nmsparse_deploy.prove.onnx_graph import OnnxGraph
 
@@ -155,8 +155,8 @@ def judge(artefact: Path, found: Sequence[PlanLayer], version: str, plan_bytes: 
     gemms: list[FusedGemm] = []
     seen: set[str] = set()
     wide: set[str] = set()
-    mentioned = {node for layer in found for node in layer.onnx_nodes if node in uses}
-    for layer in (layer for layer in found if layer.is_gemm):
+    mentioned = {node for layer in plan for node in layer.onnx_nodes if node in uses}
+    for layer in (layer for layer in plan if layer.is_gemm):
         nodes = tuple(node for node in layer.onnx_nodes if node in uses)
         if not nodes:
             continue
@@ -169,7 +169,7 @@ def judge(artefact: Path, found: Sequence[PlanLayer], version: str, plan_bytes: 
         if WIDE in operands:
             wide.update(node for node in nodes if uses[node].dtype != "F32")
     merged = tuple(gemm.nodes for gemm in gemms if len(gemm.nodes) > 1)
-    return Compiled(version, plan_bytes, sizes, len(found), tuple(gemms), merged,
+    return Compiled(version, plan_bytes, sizes, len(plan), tuple(gemms), merged,
                     tuple(sorted(mentioned - seen)), tuple(sorted(uses.keys() - mentioned)), tuple(sorted(wide)))
 
 
@@ -195,9 +195,9 @@ class _Log:
 def _first_error(parser: Any, lines: Sequence[tuple[str, str]]) -> str:
     """Return TensorRT-RTX's own words for what went wrong, in one line."""
     errors = [parser.get_error(i) for i in range(parser.num_errors)] if parser else []
-    told = [f"node '{error.node_name()}' ({error.node_operator()}): {error.desc()}" for error in errors]
-    told += [message for severity, message in lines if severity in ("ERROR", "INTERNAL_ERROR")]
-    text = " ".join(next(iter(told), "no reason given").split())
+    reasons = [f"node '{error.node_name()}' ({error.node_operator()}): {error.desc()}" for error in errors]
+    reasons += [message for severity, message in lines if severity in ("ERROR", "INTERNAL_ERROR")]
+    text = " ".join(next(iter(reasons), "no reason given").split())
     return text[:300] if text.endswith(".") else f"{text[:300]}."
 
 

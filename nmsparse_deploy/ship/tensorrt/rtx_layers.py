@@ -54,13 +54,13 @@ _TACTIC = re.compile(r"TacticName: (.*?), StreamId")
 
 def layers(text: str) -> list[PlanLayer]:
     """Return the layers that a log message lists; lines of another form are not layers."""
-    return [_layer(found) for line in text.splitlines() if (found := _LINE.match(line.strip()))]
+    return [_layer(match) for line in text.splitlines() if (match := _LINE.match(line.strip()))]
 
 
-def _layer(found: re.Match[str]) -> PlanLayer:
-    rest = found["rest"]
+def _layer(match: re.Match[str]) -> PlanLayer:
+    rest = match["rest"]
     tactic = _TACTIC.search(rest)
-    return PlanLayer(found["name"], found["kind"], _tensors(rest, "Inputs", "Constants"),
+    return PlanLayer(match["name"], match["kind"], _tensors(rest, "Inputs", "Constants"),
                  _tensors(rest, "Constants", "Outputs"), _tensors(rest, "Outputs", "TacticName"),
                  tactic[1] if tactic else "", tuple(_ONNX.findall(rest)))
 

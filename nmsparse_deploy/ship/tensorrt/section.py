@@ -23,7 +23,7 @@ def section(row: BuiltEngine) -> Section:
     asked, made = row.settings, row.environment
     shapes = asked["shapes"]
     given = "; ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items()
-                      if isinstance(shape, list)) if isinstance(shapes, dict) else ""
+                      if isinstance(shape, list | tuple)) if isinstance(shapes, dict) else ""
     route = f"; build route {asked['route']}" if asked.get("route") else ""
     about = (f"TensorRT {plain(made['tensorrt'])} on {plain(made['gpu'])}, optimisation level {asked['level']}, "
              f"{asked['timing_iterations']} timings per kernel; input shapes {given}; {megabytes(row.bytes)}, built in "
@@ -32,22 +32,22 @@ def section(row: BuiltEngine) -> Section:
     return Section(row.path, (Paragraph(row.evidence.verdict, "callout"), *blocks))
 
 
-def _evidence(row: BuiltEngine, found: EngineEvidence, about: str) -> tuple[Block, ...]:
+def _evidence(row: BuiltEngine, proved: EngineEvidence, about: str) -> tuple[Block, ...]:
     """Return the levels of evidence, and every multiplication with why it stopped where it did."""
     unplaced = (" Named by the builder or the profiler, and tied to no single multiplication: "
-                f"{listed(found.unplaced)}." if found.unplaced else "")
-    basis = "the engine's input shapes" if found.flop_basis == "input shapes" else "the same rows for each"
-    multiplications = plural(len(found.layers), "multiplication")
+                f"{listed(proved.unplaced)}." if proved.unplaced else "")
+    basis = "the engine's input shapes" if proved.flop_basis == "input shapes" else "the same rows for each"
+    multiplications = plural(len(proved.layers), "multiplication")
     levels = Table(
         f"Evidence for {row.path}",
         columns("level of evidence", "layers", "share of FLOPs", "meaning", text=("meaning",)),
-        tuple((level, number(found.count(level)), percent(found.share(level)), MEANING[level]) for level in LEVELS),
+        tuple((level, number(proved.count(level)), percent(proved.share(level)), MEANING[level]) for level in LEVELS),
         f"{multiplications} by a stored weight; FLOPs at {basis}. {WHAT_LEVELS_ARE}")
     heads = columns("weight", "K × N", "number format", "level of evidence", "why no higher", text=("why no higher",))
     rows = tuple((layer.name, f"{layer.k} × {layer.n}", layer.dtype, layer.level or "none",
                   f"{layer.reason}: {layer.why_not}" if layer.reason else "it is the highest")
-                 for layer in found.layers)
-    reasons = f"; stopped because: {counts(found.reasons)}" if found.reasons else ""
-    problems = [Bullets(tuple(("problem", text) for text in found.problems))] if found.problems else []
+                 for layer in proved.layers)
+    reasons = f"; stopped because: {counts(proved.reasons)}" if proved.reasons else ""
+    problems = [Bullets(tuple(("problem", text) for text in proved.problems))] if proved.problems else []
     return (*problems, Paragraph(f"{about}{unplaced}", "soft"), levels,
             Fold(f"All {multiplications}{reasons}", (Table(f"Layers of {row.path}", heads, rows, small=True),)))

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from nmsparse_deploy.errors import CheckFailed, UsageError
 from nmsparse_deploy.system.assets import digest
@@ -32,14 +33,43 @@ class FileId:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """Everything that decides which tactics an engine gets. Twins differ in `sparse` alone."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """The one shape of each input: minimum, optimum and maximum of the profile."""
+    sparse: bool = True
+    level: int = 4
+    """Builder optimisation level. Below 4 a heuristic decides which kernels are tried at all."""
+    timing_iterations: int = 8
+    """TensorRT's own default of 1 decides sparse against dense on one noisy sample."""
+    route: str | None = None
+    """Build-route knobs, `-name=value`, where TensorRT lists them."""
+    allow_fp32: bool = False
+    """Build with sparse weights although the graph has no weight in 16 or 8 bits."""
+
+
+@dataclass(frozen=True)
+class BuildEnvironment:
+    """What a build depended on beside the graph and the settings."""
+
+    tensorrt: str
+    torch: str
+    cuda: str | None
+    gpu: str
+    capability: str
+    timing_cache: str = "started empty, shared with no engine"
+
+
+@dataclass(frozen=True)
 class Sidecar:
     """What is known about one engine."""
 
     engine: FileId
     onnx: tuple[FileId, ...]
     """The graph first, then its external data."""
-    settings: dict[str, Any]
-    environment: dict[str, Any]
+    settings: Settings
+    environment: BuildEnvironment
     seconds: float
     statistics: dict[str, int]
     """What TensorRT tells about the plan, in bytes; empty where it tells nothing."""
@@ -59,10 +89,10 @@ class Sidecar:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data.pop("format") != FORMAT:
                 raise ValueError(f"its format is not '{FORMAT}'")
-            return cls(**data | {"engine": FileId(**data["engine"]),
-                                 "onnx": tuple(FileId(**row) for row in data["onnx"])})
+            return TypeAdapter(cls).validate_python(data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"'{path}' is damaged or not the sidecar of an engine: {error}.") from error
+            what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise UsageError(f"'{path}' is damaged or not the sidecar of an engine: {what}.") from error
 
     def onnx_path(self, engine: Path) -> Path:
         return Path(os.path.normpath(engine.parent / self.onnx[0].path))

@@ -11,7 +11,7 @@ their speed is the sparse kernels alone, as far as the evidence shows any.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from nmsparse_deploy.errors import CheckFailed, UsageError
@@ -23,10 +23,10 @@ from nmsparse_deploy.ship.engine import BuiltEngine
 from nmsparse_deploy.ship.ladder import Kernels
 from nmsparse_deploy.ship.onnx import LinkMap
 from nmsparse_deploy.ship.onnx.gemms import fixed_shapes, gemms, graph_inputs
-from nmsparse_deploy.ship.tensorrt.build import Settings, build_engine, refuse_fp32
+from nmsparse_deploy.ship.tensorrt.build import build_engine, refuse_fp32
 from nmsparse_deploy.ship.tensorrt.gather import gather
 from nmsparse_deploy.ship.tensorrt.module import load_tensorrt, require_cuda
-from nmsparse_deploy.ship.tensorrt.sidecar import KERNELS, Sidecar
+from nmsparse_deploy.ship.tensorrt.sidecar import KERNELS, Settings, Sidecar
 from nmsparse_deploy.system.progress import Progress
 
 ON, OFF, ROUTED = "sparse-on", "sparse-off", "sparse-routed"
@@ -70,17 +70,18 @@ def build_twins(run: RunDir, spec: Build, name: str, verify: Callable[[Path, Mas
         sidecar = Sidecar.load(engine)
         evidence = gather(engine, sidecar, report, LinkMap.load(onnx.with_suffix(".link.json")))
         rows.append(BuiltEngine(name, arm, str(engine.relative_to(run.path)), str(onnx.relative_to(run.path)),
-                                sidecar.engine.bytes, sidecar.settings, sidecar.environment, sidecar.seconds, evidence,
+                                sidecar.engine.bytes, asdict(sidecar.settings), asdict(sidecar.environment),
+                                sidecar.seconds, evidence,
                                 sidecar.statistics))
     return rows
 
 
 def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Read `NAME=1x3x224x224`. Raises `UsageError` for anything else."""
-    found = {}
+    shapes = {}
     for text in texts:
         name, _, sizes = text.rpartition("=")
         if not name or not all(size.isdecimal() for size in sizes.split("x")):
             raise UsageError(f"'{text}' is no shape.", "write it as --shape pixel_values=1x3x224x224")
-        found[name] = tuple(int(size) for size in sizes.split("x"))
-    return found
+        shapes[name] = tuple(int(size) for size in sizes.split("x"))
+    return shapes

@@ -37,7 +37,7 @@ from nmsparse_deploy.ship.quantise import BASE, FORMATS, Range, scale_of
 from nmsparse_deploy.ship.torch_sparse.kernel_choice import Decisions
 from nmsparse_deploy.ship.torch_sparse.linear import EightBit, encoded, make, replace
 from nmsparse_deploy.ship.torch_sparse.packed import Packed, pack, packable, unpack
-from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels
+from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, KernelSetting, kernels
 from nmsparse_deploy.system.sparse_cores import shape_fits
 
 FILE, DECISIONS, FORMAT = "packed.safetensors", "decisions.json", "nmsparse-packed-1"
@@ -50,7 +50,7 @@ class KernelChoice:
     """Whether a GEMM runs on sparse kernels, and how, by the rows of what it reads."""
 
     sparse: bool
-    settings: Mapping[int, Setting]
+    settings: Mapping[int, KernelSetting]
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def write(folder: Path, loaded: LoadedModel, masks: MaskSet, targets: Iterable[T
 
 
 def _name(dtype: torch.dtype) -> str:
-    return next(name for name, found in DTYPES.items() if found == dtype)
+    return next(name for name, kind in DTYPES.items() if kind == dtype)
 
 
 def _size(values: torch.Tensor) -> int:
@@ -187,10 +187,10 @@ def _why_not(layer: str | None, precision: str, rows: torch.Tensor) -> str | Non
 def _cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if not value.is_floating_point():
         return value
-    found = value.to(dtype)
-    if not torch.isfinite(found).all():
+    cast = value.to(dtype)
+    if not torch.isfinite(cast).all():
         raise CheckFailed(f"'{name}' has values that {_name(dtype)} cannot hold.", "--precision bf16")
-    return found
+    return cast
 
 
 class Artefact:

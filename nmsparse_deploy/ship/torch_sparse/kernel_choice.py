@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
-from pydantic import JsonValue
 
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.masks import project
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.ship.quantise import BASE
 from nmsparse_deploy.ship.torch_sparse.linear import MAX_VALUE, Codes, EightBit, KernelLinear, SparseCodes, make
-from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels
+from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, KernelSetting, kernels
 from nmsparse_deploy.system.gpu_clock import Machine
 from nmsparse_deploy.system.progress import Progress, silent
 from nmsparse_deploy.system.sparse_cores import shape_fits
@@ -40,7 +39,7 @@ class Times:
 
     dense: Sequence[float]
     sparse: Sequence[float]
-    setting: Setting = field(default_factory=Setting)
+    setting: KernelSetting = field(default_factory=KernelSetting)
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class GemmDecision:
     keep: Keep
     why: str
     verdicts: tuple[Verdict, ...] = ()
-    settings: Mapping[int, Setting] = field(default_factory=dict)
+    settings: Mapping[int, KernelSetting] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
         return {**asdict(self), "verdicts": [{**asdict(verdict), "word": verdict.word} for verdict in self.verdicts]}
@@ -85,7 +84,7 @@ class Decisions:
     gemms: tuple[GemmDecision, ...]
     rows: tuple[int, ...] = ()
     kernels: str = ""
-    environment: dict[str, JsonValue] = field(default_factory=dict)
+    environment: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def kept_sparse(self) -> int:
@@ -99,30 +98,30 @@ class Decisions:
 
 def judge(rows: int, times: Times) -> Verdict:
     """Return the paired speed-up at one number of rows."""
-    found = ratio(times.dense, times.sparse)
-    dense, sparse = (1e3 * statistics.median(one) for one in (times.dense, times.sparse))
-    return Verdict(rows, dense, sparse, found.speedup, found.low, found.high)
+    gain = ratio(times.dense, times.sparse)
+    dense, sparse = (1e3 * statistics.median(arm) for arm in (times.dense, times.sparse))
+    return Verdict(rows, dense, sparse, gain.speedup, gain.low, gain.high)
 
 
 def settle(verdicts: Sequence[Verdict]) -> tuple[Keep, str]:
     """Return what to keep, and why in a few words. A pure function of what was timed."""
-    losing = [one for one in verdicts if one.word == "loses"]
-    winning = [one for one in verdicts if one.word == "wins"]
+    losing = [verdict for verdict in verdicts if verdict.word == "loses"]
+    winning = [verdict for verdict in verdicts if verdict.word == "wins"]
     if losing:
-        worst = min(losing, key=lambda one: one.speedup)
+        worst = min(losing, key=lambda verdict: verdict.speedup)
         return "dense", f"sparse is slower at {worst.rows} rows ({worst.speedup:.2f}x)"
     if not winning:
         return "dense", "no difference beyond noise"
-    best = max(winning, key=lambda one: one.speedup)
+    best = max(winning, key=lambda verdict: verdict.speedup)
     return "sparse", f"sparse is faster at {best.rows} rows ({best.speedup:.2f}x)"
 
 
 def decide(shape: tuple[int, int], precision: str, weights: Sequence[str], times: Mapping[int, Times]) -> GemmDecision:
     """Decide for one shape `(k, n)` from its timings by rows."""
-    verdicts = tuple(judge(rows, one) for rows, one in sorted(times.items()))
+    verdicts = tuple(judge(rows, pair) for rows, pair in sorted(times.items()))
     keep, why = settle(verdicts)
     return GemmDecision(*shape, precision, tuple(weights), keep, why, verdicts,
-                    {rows: one.setting for rows, one in times.items()})
+                    {rows: pair.setting for rows, pair in times.items()})
 
 
 def decide_all(shapes: Mapping[tuple[int, int, bool], Sequence[str]], precision: str, rows: Sequence[int],
@@ -131,13 +130,13 @@ def decide_all(shapes: Mapping[tuple[int, int, bool], Sequence[str]], precision:
 
     Raises `NmsparseError` where the kernels do not take a shape or precision.
     """
-    found = []
+    decisions = []
     for number, ((k, n, biased), weights) in enumerate(shapes.items()):
         progress(f"timing {k} x {n} in {precision}", number, len(shapes))
         pair = twins(k, n, precision, machine.device, biased)
         times = {count: time_pair(pair, count, machine, rounds) for count in rows}
-        found.append(decide((k, n), precision, weights, times))
-    return found
+        decisions.append(decide((k, n), precision, weights, times))
+    return decisions
 
 
 @dataclass(frozen=True)
@@ -184,14 +183,14 @@ def time_pair(pair: Twins, rows: int, machine: Machine, rounds: int = ROUNDS) ->
     alpha = layer.alpha if isinstance(layer, SparseCodes) else None
     settings = kernels().search(x, layer.weight, layer.out_features, layer.bias if alpha is None else None, alpha,
                                 pair.out)
-    calls = {str(number): _sparse(layer, x, one) for number, one in enumerate(settings)}
+    calls = {str(number): _sparse(layer, x, tried_setting) for number, tried_setting in enumerate(settings)}
     tried = replayed(calls, machine, SEARCH_ROUNDS)
     setting = settings[int(min(tried, key=lambda name: statistics.median(tried[name])))]
     times = replayed({"dense": lambda: _product(pair.dense, x), "sparse": _sparse(layer, x, setting)}, machine, rounds)
     return Times(times["dense"], times["sparse"], setting)
 
 
-def _sparse(layer: Any, x: torch.Tensor, setting: Setting) -> Call:
+def _sparse(layer: Any, x: torch.Tensor, setting: KernelSetting) -> Call:
     def call() -> torch.Tensor:
         layer.settings[len(x)] = setting
         return _product(layer, x)
@@ -201,8 +200,8 @@ def _sparse(layer: Any, x: torch.Tensor, setting: Setting) -> Call:
 
 def _product(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """Multiply alone: without encoding what is read."""
-    found: torch.Tensor = layer.multiply(x) if isinstance(layer, Codes) else layer.rows(x)
-    return found
+    y: torch.Tensor = layer.multiply(x) if isinstance(layer, Codes) else layer.rows(x)
+    return y
 
 
 def replayed(calls: Mapping[str, Call], machine: Machine, rounds: int) -> dict[str, list[float]]:
@@ -214,7 +213,7 @@ def replayed(calls: Mapping[str, Call], machine: Machine, rounds: int) -> dict[s
     short = {name for name, times in first.items() if times[0] < SHORT_MS}
     recorded |= {name: machine.graph(_repeated(calls[name])) for name in short}
     times = interleave(recorded, rounds, clock=machine.clock())
-    return {name: [one / (MANY if name in short else 1) for one in found] for name, found in times.items()}
+    return {name: [time / (MANY if name in short else 1) for time in measured] for name, measured in times.items()}
 
 
 def _repeated(call: Call) -> Call:

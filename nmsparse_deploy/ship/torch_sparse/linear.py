@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nmsparse_deploy.ship.quantise import FORMATS, MINUS_ZERO
-from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, kernels, product
+from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, KernelSetting, kernels, product
 
 MAX_VALUE = {DTYPES[name]: form.max_value for name, form in FORMATS.items()}
 """The largest value of a format."""
@@ -77,13 +77,13 @@ class Sparse(KernelLinear):
     """A 2:4 weight in the kernels' own order. `settings` are by rows; other rows get the library's default."""
 
     def __init__(self, rows: torch.Tensor, bias: torch.Tensor | None,
-                 settings: dict[int, Setting] | None = None) -> None:
+                 settings: dict[int, KernelSetting] | None = None) -> None:
         super().__init__(rows.shape[1], rows.shape[0], bias)
         self.register_buffer("weight", kernels().compress(rows))
         self.settings = settings or {}
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
-        setting = self.settings.get(len(x), Setting())
+        setting = self.settings.get(len(x), KernelSetting())
         return product(x.contiguous(), self.weight, self.out_features, self.bias, None, x.dtype, setting)
 
 
@@ -125,13 +125,13 @@ class SparseCodes(Codes):
     """2:4 codes in the kernels' own order."""
 
     def __init__(self, codes: torch.Tensor, scales: EightBit, bias: torch.Tensor | None, out: torch.dtype,
-                 settings: dict[int, Setting] | None = None) -> None:
+                 settings: dict[int, KernelSetting] | None = None) -> None:
         super().__init__(codes, scales, bias, out)
         self.register_buffer("weight", kernels().compress(codes))
         self.settings = settings or {}
 
     def multiply(self, codes: torch.Tensor) -> torch.Tensor:
-        setting = self.settings.get(len(codes), Setting())
+        setting = self.settings.get(len(codes), KernelSetting())
         return product(codes.contiguous(), self.weight, self.out_features, None, self.alpha, self.out, setting)
 
 
@@ -154,7 +154,7 @@ class DenseCodes(Codes):
 
 
 def make(rows: torch.Tensor, bias: torch.Tensor | None, sparse: bool, out: torch.dtype,
-         scales: EightBit | None = None, settings: dict[int, Setting] | None = None) -> KernelLinear:
+         scales: EightBit | None = None, settings: dict[int, KernelSetting] | None = None) -> KernelLinear:
     """Make the layer for a weight `[n, k]`, which is given as codes where `scales` are."""
     rows = (rows if scales else rows.to(out)).contiguous()
     if scales is not None:

@@ -66,11 +66,11 @@ def all_kernels(events: Iterable[Any]) -> KernelCounts:
 
 def by_layer(events: Iterable[Any]) -> dict[str, KernelCounts]:
     """Count the kernels below every range, by the layer that it names."""
-    found: dict[str, Counter[str]] = {}
+    counts: dict[str, Counter[str]] = {}
     for event in events:
         if event.name.startswith(RANGE) and event.device_type == torch.autograd.DeviceType.CPU:
-            found.setdefault(event.name.removeprefix(RANGE), Counter()).update(_below(event))
-    return {path: dict(kernels) for path, kernels in found.items()}
+            counts.setdefault(event.name.removeprefix(RANGE), Counter()).update(_below(event))
+    return {path: dict(kernels) for path, kernels in counts.items()}
 
 
 def _below(event: Any) -> Iterator[str]:
@@ -83,7 +83,7 @@ def _below(event: Any) -> Iterator[str]:
 @contextmanager
 def _named(module: nn.Module, paths: Iterable[str]) -> Iterator[None]:
     """Put a named range around every call of these layers."""
-    ranges: dict[str, Any] = {}
+    ranges: dict[str, torch.profiler.record_function] = {}
 
     def enter(path: str) -> None:
         ranges[path] = torch.profiler.record_function(RANGE + path)
@@ -113,7 +113,7 @@ def evidence(engine: str, artefact: str, gemms: Iterable[LayerGemm], precision: 
     kernels of the pass, of which sparse ones outside every layer are told.
     """
     layers = tuple(_layer(gemm, precision, rows, checks.get(gemm.parameter), kernels) for gemm in gemms)
-    placed = {name for found in (kernels or {}).values() for name in found}
+    placed = {name for counts in (kernels or {}).values() for name in counts}
     stray = tuple(sorted(name for name in ran or {} if is_sparse_kernel(name) and name not in placed))
     return EngineEvidence(engine, artefact, True, layers, "input shapes" if rows else "equal rows", unplaced=stray,
                           unplaced_kernels=len(stray))
@@ -143,9 +143,9 @@ def _climb(gemm: LayerGemm, check: TensorCheck | None, kernels: Mapping[str, Ker
     proofs["chosen"] = "runs on compressed weights"
     if kernels is None:
         return "not checked", "nobody watched the model run"
-    found = kernels.get(gemm.layer, {})
-    sparse = {name: count for name, count in found.items() if is_sparse_kernel(name)}
+    ran = kernels.get(gemm.layer, {})
+    sparse = {name: count for name, count in ran.items() if is_sparse_kernel(name)}
     if not sparse:
-        return "unknown", f"its kernels were {', '.join(found) or 'not seen'}"
+        return "unknown", f"its kernels were {', '.join(ran) or 'not seen'}"
     proofs["observed"] = "; ".join(f"{name} ran {count} times" for name, count in sparse.items())
     return "not checked", "no hardware counters were read for its kernel"

@@ -32,7 +32,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp
 
 
 @dataclass(frozen=True)
-class Setting:
+class KernelSetting:
     """How the library multiplies one shape: an algorithm that its search found, on one GPU with one version."""
 
     algorithm: int = 0
@@ -55,10 +55,10 @@ class Kernels(Protocol):
         ...
 
     def multiply(self, x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None,
-                 alpha: torch.Tensor | None, out: torch.dtype, setting: Setting) -> torch.Tensor: ...
+                 alpha: torch.Tensor | None, out: torch.dtype, setting: KernelSetting) -> torch.Tensor: ...
 
     def search(self, x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None,
-               alpha: torch.Tensor | None, out: torch.dtype) -> list[Setting]:
+               alpha: torch.Tensor | None, out: torch.dtype) -> list[KernelSetting]:
         """Return settings worth timing, the default one among them; at least one."""
         ...
 
@@ -75,26 +75,28 @@ class CuSparseLt:
         return torch._cslt_compress(rows.contiguous())
 
     def multiply(self, x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None,
-                 alpha: torch.Tensor | None, out: torch.dtype, setting: Setting) -> torch.Tensor:
+                 alpha: torch.Tensor | None, out: torch.dtype, setting: KernelSetting) -> torch.Tensor:
         rows = len(x)
-        options: dict[str, Any] = {"split_k": setting.split_k, "split_k_mode": setting.split_k_mode}
+        options = {"split_k": setting.split_k, "split_k_mode": setting.split_k_mode}
         y = torch._cslt_sparse_mm(weight, _padded(x).t(), bias, alpha, out if x.element_size() == 1 else None,
                                   setting.transposed, setting.algorithm,
                                   **(options if setting.split_k != 1 else {}))
         return (y if setting.transposed else y.t())[:rows]
 
     def search(self, x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None,
-               alpha: torch.Tensor | None, out: torch.dtype) -> list[Setting]:
-        found: list[Setting] = []
+               alpha: torch.Tensor | None, out: torch.dtype) -> list[KernelSetting]:
+        settings: list[KernelSetting] = []
         for transposed in (True, False):
             arguments = (weight, _padded(x).t(), bias, alpha, out if x.element_size() == 1 else None, transposed)
-            for setting in (Setting(transposed=transposed), _searched(arguments)):
-                if setting is not None and setting not in found and self._runs(x, weight, n, bias, alpha, out, setting):
-                    found.append(setting)
-        return found or [Setting()]
+            for setting in (KernelSetting(transposed=transposed), _searched(arguments)):
+                if setting is None or setting in settings:
+                    continue
+                if self._runs(x, weight, n, bias, alpha, out, setting):
+                    settings.append(setting)
+        return settings or [KernelSetting()]
 
     def _runs(self, x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None,
-              alpha: torch.Tensor | None, out: torch.dtype, setting: Setting) -> bool:
+              alpha: torch.Tensor | None, out: torch.dtype, setting: KernelSetting) -> bool:
         try:
             self.multiply(x, weight, n, bias, alpha, out, setting)
             torch.cuda.synchronize()
@@ -112,15 +114,15 @@ def _padded(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((raw, raw.new_zeros(missing, raw.shape[1]))).view(x.dtype)
 
 
-def _searched(arguments: tuple[Any, ...]) -> Setting | None:
+def _searched(arguments: tuple[Any, ...]) -> KernelSetting | None:
     """Return what the library's own search finds, with its split of k where PyTorch tells."""
     transposed = arguments[-1]
     whole = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
     try:
         if whole is not None:
             algorithm, split_k, mode, *_ = whole(*arguments)
-            return Setting(int(algorithm), int(split_k), int(mode), transposed)
-        return Setting(int(torch._cslt_sparse_mm_search(*arguments)), transposed=transposed)
+            return KernelSetting(int(algorithm), int(split_k), int(mode), transposed)
+        return KernelSetting(int(torch._cslt_sparse_mm_search(*arguments)), transposed=transposed)
     except (RuntimeError, TypeError, ValueError):
         return None
 
@@ -149,8 +151,8 @@ def _tried(precision: str) -> str | None:
     out = torch.float16 if dtype.itemsize == 1 else dtype
     alpha = torch.ones(size, device="cuda") if dtype.itemsize == 1 else None
     try:
-        found = kernels.multiply(x, kernels.compress(rows), size, None, alpha, out, Setting())
-        wrong = not torch.equal(found.float(), x.float() @ rows.float().t())
+        y = kernels.multiply(x, kernels.compress(rows), size, None, alpha, out, KernelSetting())
+        wrong = not torch.equal(y.float(), x.float() @ rows.float().t())
     except (RuntimeError, NotImplementedError, TypeError) as error:
         return f"cuSPARSELt does not run it: {first_line(error)}"
     return "cuSPARSELt's result is wrong here" if wrong else None
@@ -169,7 +171,7 @@ class StandIn:
         return torch.cat((packed.values.view(torch.uint8), packed.places), 1)
 
     def multiply(self, x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None,
-                 alpha: torch.Tensor | None, out: torch.dtype, setting: Setting) -> torch.Tensor:
+                 alpha: torch.Tensor | None, out: torch.dtype, setting: KernelSetting) -> torch.Tensor:
         values, places = weight.split((x.shape[1] // 2 * x.element_size(), x.shape[1] // 8), 1)
         rows = unpack(Packed(values.contiguous().view(x.dtype), places.contiguous()))
         y = x.float() @ rows.float().t()
@@ -177,8 +179,8 @@ class StandIn:
         return (y if bias is None else y + bias.float()).to(out)
 
     def search(self, x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None,
-               alpha: torch.Tensor | None, out: torch.dtype) -> list[Setting]:
-        return [Setting(), Setting(algorithm=1)]
+               alpha: torch.Tensor | None, out: torch.dtype) -> list[KernelSetting]:
+        return [KernelSetting(), KernelSetting(algorithm=1)]
 
 
 _active: list[Kernels] = [CuSparseLt()]
@@ -204,7 +206,7 @@ def sparse_linear(x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Ten
                   alpha: torch.Tensor | None, out: torch.dtype, algorithm: int, split_k: int, split_k_mode: int,
                   transposed: bool) -> torch.Tensor:
     """Multiply as a compiler sees it: in a call whose inside it leaves alone."""
-    setting = Setting(algorithm, split_k, split_k_mode, transposed)
+    setting = KernelSetting(algorithm, split_k, split_k_mode, transposed)
     return kernels().multiply(x, weight, n, bias, alpha, out, setting).contiguous()
 
 
@@ -215,10 +217,10 @@ def _(x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None, 
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None, alpha: torch.Tensor | None,
-            out: torch.dtype, setting: Setting) -> torch.Tensor:
+            out: torch.dtype, setting: KernelSetting) -> torch.Tensor:
     """Multiply `x` `[rows, k]` by Wᵀ: compilers get the opaque call, all others the kernels without its overhead."""
     if torch.compiler.is_compiling():
-        found: torch.Tensor = sparse_linear(x, weight, n, bias, alpha, out, setting.algorithm, setting.split_k,
+        y: torch.Tensor = sparse_linear(x, weight, n, bias, alpha, out, setting.algorithm, setting.split_k,
                                             setting.split_k_mode, setting.transposed)
-        return found
+        return y
     return kernels().multiply(x, weight, n, bias, alpha, out, setting)

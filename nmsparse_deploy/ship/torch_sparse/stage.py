@@ -53,8 +53,8 @@ def export_torch(run: RunDir, spec: Pack = Pack(), progress: Progress = silent, 
         rows = [_one(run, loaded, masks, list(targets), precision, ranges, spec, machine, progress)
                 for precision in spec.precisions]
         held = run.read_json(RECORD)["artefacts"] if (run / RECORD).is_file() else []
-        kept = [row for row in held if row["precision"] not in spec.precisions]
-        run.write_json(RECORD, {"artefacts": [*kept, *(row.to_json() for row in rows)], **environment()})
+        others = [row for row in held if row["precision"] not in spec.precisions]
+        run.write_json(RECORD, {"artefacts": [*others, *(row.to_json() for row in rows)], **environment()})
         run.finish(FOLDER, time.perf_counter() - start, spec=spec.model_dump(mode="json"))
     return rows
 

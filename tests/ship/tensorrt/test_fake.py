@@ -35,8 +35,8 @@ def test_a_build_leaves_everything_and_the_sidecar_ties_it(major, install, tmp_p
     sidecar.check(engine)
     assert [file.path for file in sidecar.onnx] == ["../onnx/model.onnx", "../onnx/model.onnx.data"]
     assert sidecar.onnx_path(engine) == onnx and sidecar.statistics == {"total_weights_bytes": 1234}
-    assert sidecar.settings["shapes"] == {"x": [4, 64]} and sidecar.settings["sparse"] is True
-    assert sidecar.environment["tensorrt"] == trt.__version__ and sidecar.environment["gpu"] == "Fake GPU"
+    assert sidecar.settings == settings()
+    assert sidecar.environment.tensorrt == trt.__version__ and sidecar.environment.gpu == "Fake GPU"
     log = engine.with_suffix(".log").read_text()
     assert "[V] Trying tactics\non two lines\n" in log and "[I] (Sparsity) Found 2 layer(s)" in log
 

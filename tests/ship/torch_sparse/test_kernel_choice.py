@@ -24,7 +24,7 @@ from nmsparse_deploy.ship.torch_sparse.kernel_choice import (
     time_pair,
     twins,
 )
-from nmsparse_deploy.ship.torch_sparse.semi_structured import Setting, StandIn, standing_in
+from nmsparse_deploy.ship.torch_sparse.semi_structured import KernelSetting, StandIn, standing_in
 from nmsparse_deploy.system.gpu_clock import Machine, dry_machine, require_gpu
 
 STEADY = [1.0 + 0.01 * (i % 5) for i in range(21)]
@@ -61,7 +61,7 @@ def test_what_is_kept_is_never_slower_beyond_noise(drawn):
 
 
 def test_a_decision_survives_json():
-    decision = decide((64, 128), "fp16", ["a", "b"], {32: Times(STEADY, STEADY, Setting(3, transposed=False))})
+    decision = decide((64, 128), "fp16", ["a", "b"], {32: Times(STEADY, STEADY, KernelSetting(3, transposed=False))})
     made = json.loads(json.dumps(decision.to_json()))
     assert TypeAdapter(GemmDecision).validate_python(made) == decision
     assert made["settings"] == {"32": {"algorithm": 3, "split_k": 1, "split_k_mode": -1, "transposed": False}}

@@ -11,7 +11,7 @@ from nmsparse_deploy.masks import project
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.ship.quantise import FORMATS, quantise_weight
 from nmsparse_deploy.ship.torch_sparse.linear import Dense, EightBit, encoded, make
-from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, Setting, StandIn, standing_in
+from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, KernelSetting, StandIn, standing_in
 
 pytest.importorskip("ml_dtypes")
 
@@ -88,7 +88,7 @@ def test_settings_go_by_rows():
             return super().multiply(x, weight, n, bias, alpha, out, setting)
 
     with standing_in(Watched()):
-        layer = make(weight().half(), None, True, torch.float16, None, {8: Setting(7)})
+        layer = make(weight().half(), None, True, torch.float16, None, {8: KernelSetting(7)})
         for rows in (8, 9):
             layer(torch.ones(rows, 64).half())
     assert seen == [(8, 7), (9, 0)]
