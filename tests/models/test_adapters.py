@@ -85,9 +85,9 @@ def test_what_was_calibrated_on_is_not_evaluated_on(run, tmp_path):
 
 def test_a_toy_library_is_exported(run):
     rows = nms.export(run, Export(precisions=("fp32",)))
-    assert rows[0]["links"] == 6 and rows[0]["agreement"]["relative"] < 1e-4
+    assert rows[0].links == 6 and rows[0].agreement.relative < 1e-4
     packed = export_torch(run, Pack(precisions=("bf16",)))
-    assert packed[0]["verified"] == 6 and packed[0]["agreement"]["relative"] < 0.05
+    assert packed[0].verified == 6 and packed[0].agreement.relative < 0.05
 
 
 def test_no_data_of_its_own_is_one_sentence(toy, tmp_path):

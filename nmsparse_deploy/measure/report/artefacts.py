@@ -33,25 +33,6 @@ class Sizes:
     note: str = DENSE_STORED
 
 
-@dataclass(frozen=True)
-class GraphFacts:
-    """An exported graph, its agreement with the model, and what else was done to it."""
-
-    path: str
-    precision: str
-    opset: int | None
-    files: dict[str, int]
-    bytes: int
-    dense_bytes: int
-    links: int
-    seconds: float | None
-    size_note: str
-    dynamic: tuple[str, ...]
-    agreement: Agreement | NotCompared | None
-    warnings: tuple[str, ...]
-    notes: tuple[str, ...]
-
-
 def sizes(stages: Stages) -> Sizes:
     """Measure every artefact of the run."""
     model = _bytes(*(stages.path / "model").glob("*.safetensors"), *(stages.path / "model").glob("*.bin"))
@@ -68,13 +49,9 @@ def _bytes(*files: Path) -> int | None:
     return sum(there) if there else None
 
 
-def graphs(stages: Stages) -> tuple[GraphFacts, ...] | None:
-    """Describe exported graphs; None when nothing was exported."""
-    if stages.export is None:
-        return None
-    return tuple(GraphFacts(graph.path, graph.precision, graph.opset, graph.files, sum(graph.files.values()),
-                            graph.dense_bytes, graph.links, graph.seconds, graph.size_note, graph.dynamic,
-                            graph.agreement, graph.warnings, _notes(graph)) for graph in stages.export.files)
+def graph_json(graph: ExportedGraph) -> dict[str, object]:
+    """Return an exported graph with its size and what else was done to it."""
+    return {**graph.to_json(), "bytes": sum(graph.files.values()), "notes": _notes(graph)}
 
 
 def _notes(graph: ExportedGraph) -> tuple[str, ...]:
@@ -93,7 +70,7 @@ def _notes(graph: ExportedGraph) -> tuple[str, ...]:
     return (*notes, *(f"{name}: {words}" for name, words in compiled.items() if words))
 
 
-def stored(sizes: Sizes, graphs: tuple[GraphFacts, ...] | None) -> Section:
+def stored(sizes: Sizes, graphs: tuple[ExportedGraph, ...] | None) -> Section:
     """Write the section about sizes and exported graphs."""
     table = Table("Sizes of the artefacts", columns("artefact", "size", "bytes"),
                   tuple((row.artefact, megabytes(row.bytes), number(row.bytes)) for row in sizes.rows))
@@ -101,15 +78,16 @@ def stored(sizes: Sizes, graphs: tuple[GraphFacts, ...] | None) -> Section:
     return Section("Sizes", (table, Paragraph(sizes.note), exported), "sizes")
 
 
-def _exported(graphs: tuple[GraphFacts, ...]) -> Section:
+def _exported(graphs: tuple[ExportedGraph, ...]) -> Section:
     heads = columns("file", "opset", "weights linked to the model", "largest difference", "relative difference",
                     "same top answer")
     body: list[Block] = [Table("Exported graphs", heads, tuple(_compared(graph) for graph in graphs))]
-    notes = tuple((graph.path, note) for graph in graphs for note in (*_not_run(graph), *graph.warnings, *graph.notes))
+    notes = tuple((graph.path, note) for graph in graphs
+                  for note in (*_not_run(graph), *graph.warnings, *_notes(graph)))
     return Section("Exported graphs against the PyTorch model", (*body, *([Bullets(notes)] if notes else [])))
 
 
-def _compared(graph: GraphFacts) -> tuple[str, ...]:
+def _compared(graph: ExportedGraph) -> tuple[str, ...]:
     same = graph.agreement
     row = (graph.path, plain(graph.opset), number(graph.links))
     if not isinstance(same, Agreement):
@@ -119,5 +97,5 @@ def _compared(graph: GraphFacts) -> tuple[str, ...]:
     return (*row, number(same.max_abs), number(same.relative), top)
 
 
-def _not_run(graph: GraphFacts) -> tuple[str, ...]:
+def _not_run(graph: ExportedGraph) -> tuple[str, ...]:
     return (f"not run here: {graph.agreement.not_checked}",) if isinstance(graph.agreement, NotCompared) else ()

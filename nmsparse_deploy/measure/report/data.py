@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 
 from nmsparse_deploy.measure.bench.result import GpuBenchResult
 from nmsparse_deploy.measure.evaluate.result import DrawnImage
-from nmsparse_deploy.measure.report.artefacts import GraphFacts, Sizes, graphs, sizes, stored
+from nmsparse_deploy.measure.report.artefacts import Sizes, graph_json, sizes, stored
 from nmsparse_deploy.measure.report.compliance import Compliance, compliance, held, not_checked, unchecked
 from nmsparse_deploy.measure.report.engines import NOTHING, built
 from nmsparse_deploy.measure.report.latency import LatencyResult, Variant, latency, overview, timed, together
 from nmsparse_deploy.measure.report.layers import Layers, MaskPictures, layers, masks, one_by_one
-from nmsparse_deploy.measure.report.packed import PackedFacts, gpu_arms, packed, without_zeros
-from nmsparse_deploy.measure.report.provenance import Provenance, StayedDense, dense, origin, provenance, stayed_dense
+from nmsparse_deploy.measure.report.packed import gpu_arms, packed_json, without_zeros
+from nmsparse_deploy.measure.report.provenance import Provenance, dense, origin, provenance, stayed_dense
 from nmsparse_deploy.measure.report.quality import (
     Continuations,
     Quality,
@@ -26,13 +26,15 @@ from nmsparse_deploy.measure.report.quality import (
 from nmsparse_deploy.measure.report.stages import NotChecked, Stages
 from nmsparse_deploy.measure.report.verdict import Headline, Pruning, headline
 from nmsparse_deploy.models import short_name
+from nmsparse_deploy.models.base import Skipped
 from nmsparse_deploy.pattern import TWO_FOUR, parse_pattern
 from nmsparse_deploy.runs.manifest import RecipeRecord
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.runs.section import Paragraph, Section
 from nmsparse_deploy.runs.stage_file import read_stage
 from nmsparse_deploy.ship.engine import BuiltEngine, EngineFile
-from nmsparse_deploy.ship.torch_sparse.record import PackedFile
+from nmsparse_deploy.ship.onnx.record import ExportedGraph
+from nmsparse_deploy.ship.torch_sparse.record import PackedFile, PackedModel
 
 FORMAT = "nmsparse-report-1"
 
@@ -59,21 +61,22 @@ class Report:
     compliance: Compliance | None
     not_checked: tuple[NotChecked, ...]
     sizes: Sizes
-    graphs: tuple[GraphFacts, ...] | None
+    graphs: tuple[ExportedGraph, ...] | None
     engines: tuple[BuiltEngine, ...] | None
-    packed: tuple[PackedFacts, ...] | None
+    packed: tuple[PackedModel, ...] | None
     gpu_arms: GpuBenchResult | None
     layers: Layers
     masks: MaskPictures | None
     latency: LatencyResult | None
     overview: tuple[Variant, ...]
     provenance: Provenance
-    skipped: tuple[StayedDense, ...]
-
+    skipped: tuple[Skipped, ...]
 
     def to_json(self) -> dict[str, object]:
-        """Return the fields, and of engines and arms what follows from theirs."""
+        """Return the fields, and of graphs, engines, packed models and arms what follows from theirs."""
         return {**asdict(self), "engines": [row.to_json() for row in self.engines] if self.engines else None,
+                "graphs": [graph_json(row) for row in self.graphs] if self.graphs else None,
+                "packed": [packed_json(row) for row in self.packed] if self.packed else None,
                 "gpu_arms": self.gpu_arms.to_json() if self.gpu_arms else None}
 
 
@@ -82,7 +85,7 @@ def collect(run: RunDir) -> Report:
     stages = Stages.read(run)
     model = ReportedModel(stages.manifest.recipe.model, short_name(stages.manifest.recipe.model))
     verified, measured, latencies = compliance(stages), quality(stages.evaluate), latency(stages.bench)
-    on_disk, exported = sizes(stages), graphs(stages)
+    on_disk, exported = sizes(stages), stages.export.files if stages.export else None
     engines, torch = read_stage(run, "engines.json", EngineFile), read_stage(run, "torch.json", PackedFile)
     missing, pruning = not_checked(stages, engines is not None), _pruning(stages)
     verdicts = [f"Engine {engine.path}: {engine.evidence.verdict}" for engine in (engines.engines if engines else ())]
@@ -90,8 +93,7 @@ def collect(run: RunDir) -> Report:
     return Report(
         top, FORMAT, model, pruning, measured, continuations(stages.evaluate),
         stages.evaluate.images if stages.evaluate else [], verified, missing, on_disk, exported,
-        engines.engines if engines else None,
-        tuple(packed(row) for row in torch.artefacts) if torch else None,
+        engines.engines if engines else None, torch.artefacts if torch else None,
         read_stage(run, "bench-gpu.json", GpuBenchResult), layers(stages), masks(run), latencies,
         overview(measured, exported, latencies, on_disk.model_bytes), provenance(stages), stayed_dense(stages))
 

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from nmsparse_deploy.measure.report import plots
-from nmsparse_deploy.measure.report.artefacts import GraphFacts
 from nmsparse_deploy.measure.report.quality import Quality
 from nmsparse_deploy.measure.report.stages import BenchFile, Circumstances
 from nmsparse_deploy.models.roofline import Prediction
@@ -22,24 +21,19 @@ from nmsparse_deploy.runs.wording import (
     with_error,
     within,
 )
-from nmsparse_deploy.system.timing import SpeedUp
+from nmsparse_deploy.ship.onnx.record import ExportedGraph
+from nmsparse_deploy.system.timing import SpeedUp, TimedArm
 
 OTHER_RUNTIME = ("Arms marked 'other runtime' do not run where the dense arm runs, and their dense twins were not "
                  "timed: their ratios compare runtimes and say nothing about pruning.")
 
 
 @dataclass(frozen=True)
-class LatencyArm:
+class LatencyArm(TimedArm):
     """A timed arm with its speed-up over dense; `other_runtime` where that compares runtimes."""
 
-    name: str
-    kernel: str
-    median_ms: float
-    p10_ms: float
-    p90_ms: float
-    calls: int
-    ratio: SpeedUp | None
-    other_runtime: bool
+    ratio: SpeedUp | None = None
+    other_runtime: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,20 +66,19 @@ def latency(bench: BenchFile | None) -> LatencyResult | None:
     if bench is None:
         return None
     base = next((arm.kernel for arm in bench.arms if arm.name not in bench.ratios), None)
-    arms = tuple(LatencyArm(arm.name, arm.kernel, arm.median_ms, arm.p10_ms, arm.p90_ms, arm.calls,
-                            bench.ratios.get(arm.name), arm.name in bench.ratios and arm.kernel != base)
-                 for arm in bench.arms)
+    arms = tuple(LatencyArm(**vars(arm), ratio=bench.ratios.get(arm.name),
+                            other_runtime=arm.name in bench.ratios and arm.kernel != base) for arm in bench.arms)
     note = OTHER_RUNTIME if any(arm.other_runtime for arm in arms) else None
     return LatencyResult(bench.where, bench.shape, arms, bench.verdict, bench.predicted, note, bench.environment)
 
 
-def overview(quality: Quality | None, graphs: tuple[GraphFacts, ...] | None, latency: LatencyResult | None,
+def overview(quality: Quality | None, graphs: tuple[ExportedGraph, ...] | None, latency: LatencyResult | None,
              model_bytes: int | None) -> tuple[Variant, ...]:
     """Return a row per variant as far as each was measured; none with fewer than two kinds of measurement."""
     if sum(part is not None for part in (quality, graphs, latency)) < 2:
         return ()
     metrics = {row.label: row for row in reversed(quality.rows)} if quality else {}  # the first metric matters most
-    files = {f"pruned, ONNX {graph.precision}": graph.bytes for graph in graphs or ()}
+    files = {f"pruned, ONNX {graph.precision}": sum(graph.files.values()) for graph in graphs or ()}
     times = {arm.name: arm.median_ms for arm in latency.arms} if latency else {}
     labels = [row.label for row in quality.rows] if quality else []
     sizes = {"pruned": model_bytes, **files}

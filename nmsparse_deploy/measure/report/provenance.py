@@ -9,6 +9,7 @@ import yaml
 
 from nmsparse_deploy.measure.report.quality import Quality, several
 from nmsparse_deploy.measure.report.stages import Circumstances, Recorded, Stages
+from nmsparse_deploy.models.base import Skipped
 from nmsparse_deploy.recipe import Calibration, Prune
 from nmsparse_deploy.runs.manifest import RecipeRecord
 from nmsparse_deploy.runs.section import Block, Code, Facts, Paragraph, Section, Table, columns
@@ -42,15 +43,6 @@ class Provenance:
     calibration: Recorded | None
     stages: tuple[FinishedStage, ...]
     commands: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class StayedDense:
-    """A weight that stayed dense."""
-
-    name: str
-    shape: str
-    reason: str
 
 
 def provenance(stages: Stages) -> Provenance:
@@ -143,13 +135,12 @@ def _command(verb: str, arguments: list[str], options: Options) -> str:
     return shlex.join(words)
 
 
-def stayed_dense(stages: Stages) -> tuple[StayedDense, ...]:
+def stayed_dense(stages: Stages) -> tuple[Skipped, ...]:
     """List weights that stayed dense, each with the reason."""
     if stages.plan is None:
         return ()
-    return (*(StayedDense(row.name, f"{row.k} × {row.n} (K × N)", row.reason) for row in stages.plan.rows
-              if not row.pattern),
-            *(StayedDense(row.name, shape(row.shape), row.reason) for row in stages.plan.skipped))
+    planned = [Skipped(row.name, (row.k, row.n), row.reason) for row in stages.plan.rows if not row.pattern]
+    return (*planned, *stages.plan.skipped)
 
 
 def origin(past: Provenance, source: str, quality: Quality | None, timed: Circumstances | None) -> Section:
@@ -188,9 +179,9 @@ def _held_out(quality: Quality | None) -> tuple[Block, ...]:
     return (Paragraph(f"Evaluation data against calibration data: {counts}."),)
 
 
-def dense(rows: tuple[StayedDense, ...]) -> Section:
+def dense(rows: tuple[Skipped, ...]) -> Section:
     """Write the section about weights that stayed dense."""
-    heads = columns("parameter", "shape", "reason", text=("shape", "reason"))
-    table = Table("Weights that stayed dense", heads, tuple((row.name, row.shape, row.reason) for row in rows))
+    heads = columns("parameter", "shape (K × N of a prunable matrix)", "reason", text=("reason",))
+    table = Table("Weights that stayed dense", heads, tuple((row.name, shape(row.shape), row.reason) for row in rows))
     return Section(f"Weights that stayed dense ({len(rows)})", (table if rows else Paragraph("Nothing is recorded."),),
                    "skipped")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.measure.evaluate.result import Evaluation, NotChecked
+from nmsparse_deploy.models.base import Skipped
 from nmsparse_deploy.models.roofline import Prediction
 from nmsparse_deploy.prove.report import VerifyReport
 from nmsparse_deploy.runs.manifest import Manifest
@@ -42,20 +43,11 @@ class PlannedMatrix:
 
 
 @dataclass(frozen=True)
-class NeverPruned:
-    """A weight that was never a candidate."""
-
-    name: str
-    shape: tuple[int, ...]
-    reason: str
-
-
-@dataclass(frozen=True)
 class PlanStage:
     """`plan.json`."""
 
     rows: tuple[PlannedMatrix, ...]
-    skipped: tuple[NeverPruned, ...]
+    skipped: tuple[Skipped, ...]
 
 
 @dataclass(frozen=True)
