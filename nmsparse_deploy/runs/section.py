@@ -74,7 +74,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Graphic:
     """An SVG element or a PNG in base64, with the words that stand for it where it cannot be seen."""
 
     data: str
@@ -84,11 +84,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Figure:
-    """Pictures side by side; `narrow` takes their place on a phone. In Markdown their words stand for all of it."""
+    """Graphics side by side; `narrow` takes their place on a phone. In Markdown their words stand for all of it."""
 
-    pictures: tuple[Picture, ...]
+    graphics: tuple[Graphic, ...]
     caption: str = ""
-    narrow: tuple[Picture, ...] = ()
+    narrow: tuple[Graphic, ...] = ()
     kind: ClassVar[str] = "figure"
 
 

@@ -81,14 +81,14 @@ class Continuation:
 
 @dataclass(frozen=True)
 class DrawnImage:
-    """A picture for the report; checked, because a page will embed it."""
+    """An image for the report; checked, because a page will embed it."""
 
     title: str
     png_base64: str
 
     def __post_init__(self) -> None:
         if not base64.b64decode(self.png_base64, validate=True).startswith(PNG):
-            raise ValueError(f"the picture '{self.title}' is not a PNG")
+            raise ValueError(f"the image '{self.title}' is not a PNG")
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,6 @@ def compare_page(compared: Comparison) -> Page:
                 f"{moment(compared.date)} · {plain(compared.versions)}")
 
 
-def _plot(rows: Sequence[ComparedRecipe], dense: Score, width: float) -> plots.Picture:
+def _plot(rows: Sequence[ComparedRecipe], dense: Score, width: float) -> plots.Graphic:
     points = [(row.recipe, row.seconds, row.value) for row in rows]
     return plots.against_cost(points, dense.value, dense.metric, width, f"cost-{width}")

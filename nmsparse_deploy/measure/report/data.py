@@ -11,7 +11,7 @@ from nmsparse_deploy.measure.report.artefacts import Sizes, graph_json, sizes, s
 from nmsparse_deploy.measure.report.compliance import Compliance, compliance, held, not_checked, unchecked
 from nmsparse_deploy.measure.report.engines import NOTHING, built
 from nmsparse_deploy.measure.report.latency import LatencyResult, Variant, latency, overview, timed, together
-from nmsparse_deploy.measure.report.layers import Layers, MaskPictures, layers, masks, one_by_one
+from nmsparse_deploy.measure.report.layers import Layers, MaskFacts, layers, masks, one_by_one
 from nmsparse_deploy.measure.report.packed import gpu_arms, packed_json, without_zeros
 from nmsparse_deploy.measure.report.provenance import Provenance, dense, origin, provenance, stayed_dense
 from nmsparse_deploy.measure.report.quality import (
@@ -66,7 +66,7 @@ class Report:
     packed: tuple[PackedModel, ...] | None
     gpu_arms: GpuBenchResult | None
     layers: Layers
-    masks: MaskPictures | None
+    masks: MaskFacts | None
     latency: LatencyResult | None
     overview: tuple[Variant, ...]
     provenance: Provenance

@@ -42,7 +42,7 @@ class KeptPositions:
 
 
 @dataclass(frozen=True)
-class MaskPictures:
+class MaskFacts:
     """The first values of one mask as rows of 0 and 1, the group axis to the right, and the kept positions."""
 
     tensor: str
@@ -66,7 +66,7 @@ def layers(stages: Stages) -> Layers:
     return Layers(stages.layers, series)
 
 
-def masks(run: RunDir) -> MaskPictures | None:
+def masks(run: RunDir) -> MaskFacts | None:
     """Count the positions that all N:M masks keep; None without masks."""
     held = MaskSet.load(run / "masks.safetensors").masks if (run / "masks.safetensors").is_file() else {}
     if not held:
@@ -78,7 +78,7 @@ def masks(run: RunDir) -> MaskPictures | None:
             by_pattern[mask.pattern].append(mask)
     positions = tuple(_kept(pattern, by_pattern[pattern]) for pattern in sorted(by_pattern, key=str))
     corner = tuple("".join("1" if value else "0" for value in row) for row in _rows(first)[:CORNER, :CORNER])
-    return MaskPictures(clean(name), str(first.pattern), first.axis, first.pattern.alignment, corner, positions)
+    return MaskFacts(clean(name), str(first.pattern), first.axis, first.pattern.alignment, corner, positions)
 
 
 def _kept(pattern: NMPattern, masks: list[Mask]) -> KeptPositions:
@@ -95,7 +95,7 @@ def _rows(mask: Mask) -> np.ndarray:
     return bits.reshape(-1, bits.shape[-1])
 
 
-def one_by_one(layers: Layers, masks: MaskPictures | None) -> Section:
+def one_by_one(layers: Layers, masks: MaskFacts | None) -> Section:
     """Write the section about single layers."""
     wide, narrow = (plots.relative_errors(layers.series, width, name)
                     for width, name in ((plots.WIDE, "errors-wide"), (plots.NARROW, "errors")))
@@ -105,7 +105,7 @@ def one_by_one(layers: Layers, masks: MaskPictures | None) -> Section:
         wide and narrow) else [
         Paragraph("Relative errors per layer were not measured: the method used no calibration statistics, or every "
                   "error is zero.")]
-    blocks.append(_pictured(masks) if masks else Paragraph("The run has no mask file."))
+    blocks.append(_mask_figure(masks) if masks else Paragraph("The run has no mask file."))
     heads = columns("parameter", "block", "pattern", "shape", "group axis", "relative error", "time")
     rows = tuple((row.name, str(row.block), row.pattern, shape(row.shape), str(row.axis),
                   number(row.relative_error), quantity(row.seconds, "s")) for row in layers.rows)
@@ -113,7 +113,7 @@ def one_by_one(layers: Layers, masks: MaskPictures | None) -> Section:
     return Section("Layer by layer", tuple(blocks), "layers")
 
 
-def _pictured(masks: MaskPictures) -> Figure:
+def _mask_figure(masks: MaskFacts) -> Figure:
     caption = f"Heat map: blue values of {masks.tensor} are kept, the others are zero."
     if masks.positions:
         counted = "; ".join(f"{row.pattern} in {plural(row.masks, 'mask')} with {row.groups:,} groups"

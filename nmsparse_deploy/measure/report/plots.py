@@ -15,12 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from nmsparse_deploy.runs.section import Picture
+from nmsparse_deploy.runs.section import Graphic
 from nmsparse_deploy.runs.wording import percent
 
 if TYPE_CHECKING:
     from nmsparse_deploy.measure.report.latency import LatencyArm
-    from nmsparse_deploy.measure.report.layers import KeptPositions, MaskPictures, Series
+    from nmsparse_deploy.measure.report.layers import KeptPositions, MaskFacts, Series
 
 WIDE, NARROW = 10.2, 4.6
 """Inches on a screen, and on a phone."""
@@ -44,7 +44,7 @@ LINES = re.compile(r" *\n *")
 BASE64 = re.compile(r"base64,[^\"]*")
 
 
-def relative_errors(series: Series, width: float, salt: str) -> Picture | None:
+def relative_errors(series: Series, width: float, salt: str) -> Graphic | None:
     """Draw relative output error by block, one line per layer kind; None when none was measured or all are zero."""
     lines = {kind: [(block, error) for block, error in points if error > 0] for kind, points in series.items()}
     lines = {kind: points for kind, points in lines.items() if points}
@@ -76,7 +76,7 @@ def relative_errors(series: Series, width: float, salt: str) -> Picture | None:
     return _svg(draw, (width, 3.1 + 0.17 * math.ceil(len(lines) / columns)), text, salt)
 
 
-def mask_corner(masks: MaskPictures) -> Picture:
+def mask_corner(masks: MaskFacts) -> Graphic:
     """Draw the corner of one mask: coloured = kept; the group axis runs to the right."""
     kept = np.array([[value == "1" for value in row] for row in masks.corner])
     pixels = np.zeros((*kept.shape, 4))
@@ -98,7 +98,7 @@ def mask_corner(masks: MaskPictures) -> Picture:
     return _svg(draw, (3.6, 0.9 + 2.7 * height / width), text, "corner")
 
 
-def kept_by_position(entry: KeptPositions, salt: str) -> Picture:
+def kept_by_position(entry: KeptPositions, salt: str) -> Graphic:
     """Draw the share of groups that keep each position of the group, over all masks of one pattern."""
     shares = entry.kept
 
@@ -118,7 +118,7 @@ def kept_by_position(entry: KeptPositions, salt: str) -> Picture:
     return _svg(draw, (3.6, 3.2), text, salt)
 
 
-def latency_arms(arms: Sequence[LatencyArm], width: float, salt: str) -> Picture:
+def latency_arms(arms: Sequence[LatencyArm], width: float, salt: str) -> Graphic:
     """Draw the median (dot) and the 10th to 90th percentile (bar) of every arm."""
     times = [(arm.p10_ms, arm.median_ms, arm.p90_ms) for arm in arms]
 
@@ -139,7 +139,7 @@ def latency_arms(arms: Sequence[LatencyArm], width: float, salt: str) -> Picture
 
 
 def against_cost(points: Sequence[tuple[str, float, float]], dense: float, metric: str, width: float,
-                 salt: str) -> Picture:
+                 salt: str) -> Graphic:
     """Draw a dot per recipe: the seconds that pruning took and the metric it reached; dense is the dotted line."""
     values = [value for _, _, value in points] + [dense]
     spread = "ppl" in metric and max(values) > 4 * min(values)
@@ -170,14 +170,14 @@ def _short(name: str) -> str:
     return name if len(name) <= 28 else f"{name[:27]}…"
 
 
-def _svg(draw: Callable[[Axes], None], size: tuple[float, float], words: str, salt: str) -> Picture:
+def _svg(draw: Callable[[Axes], None], size: tuple[float, float], words: str, salt: str) -> Graphic:
     settings: Any = {**SETTINGS, "svg.hashsalt": salt}
     with matplotlib.rc_context(settings):
         figure = Figure(size, layout="constrained")
         draw(figure.add_subplot())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return Picture(_inline(buffer.getvalue(), words), words)
+    return Graphic(_inline(buffer.getvalue(), words), words)
 
 
 def _inline(text: str, words: str) -> str:

@@ -14,8 +14,8 @@ from nmsparse_deploy.runs.section import (
     Facts,
     Figure,
     Fold,
+    Graphic,
     Paragraph,
-    Picture,
     Section,
     Table,
     columns,
@@ -210,4 +210,4 @@ def drawn(images: list[DrawnImage]) -> Section:
     """Write the section with images."""
     return Section("What the models see", (
         Paragraph("The same images through the dense and the pruned model.", "soft"),
-        Figure(tuple(Picture(image.png_base64, image.title, "png") for image in images))), "images")
+        Figure(tuple(Graphic(image.png_base64, image.title, "png") for image in images))), "images")

@@ -15,7 +15,7 @@ from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import Prune, Recipe, fingerprint
 from nmsparse_deploy.runs.manifest import RecipeRecord
 from nmsparse_deploy.runs.run_dir import RunDir
-from nmsparse_deploy.runs.section import Picture
+from nmsparse_deploy.runs.section import Graphic
 from nmsparse_deploy.runs.wording import clean, interval, number, with_error, within
 from tests.fixtures.run_folder import (
     Page,
@@ -31,7 +31,7 @@ from tests.fixtures.run_folder import (
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    monkeypatch.setattr(plots, "_svg", lambda draw, size, words, salt: Picture("<svg></svg>", words))
+    monkeypatch.setattr(plots, "_svg", lambda draw, size, words, salt: Graphic("<svg></svg>", words))
 
 
 def report_of(run):

@@ -14,8 +14,8 @@ from nmsparse_deploy.runs.section import (
     Facts,
     Figure,
     Fold,
+    Graphic,
     Paragraph,
-    Picture,
     Section,
     Table,
     columns,
@@ -123,7 +123,7 @@ def test_strings_from_files_stay_text(tmp_path):
 def test_every_block_of_a_section_is_escaped_on_both_pages():
     blocks = (Paragraph(HOSTILE), Bullets(((HOSTILE, HOSTILE),)), Code(HOSTILE), Facts(((HOSTILE, HOSTILE),)),
               Table(HOSTILE, columns(HOSTILE, "b"), ((HOSTILE, Cell(HOSTILE, "bad")),), HOSTILE),
-              Figure((Picture("iVBORw0KGgo=", HOSTILE, "png"),), HOSTILE))
+              Figure((Graphic("iVBORw0KGgo=", HOSTILE, "png"),), HOSTILE))
     page = Page(HOSTILE, HOSTILE, (Section(HOSTILE, (*blocks, Fold(HOSTILE, blocks), Section(HOSTILE, blocks))),), HOSTILE)
     written = HtmlPage(html(page))
     assert "script" not in written.tags and not [name for _, name, _ in written.attributes if name.startswith("on")]
