@@ -47,7 +47,7 @@ def choose(model: str, settings: Json, minutes: float = MINUTES, progress: Progr
     """Choose the first recipe of the ladder that is predicted to fit; `settings` are the other fields of the prune
     section.
 
-    Raises `UsageError` when even the fastest rung does not fit, or when the settings ask for refinements themselves.
+    Raises `UsageError` when even the fastest recipe does not fit, or when the settings ask for refinements themselves.
     """
     if settings.get("refine"):
         raise UsageError("--method auto chooses the refinements itself.", "leave --refine out, or name a method")
@@ -60,8 +60,8 @@ def choose(model: str, settings: Json, minutes: float = MINUTES, progress: Progr
     rates = Rates.measure(hardware.compute_dtype(base.compute, device))
     available = max_memory or free_memory()
     rejected: list[tuple[str, float]] = []
-    for name, rung in LADDER.items():
-        spec = validate(Prune, {**settings, **rung})
+    for name, fields in LADDER.items():
+        spec = validate(Prune, {**settings, **fields})
         settled = spec.settled(gpu=device.type == "cuda")
         if loaded.streamed and settled.whole_model and footprint(loaded, plan, settled, rates.dtype).whole > available:
             continue

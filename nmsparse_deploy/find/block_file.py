@@ -1,4 +1,4 @@
-"""The file of a finished block: what pruning it changed, and its records. A killed run goes on behind the last one."""
+"""The file of a finished block: what pruning it changed, and its records. A killed run goes on after the last one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a prune would cost, from shapes alone: floating-point operations, memory and disk. Predicted, not measured.
+"""The cost of a prune, from shapes alone: floating-point operations, memory and disk. Predicted, not measured.
 
 Each term of the estimate is a function with its formula: `P` are weights, `T` tokens, `n` the inputs and `R` the
 outputs of a matrix.

@@ -1,4 +1,4 @@
-"""What refinements and learned methods report, as it stands in `refinements.json`."""
+"""Reports of refinements and learned methods, as they stand in `refinements.json`."""
 
 from __future__ import annotations
 

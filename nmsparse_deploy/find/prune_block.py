@@ -29,7 +29,7 @@ from nmsparse_deploy.registry import REFINEMENTS
 from nmsparse_deploy.system.memory import peak_since_reset_mb, reset_peak
 
 LearnBlock = Callable[[BlockPair, Any, int, str], BlockResult]
-"""A block refinement that learns masks; also told the block's number and path."""
+"""A block refinement that learns masks; it gets the block's number and path as well."""
 
 
 @dataclass
@@ -161,7 +161,7 @@ def _refine_block(module: nn.Module, plan: Plan, pruned: PrunedBlock, walk: Bloc
 
 
 def _distance(module: nn.Module, number: int, walk: BlockWalk) -> Callable[..., torch.Tensor]:
-    """Measure how far the model's output moves with this block's; the blocks behind this one are still dense."""
+    """Measure how far the model's output moves with this block's; the blocks after this one are still dense."""
     def distance(batch: int, x: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             reference = walk.finish(number, batch, dense)

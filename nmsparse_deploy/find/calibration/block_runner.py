@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +14,10 @@ from torch import nn
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.models.capture import capture
 from nmsparse_deploy.models.forwards import replaced
+from nmsparse_deploy.models.loaded import Batch
 from nmsparse_deploy.models.weight_store import IN_MEMORY, WeightStore
 from nmsparse_deploy.system.hardware import autocast_for
 
-Batch = Mapping[str, Any]
 Output = Any
 """Whatever a block returns; the hidden states are it, or one of its items (the first in most families)."""
 

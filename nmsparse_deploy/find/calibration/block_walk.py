@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from nmsparse_deploy.errors import NmsparseError
-from nmsparse_deploy.find.calibration.block_runner import Batch, BlockRunner, Output, hidden_states_of
+from nmsparse_deploy.find.calibration.block_runner import BlockRunner, Output, hidden_states_of
 from nmsparse_deploy.find.calibration.block_wiring import find_wiring
 from nmsparse_deploy.find.calibration.buffers import Buffer, MakeBuffer
 from nmsparse_deploy.find.calibration.expert_statistics import ExpertAccumulator, accumulator
@@ -26,6 +26,7 @@ from nmsparse_deploy.find.calibration.layer_stats import LayerStats, Need, Stats
 from nmsparse_deploy.find.calibration.shared import share
 from nmsparse_deploy.models.base import Target
 from nmsparse_deploy.models.capture import OnInput, capture
+from nmsparse_deploy.models.loaded import Batch
 from nmsparse_deploy.models.matmul_observer import MatmulObserver, Product
 from nmsparse_deploy.models.residual_stream import EXIT, residual_writers
 from nmsparse_deploy.models.weight_store import IN_MEMORY, WeightStore
@@ -191,7 +192,7 @@ class BlockWalk:
         return trace
 
     def pass_dense(self, index: int) -> None:
-        """Move the dense stream past a still dense block whose statistics nobody needs."""
+        """Move the dense stream past a still dense block whose statistics are not needed."""
         if self._dense is not None:
             self._pass(self._dense, index)
 

@@ -15,7 +15,8 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nmsparse_deploy.errors import NmsparseError
-from nmsparse_deploy.find.calibration.block_runner import Batch, BlockRunner, Call, Output, cast, hidden_states_of
+from nmsparse_deploy.find.calibration.block_runner import BlockRunner, Call, Output, cast, hidden_states_of
+from nmsparse_deploy.models.loaded import Batch
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 Mostly what leaves a block enters the next as it is, and the other arguments do not depend on it. Where something lies
 between two blocks (a change of resolution, a norm, the way from an encoder into its decoder), or a block hands more
-than hidden states on, the model itself is run again with every block behind the stream answering what it is known to
-have answered.
+than hidden states on, the model itself is run again with every block that the stream has passed answering what
+it is known to have answered.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-from nmsparse_deploy.find.calibration.block_runner import Batch, BlockRunner, Call, Output, hidden_states_of
+from nmsparse_deploy.find.calibration.block_runner import BlockRunner, Call, Output, hidden_states_of
 from nmsparse_deploy.find.calibration.block_wiring import BlockWiring, ends_of
 from nmsparse_deploy.find.calibration.buffers import Buffer, MakeBuffer
+from nmsparse_deploy.models.loaded import Batch
 
 
 class CalibrationStream:

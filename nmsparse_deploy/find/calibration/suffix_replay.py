@@ -1,7 +1,7 @@
 """Run forward passes that start at a block: what the dense model computes before it is remembered, not repeated.
 
 While the blocks before number `b` keep their weights, their outputs are known. They are replaced by stubs: block
-`b - 1` returns its recorded output, the earlier ones hollow tensors of the right shape that nobody reads. Only one
+`b - 1` returns its recorded output, the earlier ones hollow tensors of the right shape that nothing reads. Only one
 block boundary is kept. A model that does read them (a skip connection over several blocks) is found out by a trial, and
 then every pass is a whole one.
 """
@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from nmsparse_deploy.find.calibration.block_runner import Batch, Output, answering
+from nmsparse_deploy.find.calibration.block_runner import Output, answering
 from nmsparse_deploy.find.calibration.expert_statistics import accumulator
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats, Need
 from nmsparse_deploy.models.base import Target
 from nmsparse_deploy.models.capture import OnInput, capture
+from nmsparse_deploy.models.loaded import Batch
 from nmsparse_deploy.models.matmul_observer import MatmulObserver, Product
 
 Reduce = Callable[[int, Output], torch.Tensor]

@@ -31,7 +31,7 @@ class TrainingProgress:
     best_step: int = 0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
-    """One entry per judgement of the hard mask."""
+    """One entry per evaluation of the hard mask."""
     judged_at: list[float] = field(default_factory=list)
     """Seconds of training before each of them."""
 

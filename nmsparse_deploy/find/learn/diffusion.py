@@ -4,8 +4,8 @@
 
 The task is the squared error of what the model predicts (noise, sample, velocity or flow), the teacher the dense model
 on the same noised samples. Where the model knows a null condition, half of the samples go without their own, as guided
-sampling runs both branches. A mask that is judged at one step is judged wrongly (errors add up along a trajectory), so
-held-out samples are scored at steps spread evenly over all, with noise that stays from judgement to judgement.
+sampling runs both branches. An evaluation at one step would be misleading (errors add up along a trajectory), so
+held-out samples are scored at steps spread evenly over all, with the same noise in every evaluation.
 
 Ho et al., Denoising Diffusion Probabilistic Models, NeurIPS 2020, arXiv:2006.11239; Peebles and Xie, Scalable Diffusion
 Models with Transformers (DiT), ICCV 2023, arXiv:2212.09748.
@@ -30,7 +30,7 @@ from nmsparse_deploy.system.hardware import autocast_for
 
 
 class DiffusionSubject:
-    """The clean samples and conditions of `sample`, `size` at a time, under noise that is drawn for every moment."""
+    """The clean samples and conditions of `sample`, `size` at a time, under noise that is drawn anew in every step."""
 
     varies = True
 

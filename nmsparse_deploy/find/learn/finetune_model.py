@@ -17,13 +17,13 @@ from nmsparse_deploy.find.learn.checkpoint import Checkpoints
 from nmsparse_deploy.find.learn.learner import ADAM_BYTES, MASK_BYTES, LearnedMask
 from nmsparse_deploy.find.learn.mask_parametrization import MaskSite
 from nmsparse_deploy.find.learn.memory_budget import TrainedMatrix, memory_budget
-from nmsparse_deploy.find.learn.subjects import Batch, BatchSubject
+from nmsparse_deploy.find.learn.subjects import BatchSubject
 from nmsparse_deploy.find.learn.whole_model import objective_of, recomputed
 from nmsparse_deploy.find.plan.make_plan import Plan
-from nmsparse_deploy.find.refine.base import PrunedModel
+from nmsparse_deploy.find.refine.base import PrunedModel, RefineModel
 from nmsparse_deploy.masks import Mask, mask_follows
 from nmsparse_deploy.models.base import from_rows, to_rows
-from nmsparse_deploy.models.loaded import LoadedModel
+from nmsparse_deploy.models.loaded import Batch, LoadedModel
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import Prune
 from nmsparse_deploy.registry import REFINEMENTS
@@ -73,7 +73,8 @@ def refine_model(checkpoints: Checkpoints, loaded: LoadedModel, plan: Plan, spec
 
         pruned = PrunedModel(subject, rows, dense, spec.calibration.seed, checkpoints, progress)
         with recomputed(loaded.module, plan.blocks if step.gradient_checkpointing else ()):
-            outcome = REFINEMENTS.load(step.name)(pruned, step)
+            refine: RefineModel = REFINEMENTS.load(step.name)
+            outcome = refine(pruned, step)
         better = outcome.facts.best_step > 0  # norms and biases were trained in place: they are written in any case
         trained = {name: mask for name, mask in outcome.masks.items() if better or name not in sites}
         _write(loaded.module, trained, sites)

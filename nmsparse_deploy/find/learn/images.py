@@ -14,7 +14,8 @@ from nmsparse_deploy.find.learn.augment import Augmentation
 from nmsparse_deploy.find.learn.losses import classification
 from nmsparse_deploy.find.learn.mask_parametrization import MaskSite
 from nmsparse_deploy.find.learn.step_context import StepContext, digest
-from nmsparse_deploy.find.learn.subjects import Batch, ModelSubject
+from nmsparse_deploy.find.learn.subjects import ModelSubject
+from nmsparse_deploy.models.loaded import Batch
 from nmsparse_deploy.models.objective import Objective
 from nmsparse_deploy.recipe import Training
 

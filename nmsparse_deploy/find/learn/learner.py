@@ -1,4 +1,4 @@
-"""What a learned method supplies to the loop, and what it is given.
+"""Learners: what a learned method supplies to the loop, and what it is given.
 
 The loop (`loop.py`) owns steps, data order, accumulation, learning rates, clipping, evaluation, checkpoints and the
 choice of the best. It gives the learner a `Subject`: a module with the places for masks, and two losses. A learner
@@ -55,12 +55,12 @@ class Subject(Protocol):
     training: Sequence[int]
     """Numbers of the micro-batches to learn from."""
     held_out: Sequence[int]
-    """Numbers of those that judge; never trained on."""
+    """Numbers of those for evaluation; never trained on."""
     samples: int
     """Samples in a micro-batch."""
 
     varies: bool
-    """Does a micro-batch look different at another moment (augmentation, noise)?"""
+    """Whether a micro-batch changes from step to step (augmentation, noise)."""
 
     def loss_terms(self, number: int, context: StepContext) -> dict[str, torch.Tensor]:
         """Return named scalars to be minimised, of `module` in the present mode of its masks. Teachers are taken from
@@ -86,7 +86,7 @@ class Learner:
     """A learned method while it runs; see the module's docstring."""
 
     shards = False
-    """Can its values be split over processes (`sharded.py`)?"""
+    """Whether its values can be split over processes (`sharded.py`)."""
 
     def prepare(self, subject: Subject, priors: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
         """Put trainable values on `subject.module` and return the optimiser; `priors` are bool rows `[R, K]` by

@@ -1,4 +1,4 @@
-"""What is minimised: the task's own loss, and the distance to the dense model, for which unlabelled data is enough.
+"""Losses: that of the task, and the distance to the dense model, for which unlabelled data is enough.
 
 All return scalars in fp32. Distillation: Hinton et al. 2015, arXiv:1503.02531; denoising: Ho et al. 2020,
 arXiv:2006.11239.

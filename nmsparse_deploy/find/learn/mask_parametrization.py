@@ -3,7 +3,7 @@
 The weight itself stays where it is, frozen and untouched, as `parametrizations.NAME.original`; what the module sees is
 computed from it and from trained values, which are ordinary parameters of the module. One mask has three modes:
 
-* soft: the relaxed or sampled mask of the present moment, differentiable in the trained values
+* soft: the relaxed or sampled mask of the present step, differentiable in the trained values
 * hard: the mask that would be handed over now, always computed anew from the values
 * dense: the original weight, so that the same module is its own teacher
 """
@@ -43,8 +43,8 @@ class MaskSite:
 class MaskParametrization:
     """The rule by which the mask of one weight follows from trained values.
 
-    Matrices are rows `[R, K]` with the groups along K. `rows` is the original weight in its own dtype, which a law
-    raises to fp32 where it computes with it; the values are fp32, in any shape the law likes.
+    Matrices are rows `[R, K]` with the groups along K. `rows` is the original weight in its own dtype, which a subclass
+    raises to fp32 where it computes with it; the values are fp32, in any shape.
     """
 
     def start(self, rows: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
@@ -102,9 +102,8 @@ class LearnableMask(nn.Module):
         return self.parametrization
 
 
-
 MakeParametrization = Callable[[MaskSite], MaskParametrization]
-"""The law of a weight; patterns may differ from weight to weight."""
+"""The parametrisation of a weight; patterns may differ from weight to weight."""
 
 
 def attach(module: nn.Module, sites: Mapping[str, MaskSite], parametrization: MakeParametrization,

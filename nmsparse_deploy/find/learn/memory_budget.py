@@ -1,4 +1,4 @@
-"""What learning will hold in memory, predicted from shapes before the first step. Predicted, not measured."""
+"""The memory that learning takes, predicted from shapes before the first step."""
 
 from __future__ import annotations
 

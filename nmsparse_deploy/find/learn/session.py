@@ -1,4 +1,4 @@
-"""Learned masks inside the prune stage: priors, the best of them, the loop, and what it has to tell.
+"""Learned masks inside the prune stage: priors, the best of them, the loop, and its report.
 
 With the block objective a block is learned where the walk stands, from the stream of the pruned model; with the global
 one the whole model is learned first (`whole_model.py`) and the walk only writes down the masks.

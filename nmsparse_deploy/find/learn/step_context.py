@@ -1,4 +1,4 @@
-"""Where a training run is.
+"""The context of a training step: where the run is.
 
 Schedules, noise and data order are functions of this and of nothing else, so that a run that was killed and resumed
 draws what an unbroken one draws.

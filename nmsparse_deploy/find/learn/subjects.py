@@ -1,12 +1,12 @@
-"""What masks are learned on.
+"""Subjects that masks are learned on.
 
-A whole model with its own loss and its dense self as the teacher, or one block against the dense block's output.
+A subject is a whole model with its own loss and its dense self as the teacher, or one block against the dense block's
+output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,12 +15,10 @@ from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.learn.losses import classification, divergence, next_token, relative_error
 from nmsparse_deploy.find.learn.mask_parametrization import MaskSite, showing
 from nmsparse_deploy.find.learn.step_context import StepContext
+from nmsparse_deploy.models.loaded import Batch
 from nmsparse_deploy.models.objective import Objective
 from nmsparse_deploy.recipe import Training
 from nmsparse_deploy.system.hardware import autocast_for
-
-Batch = Mapping[str, Any]
-"""Keyword arguments of a forward pass."""
 
 
 def split(count: int, share: float) -> tuple[Sequence[int], Sequence[int]]:
@@ -71,7 +69,7 @@ class ModelSubject:
         raise NotImplementedError
 
     def loss_terms(self, number: int, context: StepContext) -> dict[str, torch.Tensor]:
-        """Return the task's loss where the batch tells the truth, and the distance to the dense model."""
+        """Return the task's loss where the batch is labelled, and the distance to the dense model."""
         spec, (batch, labels) = self.spec, self.batch(number, context)
         teacher = self._dense(batch) if spec.distill else None
         output = self._signal(batch)

@@ -25,12 +25,12 @@ from nmsparse_deploy.find.learn.learner import Subject
 from nmsparse_deploy.find.learn.mask_parametrization import MaskSite
 from nmsparse_deploy.find.learn.prior_selection import Masks
 from nmsparse_deploy.find.learn.session import FOLDER, LearningSession
-from nmsparse_deploy.find.learn.subjects import Batch, BatchSubject
+from nmsparse_deploy.find.learn.subjects import BatchSubject
 from nmsparse_deploy.find.methods.base import LayerResult, Method
 from nmsparse_deploy.find.plan.make_plan import Plan
 from nmsparse_deploy.find.prune_block import prune_block
 from nmsparse_deploy.models.base import to_rows
-from nmsparse_deploy.models.loaded import LoadedModel
+from nmsparse_deploy.models.loaded import Batch, LoadedModel
 from nmsparse_deploy.models.objective import Objective, objective
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import Prune

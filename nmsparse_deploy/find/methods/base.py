@@ -1,4 +1,4 @@
-"""What a mask method is: a function on one weight matrix, and the statistics it declares to need."""
+"""Mask methods: functions on one weight matrix, with the statistics that they declare to need."""
 
 from __future__ import annotations
 

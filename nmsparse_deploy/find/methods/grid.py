@@ -4,7 +4,7 @@
     Q(w) = s · clamp(round(w / s), ±levels)
 
 Zero is a level of its own, so what is pruned stays exactly zero. Inside a sweep a column is rounded when it is frozen:
-`e_j = (w_j - q_j)/d_j` with `q_j = Q(w_j)` where it is kept and 0 elsewhere; the columns behind it absorb the error.
+`e_j = (w_j - q_j)/d_j` with `q_j = Q(w_j)` where it is kept and 0 elsewhere; the columns after it absorb the error.
 
 Frantar & Alistarh, SparseGPT, 2023, section 3.5 (joint sparsification and quantisation).
 """

@@ -46,14 +46,14 @@ def sweep(weight: torch.Tensor, factor: torch.Tensor, pattern: Pattern, freeze: 
         errors = torch.zeros((stop - start, w.shape[1]), device=w.device)
         for first in range(start, stop, group):
             here = slice(first, first + group)
-            behind = errors[first - start : first - start + group]
+            group_errors = errors[first - start : first - start + group]
             chosen = None if given is None else given[here]
             if chosen is None and prices is not None:
                 chosen = project(w[here].square().mul_(prices[here].unsqueeze(1)), pattern, axis=0)
-            kept[here] = freeze(w[here], factor[here, here], behind, chosen)
+            kept[here] = freeze(w[here], factor[here, here], group_errors, chosen)
             if grid is not None:
-                grid.freeze(first, w[here], factor[here, here], behind, kept[here])
-            w[first + group : stop].addmm_(factor[here, first + group : stop].T, behind, alpha=-1)
+                grid.freeze(first, w[here], factor[here, here], group_errors, kept[here])
+            w[first + group : stop].addmm_(factor[here, first + group : stop].T, group_errors, alpha=-1)
         w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
         loss += float(errors.square().sum(dtype=torch.float64))
     return w.T.contiguous(), kept.T.contiguous(), loss

@@ -1,4 +1,4 @@
-"""What the pattern saves on each fusion group, from a measured table or from the roofline, and on the whole model.
+"""The time that the pattern saves on each fusion group, measured or from the roofline, and on the whole model.
 
 Compilers merge a fusion group into one GEMM `[K, ΣN]`, so that is the shape which is looked up. A latency table is a
 JSON file

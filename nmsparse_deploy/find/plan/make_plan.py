@@ -1,4 +1,4 @@
-"""Which matrices get the pattern, and why the others stay dense."""
+"""Plan which matrices get the pattern, and say why the others stay dense."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much the loss increases when a part of the model is pruned: tried out, or predicted from its curvature.
+"""The increase of the loss when a part of the model is pruned: tried out, or predicted from its curvature.
 
 * `direct`: prune one fusion group, leave everything else dense, and measure the increase of the loss on the
   calibration samples. One pass over the samples a group, started at the group's block.
@@ -27,11 +27,9 @@ from nmsparse_deploy.find.methods.base import Method, prune_matrices
 from nmsparse_deploy.find.plan.make_plan import PlanRow
 from nmsparse_deploy.find.refine.base import PrunedLayer
 from nmsparse_deploy.models.base import to_rows
-from nmsparse_deploy.models.loaded import LoadedModel
+from nmsparse_deploy.models.loaded import Batch, LoadedModel
 from nmsparse_deploy.models.objective import Objective
 from nmsparse_deploy.system.progress import Progress, silent
-
-Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ from nmsparse_deploy.find.plan.allocation import (
 from nmsparse_deploy.find.plan.latency import Latency, source
 from nmsparse_deploy.find.plan.make_plan import Plan, PlanRow, by_fusion, make_plan
 from nmsparse_deploy.find.plan.mixed_ratios import mixed_ratios
-from nmsparse_deploy.find.plan.sensitivity import Batch, LossIncrease, direct, from_curvature, hutchinson, together
+from nmsparse_deploy.find.plan.sensitivity import LossIncrease, direct, from_curvature, hutchinson, together
 from nmsparse_deploy.models.discovery import trace_inputs
-from nmsparse_deploy.models.loaded import LoadedModel
+from nmsparse_deploy.models.loaded import Batch, LoadedModel
 from nmsparse_deploy.models.objective import Objective, objective
 from nmsparse_deploy.models.roofline import count_flops
 from nmsparse_deploy.pattern import Pattern, Unstructured, parse_pattern

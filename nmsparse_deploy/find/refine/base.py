@@ -1,4 +1,4 @@
-"""What a refinement is: a function that takes a pruned layer, or a whole pruned block, and makes it better.
+"""Refinements: functions that take a pruned layer, a pruned block or a pruned model, and make it better.
 
 A layer refinement sees one matrix and the statistics of its inputs. A block refinement sees the block as a module, the
 pruned model's stream at its entrance and the dense model's at its exit. Both may be chained in a recipe.
@@ -144,4 +144,4 @@ class PrunedModel:
 
 
 RefineModel = Callable[[PrunedModel, Any], Outcome]
-"""`(whole, step)`: what every parameter that changed is now, by name, and facts. The module is left as it was."""
+"""`(pruned, step)`: what every parameter that changed is now, by name, and facts. The module is left as it was."""

@@ -75,16 +75,16 @@ class FinetuneLearner(MaskLearner):
                 mask.parametrized_by(FixedMask).restore(own)
 
 
-def refine(whole: PrunedModel, step: Finetune) -> Outcome:
+def refine(pruned: PrunedModel, step: Finetune) -> Outcome:
     """Return the best weights found and their masks; see the module's docstring."""
     until = step.steps - round(step.frozen * step.steps)
 
     def parametrize(site: MaskSite) -> MaskParametrization:
         if step.how == "sr-ste":
-            return SrSte(site.pattern, whole.dense(site.name), step.refresh, until, step.decay)
+            return SrSte(site.pattern, pruned.dense(site.name), step.refresh, until, step.decay)
         if step.how == "s-ste":
-            return SSte(site.pattern, whole.dense(site.name), until)
+            return SSte(site.pattern, pruned.dense(site.name), until)
         return Adapters(site.name, step.rank) if step.how == "adapters" else FixedMask()
 
-    return fit(whole.subject, FinetuneLearner(parametrize, step.rate), whole.masks, step, whole.seed,
-               whole.checkpoints, whole.progress, "fine-tuning")
+    return fit(pruned.subject, FinetuneLearner(parametrize, step.rate), pruned.masks, step, pruned.seed,
+               pruned.checkpoints, pruned.progress, "fine-tuning")

@@ -1,6 +1,6 @@
 """LLM-Barber: rebuild a mask by swapping kept and pruned weights that a block's loss prices the other way round.
 
-First the attention half, then, behind the rebuilt attention, the MLP half. With `x` what the pruned model feeds a half,
+First the attention half, then, after the rebuilt attention, the MLP half. With `x` what the pruned model feeds a half,
 `f_d` and `f_s` the half with its dense and with its present weights, and one gradient per calibration sample:
 
     L = MSE(f_d(x), f_s(x)),    g = ∂L/∂W_d at the dense weights,    S = |W_d| · sqrt(mean over samples of g²)
@@ -56,7 +56,7 @@ def refine(block: BlockPair, step: LlmBarber) -> BlockResult:
             layers[name] = _swapped(layers[name], rebuild(scores, layers[name].result.mask, layers[name].pattern,
                                                           step.share))
             block.module.get_parameter(name).copy_(layers[name].stored(torch.float32))
-        for name in unit.parameters:  # the next half is compared behind this one as it is now
+        for name in unit.parameters:  # the next half is compared after this one as it is now
             block.dense.get_parameter(name).copy_(block.module.get_parameter(name))
         facts.append(RebuiltUnit(loss, sum(int((layers[name].result.mask & ~block.layers[name].result.mask).sum())
                                            for name in squares)))

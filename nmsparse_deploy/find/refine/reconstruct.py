@@ -4,8 +4,8 @@ The input is what the *pruned* model feeds the block, the target what the *dense
 included, so a block also repairs what those before it have shifted. Surviving weights, norms and biases move; the mask
 is applied to every gradient and the zeros stay. In halves, first what runs before the norm between attention and MLP is
 trained on the hidden states there, then the rest on the block's output. The error of a token is relative to the size of
-its target, which is how the next norm will see it. The last blocks (`through`) may be judged by what the model makes of
-their output instead: the Kullback-Leibler divergence from the dense model's predictions. A held-out share of the
+its target, which is how the next norm will see it. The last blocks (`through`) may be trained on what the model makes
+of their output instead: the Kullback-Leibler divergence from the dense model's predictions. A held-out share of the
 batches decides which epoch is kept; when none is better than the start, the start is.
 
 Guo et al., EBFT, 2024, arXiv:2402.12419 (a block at a time); Zimmer et al., 2025, arXiv:2510.14444 (units of any size).
@@ -64,10 +64,10 @@ def _train(block: BlockPair, unit: Unit, targets: Sequence[torch.Tensor], held_o
     for parameter in trained.values():
         parameter.requires_grad_(True)
     count = len(targets) - held_out
-    judged = range(count, len(targets)) if held_out else range(count)
+    evaluated = range(count, len(targets)) if held_out else range(count)
     optimiser = torch.optim.Adam(trained.values(), lr=step.rate, betas=(0.9, 0.95))
     order = torch.Generator().manual_seed(0)
-    start = best = _loss(block, unit, targets, judged)
+    start = best = _loss(block, unit, targets, evaluated)
     kept = {name: value.detach().clone() for name, value in trained.items()}
     total = step.epochs * count
     for epoch in range(step.epochs):
@@ -79,7 +79,7 @@ def _train(block: BlockPair, unit: Unit, targets: Sequence[torch.Tensor], held_o
                 trained[name].grad.mul_(mask)  # type: ignore[union-attr]
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        reached = _loss(block, unit, targets, judged)
+        reached = _loss(block, unit, targets, evaluated)
         if reached < best:
             best, kept = reached, {name: value.detach().clone() for name, value in trained.items()}
     with torch.no_grad():
