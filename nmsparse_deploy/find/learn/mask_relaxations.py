@@ -34,6 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.learn.mask_parametrization import MaskParametrization
+from nmsparse_deploy.find.learn.plackett_luce import MAX_UNIFORM, MIN_UNIFORM
 from nmsparse_deploy.find.learn.step_context import LinearSchedule, StepContext
 from nmsparse_deploy.masks import project
 from nmsparse_deploy.pattern import NMPattern
@@ -46,9 +47,6 @@ MAX_DISTRIBUTION = 1000
 
 CHUNK, LARGE = 1 << 17, 1 << 24
 """Numbers of a temporary at a time: on a CPU what its cache holds, elsewhere what is worth a kernel."""
-
-LOW, HIGH = 1e-9, 1 - 1e-7
-"""Uniform draws are clamped to this in fp32, where the Gumbel transform is finite."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,7 @@ def _choices(values: torch.Tensor, table: torch.Tensor, point: AnnealingPoint) -
         if generator is None:
             arguments = logits * (point.kappa / point.tau)
         else:
-            drawn = torch.rand(logits.shape, generator=generator, device=values.device).clamp_(LOW, HIGH)
+            drawn = torch.rand(logits.shape, generator=generator, device=values.device).clamp_(MIN_UNIFORM, MAX_UNIFORM)
             arguments = drawn.log_().neg_().log_().to(logits.dtype).sub_(logits, alpha=point.kappa).div_(-point.tau)
         yield part, arguments.softmax(0)
 

@@ -18,14 +18,14 @@ from collections.abc import Iterator
 
 import torch
 
-LOWEST, HIGHEST = 1e-9, 1 - 1e-7
+MIN_UNIFORM, MAX_UNIFORM = 1e-9, 1 - 1e-7
 """Uniform draws are clamped to these, so that their Gumbel noise is finite in fp32."""
 
 
 def sample(logits: torch.Tensor, keep: int, generator: torch.Generator | None = None) -> torch.Tensor:
     """Draw `keep` places of every block: indices `[..., keep]` in the order of the draws, for `logits` `[..., M]`."""
     uniform = torch.rand(logits.shape, dtype=logits.dtype, device=logits.device, generator=generator)
-    gumbel = -(-uniform.clamp(LOWEST, HIGHEST).log()).log()
+    gumbel = -(-uniform.clamp(MIN_UNIFORM, MAX_UNIFORM).log()).log()
     return (logits + gumbel).topk(keep, dim=-1, sorted=True).indices
 
 
