@@ -16,6 +16,8 @@ from nmsparse_deploy.ship.tensorrt.log import Pass
 
 Level = Literal["pattern", "shape", "eligible", "chosen", "tactic", "observed", "counted"]
 LEVELS: tuple[Level, ...] = ("pattern", "shape", "eligible", "chosen", "tactic", "observed", "counted")
+WHAT_LEVELS_ARE = ("A layer's level of evidence is the last of the steps in these tables that raw output of the "
+                   "builder, the profiler or the hardware shows for it; each step includes those before it.")
 KERNEL_LEVELS: tuple[Level, ...] = ("tactic", "observed", "counted")
 """From here on a sparse kernel was seen by its name."""
 Reason = Literal["not in pattern", "fusion partner dense", "shape", "not eligible", "dense was faster",

@@ -33,6 +33,7 @@ from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.runs.section import Paragraph, Section
 from nmsparse_deploy.runs.stage_file import read_stage
 from nmsparse_deploy.ship.engine import BuiltEngine, EngineFile
+from nmsparse_deploy.ship.evidence import WHAT_LEVELS_ARE, EngineEvidence
 from nmsparse_deploy.ship.onnx.record import ExportedGraph
 from nmsparse_deploy.ship.torch_sparse.record import PackedFile, PackedModel
 
@@ -125,7 +126,9 @@ def sections(report: Report) -> tuple[Section, ...]:
 
 
 def _kernels(report: Report) -> Section:
+    proved = any(isinstance(engine.evidence, EngineEvidence) for engine in report.engines or ())
+    about = NOTHING if not report.engines else WHAT_LEVELS_ARE if proved else ""
     return Section("Which kernels run", (
-        *([] if report.engines else [Paragraph(NOTHING)]), *(built(engine) for engine in report.engines or ()),
+        *([Paragraph(about)] if about else []), *(built(engine) for engine in report.engines or ()),
         *(without_zeros(model) for model in report.packed or ()),
         *([gpu_arms(report.gpu_arms)] if report.gpu_arms else [])), "engines")

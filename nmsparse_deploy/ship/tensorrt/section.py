@@ -14,8 +14,6 @@ MEANING: dict[Level, str] = {
     "tactic": "the engine holds a sparse kernel for it", "observed": "that kernel was seen running",
     "counted": "the hardware counted sparse instructions"}
 """What each level of evidence says."""
-WHAT_LEVELS_ARE = ("A layer's level of evidence is the last of these steps that raw output of the builder, the "
-                   "profiler or the hardware shows for it; each step includes those before it.")
 
 
 def section(row: BuiltEngine) -> Section:
@@ -42,7 +40,7 @@ def _evidence(row: BuiltEngine, proved: EngineEvidence, about: str) -> tuple[Blo
         f"Evidence for {row.path}",
         columns("level of evidence", "layers", "share of FLOPs", "meaning", text=("meaning",)),
         tuple((level, number(proved.count(level)), percent(proved.share(level)), MEANING[level]) for level in LEVELS),
-        f"{multiplications} by a stored weight; FLOPs at {basis}. {WHAT_LEVELS_ARE}")
+        f"{multiplications} by a stored weight; FLOPs at {basis}.")
     heads = columns("weight", "K × N", "number format", "level of evidence", "why no higher", text=("why no higher",))
     rows = tuple((layer.name, f"{layer.k} × {layer.n}", layer.dtype, layer.level or "none",
                   f"{layer.reason}: {layer.why_not}" if layer.reason else "it is the highest")

@@ -76,6 +76,7 @@ def test_from_a_run_to_evidence_to_a_report(pruned, install, capfd):
     page, data = Path(out.strip()).read_text(), json.loads((pruned / "report/report.json").read_text())
     text = (pruned / "report/report.md").read_text()
     assert code == 0 and "engine" not in {row["place"] for row in data["not_checked"]}
+    assert page.count("level of evidence is the last") == text.count("level of evidence is the last") == 1
     for view in (page, text.replace("\\", "")):
         assert on["verdict"] in view and "dense was faster" in view and "sparse-off.engine" in view
     assert any(line.startswith("Engine engines/fp16-1x16/sparse-on.engine: 3 of 15") for line in data["headline"]["lines"])
