@@ -54,12 +54,12 @@ def evaluate_diffusion(dense: LoadedModel, pruned: LoadedModel, spec: Evaluate, 
     """
     models = {DENSE: dense, PRUNED: pruned}
     sample = held_out(dense, DATA if spec.data == AUTO else spec.data, spec.images, progress)
-    compared = None
-    if calibration is not None:
-        compared = check_images_disjoint(calibration, sample.hashes)
+    compared = None if calibration is None else check_images_disjoint(calibration, sample.hashes)
     results: Results = {label: [] for label in models}
     rows = _predictions(models, sample, results, progress)
-    drawn = {label: _samples(model, dense, sample, spec, progress) for label, model in models.items()}
+    given, noise = asked(dense, sample, spec.drawn), starting_noise(dense, spec.drawn)
+    drawn = {label: draw(model, noise, given, sample.null, spec.steps, spec.guidance, progress) if spec.drawn else noise
+             for label, model in models.items()}
     _moved(drawn, spec, dense, results)
     images = [_plot(rows)]
     if spec.drawn and dense.processor.preprocess is not None:
@@ -140,12 +140,6 @@ def asked(model: LoadedModel, sample: NoisedSample, count: int) -> dict[str, tor
     if classes:
         return {LABELS: torch.arange(count) % classes}
     return {name: value[torch.arange(count) % len(value)] for name, value in sample.given.items()}
-
-
-def _samples(model: LoadedModel, dense: LoadedModel, sample: NoisedSample, spec: Evaluate,
-             progress: Progress) -> torch.Tensor:
-    given, noise = asked(dense, sample, spec.drawn), starting_noise(dense, spec.drawn)
-    return draw(model, noise, given, sample.null, spec.steps, spec.guidance, progress) if spec.drawn else noise
 
 
 def _moved(drawn: dict[str, torch.Tensor], spec: Evaluate, dense: LoadedModel, results: Results) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch.nn.functional import cosine_similarity
@@ -11,15 +11,7 @@ from nmsparse_deploy.data.sentence_pairs import Pairs, load_pairs
 from nmsparse_deploy.data.sequences import check_sentences_disjoint, max_tokens
 from nmsparse_deploy.measure.evaluate.agree import feature_agreement
 from nmsparse_deploy.measure.evaluate.arms import DENSE, PRUNED, Arm
-from nmsparse_deploy.measure.evaluate.result import (
-    Difference,
-    EvalResult,
-    Evaluation,
-    Protocol,
-    Results,
-    bootstrap_error,
-    bootstrap_pairs,
-)
+from nmsparse_deploy.measure.evaluate.result import EvalResult, Evaluation, Results, bootstrap_error, bootstrap_pairs
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.outputs import Features
 from nmsparse_deploy.system.progress import Progress, silent
@@ -57,12 +49,16 @@ def evaluate_encoder(arms: Sequence[Arm], model: LoadedModel, data: str, calibra
                         "dtype": arm.dtype}
             similarities = similar[arm.label]
             if similarities is not None:
-                results[arm.label].append(_spearman(similarities, rated, arm, pairs.name, protocol))
+                error = bootstrap_error(_correlation(similarities, rated), len(rated))
+                results[arm.label].append(EvalResult(f"sts_spearman@{pairs.name}", spearman(similarities, rated), error,
+                                                     len(rated), arm.where, protocol))
             if arm.label != DENSE:
                 results[arm.label] += feature_agreement(features[DENSE], features[arm.label], arm.where, pairs.name,
                                                         {**protocol, "against": DENSE})
-        if difference is None:
-            difference = _difference(similar.get(DENSE), similar.get(PRUNED), rated, pairs.name)
+        dense, pruned = similar.get(DENSE), similar.get(PRUNED)
+        if difference is None and dense is not None and pruned is not None:
+            difference = bootstrap_pairs(_correlation(dense, rated), _correlation(pruned, rated), len(rated),
+                                         f"sts_spearman@{pairs.name}")
     return Evaluation({**results}, {"sentences_compared": compared, "overlaps": 0}, difference=difference,
                       samples=samples)
 
@@ -93,18 +89,9 @@ def _similarities(features: Features, pairs: Pairs, texts: Sequence[str]) -> tor
     return cosine_similarity(first, second, dim=1)
 
 
-def _spearman(similar: torch.Tensor, rated: torch.Tensor, arm: Arm, name: str,
-              protocol: Protocol) -> EvalResult:
-    error = bootstrap_error(lambda index: spearman(similar[index], rated[index]), len(rated))
-    return EvalResult(f"sts_spearman@{name}", spearman(similar, rated), error, len(rated), arm.where, protocol)
-
-
-def _difference(dense: torch.Tensor | None, pruned: torch.Tensor | None, rated: torch.Tensor,
-                name: str) -> Difference | None:
-    if dense is None or pruned is None:
-        return None
-    return bootstrap_pairs(lambda index: spearman(dense[index], rated[index]),
-                           lambda index: spearman(pruned[index], rated[index]), len(rated), f"sts_spearman@{name}")
+def _correlation(similar: torch.Tensor, rated: torch.Tensor) -> Callable[[torch.Tensor], float]:
+    """Return the rank correlation as a function of the pairs that are looked at."""
+    return lambda index: spearman(similar[index], rated[index])
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float:

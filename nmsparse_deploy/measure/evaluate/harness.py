@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def _explain(error: Exception, names: Sequence[str]) -> NmsparseError:
 def _results(scores: dict[str, Any], name: str, limit: int | None, where: str, dtype: str) -> list[EvalResult]:
     """Read `METRIC,FILTER` beside `METRIC_stderr,FILTER`, as the harness writes them."""
     rows, samples = [], scores.get("n-samples", {}).get(name, {}).get("effective", 0)
-    protocol = {"harness": _version(), "task_version": scores.get("versions", {}).get(name),
+    protocol = {"harness": version("lm-eval"), "task_version": scores.get("versions", {}).get(name),
                 "shots": scores.get("n-shot", {}).get(name), "limit": limit, "dtype": dtype}
     for key, value in scores["results"][name].items():
         metric, _, picked = key.partition(",")
@@ -120,12 +121,3 @@ def _results(scores: dict[str, Any], name: str, limit: int | None, where: str, d
         rows.append(EvalResult(f"{metric}@{name}{first}", float(value), spread, int(samples), where,
                                {**protocol, "filter": picked}))
     return rows
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("lm-eval")
-    except PackageNotFoundError:
-        return "unknown"
