@@ -29,7 +29,7 @@ class NMPattern:
 
     @classmethod
     def parse(cls, text: str) -> NMPattern:
-        """`"2:4"` -> `NMPattern(2, 4)`. Raises `UsageError` on anything else."""
+        """Return `NMPattern(2, 4)` for `"2:4"`. Raises `UsageError` for anything else."""
         match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
         if match is None:
             raise UsageError(f"'{text}' is not a pattern; write keep:group, for example 2:4.")
@@ -48,7 +48,7 @@ class NMPattern:
 
     @property
     def alignment(self) -> int:
-        """What the length of the group axis must be a multiple of."""
+        """The number that the length of the group axis must be a multiple of."""
         return self.group
 
     @property
@@ -57,7 +57,7 @@ class NMPattern:
         return self.group
 
     def implies(self, other: NMPattern) -> bool:
-        """Does every tensor with this pattern also have `other`? (2:8 implies 2:4; 4:8 does not.)"""
+        """Return whether every tensor with this pattern also has `other` (2:8 implies 2:4; 4:8 does not)."""
         period = math.lcm(self.group, other.group)
         for start in range(0, period, other.group):
             stop = start + other.group
@@ -107,15 +107,15 @@ class Unstructured:
         return BLOCK_SIZE
 
     def implies(self, other: NMPattern) -> bool:
-        """A share of zeros promises nothing about any group."""
+        """Return False: a share of zeros promises nothing about any group."""
         return False
 
     def kept(self, count: int) -> int:
-        """How many of `count` competing values stay."""
+        """Return how many of `count` competing values stay."""
         return round(self.density * count)
 
     def allows(self, kept: int, lines: int, length: int) -> bool:
-        """Can a mask over `lines` x `length` values keep `kept` of them, whatever its scope?
+        """Return whether a mask over `lines` x `length` values can keep `kept` of them, whatever its scope.
 
         Every contest rounds by half a value at most, and no scope has more contests than the matrix has rows and
         columns together.
@@ -127,7 +127,7 @@ Pattern = NMPattern | Unstructured
 
 
 def parse_pattern(text: str) -> Pattern:
-    """`"2:4"` or `"unstructured:0.5"` (the share of zeros). Raises `UsageError` on anything else."""
+    """Read `"2:4"` or `"unstructured:0.5"` (the share of zeros). Raises `UsageError` for anything else."""
     if not text.strip().startswith("unstructured"):
         return NMPattern.parse(text)
     match = re.fullmatch(r"\s*unstructured\s*:\s*(\d*\.?\d+(?:e-?\d+)?)\s*", text)

@@ -144,6 +144,19 @@ def test_settings_that_are_no_step_are_blamed(outside):
         validate(Prune, {"refine": [{"name": "shrink"}]})
 
 
+def test_what_trains_the_whole_model_has_the_settings_of_fine_tuning(outside):
+    """The stage that trains the model reads them; a step without them would be left out in silence."""
+    description = plugin.DESCRIPTION.replace('level="layer"', 'level="model"')
+    outside(description=description)
+    with pytest.raises(NmsparseError, match=r"'nms-outside' offers the refinement 'shrink'.*Shrink is no Finetune"):
+        validate(Prune, {"refine": [{"name": "shrink"}]})
+    outside(name="nms-tuning", offers="[nmsparse_deploy.refinements]\ntune = nms_tuning:SHRINK\n", code="",
+            description="from nmsparse_deploy.recipe import Finetune\n" + description.replace("(Step)", "(Finetune)").replace(
+                '"shrink"', '"tune"').replace("nms_outside:", "nms_tuning:"))
+    spec = validate(Prune, {"refine": [{"name": "tune", "steps": 3}]})
+    assert spec.finetune is spec.refine[0] and spec.whole_model == "finetune"
+
+
 @pytest.mark.parametrize("taken", ["wanda", "first"])
 def test_a_name_that_is_taken_is_refused(outside, taken):
     outside()

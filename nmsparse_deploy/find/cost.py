@@ -116,7 +116,7 @@ def _training_run(module: nn.Module, plan: Plan, spec: Prune, run: Training) -> 
     for its draw and one for the prior, each with a teacher of its own. An evaluation takes one pass over the held-out
     batches. All blocks together are one pass of the blocks; a whole model has its head as well.
     """
-    scope = run.objective if isinstance(run, Learn) else "global"
+    scope = run.scope if isinstance(run, Learn) else "global"
     tokens = run.steps * (run.batch or spec.calibration.batch) * spec.calibration.length
     taught = scope == "global" and bool(run.distill)
     passes = 2 + 2 * taught if isinstance(run, MaskPro) else 3 + taught

@@ -114,7 +114,7 @@ def _training_state(module: nn.Module, plan: Plan, spec: Prune, compute: torch.d
     tokens, states = spec.calibration.batch * spec.calibration.length, [0.0]
     if spec.learn is not None:
         learn = spec.learn
-        parts = [model] if learn.objective == "global" else list(blocks.values())
+        parts = [model] if learn.scope == "global" else list(blocks.values())
         method: learner.LearnedMethod = LEARNERS.load(learn.name)
         states += [memory_budget(part, lambda pattern: method.bytes_per_weight(learn, pattern), tokens, compute,
                                  recomputed=learn.gradient_checkpointing).total for part in parts]

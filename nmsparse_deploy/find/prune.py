@@ -232,9 +232,10 @@ class _Stage:
                 BlockFile.save(path, content)
 
     def _blockwise(self) -> bool:
-        return self.spec.learn is not None and self.spec.learn.objective == "block"
+        return self.spec.learn is not None and self.spec.learn.scope == "block"
 
     def _session(self) -> LearningSession:
+        assert self.spec.learn is not None
         return LearningSession(self.run, self.spec.learn, self.spec.calibration.seed, self.compute,
                                self.loaded.device, self.progress, self.priors)
 

@@ -27,7 +27,7 @@ def check_shared(spec: Prune, team: Processes) -> None:
 
     They share calibration sequences where statistics are drawn from them, or what is learned through the whole model.
     """
-    if spec.learn is not None and spec.learn.objective == "global" and not spec.finetune:
+    if spec.learn is not None and spec.learn.scope == "global" and not spec.finetune:
         return
     alone = next((step.name for step in spec.refine if REFINEMENTS[step.name].level != "layer"), None)
     if spec.learn is not None or alone:

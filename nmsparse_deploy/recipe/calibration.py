@@ -11,7 +11,7 @@ AUTO = "auto"
 
 
 class Calibration(Frozen):
-    """Which data the statistics come from.
+    """The data that the statistics come from.
 
     `data` is a packaged set's name, a text file, a folder of texts or images, an archive of images, or `generated` for
     text that the model writes itself; `A+B` takes as many samples of each.

@@ -19,7 +19,7 @@ FORWARDS = 10
 
 
 def is_file(prior: str) -> bool:
-    """Is a prior a mask file, and not a method?"""
+    """Return whether a prior is a mask file, and not a method."""
     return prior.endswith(".safetensors")
 
 
@@ -34,7 +34,7 @@ class Augment(Frozen):
 
 
 class Learn(Training):
-    """What every learned method has: how long, on what, judged how often. `name` is that of the method."""
+    """Settings of every learned method: how long, on what, judged how often. `name` is that of the method."""
 
     name: str
     objective: Objective = Field("auto", description="what a learned method learns from: block, the output of one "
@@ -52,7 +52,7 @@ class Learn(Training):
     augment: Augment | None = Field(None, description="augment the images that are learned from (global, vision)")
 
     def settled(self, objective: Literal["block", "global"]) -> Self:
-        """The same settings with nothing left to be decided."""
+        """Return the same settings with the objective, the steps and their size decided."""
         if objective == "block" and (self.labels or self.augment):
             raise UsageError("Labels and augmentation are for masks that are learned through the whole model.",
                              "--objective global")
@@ -65,6 +65,13 @@ class Learn(Training):
             if not is_file(name):
                 METHODS.check(name)
         return names
+
+    @property
+    def scope(self) -> Literal["block", "global"]:
+        """The objective of settled settings."""
+        if self.objective == "auto":
+            raise ValueError("The recipe is not settled yet: its objective is 'auto'.")
+        return self.objective
 
     @property
     def prior_methods(self) -> tuple[str, ...]:
@@ -98,7 +105,7 @@ class MaskLLM(Learn):
 
 
 class ProxSparse(Learn):
-    """A copy of the weights is drawn towards the pattern; its support is the mask."""
+    """A copy of the weights that is drawn towards the pattern, and whose support is the mask."""
 
     name: Literal["proxsparse"] = "proxsparse"
     pressure: float = Field(2.0, ge=0, description="strength of all proximal steps together, relative to each matrix")
@@ -123,7 +130,7 @@ class MaskPro(Learn):
     rate: float | None = Field(None, gt=0, description="learning rate as published, instead of step_size")
 
     def settled(self, objective: Literal["block", "global"]) -> Self:
-        """Forward passes are cheap and tell little: more of them."""
+        """Return the same settings decided, with more steps: forward passes are cheap and tell little."""
         steps = {name: FORWARDS * count for name, count in STEPS.items()}[objective]
         return super().settled(objective).model_copy(update={"steps": self.steps or steps})
 

@@ -16,7 +16,7 @@ from nmsparse_deploy.registry import LEARNERS, METHODS, NEEDS, REFINEMENTS, Need
 
 
 class Prune(Frozen):
-    """How the mask is found, and how the weights that stay are refined."""
+    """The way a mask is found, and the weights that stay are refined."""
 
     method: str = Field("sparsegpt", description="how the mask is found, see `nmsparse-deploy list`")
     pattern: str = Field("2:4", description="keep:group, or unstructured:SHARE_OF_ZEROS")
@@ -38,7 +38,7 @@ class Prune(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _section_of_the_method(cls, data: Any) -> Any:
-        """`learn` need not repeat the method's name, and is there whenever the method learns."""
+        """Fill in `learn` whenever the method learns, and the method's name in it."""
         if not isinstance(data, dict):
             return data
         method, section = data.get("method"), data.get("learn")
@@ -65,7 +65,7 @@ class Prune(Frozen):
 
     @property
     def rounds_last(self) -> bool:
-        """Whether `wbits` takes a sweep of its own on the finished mask: the method's own is not the last word."""
+        """Whether `wbits` takes a sweep of its own on the finished mask, as the method's is not the last word."""
         return self.wbits is not None and (bool(self.refine) or not METHODS[self.method].quantises)
 
     @property
@@ -87,7 +87,7 @@ class Prune(Frozen):
         asked: set[Need] = {"none", *(REFINEMENTS[step.name].needs for step in self.refine)}
         if self.learn is None:
             asked.add(METHODS[self.method].needs)
-        elif self.learn.objective != "global":
+        elif self.learn.scope == "block":
             asked |= {"norms", *(METHODS[name].needs for name in self.learn.prior_methods)}
         if self.permute:
             asked.add("norms")
@@ -97,19 +97,19 @@ class Prune(Frozen):
 
     @property
     def whole_model(self) -> str | None:
-        """What in the recipe looks at more than one block at a time."""
+        """The part of the recipe that looks at more than one block at a time, as a message names it."""
         if self.finetune is not None:
             return "finetune"
-        if self.learn is not None and (self.learn.objective != "block" or self.learn.prior_files):
+        if self.learn is not None and (self.learn.scope == "global" or self.learn.prior_files):
             return "Learning through the whole model, or from mask files,"
         looks_on = next((step for step in self.refine if step.outlook(1)), None)
         return f"{looks_on.name} with an outlook on the model's output" if looks_on else None
 
     def settled(self, *, gpu: bool) -> Self:
-        """Return the same recipe with nothing left to be decided, for a machine with or without a GPU.
+        """Return the same recipe with what it leaves open decided, for a machine with or without a GPU.
 
         `objective: auto` is the whole model where there is a GPU and channels stay where they are, else a block at a
-        time. Identity (`fingerprint`) is that of the recipe as asked.
+        time. The identity of a run (`fingerprint`) is that of the recipe as asked.
         """
         if self.learn is None:
             return self
@@ -128,7 +128,7 @@ class Prune(Frozen):
     @field_validator("method")
     @classmethod
     def _known_method(cls, name: str) -> str:
-        if name in REFINEMENTS.names():
+        if name in REFINEMENTS:
             raise UsageError(f"'{name}' refines a mask; type --method wanda --refine {name}.")
         return check_method(name)
 
@@ -147,28 +147,36 @@ class Prune(Frozen):
 
     @model_validator(mode="after")
     def _finds_the_pattern(self) -> Prune:
-        """What needs groups, or knows one pattern only, refuses others before anything is loaded."""
-        named = [decided(text)[0] for text in (self.patterns or {}).values()]
-        asked = [p for p in (parse_pattern(self.pattern), *named) if p is not None]
+        """Refuse patterns that the method or a refinement does not know, before anything is loaded."""
         only = METHODS[self.method].only if self.method in METHODS else None
-        other = next((p for p in asked if str(p) != only), None)
+        other = next((pattern for pattern in self._every_pattern() if str(pattern) != only), None)
         if only and other is not None:
             raise UsageError(f"The method '{self.method}' finds {only} masks only, not {other}.")
-        loose = next((p for p in asked if isinstance(p, Unstructured)), None)
-        if loose is not None:
+        if (unstructured := self._unstructured()) is not None:
             methods = {name: bool(entry.scope) for name, entry in METHODS.readable()[0].items()}
-            _refuse_others("method", [self.method], methods, loose)
+            _refuse_others("method", [self.method], methods, unstructured)
             steps = {name: entry.changes == "weights" or entry.unstructured
                      for name, entry in REFINEMENTS.readable()[0].items()}
-            _refuse_others("refinement", [step.name for step in self.refine], steps, loose)
+            _refuse_others("refinement", [step.name for step in self.refine], steps, unstructured)
             if self.permute:
-                raise UsageError(f"Permuting channels makes better groups, and {loose} has none.",
+                raise UsageError(f"Permuting channels makes better groups, and {unstructured} has none.",
                                  "leave out --permute")
         return self
 
+    def _every_pattern(self) -> list[Pattern]:
+        named = [decided(text)[0] for text in (self.patterns or {}).values()]
+        return [pattern for pattern in (parse_pattern(self.pattern), *named) if pattern is not None]
+
+    def _unstructured(self) -> Unstructured | None:
+        return next((pattern for pattern in self._every_pattern() if isinstance(pattern, Unstructured)), None)
+
     @model_validator(mode="after")
     def _whole_model_last(self) -> Prune:
-        """What trains the whole model comes after everything else, once."""
+        """Refuse what trains the whole model anywhere but at the end, and whatever does not go with it."""
+        for step in self.refine:
+            with REFINEMENTS.blamed(step.name):
+                if REFINEMENTS[step.name].level == "model" and not isinstance(step, Finetune):
+                    raise TypeError(f"{type(step).__name__} is no Finetune, as the level 'model' asks")
         if any(isinstance(step, Finetune) for step in self.refine[:-1]):
             raise UsageError("finetune trains the whole pruned model; it comes once, after all other refinements.")
         last = self.finetune
@@ -176,8 +184,7 @@ class Prune(Frozen):
             raise UsageError(f"finetune's batch {last.batch} is not a multiple of calibration.batch "
                              f"{self.calibration.batch}, the samples that pass at a time.")
         if last is not None and last.moves_mask:
-            named = [decided(text)[0] for text in (self.patterns or {}).values()]
-            if any(isinstance(p, Unstructured) for p in (parse_pattern(self.pattern), *named)):
+            if self._unstructured() is not None:
                 raise UsageError(f"finetune with {last.how} chooses within groups, and the pattern has none.",
                                  "how: fixed")
             if self.permute:
@@ -229,7 +236,7 @@ DENSE = "dense"
 
 
 def decided(text: str) -> tuple[Pattern | None, str]:
-    """A value of `Prune.patterns`: its pattern (None = dense), and why. Raises `UsageError`."""
+    """Return what a value of `Prune.patterns` says: a pattern (None = dense), and why. Raises `UsageError`."""
     head, _, why = text.partition(":")
     return (None, why.strip()) if head.strip() == DENSE else (parse_pattern(text), "")
 

@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.recipe.prune import Prune
@@ -18,6 +18,7 @@ from nmsparse_deploy.recipe.section import Frozen
 from nmsparse_deploy.recipe.stages import Bench, Build, Evaluate, Export, Published
 
 DEFAULT_MODEL = "demo"
+M = TypeVar("M", bound=BaseModel)
 
 
 class Recipe(Frozen):
@@ -48,7 +49,7 @@ class Recipe(Frozen):
         return recipe
 
 
-def validate(model: type[Any], data: dict[str, Any], options: Mapping[str, str] = MappingProxyType({})) -> Any:
+def validate(model: type[M], data: dict[str, Any], options: Mapping[str, str] = MappingProxyType({})) -> M:
     """Build a recipe model from plain data; the first problem becomes one `UsageError` sentence.
 
     `options` are those of the command line by field; the sentence names the option where there is one.
@@ -69,7 +70,7 @@ LATER = (("through", 0), ("shard", False), ("moments", 32), ("labels", False), (
 
 
 def fingerprint(model: str, prune: Prune) -> str:
-    """Identity of a prune stage: 16 hex digits over everything that can change its result.
+    """Return the identity of a prune stage: 16 hex digits over everything that can change its result.
 
     Fields that ask for nothing are left out, so that a new option does not make every older run another one.
     """
@@ -84,12 +85,12 @@ def fingerprint(model: str, prune: Prune) -> str:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the fields in which two recipes differ, with both values."""
-    found = []
+    """Return the dotted names of the fields in which two recipes differ, with both values."""
+    differing: list[str] = []
     for name in sorted(old.keys() | new.keys()):
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{name}.")
+            differing += differences(a, b, f"{prefix}{name}.")
         elif a != b:
-            found.append(f"{prefix}{name} ({a!r} there, {b!r} now)")
-    return found
+            differing.append(f"{prefix}{name} ({a!r} there, {b!r} now)")
+    return differing

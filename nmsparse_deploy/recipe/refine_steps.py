@@ -17,16 +17,16 @@ class Step(Frozen):
 
     @property
     def dense_stream(self) -> bool:
-        """Does it look at what the dense model computes beside the pruned one?"""
+        """Whether it looks at what the dense model computes beside the pruned one."""
         return False
 
     def outlook(self, left: int) -> bool:
-        """Does it look at the model's output where `left` blocks are left, the present one included?"""
+        """Return whether it looks at the model's output where `left` blocks are left, the present one included."""
         return False
 
 
 class Training(Frozen):
-    """What every training run has: how long, on what, judged how often."""
+    """Settings of every training run: how long, on what, judged how often."""
 
     steps: int = Field(200, ge=1, description="optimiser steps")
     batch: int | None = Field(None, ge=1, description="samples per optimiser step, calibration.batch of them at a "
@@ -130,7 +130,7 @@ class LlmBarber(Step):
 
 
 class Finetune(Step, Training):
-    """Train what survives in the whole model, with the dense one as the teacher. Comes last."""
+    """Training of what survives in the whole model, with the dense one as the teacher. Comes last."""
 
     name: Literal["finetune"] = "finetune"
     how: Literal["fixed", "sr-ste", "s-ste", "adapters"] = Field(

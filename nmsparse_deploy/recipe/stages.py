@@ -14,9 +14,9 @@ from nmsparse_deploy.registry import ENGINES, METHODS
 
 
 class Allocate(Frozen):
-    """Which fusion groups get the pattern, under exactly one constraint: `max_ppl_increase` (relative), `min_speedup`
-    (of the whole model), or `budget` (share of the prunable weights). An unstructured pattern takes none: every matrix
-    gets a share of zeros of its own around the pattern's."""
+    """The choice of the fusion groups that get the pattern, under exactly one constraint: `max_ppl_increase`
+    (relative), `min_speedup` (of the whole model), or `budget` (share of the prunable weights). An unstructured pattern
+    takes none: every matrix gets a share of zeros of its own around the pattern's."""
 
     max_ppl_increase: float | None = Field(None, gt=0, description="win the most time within this relative rise of "
                                            "perplexity, for example 0.10")
@@ -66,7 +66,7 @@ class Allocate(Frozen):
 
 
 class Export(Frozen):
-    """Which ONNX files are written."""
+    """The ONNX files that are written."""
 
     precisions: tuple[Literal["fp32", "fp16", "bf16", "int8", "fp8"], ...] = Field(
         ("fp32", "fp16"), description="precision of the weights, one graph for each")
@@ -106,7 +106,7 @@ class Pack(Frozen):
 
 
 class Evaluate(Frozen):
-    """Which held-out data the dense and the pruned model are compared on.
+    """The held-out data that the dense and the pruned model are compared on.
 
     Tokens, context and continuation are for language models; images, probe, size and photos for vision models; images,
     drawn, steps, guidance and features for diffusion models.

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.recipe import CLOSED_FORM, Calibration, Prune, Recipe, differences, fingerprint, validate
+from nmsparse_deploy.registry import NEEDS
 from tests import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -94,3 +95,58 @@ def test_settings_that_came_later_leave_older_runs_what_they_are():
     ids = [fingerprint("demo", validate(Prune, {"refine": [{**step, **more}]}))
            for more in ({}, {"through": 0}, {"through": 1})]
     assert ids[0] == ids[1] != ids[2]
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_settled_recipe_leaves_nothing_open_and_stays_settled(path, gpu):
+    asked = Recipe.load(path).prune
+    settled = asked.settled(gpu=gpu)
+    assert settled.settled(gpu=not gpu) == settled and settled.needs in NEEDS
+    if asked.learn is None:
+        assert settled is asked
+    else:
+        learn = settled.learn
+        assert learn.scope == learn.objective != "auto" and learn.steps >= 1 and getattr(learn, "step_size", 1) > 0
+
+
+@pytest.mark.parametrize("section,gpu,scope", [
+    ({}, True, "global"), ({}, False, "block"), ({"permute": True}, True, "block"),
+    ({"learn": {"objective": "global"}}, False, "global"), ({"learn": {"objective": "block"}}, True, "block")])
+def test_what_is_learned_depends_on_the_gpu_where_nobody_says(section, gpu, scope):
+    spec = validate(Prune, {"method": "maskllm", **section})
+    settled = spec.settled(gpu=gpu)
+    assert settled.learn.scope == scope and settled.learn.steps == {"global": 1000, "block": 60}[scope]
+    assert settled.needs == ("none" if scope == "global" and not spec.permute else "gram")  # of the priors
+    assert (settled.whole_model is None) == (scope == "block")
+
+
+def test_what_is_not_settled_cannot_be_taken_for_settled():
+    spec = validate(Prune, {"method": "maskllm"})
+    for ask in (lambda: spec.needs, lambda: spec.whole_model, lambda: spec.learn.scope):
+        with pytest.raises(ValueError, match="not settled"):
+            ask()
+
+
+@pytest.mark.parametrize("section,needs", [
+    ({"method": "magnitude"}, "none"), ({"method": "magnitude", "permute": True}, "norms"), ({"method": "wanda"}, "norms"),
+    ({"method": "magnitude", "refine": [{"name": "bias"}]}, "norms"), ({"method": "wanda", "refine": [{"name": "refit"}]}, "gram"),
+    ({"method": "magnitude", "refine": [{"name": "finetune"}]}, "none"), ({"method": "magnitude", "wbits": 4}, "gram"),
+    ({"method": "maskllm", "learn": {"objective": "block", "priors": ["magnitude"]}}, "norms")])
+def test_a_recipe_needs_what_its_parts_need(section, needs):
+    assert validate(Prune, section).needs == needs
+
+
+def test_the_method_that_scores_is_the_first_prior_of_a_learned_one():
+    assert Prune(method="wanda").one_shot_method == "wanda"
+    learned = {"method": "maskllm", "learn": {"priors": ["masks.safetensors", "wanda", "magnitude"]}}
+    assert validate(Prune, learned).one_shot_method == "wanda"
+    learned["learn"]["priors"] = ["masks.safetensors"]
+    assert validate(Prune, learned).one_shot_method == "magnitude"
+
+
+def test_recipes_keep_their_fingerprints():
+    """Only a change of a recipe itself changes its identity; then its line in that file changes with it."""
+    now = {path.stem: fingerprint(recipe.model, recipe.prune) for path in RECIPES for recipe in [Recipe.load(path)]}
+    written = json.loads((ROOT / "tests/recipe/fingerprints.json").read_text())
+    assert {name: now[name] for name in written.keys() & now.keys()} == written

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -70,8 +70,8 @@ class LearningSession:
     """One prune stage that learns: its settings and where it writes."""
 
     run: RunDir
-    spec: Any
-    """Settings of the method, a `Learn`."""
+    spec: Learn
+    """Settings of the method."""
     seed: int
     compute: torch.dtype
     device: torch.device
@@ -96,8 +96,7 @@ class LearningSession:
         outcome: Outcome = fit(subject, self.method.make(self.spec), priors[best], self.spec, self.seed,
                                Checkpoints(self.run, f"{FOLDER}/{name}.safetensors"), self.progress, title)
         patterns = {site.name: site.pattern for site in subject.sites.values()}
-        objective: Literal["block", "global"] = "block" if self.spec.objective == "block" else "global"
-        return outcome.masks, LearnFacts(objective, best, losses, outcome.facts, budget,
+        return outcome.masks, LearnFacts(self.spec.scope, best, losses, outcome.facts, budget,
                                          changed(outcome.masks, priors[best], patterns))
 
     @property
