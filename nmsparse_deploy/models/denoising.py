@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from nmsparse_deploy.errors import NmsparseError, UsageError
+from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.models.outputs import primary_output
+from nmsparse_deploy.models.own_code import diffusers_class
 from nmsparse_deploy.models.preprocess import Preprocess
 
 SCHEDULER = "scheduler"
@@ -129,12 +130,9 @@ class Denoising:
 
 @cache
 def _autoencoder(folder: Path) -> Any:
-    import diffusers
-
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
-    if not hasattr(diffusers, str(kind)):
-        raise UsageError(f"diffusers {diffusers.__version__} knows no autoencoder '{kind}'.")
-    return getattr(diffusers, kind).from_pretrained(folder, torch_dtype=torch.float32).eval()
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = diffusers_class(settings, folder, "ModelMixin", "autoencoder")
+    return kind.from_pretrained(folder, torch_dtype=torch.float32).eval()
 
 
 def _shift(vae: Any) -> float:

@@ -19,6 +19,7 @@ from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError, firs
 from nmsparse_deploy.models.denoising import INPUT, LABELS, SCHEDULER, WIDTHS, Denoising, conditions, sample_size
 from nmsparse_deploy.models.hub_errors import hub_error
 from nmsparse_deploy.models.loaded import Changed, HubCard, LoadedModel, ModelAdapter
+from nmsparse_deploy.models.own_code import diffusers_class
 from nmsparse_deploy.models.preprocess import Preprocess
 
 INDEX = "model_index.json"
@@ -122,9 +123,9 @@ class DiffusersAdapter(ModelAdapter):
 ADAPTER = DiffusersAdapter()
 
 
-def _settings(folder: Path) -> Settings:
+def _settings(folder: Path, file: str = "config.json") -> Settings:
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        settings = json.loads((folder / file).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return settings if isinstance(settings, dict) else {}
@@ -145,17 +146,13 @@ def _download(name: str) -> Path:
 
 
 def _class(place: Path, settings: Settings, source: str) -> Any:
-    import diffusers
     from diffusers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if not settings:
         raise UsageError(f"'{source}' holds no diffusion transformer: '{place}' has no config.json.")
-    kind: Any = getattr(diffusers, str(settings.get("_class_name")), None)
-    if not (inspect.isclass(kind) and issubclass(kind, diffusers.ModelMixin)):
-        raise UsageError(f"diffusers {diffusers.__version__} knows no model '{settings.get('_class_name')}'.")
-    return kind
+    return diffusers_class(settings, place, "ModelMixin", "model")
 
 
 def _module(place: Path, settings: Settings, source: str, dtype: torch.dtype | None) -> Any:
@@ -189,9 +186,7 @@ def _scheduler(places: list[Path]) -> tuple[Any, bool]:
     for place in places:
         file = place / SCHEDULER / diffusers.SchedulerMixin.config_name
         if file.is_file():
-            kind = getattr(diffusers, str(json.loads(file.read_text()).get("_class_name")), None)
-            if kind is None:
-                raise UsageError(f"diffusers {diffusers.__version__} does not know the scheduler of '{file}'.")
+            kind = diffusers_class(_settings(file.parent, file.name), file.parent, "SchedulerMixin", "scheduler")
             return kind.from_pretrained(file.parent), False
     return diffusers.DDPMScheduler(), True
 

@@ -42,8 +42,10 @@ def _unpack(path: Path, folder: Path) -> None:
     options = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(
         transformers, "GgufConfig") else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        module = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **options)
+        # The folder of the file may hold a configuration that brings code along.
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        module = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32,
+                                                      trust_remote_code=False, **options)
     except Exception as error:
         raise UsageError(f"The GGUF file '{path}' cannot be read: {first_line(error)}.") from error
     logging.disable_progress_bar()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nmsparse_deploy.errors import NmsparseError, UsageError, first_line
+from nmsparse_deploy.models import own_code
 from nmsparse_deploy.models.adapters import transformers_private
 from nmsparse_deploy.models.adapters.gguf import SUFFIX, dequantised
 from nmsparse_deploy.models.hub_cache import cached_folder
@@ -94,13 +95,14 @@ class HuggingFaceAdapter(ModelAdapter):
             raise UsageError("The section config of the recipe names no model_type.")
         logging.set_verbosity_error()
         try:
-            settings = (transformers.AutoConfig.from_pretrained(source, local_files_only=True) if config is None
+            settings = (read_config(source, local_files_only=True) if config is None
                         else transformers.AutoConfig.for_model(**config))
             auto = auto_class(settings)
             with torch.device("meta"):
                 # Other attention implementations look into the mask, and there is nothing to see.
-                module: Any = getattr(transformers, auto).from_config(
-                    settings, attn_implementation="eager", dtype=getattr(settings, "dtype", None) or torch.float32)
+                module: Any = transformers_private.module_from_config(
+                    getattr(transformers, auto), settings, getattr(settings, "dtype", None) or torch.float32,
+                    attn_implementation="eager")
         except NmsparseError:
             raise
         except Exception as error:
@@ -215,8 +217,6 @@ def identify(source: str) -> Checkpoint:
 
     Raises `UsageError` for what is no model, and what Transformers raises for a configuration that it does not take.
     """
-    import transformers
-
     path, place, provenance = Path(source), source, {}
     if path.suffix == SUFFIX:
         folder = dequantised(path)
@@ -225,17 +225,33 @@ def identify(source: str) -> Checkpoint:
         raise UsageError(f"'{source}' is not a model: the folder has no config.json.")
     elif not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise UsageError(f"There is no model '{source}'.")
-    config = transformers.AutoConfig.from_pretrained(place)
+    config = read_config(place)
     commit = None if Path(place).exists() else cached_folder(place)
     provenance |= {"revision": commit.name} if commit else {}
     return Checkpoint(place, path.stem if path.suffix == SUFFIX else path.name, config, auto_class(config), provenance)
+
+
+def read_config(place: str, **options: Any) -> Any:
+    """Read the configuration of a model, and forget which code it brings along.
+
+    Raises `UsageError` where its architecture is only to be had by running that code.
+    """
+    import transformers
+
+    config = own_code.without(transformers.AutoConfig, place, **options)
+    if hasattr(config, "auto_map"):
+        auto, architecture = getattr(transformers, auto_class(config)), (config.architectures or [None])[0]
+        own_code.check_architecture(auto, config, architecture, place)
+        del config.auto_map
+    return config
 
 
 def _load(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, WeightStore]:
     import transformers
 
     auto = getattr(transformers, checkpoint.auto)
-    return auto.from_pretrained(checkpoint.place, dtype=dtype or "auto", config=checkpoint.config), IN_MEMORY
+    module = own_code.without(auto, checkpoint.place, dtype=dtype or "auto", config=checkpoint.config)
+    return module, IN_MEMORY
 
 
 def _stream(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, WeightStore]:
@@ -293,7 +309,9 @@ def _processor(checkpoint: Checkpoint, kind: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.place)
+        tokenizer = own_code.without(AutoTokenizer, checkpoint.place)
+        tokenizer.init_kwargs.pop("auto_map", None)  # it would be saved with a model, and the code it names would not
+        return tokenizer
     except (OSError, ValueError, TypeError):
         if kind != "seq2seq":
             raise

@@ -21,10 +21,11 @@ def image_processor_settings(place: str) -> Mapping[str, Any] | None:
         return None
 
 
-def module_from_config(auto: Any, config: Any, dtype: torch.dtype | None) -> Any:
-    """Make the module of `config`, by an automatic class or by the model's own."""
-    make = auto.from_config if auto.__name__.startswith("AutoModel") else auto._from_config
-    return make(config, dtype=dtype)
+def module_from_config(auto: Any, config: Any, dtype: torch.dtype | None, **options: Any) -> Any:
+    """Make the module of `config`, by an automatic class or by the model's own; always with the library's code."""
+    if auto.__name__.startswith("AutoModel"):
+        return auto.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+    return auto._from_config(config, dtype=dtype, **options)
 
 
 def restore_generation(module: Any, place: str) -> None:
