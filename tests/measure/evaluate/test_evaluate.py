@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -92,6 +93,6 @@ def test_summary_and_ratio():
     arm = summarise("dense", "k", base)
     assert arm.median_ms == 11.0 and arm.p10_ms == 10.0 and arm.p90_ms == 12.0 and arm.calls == 5
     same = ratio(base, base)
-    assert same == {"speedup": 1.0, "low": 1.0, "high": 1.0}
+    assert asdict(same) == {"speedup": 1.0, "low": 1.0, "high": 1.0}
     half = ratio(base, [t / 2 for t in base])
     assert half.speedup == pytest.approx(2.0) and half.low <= 2.0 <= half.high
