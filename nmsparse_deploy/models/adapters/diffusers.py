@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError, first_line
+from nmsparse_deploy.models import quantised
 from nmsparse_deploy.models.denoising import INPUT, LABELS, SCHEDULER, WIDTHS, Denoising, conditions, sample_size
 from nmsparse_deploy.models.hub_errors import hub_error
 from nmsparse_deploy.models.loaded import Changed, HubCard, LoadedModel, ModelAdapter
@@ -157,6 +158,7 @@ def _class(place: Path, settings: Settings, source: str) -> Any:
 
 def _module(place: Path, settings: Settings, source: str, dtype: torch.dtype | None) -> Any:
     kind = _class(place, settings, source)
+    quantised.refuse(source, place, settings.get("quantization_config"))
     try:
         return kind.from_pretrained(place, torch_dtype=dtype or _stored_dtype(place))
     except Exception as error:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nmsparse_deploy.errors import NmsparseError, UsageError, first_line
-from nmsparse_deploy.models import own_code
+from nmsparse_deploy.models import own_code, quantised
 from nmsparse_deploy.models.adapters import transformers_private
 from nmsparse_deploy.models.adapters.gguf import SUFFIX, dequantised
 from nmsparse_deploy.models.hub_cache import cached_folder
@@ -228,6 +228,7 @@ def identify(source: str) -> Checkpoint:
     config = read_config(place)
     commit = None if Path(place).exists() else cached_folder(place)
     provenance |= {"revision": commit.name} if commit else {}
+    quantised.refuse(source, commit or Path(place), getattr(config, "quantization_config", None))
     return Checkpoint(place, path.stem if path.suffix == SUFFIX else path.name, config, auto_class(config), provenance)
 
 
@@ -263,8 +264,6 @@ def _stream(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, Wei
     if folder is None:
         raise UsageError(f"'{place}' has no safetensors files on this machine, so its weights cannot be streamed.",
                          f"hf download {place}")
-    if getattr(config, "quantization_config", None):
-        raise UsageError(f"'{place}' is quantised; only a dense checkpoint can be streamed.")
     dtype = dtype or config.dtype or stored_dtype(folder)
     module = unfilled(checkpoint, dtype)
     transformers_private.restore_generation(module, place)
