@@ -49,7 +49,7 @@ S = TypeVar("S", bound=EngineSettings)
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a runtime says about itself."""
+    """A runtime's statement about itself."""
 
     engine: str
     version: str

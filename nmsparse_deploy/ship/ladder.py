@@ -32,7 +32,7 @@ class WhyNot(NamedTuple):
 
 @dataclass(frozen=True)
 class Sources:
-    """What there is to prove something with. None means that nobody looked."""
+    """The texts and counts that can prove something. None means that nobody looked."""
 
     checks: Mapping[str, TensorCheck]
     """By node: whether its stored weight holds a pattern."""

@@ -47,7 +47,7 @@ class Libraries(TypedDict):
 
 
 class GpuState(TypedDict, total=False):
-    """What NVML says now; None where this GPU or driver does not tell."""
+    """The answers of NVML now; None where this GPU or driver does not tell."""
 
     unavailable: str
     """Why nobody can say; then nothing else is there."""
@@ -61,7 +61,7 @@ class GpuState(TypedDict, total=False):
 
 
 class MachineEnvironment(Environment):
-    """What a figure depends on besides the model."""
+    """The circumstances that a figure depends on besides the model."""
 
     dry: bool
     device: str
@@ -71,7 +71,7 @@ class MachineEnvironment(Environment):
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how things are timed."""
+    """A device with the ways to time on it."""
 
     device: torch.device
     name: str

@@ -11,10 +11,15 @@ from pydantic import Field
 
 from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.measure.bench.model_arms import Job
+from nmsparse_deploy.measure.bench.stages import bench_run
+from nmsparse_deploy.measure.report.build import build_report
 from nmsparse_deploy.recipe import Bench, Build, validate
 from nmsparse_deploy.registry import ENGINES, RegistryEntry
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.ship.engine import Engine, EngineSettings, Inspection, settings_of
+from nmsparse_deploy.ship.torch_sparse.semi_structured import StandIn, standing_in
+from nmsparse_deploy.system.gpu_clock import dry_machine
 
 
 class ReferenceSettings(EngineSettings):
@@ -85,6 +90,17 @@ def test_a_new_runtime_is_built_inspected_run_benched_and_shown(registered, prun
     lines = json.loads((pruned / "report/report.json").read_text())["headline"]["lines"]
     assert any(line.startswith("Engine onnx/fp32/model.onnx: No sparse kernel runs") for line in lines)
     assert "--engine reference" in run(capfd, "list")[1]
+
+
+def test_a_runtime_is_timed_beside_the_arms_of_a_gpu(registered, pruned):
+    with standing_in(StandIn()):
+        result = bench_run(RunDir(pruned), Job(1, 12, "fp16", 5, "reference"), dry_machine())
+        build_report(RunDir(pruned))
+        assert "reference fp32, plain" in (pruned / "report/report.md").read_text()
+        without = bench_run(RunDir(pruned), Job(1, 12, "fp16", 5, "torch-sparse"), dry_machine())
+    assert [phase.name for phase in result.phases] == ["prefill", "decode", "reference fp32"] and not result.failed
+    assert [arm.kernel for arm in result.phases[-1].arms] == ["ONNX's reference"] and result.phases[-1].over_pruned == {}
+    assert [phase.name for phase in without.phases] == ["prefill", "decode"]
 
 
 def test_what_a_runtime_cannot_do_is_one_sentence(registered, pruned, capfd):

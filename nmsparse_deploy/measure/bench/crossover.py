@@ -51,7 +51,7 @@ class Line:
 
 @dataclass(frozen=True)
 class ShapeWins:
-    """From how many rows on sparse wins for one shape, and the most that it gains; None: nowhere."""
+    """The number of rows from which on sparse wins for one shape, and the most that it gains; None: nowhere."""
 
     k: int
     n: int

@@ -49,7 +49,7 @@ PREFILL, DECODE = "prefill", "decode"
 
 @dataclass(frozen=True)
 class Job:
-    """What the arms of one model are timed on."""
+    """The work that the arms of one model are timed on."""
 
     batch: int = 1
     length: int = 128

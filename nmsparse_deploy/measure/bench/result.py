@@ -49,7 +49,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class AmdahlBound:
-    """What the speed-ups of single GEMMs allow for the whole model."""
+    """The speed-up of the whole model that those of single GEMMs allow."""
 
     gemm_share: float
     gemm_speedup: float

@@ -50,7 +50,7 @@ _ROWS = TypeAdapter(tuple[LinkRow, ...])
 
 @dataclass(frozen=True)
 class LinkMap:
-    """Where every target of a model is in an ONNX file. A target that is used twice has two rows."""
+    """The places of a model's targets in an ONNX file. A target that is used twice has two rows."""
 
     onnx: str
     rows: tuple[LinkRow, ...]

@@ -34,7 +34,7 @@ MIN_OPSET = 19
 
 @dataclass(frozen=True)
 class QdqResult:
-    """What was rewritten. `vanished` counts weights that were not zero and are now."""
+    """A rewritten graph. `vanished` counts weights that were not zero and are now."""
 
     link: LinkMap
     gemms: int

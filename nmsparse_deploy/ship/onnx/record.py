@@ -15,7 +15,7 @@ RECORD = "export.json"
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How the GEMMs of a graph were brought to 8 bits."""
+    """The step that brought the GEMMs of a graph to 8 bits."""
 
     gemms: int
     requantised: int
@@ -36,7 +36,7 @@ class CachedGraphs:
 
 @dataclass(frozen=True)
 class CompileOutcome:
-    """What a compiler made of a graph, why it refuses it, or that it is not here to ask: one of the three."""
+    """A compiler's summary of a graph, why it refuses it, or that it is not here to ask: one of the three."""
 
     summary: str | None = None
     refused: str | None = None

@@ -35,7 +35,7 @@ OPSETS = range(18, 24)
 
 @dataclass(frozen=True)
 class TracedGraph:
-    """What was written. `files` maps file name to bytes."""
+    """A written graph. `files` maps file name to bytes."""
 
     name: str
     files: dict[str, int]
@@ -59,7 +59,7 @@ class TracedGraph:
 
 @dataclass(frozen=True)
 class ExportResult(TracedGraph):
-    """What was written, and where every target is in the graph."""
+    """A written graph, and where every target is in it."""
 
     link: LinkMap
 

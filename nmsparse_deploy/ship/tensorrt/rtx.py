@@ -47,7 +47,7 @@ class FusedGemm:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of one graph."""
+    """A plan that the compiler made of one graph."""
 
     version: str
     plan_bytes: int
@@ -77,7 +77,7 @@ class Compiled:
 
 
 class RtxSettings(EngineSettings):
-    """What the axes that may vary are compiled for."""
+    """Sizes that the axes which may vary are compiled for."""
 
     batch: int = Field(1, ge=1, description="samples per call")
     length: int = Field(128, ge=1, description="tokens per sample")
@@ -177,7 +177,7 @@ _OPERANDS = ("Float", "Half", "BFloat16", "Int8", "FP8")
 
 
 class _Log:
-    """Keeps every message; made late because its base class is TensorRT-RTX's."""
+    """A logger that keeps every message; made late because its base class is TensorRT-RTX's."""
 
     @staticmethod
     def make(trt: Any) -> Any:

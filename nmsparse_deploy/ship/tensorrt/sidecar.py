@@ -34,7 +34,7 @@ class FileId:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides which tactics an engine gets. Twins differ in `sparse` alone."""
+    """The settings that decide which tactics an engine gets. Twins differ in `sparse` alone."""
 
     shapes: Mapping[str, tuple[int, ...]]
     """The one shape of each input: minimum, optimum and maximum of the profile."""
@@ -51,7 +51,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class BuildEnvironment:
-    """What a build depended on beside the graph and the settings."""
+    """Versions and GPU that a build depended on beside the graph and the settings."""
 
     tensorrt: str
     torch: str
@@ -63,7 +63,7 @@ class BuildEnvironment:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What is known about one engine."""
+    """The facts about one engine."""
 
     engine: FileId
     onnx: tuple[FileId, ...]

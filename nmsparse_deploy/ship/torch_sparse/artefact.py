@@ -47,7 +47,7 @@ PARTS = ("values", "places", "scale", "read")
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """Whether a GEMM runs on sparse kernels, and how, by the rows of what it reads."""
+    """A choice whether a GEMM runs on sparse kernels, and how, by the rows of what it reads."""
 
     sparse: bool
     settings: Mapping[int, KernelSetting]
@@ -76,7 +76,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What `packed.safetensors` says of itself."""
+    """The header of `packed.safetensors`."""
 
     format: str
     precision: str
@@ -88,7 +88,7 @@ class Header:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedSizes:
-    """What packing saved, and what stayed as it was."""
+    """The sizes before and after packing, and the weights that stayed as they were."""
 
     weights: int
     packed_bytes: int

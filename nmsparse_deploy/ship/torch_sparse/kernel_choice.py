@@ -44,7 +44,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What they say. Microseconds per call."""
+    """The verdict of paired timings. Microseconds per call."""
 
     rows: int
     dense_us: float
@@ -60,7 +60,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class GemmDecision:
-    """What one GEMM runs on, and why. `weights` are the parameters that it stands for: all of its shape."""
+    """A decision about one GEMM, and its reason. `weights` are the parameters that it stands for: all of its shape."""
 
     k: int
     n: int
@@ -77,7 +77,7 @@ class GemmDecision:
 
 @dataclass(frozen=True)
 class Decisions:
-    """What `decisions.json` holds: a decision for every shape of a packed model, as timed on one GPU."""
+    """The content of `decisions.json`: a decision for every shape of a packed model, as timed on one GPU."""
 
     gpu: str
     dry: bool

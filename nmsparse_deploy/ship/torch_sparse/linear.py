@@ -40,7 +40,7 @@ class EightBit:
 
 
 class KernelLinear(nn.Module):
-    """What all of them share: shapes, bias, and flattening the leading axes."""
+    """A layer with what all of them share: shapes, bias, and flattening the leading axes."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None

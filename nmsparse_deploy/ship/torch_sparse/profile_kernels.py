@@ -29,7 +29,7 @@ KernelCounts = Mapping[str, int]
 
 @dataclass(frozen=True)
 class LayerGemm:
-    """What is known about a multiplication before it runs."""
+    """A multiplication as it is known before it runs."""
 
     parameter: str
     layer: str

@@ -33,7 +33,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp
 
 @dataclass(frozen=True)
 class KernelSetting:
-    """How the library multiplies one shape: an algorithm that its search found, on one GPU with one version."""
+    """A way to multiply one shape: an algorithm that its search found, on one GPU with one version."""
 
     algorithm: int = 0
     split_k: int = 1
@@ -42,7 +42,7 @@ class KernelSetting:
 
 
 class Kernels(Protocol):
-    """What runs sparse products. `x` is `[rows, k]` and contiguous; `bias` and `alpha` (fp32) are `[n]`."""
+    """A library of sparse products. `x` is `[rows, k]` and contiguous; `bias` and `alpha` (fp32) are `[n]`."""
 
     name: str
 
