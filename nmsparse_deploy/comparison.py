@@ -50,7 +50,7 @@ def load(names: Sequence[str]) -> dict[str, Prune]:
     return recipes
 
 
-def compare(recipes: dict[str, Prune], model: str = DEFAULT_MODEL, spec: Evaluate = Evaluate(),  # noqa: B008
+def compare(recipes: dict[str, Prune], model: str = DEFAULT_MODEL, spec: Evaluate = Evaluate(),
             out: Path | None = None, progress: Progress = silent) -> Comparison:
     """Prune with every recipe, score all of them, and write `compare.json`, `.md` and `.html` into `out`.
 

@@ -204,6 +204,7 @@ _METHODS, _REFINE = "nmsparse_deploy.find.methods", "nmsparse_deploy.find.refine
 _SPARSEGPT, _ISC = "Frantar & Alistarh 2023, arXiv:2301.00774", "Shao et al. 2023, arXiv:2310.09499"
 _MODELOPT = "NVIDIA Model Optimizer 0.47, 2026"
 
+# fmt: off
 METHODS = Registry("method", "nmsparse_deploy.methods", MethodEntry, {
     "alps": MethodEntry(
         code=f"{_METHODS}.alps:prune_layer", needs="gram", updates_weights=True,
@@ -332,6 +333,7 @@ ENGINES = Registry("engine", "nmsparse_deploy.engines", RegistryEntry, {
     "torch-sparse": RegistryEntry(code="nmsparse_deploy.ship.torch_sparse.engine:TorchSparse",
                                   summary="packed models on PyTorch's cuSPARSELt kernels", source="PyTorch"),
 })
+# fmt: on
 
 
 def check_method(name: str) -> str:

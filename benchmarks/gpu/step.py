@@ -23,7 +23,7 @@ TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "nu
         "num_key_value_heads": 2, "vocab_size": 64}
 
 
-def learning(setting: parts.Setting) -> None:
+def learning(setting: parts.PartRun) -> None:
     """Time and peak memory of a plain, a masked and a masked step with distillation."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -127,7 +127,7 @@ def masked_step(module: Any, batches: list[Any], distill: float) -> Any:
     return step
 
 
-def tests(setting: parts.Setting) -> None:
+def tests(setting: parts.PartRun) -> None:
     """Run the tests that need a CUDA device."""
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-o",
                "addopts=", *(["--collect-only"] if setting.dry else [])]

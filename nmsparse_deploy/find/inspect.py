@@ -26,7 +26,7 @@ def inspect(model: str = DEFAULT_MODEL, pattern: str = "2:4", include: Sequence[
     return make_plan(load_fitting(model).discover(), parse_pattern(pattern), include, exclude)
 
 
-def predict_cost(model: str = DEFAULT_MODEL, spec: Prune = Prune(), progress: Progress = silent) -> Cost:  # noqa: B008
+def predict_cost(model: str = DEFAULT_MODEL, spec: Prune = Prune(), progress: Progress = silent) -> Cost:
     """Predict what pruning would take on this machine, from shapes and the speed of one matrix product."""
     progress(f"loading {model}", 0, 0)
     return _cost(load_fitting(model), spec)

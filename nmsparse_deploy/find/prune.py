@@ -44,7 +44,7 @@ from nmsparse_deploy.system.memory import give_back, peak_memory_mb, run_peak, s
 from nmsparse_deploy.system.progress import Progress, silent
 
 
-def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = None, force: bool = False,  # noqa: B008
+def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = None, force: bool = False,
           progress: Progress = silent, max_memory: int | None = None) -> RunDir:
     """Prune `model` as `spec` says into a run folder (default `runs/MODEL-METHOD-PATTERN`) and verify what was saved.
 

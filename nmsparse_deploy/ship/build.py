@@ -14,7 +14,7 @@ from nmsparse_deploy.system.environment import environment
 from nmsparse_deploy.system.progress import Progress, silent
 
 
-def build(run: RunDir, spec: Build = Build(), progress: Progress = silent) -> Sequence[BuiltEngine]:  # noqa: B008
+def build(run: RunDir, spec: Build = Build(), progress: Progress = silent) -> Sequence[BuiltEngine]:
     """Build the engines of `spec` from what the run holds; they join `engines.json` with what is known of each.
 
     Raises `UsageError` when there is nothing to build from, `CheckFailed` when that does not hold the masks,

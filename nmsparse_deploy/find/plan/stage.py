@@ -38,7 +38,7 @@ from nmsparse_deploy.system import hardware
 from nmsparse_deploy.system.progress import Progress, silent
 
 
-def plan(model: str = DEFAULT_MODEL, spec: Allocate = Allocate(budget=1.0), progress: Progress = silent) -> Allocation:  # noqa: B008
+def plan(model: str = DEFAULT_MODEL, spec: Allocate = Allocate(budget=1.0), progress: Progress = silent) -> Allocation:
     """Decide {dense, pattern} for every fusion group of `model` under the one constraint of `spec`, or the share of
     zeros of every matrix when the pattern is unstructured.
 

@@ -22,7 +22,7 @@ from nmsparse_deploy.system.environment import environment
 from nmsparse_deploy.system.progress import Progress, silent
 
 
-def bench(run: RunDir, spec: Bench = Bench(), progress: Progress = silent) -> BenchResult:  # noqa: B008
+def bench(run: RunDir, spec: Bench = Bench(), progress: Progress = silent) -> BenchResult:
     """Time dense and pruned side by side on this machine's CPU: PyTorch, and what a runtime can run of the run.
 
     Raises what the runtime says where it was asked for and nothing runs in it.

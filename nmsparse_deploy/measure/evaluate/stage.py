@@ -58,7 +58,7 @@ class _Job:
         return load_file(path) if path.is_file() else {}
 
 
-def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = silent) -> dict[str, Any]:  # noqa: B008
+def evaluate(run: RunDir, spec: Evaluate = Evaluate(), progress: Progress = silent) -> dict[str, Any]:
     """Measure the dense and the pruned model on the same held-out samples: perplexity of a language model,
     continuations of a decoder, accuracy and agreement of a vision model, similarity and agreement of an encoder,
     predictions and samples of a diffusion model. Returns the content of `evaluate.json`.

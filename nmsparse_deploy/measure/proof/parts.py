@@ -48,7 +48,7 @@ DRY_SHAPES, DRY_ROWS = (("tiny", (64, 128)),), (16, 32)
 
 
 @dataclass(frozen=True)
-class Setting:
+class PartRun:
     """One part's surroundings: where it is timed, until when, and how it saves what it has."""
 
     machine: Machine
@@ -61,7 +61,7 @@ class Setting:
         return self.until - time.monotonic()
 
 
-def ladder(setting: Setting) -> None:
+def ladder(setting: PartRun) -> None:
     """Time dense against sparse for every shape, number of rows and precision, most important first."""
     lines: list[Line] = []
     listed = DRY_SHAPES if setting.dry else LADDER
@@ -77,7 +77,7 @@ def ladder(setting: Setting) -> None:
                       "markdown": markdown(lines, setting.machine)})
 
 
-def vit(setting: Setting) -> None:
+def vit(setting: PartRun) -> None:
     """Time ViT-L/16 with random weights at batch 64, in every precision that there is time for."""
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -93,7 +93,7 @@ def vit(setting: Setting) -> None:
     _arms(setting, VIT, build, [(2 if setting.dry else 64, 1)])
 
 
-def llama(setting: Setting) -> None:
+def llama(setting: PartRun) -> None:
     """Time four layers in the shape of Llama-8B: a prefill of 4096 tokens, and a decoding step for 1 and for 16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -107,7 +107,7 @@ def llama(setting: Setting) -> None:
     _arms(setting, LLAMA, build, [(1, 16)] if setting.dry else [(1, 4096), (16, 512)])
 
 
-def _arms(setting: Setting, name: str, build: Callable[[], LoadedModel], jobs: list[tuple[int, int]]) -> None:
+def _arms(setting: PartRun, name: str, build: Callable[[], LoadedModel], jobs: list[tuple[int, int]]) -> None:
     """Time all arms of a model with random weights and a magnitude mask."""
     runs: list[JsonValue] = []
     for precision in PRECISIONS:
@@ -124,7 +124,7 @@ def _arms(setting: Setting, name: str, build: Callable[[], LoadedModel], jobs: l
             _release(setting.machine)
 
 
-def _timed(setting: Setting, loaded: LoadedModel, job: Job) -> JsonValue:
+def _timed(setting: PartRun, loaded: LoadedModel, job: Job) -> JsonValue:
     """Return what the arms gave, or why they gave nothing; the next precision may do better."""
     try:
         return jsonable(bench_arms(loaded, magnitude(loaded), job, setting.machine).to_json())
@@ -147,7 +147,7 @@ def magnitude(loaded: LoadedModel) -> MaskSet:
                     for target in targets if target.k % TWO_FOUR.group == 0})
 
 
-def small(setting: Setting) -> None:
+def small(setting: PartRun) -> None:
     """Time the small real models whose files are here."""
     runs: list[JsonValue] = []
     missing: list[JsonValue] = []
@@ -166,7 +166,7 @@ def small(setting: Setting) -> None:
     setting.save({"runs": runs, "missing": missing})
 
 
-def compiled(setting: Setting) -> None:
+def compiled(setting: PartRun) -> None:
     """Time one Llama-8B MLP under torch.compile, dense and sparse, at 4096 rows, replayed as CUDA graphs."""
     k, n, rows = (64, 128, 16) if setting.dry else (4096, 14336, 4096)
     done: dict[str, JsonValue] = {}
@@ -178,7 +178,7 @@ def compiled(setting: Setting) -> None:
         setting.save({"k": k, "n": n, "rows": rows, "precisions": done})
 
 
-def _compiled(setting: Setting, precision: str, k: int, n: int, rows: int) -> JsonValue:
+def _compiled(setting: PartRun, precision: str, k: int, n: int, rows: int) -> JsonValue:
     machine = setting.machine
     up, down = (twins(*shape, precision, machine.device) for shape in ((k, n), (n, k)))
     x = torch.randn(rows, k, device=machine.device).to(up.out)
@@ -202,11 +202,11 @@ def jsonable(value: object) -> JsonValue:
     return plain
 
 
-PARTS: dict[str, Callable[[Setting], None]] = {"ladder": ladder, "vit": vit, "llama": llama, "compiled": compiled,
+PARTS: dict[str, Callable[[PartRun], None]] = {"ladder": ladder, "vit": vit, "llama": llama, "compiled": compiled,
                                                "small": small}
 
 
-def measure(part: Callable[[Setting], None], seconds: float, out: Path, dry: bool) -> None:
+def measure(part: Callable[[PartRun], None], seconds: float, out: Path, dry: bool) -> None:
     """Run a part on this machine, or dry."""
     machine = dry_machine() if dry else require_gpu("The proof")
 
@@ -215,10 +215,10 @@ def measure(part: Callable[[Setting], None], seconds: float, out: Path, dry: boo
             temporary.write_text(json.dumps({"dry": dry, **data}, indent=1) + "\n", encoding="utf-8")
 
     with standing_in(StandIn()) if dry else nullcontext():
-        part(Setting(machine, time.monotonic() + seconds, save, dry))
+        part(PartRun(machine, time.monotonic() + seconds, save, dry))
 
 
-def main(parts: Mapping[str, Callable[[Setting], None]] = PARTS) -> None:
+def main(parts: Mapping[str, Callable[[PartRun], None]] = PARTS) -> None:
     """Run the part that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=parts)

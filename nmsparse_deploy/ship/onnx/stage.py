@@ -109,7 +109,7 @@ def _compiled(path: Path, progress: Progress) -> CompileOutcome:
         return CompileOutcome(refused=error.message)
 
 
-def export(run: RunDir, spec: Export = Export(), progress: Progress = silent) -> list[ExportedGraph]:  # noqa: B008
+def export(run: RunDir, spec: Export = Export(), progress: Progress = silent) -> list[ExportedGraph]:
     """Export the run's model to ONNX in every asked precision, verify each graph, and compare it with the model.
 
     Raises `CheckFailed` when an exported graph does not hold the masks.

@@ -35,7 +35,7 @@ from nmsparse_deploy.system.progress import Progress, silent
 ON_CPU = {"mode": "dense", "device": "cpu"}
 
 
-def export_torch(run: RunDir, spec: Pack = Pack(), progress: Progress = silent,  # noqa: B008
+def export_torch(run: RunDir, spec: Pack = Pack(), progress: Progress = silent,
                  machine: Machine | None = None) -> list[PackedModel]:
     """Write, verify, compare and, on a GPU, time every asked precision; returns a record for each.
 

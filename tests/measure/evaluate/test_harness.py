@@ -186,7 +186,10 @@ def test_generation_stops_where_it_should():
     letters = [lm.tok_encode(x)[0] for x in "abcd"]
     for here, then in zip(letters, [*letters[1:], letters[0]]):
         table[here, then] = 9.0  # a b c d a b ...
-    call = lambda **settings: lm.generate_until(asked("generate_until", [("a", {"max_gen_toks": 6, **settings})]))[0]  # noqa: E731
+
+    def call(**settings):
+        return lm.generate_until(asked("generate_until", [("a", {"max_gen_toks": 6, **settings})]))[0]
+
     assert call() == "bcdabc" and call(until=["d"]) == "bc" and call(until="cd") == "b" and call(until=["x"]) == "bcdabc"
     table[letters[2]] = -9.0
     table[letters[2], 256] = 9.0  # the end after c
