@@ -67,11 +67,14 @@ class RunDir:
     def create(cls, path: Path, recipe: RecipeRecord, fingerprint: str, force: bool) -> RunDir:
         """Make a new run, or open the same run to be resumed.
 
-        Raises `UsageError` when the folder holds a run of another recipe (naming the fields) or foreign files, unless
-        `force` asks to start over.
+        `force` starts a run over: it deletes the folder of a run, and no other. Raises `UsageError` when the folder
+        holds a run of another recipe (naming the fields) and `force` is not given, and for foreign files at all times.
         """
         run = cls(path)
         if force and (path / "manifest.json").is_file():
+            if not run._is_ours():
+                raise UsageError(f"'{path}' is not deleted: its manifest.json is not that of a run.",
+                                 "choose another --out, or delete the folder yourself")
             shutil.rmtree(path)
         if (path / "manifest.json").is_file():
             manifest = run.manifest()
@@ -86,6 +89,14 @@ class RunDir:
         path.mkdir(parents=True, exist_ok=True)
         run.write_json("manifest.json", Manifest.new(recipe, fingerprint).to_json())
         return run
+
+    def _is_ours(self) -> bool:
+        """Decide whether this tool, of whatever version, wrote the manifest."""
+        try:
+            data = self.read_json("manifest.json")
+        except UsageError:
+            return False
+        return isinstance(data, dict) and {"format", "fingerprint"} <= data.keys()
 
     def manifest(self) -> Manifest:
         """Read the manifest. Raises `UsageError` when it is missing, damaged or foreign."""

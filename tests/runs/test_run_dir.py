@@ -40,6 +40,17 @@ def test_foreign_folders_are_never_touched(tmp_path):
         RunDir.open(tmp_path)
 
 
+@pytest.mark.parametrize("text", ['{"name": "an app"}', '{"format": 1}', "[]", "{", "", "\ud83d"])
+def test_force_deletes_no_folder_with_a_foreign_manifest(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text, errors="surrogatepass")
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(UsageError, match="not that of a run") as caught:
+        RunDir.create(tmp_path, RECIPE, "aaaa", force=True)
+    assert caught.value.exit_code == 2
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+    assert (tmp_path / "manifest.json").read_text(errors="surrogatepass") == text
+
+
 def test_newest_run_is_the_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="no run here yet"):
