@@ -251,7 +251,17 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, Weigh
     import transformers
 
     auto = getattr(transformers, checkpoint.auto)
-    module = own_code.without(auto, checkpoint.place, dtype=dtype or "auto", config=checkpoint.config)
+    module, info = own_code.without(auto, checkpoint.place, dtype=dtype or "auto", config=checkpoint.config,
+                                    output_loading_info=True)
+    # Tied ones are not among them. A pooler is never pruned, and no metric reads it.
+    missing = sorted(key for key in info["missing_keys"] if "pooler." not in key)
+    if missing:
+        raise UsageError(f"The checkpoint '{checkpoint.place}' is incomplete: '{missing[0]}' of "
+                         f"{type(module).__name__} is in none of its files ({len(missing)} missing in all).",
+                         "fetch the missing files, or start from a complete checkpoint")
+    if info["unexpected_keys"]:
+        unused = sorted(info["unexpected_keys"])
+        checkpoint.provenance["unused_tensors"] = f"{len(unused)}: {', '.join(unused[:10])}"
     return module, IN_MEMORY
 
 
