@@ -70,15 +70,10 @@ def verify_onnx(path: str | Path, masks: MaskSet | None = None, link: Link | Non
     else:
         problems = run.foreign()
     uses: list[WeightUse | Untraced] = [*graph.uses, *graph.untraced]
-    names = [name for use in uses for name in _names(use)]
+    names = [name for use in uses for name in run.names(use)]
     problems += unmatched_globs(expect, names)
     return VerifyReport("onnx", str(path), tuple(run.checks), tuple(problems), run.scanner.bytes_read,
                         time.perf_counter() - start)
-
-
-def _names(use: WeightUse | Untraced) -> list[str]:
-    scopes = use.scopes if isinstance(use, WeightUse) else ()
-    return [use.tensor, use.node, *scopes, *(f"{scope}.weight" for scope in scopes)]
 
 
 class _Run:
@@ -93,7 +88,13 @@ class _Run:
 
     def expected(self, use: WeightUse | Untraced) -> bool:
         """Tell whether the caller named this weight as one that has to be sparse."""
-        return any(fnmatchcase(name, glob) for glob in self.expect for name in _names(use))
+        return any(fnmatchcase(name, glob) for glob in self.expect for name in self.names(use))
+
+    def names(self, use: WeightUse | Untraced) -> list[str]:
+        """Return everything that `expect` may call a weight."""
+        scopes = use.scopes if isinstance(use, WeightUse) else ()
+        plain = self.graph.plain.get(use.tensor, use.tensor)
+        return [use.tensor, plain, use.node, *scopes, *(f"{scope}.weight" for scope in scopes)]
 
     def row(self, use: WeightUse, pattern: Pattern, parameter: str | None = None) -> TensorCheck:
         """Return an empty row for a use."""

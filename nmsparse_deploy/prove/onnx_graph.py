@@ -7,19 +7,21 @@ that keep zeros where they are; what reaches a MatMul, Gemm or Conv is a weight 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nmsparse_deploy.errors import MissingExtra, UsageError
+from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.prove.onnx_file import load_model, subgraphs
 from nmsparse_deploy.prove.onnx_tensor import decode, dtype_name
-from nmsparse_deploy.prove.onnx_values import FOLLOW, Opaque, Stored, Value, attribute, constant_tensor
+from nmsparse_deploy.prove.onnx_values import FOLLOW, Opaque, Stored, Value, constant_tensor, number
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+    from onnx import GraphProto, NodeProto, TensorProto
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 MAX_PATH = 64
@@ -65,9 +67,10 @@ class OnnxGraph:
         self.tensors: dict[str, TensorProto] = {}
         self.uses: list[WeightUse] = []
         self.untraced: list[Untraced] = []
-        self._values: dict[str, Value] = {}
-        self._names: set[str] = set()
-        self._walk(_load(path).graph)
+        self.plain: dict[str, str] = {}
+        """The name in the file of a tensor that shares it with a tensor of another branch."""
+        self._values: ChainMap[str, Value | None] = ChainMap()
+        self._walk(load_model(path).graph, "")
 
     @property
     def folder(self) -> Path:
@@ -80,40 +83,47 @@ class OnnxGraph:
             raise UsageError(f"'{self.path}' has no tensor '{tensor}'.")
         return decode(self.tensors[tensor], self.folder)
 
-    def _walk(self, graph: GraphProto) -> None:
+    def _walk(self, graph: GraphProto, where: str) -> list[Value | None]:
+        """Read one graph; return the values of its outputs. `where` names the node and attribute that hold it."""
         for tensor in graph.initializer:
-            self._store(tensor, tensor.name)
+            self._store(tensor, tensor.name, where)
         for sparse in graph.sparse_initializer:
             self._values[sparse.values.name] = Opaque(sparse.values.name, "is stored in ONNX's sparse format")
         for node in graph.node:
-            self._step(node)
-            for inner in node.attribute:
-                for subgraph in ([inner.g] if inner.HasField("g") else []) + list(inner.graphs):
-                    self._walk(subgraph)
+            for name, inner in subgraphs(node):
+                outer, self._values = self._values, self._values.new_child()
+                self._walk(inner, f"{node.name or node.op_type}.{name}")
+                self._values = outer
+            self._step(node, where)
+        return [self._values.get(output.name) for output in graph.output]
 
-    def _claim(self, name: str) -> None:
-        if name in self._names:
+    def _claim(self, name: str, value: Value | None = None) -> None:
+        """Give a name its one value in this graph: names are local to a graph, and seen by the graphs in it."""
+        if name in self._values:
             raise UsageError(f"'{self.path}' defines '{name}' twice, so it does not say which value a weight has.")
-        self._names.add(name)
+        self._values[name] = value
 
-    def _store(self, tensor: TensorProto, name: str) -> None:
-        self._claim(name)
-        self.tensors[name] = tensor
+    def _store(self, tensor: TensorProto, name: str, where: str) -> None:
+        label = name
+        if name in self.tensors and name not in self._values:
+            number = sum(other == name for other in self.plain.values())
+            label = f"{name}@{where}" + (f"#{number}" if number else "")
+            self.plain[label] = name
         shape = tuple(tensor.dims)
-        self._values[name] = Stored(name, shape, tuple(range(len(shape))))
+        self._claim(name, Stored(label, shape, tuple(range(len(shape)))))
+        self.tensors[label] = tensor
 
-    def _constant(self, node: NodeProto) -> None:
+    def _constant(self, node: NodeProto, where: str) -> None:
         tensor = constant_tensor(node)
         for name in node.output[:1]:
             if tensor is None:
-                self._claim(name)
-                self._values[name] = Opaque(name, "is a constant of a kind that is no tensor")
+                self._claim(name, Opaque(name, "is a constant of a kind that is no tensor"))
             else:
-                self._store(tensor, name)
+                self._store(tensor, name, where)
 
-    def _step(self, node: NodeProto) -> None:
+    def _step(self, node: NodeProto, where: str) -> None:
         if node.domain in STANDARD and node.op_type == "Constant":
-            return self._constant(node)
+            return self._constant(node, where)
         for name in node.output:
             if name:
                 self._claim(name)
@@ -156,6 +166,7 @@ class OnnxGraph:
                 value.shape[n_axis] if n_axis is not None else 1, _scopes(node), value.path, value.problems))
 
 
+Values = Mapping[str, Value | None]
 Operands = Iterable[tuple[Value, int, int | None]]
 """(value, its reduction axis, the axis of the outputs)."""
 
@@ -164,11 +175,11 @@ def _ranked(value: Value | None, min_rank: int, max_rank: int = 64) -> bool:
     return isinstance(value, Opaque) or (isinstance(value, Stored) and min_rank <= len(value.shape) <= max_rank)
 
 
-def _inputs(node: NodeProto, values: dict[str, Value]) -> list[Value | None]:
+def _inputs(node: NodeProto, values: Values) -> list[Value | None]:
     return [values.get(name) for name in node.input[:2]] + [None] * (2 - len(node.input[:2]))
 
 
-def _matmul(node: NodeProto, values: dict[str, Value]) -> Operands:
+def _matmul(node: NodeProto, values: Values) -> Operands:
     a, b = _inputs(node, values)
     if b is not None and _ranked(b, 1):
         vector = isinstance(b, Stored) and len(b.shape) == 1
@@ -178,21 +189,21 @@ def _matmul(node: NodeProto, values: dict[str, Value]) -> Operands:
         yield (a, 0, None) if vector else (a, -1, -2)
 
 
-def _gemm(node: NodeProto, values: dict[str, Value]) -> Operands:
+def _gemm(node: NodeProto, values: Values) -> Operands:
     a, b = _inputs(node, values)
     if b is not None and _ranked(b, 2, 2):
-        yield (b, 1, 0) if attribute(node, "transB") else (b, 0, 1)
+        yield (b, 1, 0) if number(node, "transB") else (b, 0, 1)
     if a is not None and _ranked(a, 2, 2):
-        yield (a, 0, 1) if attribute(node, "transA") else (a, 1, 0)
+        yield (a, 0, 1) if number(node, "transA") else (a, 1, 0)
 
 
-def _conv(node: NodeProto, values: dict[str, Value]) -> Operands:
+def _conv(node: NodeProto, values: Values) -> Operands:
     weight = _inputs(node, values)[1]
     if weight is not None and _ranked(weight, 3):
         yield weight, 1, 0
 
 
-_WEIGHTS: dict[str, Callable[[NodeProto, dict[str, Value]], Operands]] = {
+_WEIGHTS: dict[str, Callable[[NodeProto, Values], Operands]] = {
     "MatMul": _matmul, "Gemm": _gemm, "Conv": _conv}
 
 
@@ -204,25 +215,6 @@ def _scopes(node: NodeProto) -> tuple[str, ...]:
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return ()
     return tuple(s for s in scopes if isinstance(s, str)) if isinstance(scopes, list) else ()
-
-
-def _load(path: Path) -> ModelProto:
-    try:
-        import onnx
-        import onnx.inliner
-    except ImportError as error:
-        raise MissingExtra("onnx", "onnx", "Reading an ONNX model") from error
-    if not path.is_file():
-        raise UsageError(f"There is no ONNX model '{path}'.")
-    try:
-        model = onnx.load(str(path), format="protobuf", load_external_data=False)
-        if model.functions:
-            model = onnx.inliner.inline_local_functions(model)
-    except Exception as error:  # protobuf and the inliner raise types of their own, which differ between versions
-        raise UsageError(f"'{path}' is not an ONNX model, or it is damaged ({str(error)[:120]}).") from error
-    if not model.HasField("graph") or not model.graph.node:
-        raise UsageError(f"'{path}' is not an ONNX model, or it is damaged (it has no graph).")
-    return model
 
 
 def weight_uses(path: str | Path) -> list[WeightUse]:

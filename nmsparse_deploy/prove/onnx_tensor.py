@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.errors import UsageError, first_line
 from nmsparse_deploy.prove.scan import ByteSource, FileBytes, MemoryBytes, Nibbles
 from nmsparse_deploy.prove.tensor_files import stays_inside
 
@@ -70,10 +70,16 @@ def _external(tensor: TensorProto, folder: Path, nbytes: int, where: str) -> Fil
     if not stays_inside(location):
         raise UsageError(f"{where} keeps its data outside the folder of the model: {location!r}.")
     path = folder / location
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UsageError(f"{where} keeps its data in '{location}', a link that leads out of the folder of the model.")
-    if not path.is_file():
-        raise UsageError(f"{where} keeps its data in '{path}', which is not there.")
+    try:
+        target, here = path.resolve(), folder.resolve()
+        if not any(target.is_relative_to(place) for place in (here, *hub_blobs(folder))):
+            raise UsageError(f"{where} keeps its data in '{location[:200]}', a link that leads out of the folder of "
+                             "the model.")
+        if not target.is_file():
+            raise UsageError(f"{where} keeps its data in '{location[:200]}', which is not there.")
+    except (OSError, RuntimeError) as error:  # a circle of links, a name that is too long
+        raise UsageError(f"{where} keeps its data in '{location[:200]}', which cannot be opened "
+                         f"({first_line(error)[:80]}).") from error
     offset = _natural(entries.get("offset", "0"), where)
     length = _natural(entries.get("length", str(nbytes)), where)
     if length != nbytes:
@@ -81,6 +87,15 @@ def _external(tensor: TensorProto, folder: Path, nbytes: int, where: str) -> Fil
     if offset + nbytes > path.stat().st_size:
         raise UsageError(f"{where} ends at byte {offset + nbytes:,} of '{path}', which has {path.stat().st_size:,}.")
     return FileBytes(path, offset, nbytes)
+
+
+def hub_blobs(folder: Path) -> list[Path]:
+    """Return where the hub's cache keeps the files of the repository that `folder` is a snapshot of, if it is one."""
+    for place in (folder.absolute(), *folder.absolute().parents):
+        if place.parent.name == "snapshots":
+            blobs = place.parent.parent / "blobs"
+            return [blobs.resolve()] if blobs.is_dir() and not blobs.is_symlink() else []
+    return []
 
 
 def _natural(text: str, where: str) -> int:

@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.prove.onnx_tensor import any_nonzero, decode, dtype_name
 
 if TYPE_CHECKING:
-    from onnx import NodeProto, TensorProto
+    from onnx import AttributeProto, NodeProto, TensorProto
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,33 @@ Lookup = Callable[[Stored], "TensorProto"]
 """Gives the tensor behind a value."""
 
 
-def attribute(node: NodeProto, name: str) -> Any:
-    """Return an int or a list of ints; None when it is absent."""
-    for entry in node.attribute:
-        if entry.name == name:
-            return list(entry.ints) if entry.ints else (entry.i if entry.HasField("i") else None)
-    return None
+def _entry(node: NodeProto, name: str) -> AttributeProto | None:
+    return next((entry for entry in node.attribute if entry.name == name), None)
+
+
+def number(node: NodeProto, name: str, default: int = 0) -> int:
+    """Return an attribute that is one number."""
+    entry = _entry(node, name)
+    if entry is None:
+        return default
+    if not entry.HasField("i"):
+        raise _damaged(node, name, "number")
+    return int(entry.i)
+
+
+def numbers(node: NodeProto, name: str) -> list[int] | None:
+    """Return an attribute that is a list of numbers; None when it is absent."""
+    entry = _entry(node, name)
+    if entry is None:
+        return None
+    if entry.type not in (entry.UNDEFINED, entry.INTS) or (not entry.ints and entry.HasField("i")):
+        raise _damaged(node, name, "list of numbers")
+    return list(entry.ints)
+
+
+def _damaged(node: NodeProto, name: str, kind: str) -> UsageError:
+    return UsageError(f"The ONNX model is damaged: '{name}' of the {node.op_type} "
+                      f"'{node.name or next(iter(node.output), '')}' is no {kind}.")
 
 
 def constant_tensor(node: NodeProto) -> TensorProto | None:
@@ -77,7 +99,7 @@ def _transpose(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, 
     value = inputs[0]
     if not isinstance(value, Stored):
         return None
-    perm = attribute(node, "perm") or list(reversed(range(len(value.shape))))
+    perm = numbers(node, "perm") or list(reversed(range(len(value.shape))))
     if sorted(perm) != list(range(len(value.shape))):
         return Opaque(value.tensor, f"passes through a Transpose with a bad perm {perm}")
     moved = replace(value, shape=tuple(value.shape[p] for p in perm), origin=tuple(value.origin[p] for p in perm))
@@ -106,7 +128,7 @@ def _reshape(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, fo
         return None
     if not isinstance(target, Stored):
         return Opaque(value.tensor, "is reshaped to a shape that is computed at run time")
-    shape = _target(value.shape, tensor(target), folder, bool(attribute(node, "allowzero")))
+    shape = _target(value.shape, tensor(target), folder, bool(number(node, "allowzero")))
     if shape is None:
         return Opaque(value.tensor, "passes through a Reshape with a bad shape")
     # An axis survives when as many values lie before it, and in it, as before.

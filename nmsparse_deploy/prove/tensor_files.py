@@ -39,9 +39,13 @@ class StoredTensor:
 
 def find_tensors(path: Path) -> list[StoredTensor]:
     """Find every tensor of one .safetensors file or of a checkpoint folder. Raises `UsageError` on damage."""
-    if path.is_dir():
-        return _of_folder(path)
-    if not path.is_file():
+    try:
+        if path.is_dir():
+            return _of_folder(path)
+        there = path.is_file()
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise from_os_error(error) from error
+    if not there:
         raise UsageError(f"There is no checkpoint '{path}'.")
     if path.suffix != ".safetensors":
         raise UsageError(f"'{path}' is not a .safetensors file; other formats can run code when they are opened.",

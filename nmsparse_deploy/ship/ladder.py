@@ -14,7 +14,14 @@ from nmsparse_deploy.pattern import TWO_FOUR, parse_pattern
 from nmsparse_deploy.prove import TensorCheck
 from nmsparse_deploy.ship.evidence import LEVELS, EngineEvidence, LayerEvidence, Level, Reason
 from nmsparse_deploy.ship.onnx.gemms import Gemm
-from nmsparse_deploy.ship.tensorrt.log import BuildLog, EngineLayer, is_sparse_kernel, layer_nodes, nodes_of
+from nmsparse_deploy.ship.tensorrt.log import (
+    BuildLog,
+    EngineLayer,
+    hides_nodes,
+    is_sparse_kernel,
+    layer_nodes,
+    nodes_of,
+)
 from nmsparse_deploy.system.sparse_cores import INELIGIBLE, shape_verdict
 
 Kernels = Mapping[str, int]
@@ -79,7 +86,7 @@ class _Ladder:
         names = self.sources.log.names(kind) if self.sources.log else {}
         for name, raw in names.items():
             nodes = nodes_of(name, self.sources.layers or (), self.gemms)
-            if not nodes and name not in self.unplaced:
+            if (not nodes or hides_nodes(name)) and name not in self.unplaced:
                 self.unplaced.append(name)
             lines |= dict.fromkeys(nodes, raw)
         return lines

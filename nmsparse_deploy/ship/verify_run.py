@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.errors import UsageError, from_os_error
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.pattern import Unstructured, parse_pattern
 from nmsparse_deploy.prove import VerifyReport, verify_checkpoint, verify_onnx
@@ -42,7 +42,11 @@ def verify_any(target: Path | None = None, pattern: str = "2:4", expect: Sequenc
 
     A file without a run has no masks: its sparse tensors are reported, and `expect` names the ones that must be.
     """
-    if target is None or (target / "manifest.json").is_file():
+    try:
+        is_run = target is None or (target / "manifest.json").is_file()
+    except OSError as error:  # a name that is too long, a circle of links
+        raise from_os_error(error) from error
+    if target is None or is_run:
         if expect:
             raise UsageError("--expect is for files without a run; a run knows which tensors have to be sparse.")
         run = RunDir.open(target)

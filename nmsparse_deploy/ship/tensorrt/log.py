@@ -31,6 +31,10 @@ _ONNX = re.compile(r"\[ONNX Layer: (.*?)\](?=\[ONNX Layer: |[\x1e\s]|$)")
 _LISTED = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w*), .*?TacticName: (?P<tactic>.*?), StreamId: \S+"
                      r"(?:, Metadata: (?P<metadata>.*))?$", re.MULTILINE)
 _COMPILED = re.compile(r"_myl\d+_\d+$")
+_JOINT = re.compile(r"\+|\|\||, |PWN\(|\)(?=\)*\s*(?:$|\+|\|\||, ))")
+"""What stands between the names of fused nodes."""
+_RANGE = re.compile(r"\{[^{}]*\}")
+"""Fused nodes of which the first and the last are named."""
 _PROFILE = re.compile(r" \[profile \d+\]$")
 
 
@@ -102,11 +106,25 @@ def parse_log(text: str) -> BuildLog:
 
 
 def _listed(number: int, line: str, match: re.Match[str]) -> Listed:
-    names = tuple(name for name in (part.strip() for part in match["names"].split(", ")) if name)
     count = match.groupdict().get("count")
+    names = tuple(name for name in map(str.strip, _split(match["names"])) if name)
+    if count is not None and int(count) != len(names):
+        names = tuple(name for name in map(str.strip, match["names"].split(", ")) if name)
     if count is None:
         return Listed(number, len(names), names, line.strip())
     return Listed(number, int(count), names if int(count) == len(names) else (), line.strip())
+
+
+def _split(text: str) -> list[str]:
+    """Split a list at its commas, but not inside of `PWN(a, b)` or `{a, b}`."""
+    names, depth = [""], 0
+    for i, char in enumerate(text):
+        depth += (char in "({[") - (char in ")}]")
+        if text.startswith(", ", i) and not depth:
+            names.append("")
+        else:
+            names[-1] += char
+    return text.split(", ") if depth else names
 
 
 @dataclass(frozen=True)
@@ -159,7 +177,8 @@ def onnx_nodes(metadata: str) -> tuple[str, ...]:
 def nodes_of(name: str, layers: Collection[EngineLayer], known: Collection[str]) -> tuple[str, ...]:
     """Return the ONNX nodes, of those `known`, behind the name of a layer; empty when the name does not say.
 
-    A name is an ONNX node's, an engine layer's, or the names of fused nodes joined by `+` with the compiler's suffix.
+    A name is an ONNX node's, an engine layer's, or the names of fused nodes with the compiler's suffix: joined by `+`
+    one after the other, by `||` side by side, in `PWN(a, b)` as one pointwise kernel.
     """
     if name in known:
         return (name,)
@@ -174,6 +193,11 @@ def layer_nodes(layer: EngineLayer, known: Collection[str]) -> tuple[str, ...]:
     return tuple(node for node in layer.nodes or (layer.name, *_parts(layer.name)) if node in known)
 
 
+def hides_nodes(name: str) -> bool:
+    """Tell whether a name stands for nodes that it does not name, as `{ForeignNode[first...last]}` does."""
+    return bool(_RANGE.search(name))
+
+
 def _parts(name: str) -> Iterator[str]:
-    stem = _COMPILED.sub("", _PROFILE.sub("", name))
-    yield from (part.strip() for part in stem.split("+"))
+    stem = _RANGE.sub("", _COMPILED.sub("", _PROFILE.sub("", name)))
+    yield from (part.strip() for part in _JOINT.split(stem))

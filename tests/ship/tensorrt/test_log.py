@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.ship.tensorrt.log import (
+    hides_nodes,
     is_sparse_kernel,
     layer_nodes,
     layers_in_log,
@@ -161,6 +162,9 @@ KNOWN = {"node_linear", "node_linear_1", "node_linear_2", "node_linear_3", "Conv
     ("__myl_FcAdd_myl0_7", ("node_linear_3",)),
     ("{ForeignNode[node_linear...node_linear_3]}", ()),
     ("node_linear_", ()),
+    ("Conv_235 + relu || node_linear + relu_b", ("Conv_235", "node_linear")),
+    ("Conv_235 + PWN(PWN(sigmoid), node_linear)", ("Conv_235", "node_linear")),
+    ("Conv_235 + {ForeignNode[node_linear...x.y]}", ("Conv_235",)),
 ])
 def test_a_name_means_the_nodes_it_says_and_no_others(name, nodes):
     assert nodes_of(name, parse_inspector(text("inspector-compiler.json")), KNOWN) == nodes
@@ -169,3 +173,17 @@ def test_a_name_means_the_nodes_it_says_and_no_others(name, nodes):
 def test_node_names_with_brackets_survive_metadata():
     listed = {"Layers": [{"Name": "n", "Metadata": "[ONNX Layer: a[0]]\x1e[ONNX Layer: x.y][ONNX Layer: b]"}]}
     assert parse_inspector(json.dumps(listed))[0].nodes == ("a[0]", "x.y", "b")
+
+
+def test_horizontal_fusion_names_both_nodes():
+    log = parse_log(text("horizontal-fusion.log"))
+    for kind in ("eligible", "chosen"):
+        (name,) = log.names(kind)
+        assert nodes_of(name, [], {"conv_a", "conv_b"}) == ("conv_a", "conv_b")
+
+
+def test_a_name_with_commas_is_one_name():
+    line = "(Sparsity) Layers eligible for sparse math: a + PWN(b, c), {ForeignNode[d...e]}, f"
+    (listed,) = parse_log(line).lines("eligible")
+    assert listed.names == ("a + PWN(b, c)", "{ForeignNode[d...e]}", "f")
+    assert [hides_nodes(name) for name in listed.names] == [False, True, False]
