@@ -33,6 +33,7 @@ test: setup lint  ## the fast tests (under 10 minutes on 2 cores)
 
 lint: setup  ## ruff, mypy, the floors of the house, generated files are current
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 	$(BIN)/python docs/generate.py --check

@@ -1,7 +1,9 @@
-"""Two-block models of six families through export, verification, ONNX Runtime and TensorRT-RTX's compiler.
+"""Two-block models of six families through export, verification, ONNX Runtime and TensorRT-RTX's
+compiler.
 
-`python benchmarks/deploy.py results/deploy-cpu.json` writes what docs/deployment.md shows; `--only llama` one family.
-Weights are random: this is about graphs and compilers, not about accuracy.
+`python benchmarks/deploy.py results/deploy-cpu.json` writes what docs/deployment.md shows;
+`--only llama` one family. Weights are random: this is about graphs and compilers, not about
+accuracy.
 """
 
 from __future__ import annotations
@@ -31,51 +33,101 @@ from nmsparse_deploy.ship.tensorrt.rtx import TensorRtRtx
 from nmsparse_deploy.system.environment import environment, now
 
 WIDTH, INNER, HEADS, VOCABULARY = 128, 256, 4, 128
-PRECISIONS = (("fp16", ""), ("int8", "channel"), ("int8", "tensor"), ("fp8", "channel"), ("fp8", "tensor"))
+PRECISIONS = (
+    ("fp16", ""),
+    ("int8", "channel"),
+    ("int8", "tensor"),
+    ("fp8", "channel"),
+    ("fp8", "tensor"),
+)
 OPSETS = (20, 23)
 SIZES = {"batch": 2, "sequence": 128, "past": 128}
 
 
 def ids(batch, length):
-    return {"input_ids": torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(batch))}
+    return {
+        "input_ids": torch.randint(
+            0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(batch)
+        )
+    }
 
 
 def llama():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=HEADS,
-                                        num_key_value_heads=2, intermediate_size=INNER, vocab_size=VOCABULARY)), ids
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=HEADS,
+            num_key_value_heads=2,
+            intermediate_size=INNER,
+            vocab_size=VOCABULARY,
+        )
+    ), ids
 
 
 def opt():
     from transformers import OPTConfig, OPTForCausalLM
 
-    return OPTForCausalLM(OPTConfig(hidden_size=WIDTH, word_embed_proj_dim=WIDTH, num_hidden_layers=2, ffn_dim=INNER,
-                                    num_attention_heads=HEADS, vocab_size=VOCABULARY, max_position_embeddings=512)), ids
+    return OPTForCausalLM(
+        OPTConfig(
+            hidden_size=WIDTH,
+            word_embed_proj_dim=WIDTH,
+            num_hidden_layers=2,
+            ffn_dim=INNER,
+            num_attention_heads=HEADS,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=512,
+        )
+    ), ids
 
 
 def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(n_embd=WIDTH, n_layer=2, n_head=HEADS, vocab_size=VOCABULARY, n_positions=512,
-                                      bos_token_id=0, eos_token_id=1)), ids
+    return GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=WIDTH,
+            n_layer=2,
+            n_head=HEADS,
+            vocab_size=VOCABULARY,
+            n_positions=512,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    ), ids
 
 
 def bloom():
     from transformers import BloomConfig, BloomForCausalLM
 
-    return BloomForCausalLM(BloomConfig(hidden_size=WIDTH, n_layer=2, n_head=HEADS, vocab_size=VOCABULARY)), ids
+    return BloomForCausalLM(
+        BloomConfig(hidden_size=WIDTH, n_layer=2, n_head=HEADS, vocab_size=VOCABULARY)
+    ), ids
 
 
 def vit():
     from transformers import ViTConfig, ViTForImageClassification
 
     def pictures(batch, length):
-        return {"pixel_values": torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(batch))}
+        return {
+            "pixel_values": torch.randn(
+                batch, 3, 64, 64, generator=torch.Generator().manual_seed(batch)
+            )
+        }
 
-    return ViTForImageClassification(ViTConfig(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=HEADS,
-                                               intermediate_size=INNER, image_size=64, patch_size=8,
-                                               num_labels=10)), pictures
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=HEADS,
+            intermediate_size=INNER,
+            image_size=64,
+            patch_size=8,
+            num_labels=10,
+        )
+    ), pictures
 
 
 def dit():
@@ -83,12 +135,22 @@ def dit():
 
     def latents(batch, length):
         made = torch.Generator().manual_seed(batch)
-        return {"hidden_states": torch.randn(batch, 4, 16, 16, generator=made),
-                "timestep": torch.arange(batch) * 100, "class_labels": torch.arange(batch) % 10}
+        return {
+            "hidden_states": torch.randn(batch, 4, 16, 16, generator=made),
+            "timestep": torch.arange(batch) * 100,
+            "class_labels": torch.arange(batch) % 10,
+        }
 
-    return DiTTransformer2DModel(num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, in_channels=4,
-                                 out_channels=8, num_layers=2, sample_size=16, patch_size=2,
-                                 num_embeds_ada_norm=10), latents
+    return DiTTransformer2DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=WIDTH // HEADS,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=16,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    ), latents
 
 
 FAMILIES = {"Llama": llama, "OPT": opt, "GPT-2": gpt2, "BLOOM": bloom, "ViT": vit, "DiT": dit}
@@ -106,7 +168,11 @@ def bake(module, targets):
 
 
 def output_of(result):
-    return next(getattr(result, name) for name in ("logits", "sample", "last_hidden_state") if hasattr(result, name))
+    return next(
+        getattr(result, name)
+        for name in ("logits", "sample", "last_hidden_state")
+        if hasattr(result, name)
+    )
 
 
 @torch.no_grad()
@@ -121,7 +187,8 @@ def compared(path, module, inputs):
 
 
 def compiled(path, groups, links):
-    """What TensorRT-RTX makes of it, with the fusion groups that became one GEMM, or why it refuses."""
+    """What TensorRT-RTX makes of it, with the fusion groups that became one GEMM, or why it
+    refuses."""
     try:
         settings = {"batch": SIZES["batch"], "length": SIZES["sequence"], "past": SIZES["past"]}
         made = TensorRtRtx.build(path, settings).compiled
@@ -131,10 +198,19 @@ def compiled(path, groups, links):
     together = [{of[node] for node in nodes if node in of} for nodes in made.merged]
     merged = sum(any(group <= some for some in together) for group in groups)
     pruned = [gemm for gemm in made.gemms if any(node in of for node in gemm.nodes)]
-    return {"version": made.version, "gemms": len(pruned), "eight_bit_in": sum(
-        all(kind in ("Int8", "FP8") for kind in gemm.inputs) for gemm in pruned),
-        "eight_bit_out": sum(gemm.eight_bit for gemm in pruned), "groups": len(groups), "merged": merged,
-        "fp32": len(made.wide), "generated": len(made.generated), "lost": len(made.lost)}
+    return {
+        "version": made.version,
+        "gemms": len(pruned),
+        "eight_bit_in": sum(
+            all(kind in ("Int8", "FP8") for kind in gemm.inputs) for gemm in pruned
+        ),
+        "eight_bit_out": sum(gemm.eight_bit for gemm in pruned),
+        "groups": len(groups),
+        "merged": merged,
+        "fp32": len(made.wide),
+        "generated": len(made.generated),
+        "lost": len(made.lost),
+    }
 
 
 def rows_of(family, folder):
@@ -152,20 +228,36 @@ def rows_of(family, folder):
         base = folder / f"{opset}"
         base.mkdir()
         try:
-            export_onnx(module, inputs(2, 16), base, "model", found.targets, precision="fp16", opset=opset)
+            export_onnx(
+                module, inputs(2, 16), base, "model", found.targets, precision="fp16", opset=opset
+            )
         except NmsparseError as error:
-            yield {"family": family, "opset": opset, "precision": "fp16", "scales": "", "failed": error.message}
+            yield {
+                "family": family,
+                "opset": opset,
+                "precision": "fp16",
+                "scales": "",
+                "failed": error.message,
+            }
             continue
         for precision, scales in PRECISIONS:
             place = folder / f"{opset}-{precision}-{scales}"
             shutil.copytree(base, place)
             path, link = place / "model.onnx", LinkMap.load(place / "model.link.json")
             if precision != "fp16":
-                link = insert_qdq(path, link, ranges, precision, set(masks.masks), scales == "tensor").link
+                link = insert_qdq(
+                    path, link, ranges, precision, set(masks.masks), scales == "tensor"
+                ).link
             report = verify_onnx(path, masks, link.by_parameter())
-            yield {"family": family, "opset": opset, "precision": precision, "scales": scales,
-                   "verified": report.checked if report.ok else report.summary(),
-                   "agreement": compared(path, module, inputs(3, 24)), "rtx": compiled(path, groups, link.rows)}
+            yield {
+                "family": family,
+                "opset": opset,
+                "precision": precision,
+                "scales": scales,
+                "verified": report.checked if report.ok else report.summary(),
+                "agreement": compared(path, module, inputs(3, 24)),
+                "rtx": compiled(path, groups, link.rows),
+            }
 
 
 def steps_of(family, folder):
@@ -179,9 +271,14 @@ def steps_of(family, folder):
     try:
         graphs = export_cached(module, folder, found.targets)
         row["bytes_shared"] = share_weights(folder, [graph.name for graph in graphs])
-        sessions = {graph.name: OnnxRuntime.build(folder / f"{graph.name}.onnx") for graph in graphs}
+        sessions = {
+            graph.name: OnnxRuntime.build(folder / f"{graph.name}.onnx") for graph in graphs
+        }
         row["agreement"] = asdict(check_steps(module, sessions, inputs(2, 20)["input_ids"]))
-        row["rtx"] = {graph.name: compiled(folder / f"{graph.name}.onnx", [], graph.link.rows) for graph in graphs}
+        row["rtx"] = {
+            graph.name: compiled(folder / f"{graph.name}.onnx", [], graph.link.rows)
+            for graph in graphs
+        }
     except NmsparseError as error:
         row["failed"] = error.message
     return row
@@ -203,8 +300,15 @@ def main():
         except ImportError as error:
             missing.append({"family": family, "why": f"{error.name} is not installed"})
         print(family, flush=True)
-    data = {"command": f"python benchmarks/deploy.py {given.out}", "date": now(), **environment(), "sizes": SIZES,
-            "rows": rows, "steps": steps, "missing": missing}
+    data = {
+        "command": f"python benchmarks/deploy.py {given.out}",
+        "date": now(),
+        **environment(),
+        "sizes": SIZES,
+        "rows": rows,
+        "steps": steps,
+        "missing": missing,
+    }
     write_json(given.out, data)
 
 

@@ -1,6 +1,7 @@
 """Two-block models of every family through the whole chain; writes results/families.json.
 
-`python -m benchmarks.families [NAME ...]` (about six minutes on one free core); names run a part and print it only.
+`python -m benchmarks.families [NAME ...]` (about six minutes on one free core); names run a part
+and print it only.
 """
 
 from __future__ import annotations
@@ -28,16 +29,26 @@ def main(names: list[str]) -> None:
     rows = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        data = {"text": pico.text(folder, "calibration.txt", 1), "pictures": small.labelled(folder / "pictures")}
+        data = {
+            "text": pico.text(folder, "calibration.txt", 1),
+            "pictures": small.labelled(folder / "pictures"),
+        }
         for number, name in enumerate(names or FAMILIES):
             (folder / str(number)).mkdir()
             rows[name] = check(name, folder / str(number), data)
             print(name, rows[name], file=sys.stderr, flush=True)
     if not names:
         settings = "random weights, two blocks, 8 calibration samples, export fp16 opset 20"
-        result = {"command": "python -m benchmarks.families", "date": now(), "settings": settings,
-                  "columns": list(COLUMNS), **environment(),
-                  "families": {name: {column: row[column] for column in COLUMNS} for name, row in rows.items()}}
+        result = {
+            "command": "python -m benchmarks.families",
+            "date": now(),
+            "settings": settings,
+            "columns": list(COLUMNS),
+            **environment(),
+            "families": {
+                name: {column: row[column] for column in COLUMNS} for name, row in rows.items()
+            },
+        }
         write_json(RESULT, result)
 
 

@@ -1,4 +1,5 @@
-"""JSON files that a benchmark keeps, written by rename: a reader never sees half of one. Standard library only."""
+"""JSON files that a benchmark keeps, written by rename: a reader never sees half of one. Standard
+library only."""
 
 from __future__ import annotations
 

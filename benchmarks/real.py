@@ -1,12 +1,14 @@
-"""Two real models beyond the demo's: the packaged vision transformer and the sentence encoder, three seeds.
+"""Two real models beyond the demo's: the packaged vision transformer and the sentence encoder,
+three seeds.
 
-`python benchmarks/real.py --out results/real-models.json` prunes both to 2:4 and asks what their users would. The ViT:
-how accurate is a linear probe on its features for pictures that were held out (a new probe, and the one that was fitted
-to the dense model), how well do features and saliency maps agree with the dense model's? The encoder: how well do its
-similarities rank sentence pairs (STS-B test, where NMSPARSE_DATA has it) and word pairs that people have rated?
+`python benchmarks/real.py --out results/real-models.json` prunes both to 2:4 and asks what their
+users would. The ViT: how accurate is a linear probe on its features for pictures that were held out
+(a new probe, and the one that was fitted to the dense model), how well do features and saliency
+maps agree with the dense model's? The encoder: how well do its similarities rank sentence pairs
+(STS-B test, where NMSPARSE_DATA has it) and word pairs that people have rated?
 
-Rows that the output file already holds under the same recipe are kept, so the command goes on where it was stopped;
-`--model` and `--only` measure some of them.
+Rows that the output file already holds under the same recipe are kept, so the command goes on where
+it was stopped; `--model` and `--only` measure some of them.
 """
 
 from __future__ import annotations
@@ -28,8 +30,12 @@ from nmsparse_deploy.recipe import Evaluate, Prune, fingerprint, validate
 from nmsparse_deploy.system.environment import environment, now
 
 ROWS: dict[str, dict[str, Any]] = {
-    "magnitude": refined("magnitude"), "wanda": refined("wanda"), "sparsegpt": refined("sparsegpt"),
-    "wanda + llm-barber": refined("wanda", "llm-barber"), "closed-form": recipe("closed-form"), "best": recipe("best"),
+    "magnitude": refined("magnitude"),
+    "wanda": refined("wanda"),
+    "sparsegpt": refined("sparsegpt"),
+    "wanda + llm-barber": refined("wanda", "llm-barber"),
+    "closed-form": recipe("closed-form"),
+    "best": recipe("best"),
     "maskllm": recipe("maskllm"),
 }
 USUAL = tuple(name for name in ROWS if name not in ("best", "maskllm"))
@@ -50,40 +56,74 @@ def measure(model: str, name: str, seed: int, runs: Path) -> dict[str, Any]:
     spec = spec_of(model, name, seed)
     run = prune(model, spec, runs / f"{model}-{name.replace(' ', '')}-{seed}", progress=say)
     found = evaluate(run, EVALUATION[model], say)["results"]
-    values = {label: {row["metric"]: {key: row[key] for key in ("value", "standard_error", "samples")}
-                      for row in found[label]} for label in ("dense", "pruned")}
+    values = {
+        label: {
+            row["metric"]: {key: row[key] for key in ("value", "standard_error", "samples")}
+            for row in found[label]
+        }
+        for label in ("dense", "pruned")
+    }
     record = run.manifest().stages["prune"]
-    return {"model": model, "method": name, "seed": seed, "fingerprint": fingerprint(model, spec),
-            "seconds": record.seconds, "peak_memory_mb": record.peak_memory_mb, **values}
+    return {
+        "model": model,
+        "method": name,
+        "seed": seed,
+        "fingerprint": fingerprint(model, spec),
+        "seconds": record.seconds,
+        "peak_memory_mb": record.peak_memory_mb,
+        **values,
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean over seeds of every metric of one model, with the spread between seeds."""
-    lines = [{"method": "dense", "seeds": 0, "seconds": 0.0,
-              **{metric: {"mean": row["value"], "seed_spread": None} for metric, row in rows[0]["dense"].items()}}]
+    lines = [
+        {
+            "method": "dense",
+            "seeds": 0,
+            "seconds": 0.0,
+            **{
+                metric: {"mean": row["value"], "seed_spread": None}
+                for metric, row in rows[0]["dense"].items()
+            },
+        }
+    ]
     for name in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == name]
-        line: dict[str, Any] = {"method": name, "seeds": len(mine),
-                                "seconds": statistics.median(row["seconds"] for row in mine)}
+        line: dict[str, Any] = {
+            "method": name,
+            "seeds": len(mine),
+            "seconds": statistics.median(row["seconds"] for row in mine),
+        }
         for metric in mine[0]["pruned"]:
             values = [row["pruned"][metric]["value"] for row in mine]
-            line[metric] = {"mean": statistics.fmean(values),
-                            "seed_spread": statistics.stdev(values) if len(values) > 1 else None}
+            line[metric] = {
+                "mean": statistics.fmean(values),
+                "seed_spread": statistics.stdev(values) if len(values) > 1 else None,
+            }
         lines.append(line)
     return lines
 
 
 def write(rows: list[dict[str, Any]], out: Path) -> dict[str, Any]:
     found = {model: [row for row in rows if row["model"] == model] for model in CALIBRATION}
-    result = {"command": f"python benchmarks/real.py --out results/{out.name}", "date": now(), "pattern": "2:4",
-              "calibration": CALIBRATION, **environment(),
-              "tables": {model: table(mine) for model, mine in found.items() if mine}, "rows": rows}
+    result = {
+        "command": f"python benchmarks/real.py --out results/{out.name}",
+        "date": now(),
+        "pattern": "2:4",
+        "calibration": CALIBRATION,
+        **environment(),
+        "tables": {model: table(mine) for model, mine in found.items() if mine},
+        "rows": rows,
+    }
     write_json(out, result)
     return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/real"))
     parser.add_argument("--seeds", type=int, default=3)
@@ -108,8 +148,16 @@ def main() -> None:
         result = write([have[key] for key in sorted(have, key=place)], options.out)
     for model, lines in result["tables"].items():
         for line in lines:
-            print(model, line["method"], *(f"{metric.partition('@')[0]} {line[metric]['mean']:.3f}" for metric in line
-                                           if isinstance(line[metric], dict)), flush=True)
+            print(
+                model,
+                line["method"],
+                *(
+                    f"{metric.partition('@')[0]} {line[metric]['mean']:.3f}"
+                    for metric in line
+                    if isinstance(line[metric], dict)
+                ),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

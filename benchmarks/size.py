@@ -2,10 +2,11 @@
 
 `python -m benchmarks.size --folder SCRATCH [--sizes 2 8] [--methods magnitude wanda] [--limit 3GB]`
 
-Llama-shaped bf16 checkpoints of random weights are written in shards; the larger one has more blocks of the same shape.
-Each is pruned in a process of its own under `--max-memory`, then once more by a process that is killed with SIGKILL
-when half of the blocks are done and by another that goes on from there: the files have to be the same bytes.
-The scratch folder needs three times the size of the largest checkpoint.
+Llama-shaped bf16 checkpoints of random weights are written in shards; the larger one has more
+blocks of the same shape. Each is pruned in a process of its own under `--max-memory`, then once
+more by a process that is killed with SIGKILL when half of the blocks are done and by another that
+goes on from there: the files have to be the same bytes. The scratch folder needs three times the
+size of the largest checkpoint.
 """
 
 from __future__ import annotations
@@ -32,9 +33,17 @@ from nmsparse_deploy.system.memory import parse_size
 from tests.fixtures import pico
 
 RESULT = Path(__file__).parent.parent / "results/size-cpu.json"
-SHAPE = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 8,
-         "vocab_size": 32000, "max_position_embeddings": 2048, "tie_word_embeddings": False, "bos_token_id": None,
-         "eos_token_id": 256}
+SHAPE = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": 256,
+}
 SAMPLES, LENGTH = 16, 512
 BLOCKS_PER_SHARD = 4
 
@@ -70,11 +79,19 @@ def generate(folder: Path, gigabytes: float) -> dict[str, int]:
     if not (folder / "config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         generator = torch.Generator().manual_seed(0)
-        outside = [("model.embed_tokens.weight", (SHAPE["vocab_size"], SHAPE["hidden_size"])),
-                   ("model.norm.weight", (SHAPE["hidden_size"],)),
-                   ("lm_head.weight", (SHAPE["vocab_size"], SHAPE["hidden_size"]))]
-        parts = [[shape for layer in range(start, min(start + BLOCKS_PER_SHARD, layers)) for shape in shapes(layer)]
-                 for start in range(0, layers, BLOCKS_PER_SHARD)]
+        outside = [
+            ("model.embed_tokens.weight", (SHAPE["vocab_size"], SHAPE["hidden_size"])),
+            ("model.norm.weight", (SHAPE["hidden_size"],)),
+            ("lm_head.weight", (SHAPE["vocab_size"], SHAPE["hidden_size"])),
+        ]
+        parts = [
+            [
+                shape
+                for layer in range(start, min(start + BLOCKS_PER_SHARD, layers))
+                for shape in shapes(layer)
+            ]
+            for start in range(0, layers, BLOCKS_PER_SHARD)
+        ]
         table, size = {}, 0
         for number, part in enumerate([outside, *parts], 1):
             file = f"model-{number:05d}-of-{len(parts) + 1:05d}.safetensors"
@@ -87,17 +104,39 @@ def generate(folder: Path, gigabytes: float) -> dict[str, int]:
         ids = torch.randint(0, SHAPE["vocab_size"], (SAMPLES, LENGTH), generator=generator)
         save_file({"input_ids": ids}, folder.parent / "tokens.safetensors")
         pico.tokenizer().save_pretrained(folder)
-        config = LlamaConfig(**SHAPE, num_hidden_layers=layers, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+        config = LlamaConfig(
+            **SHAPE, num_hidden_layers=layers, dtype="bfloat16", architectures=["LlamaForCausalLM"]
+        )
         config.save_pretrained(folder)
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return {"bytes": stored, "blocks": layers, "block_bytes": block}
 
 
-def prune(model: Path, method: str, limit: str, run: Path, kill_after: int | None = None) -> dict[str, float]:
-    """Prune in a process of its own; with `kill_after` it is killed once so many blocks are finished."""
-    command = [sys.executable, "-m", "nmsparse_deploy", "--json", "prune", str(model), "--method", method, "--samples",
-               str(SAMPLES), "--length", str(LENGTH), "--data", str(model.parent / "tokens.safetensors"),
-               "--max-memory", limit, "--out", str(run)]
+def prune(
+    model: Path, method: str, limit: str, run: Path, kill_after: int | None = None
+) -> dict[str, float]:
+    """Prune in a process of its own; with `kill_after` it is killed once so many blocks are
+    finished."""
+    command = [
+        sys.executable,
+        "-m",
+        "nmsparse_deploy",
+        "--json",
+        "prune",
+        str(model),
+        "--method",
+        method,
+        "--samples",
+        str(SAMPLES),
+        "--length",
+        str(LENGTH),
+        "--data",
+        str(model.parent / "tokens.safetensors"),
+        "--max-memory",
+        limit,
+        "--out",
+        str(run),
+    ]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     largest = 0
@@ -112,9 +151,13 @@ def prune(model: Path, method: str, limit: str, run: Path, kill_after: int | Non
     code = os.waitstatus_to_exitcode(status)
     if code not in (0, -signal.SIGKILL) or (kill_after is None and code):
         raise SystemExit(f"{' '.join(command)} ended with {code}")
-    # The process resets its own mark to measure single layers, so ru_maxrss is that of the time since.
-    return {"seconds": time.perf_counter() - start, "sampled_bytes": max(largest, usage.ru_maxrss * 1024),
-            "killed": code != 0}
+    # The process resets its own mark to measure single layers, so ru_maxrss is that of the time
+    # since.
+    return {
+        "seconds": time.perf_counter() - start,
+        "sampled_bytes": max(largest, usage.ru_maxrss * 1024),
+        "killed": code != 0,
+    }
 
 
 def resident(process: int) -> int:
@@ -133,7 +176,9 @@ def digest(run: Path) -> str:
     return total.hexdigest()
 
 
-def measure(model: Path, facts: dict[str, int], method: str, limit: str, scratch: Path) -> dict[str, object]:
+def measure(
+    model: Path, facts: dict[str, int], method: str, limit: str, scratch: Path
+) -> dict[str, object]:
     run = scratch / "run"
     shutil.rmtree(run, ignore_errors=True)
     whole = prune(model, method, limit, run)
@@ -145,13 +190,22 @@ def measure(model: Path, facts: dict[str, int], method: str, limit: str, scratch
     killed = prune(model, method, limit, run, facts["blocks"] // 2)
     blocks = len(list(run.glob("blocks/*.safetensors")))
     resumed = prune(model, method, limit, run)
-    row = {**facts, "method": method, "limit_bytes": parse_size(limit), "peak_bytes": peak,
-           "predicted_bytes": stage["memory"]["predicted_bytes"], "weights": stage["memory"]["weights"],
-           "hidden_states": stage["memory"]["hidden_states"], "layers": stage["layers"],
-           "verified": bool(report["ok"]), "seconds": round(whole["seconds"], 1),
-           "seconds_per_gb": round(whole["seconds"] / (facts["bytes"] / 1e9), 1),
-           "killed_after_blocks": blocks if killed["killed"] else None,
-           "resumed_peak_bytes": resumed["sampled_bytes"], "resumed_is_identical": digest(run) == wanted}
+    row = {
+        **facts,
+        "method": method,
+        "limit_bytes": parse_size(limit),
+        "peak_bytes": peak,
+        "predicted_bytes": stage["memory"]["predicted_bytes"],
+        "weights": stage["memory"]["weights"],
+        "hidden_states": stage["memory"]["hidden_states"],
+        "layers": stage["layers"],
+        "verified": bool(report["ok"]),
+        "seconds": round(whole["seconds"], 1),
+        "seconds_per_gb": round(whole["seconds"] / (facts["bytes"] / 1e9), 1),
+        "killed_after_blocks": blocks if killed["killed"] else None,
+        "resumed_peak_bytes": resumed["sampled_bytes"],
+        "resumed_is_identical": digest(run) == wanted,
+    }
     shutil.rmtree(run)
     return row
 
@@ -170,10 +224,21 @@ def main() -> None:
         for method in asked.methods:
             row = {"gigabytes": size, **measure(model, facts, method, asked.limit, model.parent)}
             print(json.dumps(row), flush=True)
-            old = [one for one in old if (one["gigabytes"], one["method"]) != (size, method)] + [row]
-            result = {"command": "python -m benchmarks.size --folder SCRATCH", "date": now(),
-                      "settings": {"shape": SHAPE, "samples": SAMPLES, "length": LENGTH, "pattern": "2:4"},
-                      **environment(), "rows": sorted(old, key=lambda one: (one["method"], one["gigabytes"]))}
+            old = [one for one in old if (one["gigabytes"], one["method"]) != (size, method)] + [
+                row
+            ]
+            result = {
+                "command": "python -m benchmarks.size --folder SCRATCH",
+                "date": now(),
+                "settings": {
+                    "shape": SHAPE,
+                    "samples": SAMPLES,
+                    "length": LENGTH,
+                    "pattern": "2:4",
+                },
+                **environment(),
+                "rows": sorted(old, key=lambda one: (one["method"], one["gigabytes"])),
+            }
             write_json(RESULT, result)
 
 

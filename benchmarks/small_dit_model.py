@@ -1,7 +1,9 @@
-"""A small diffusion transformer of Fashion-MNIST in pixels, and a small classifier whose features compare pictures.
+"""A small diffusion transformer of Fashion-MNIST in pixels, and a small classifier whose features
+compare pictures.
 
-No package carries a trained diffusion transformer, so this trains one: diffusers' `DiTTransformer2DModel`, classes as
-conditions, 28 x 28 pixels in patches of 4, 1.2 million prunable weights, minutes on two cores.
+No package carries a trained diffusion transformer, so this trains one: diffusers'
+`DiTTransformer2DModel`, classes as conditions, 28 x 28 pixels in patches of 4, 1.2 million prunable
+weights, minutes on two cores.
 """
 
 from __future__ import annotations
@@ -19,8 +21,16 @@ from nmsparse_deploy.models.denoising import Noising
 from nmsparse_deploy.models.preprocess import Preprocess
 
 DATA, SIDE, CLASSES = "fashion-mnist", 28, 10
-SHAPE = {"num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 6, "sample_size": SIDE, "patch_size": 4,
-         "in_channels": 1, "out_channels": 1, "num_embeds_ada_norm": CLASSES}
+SHAPE = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "num_layers": 6,
+    "sample_size": SIDE,
+    "patch_size": 4,
+    "in_channels": 1,
+    "out_channels": 1,
+    "num_embeds_ada_norm": CLASSES,
+}
 STEPS, BATCH, RATE, WARMUP, AVERAGE = 1200, 64, 2e-3, 60, 0.995
 AS_TENSOR = Preprocess((SIDE, SIDE), SIDE, (0.5,), (0.5,))
 
@@ -33,7 +43,8 @@ def pictures(split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(folder: Path, steps: int = STEPS, seed: int = 0) -> dict[str, float]:
-    """Train on noise prediction with a tenth of the labels dropped, and save the running average of the weights."""
+    """Train on noise prediction with a tenth of the labels dropped, and save the running average of
+    the weights."""
     from diffusers import DDIMScheduler, DiTTransformer2DModel
 
     torch.manual_seed(seed)
@@ -45,13 +56,19 @@ def train(folder: Path, steps: int = STEPS, seed: int = 0) -> dict[str, float]:
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min(1.0, (step + 1) / WARMUP) * max(0.02, 1 - step / steps))
+        optimiser, lambda step: min(1.0, (step + 1) / WARMUP) * max(0.02, 1 - step / steps)
+    )
     start, losses = time.perf_counter(), []
     for step in range(steps):
-        chosen, at = torch.randint(len(data), (BATCH,)), torch.randint(len(parametrization), (BATCH,))
+        chosen, at = (
+            torch.randint(len(data), (BATCH,)),
+            torch.randint(len(parametrization), (BATCH,)),
+        )
         clean = data[chosen]
         noise = torch.randn_like(clean)
-        told = model(parametrization.mixed(clean, noise, at), timestep=at, class_labels=labels[chosen]).sample
+        told = model(
+            parametrization.mixed(clean, noise, at), timestep=at, class_labels=labels[chosen]
+        ).sample
         loss = mse_loss(told, parametrization.target(clean, noise, at))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -61,15 +78,22 @@ def train(folder: Path, steps: int = STEPS, seed: int = 0) -> dict[str, float]:
         average.update_parameters(model)
         losses.append(loss.detach())
         if step % 100 == 99:
-            print(f"step {step + 1}: loss {torch.stack(losses[-100:]).mean():.4f}, "
-                  f"{time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"step {step + 1}: loss {torch.stack(losses[-100:]).mean():.4f}, "
+                f"{time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
     average.module.eval().save_pretrained(folder)
     scheduler.save_pretrained(folder / "scheduler")
-    return {"seconds": round(time.perf_counter() - start, 1), "loss": float(torch.stack(losses[-200:]).mean())}
+    return {
+        "seconds": round(time.perf_counter() - start, 1),
+        "loss": float(torch.stack(losses[-200:]).mean()),
+    }
 
 
 def quiet_start(model: nn.Module) -> None:
-    """Blocks that begin as the identity and a last layer that begins at zero (DiT, Peebles and Xie 2023)."""
+    """Blocks that begin as the identity and a last layer that begins at zero (DiT, Peebles and Xie
+    2023)."""
     for block in model.transformer_blocks:
         nn.init.zeros_(block.norm1.linear.weight)
         nn.init.zeros_(block.norm1.linear.bias)
@@ -83,9 +107,17 @@ class Classifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-                                  nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-                                  nn.Linear(32 * 49, 64), nn.ReLU())
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(32 * 49, 64),
+            nn.ReLU(),
+        )
         self.head = nn.Linear(64, CLASSES)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,27 +30,50 @@ def svg(panels: Sequence[Panel]) -> str:
     names = list(panels[0].lines)
     rows = -(-len(names) // 4)
     size = (WIDTH * len(panels), HEIGHT + ROW * rows + 8)
-    body = [piece for number, panel in enumerate(panels) for piece in _panel(panel, number * WIDTH, span, names)]
+    body = [
+        piece
+        for number, panel in enumerate(panels)
+        for piece in _panel(panel, number * WIDTH, span, names)
+    ]
     step = (size[0] - LEFT) // 4
-    body += [piece for number, name in enumerate(names)
-             for piece in _key(name, number, (LEFT + number % 4 * step, HEIGHT + number // 4 * ROW))]
-    return "\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" width="{size[0]}" '
-        f'height="{size[1]}" font-family="sans-serif" font-size="11">',
-        f'<rect width="{size[0]}" height="{size[1]}" fill="#ffffff"/>', *body, "</svg>", ""])
+    body += [
+        piece
+        for number, name in enumerate(names)
+        for piece in _key(name, number, (LEFT + number % 4 * step, HEIGHT + number // 4 * ROW))
+    ]
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" width="{size[0]}" '
+            f'height="{size[1]}" font-family="sans-serif" font-size="11">',
+            f'<rect width="{size[0]}" height="{size[1]}" fill="#ffffff"/>',
+            *body,
+            "</svg>",
+            "",
+        ]
+    )
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers from `low` to `high`: multiples of 1, 2 or 5 times a power of ten, at most `most` of them."""
+    """Round numbers from `low` to `high`: multiples of 1, 2 or 5 times a power of ten, at most
+    `most` of them."""
     size = 10.0 ** math.floor(math.log10(high - low))
-    step = next(size * factor for factor in (0.1, 0.2, 0.5, 1, 2, 5) if (high - low) / (size * factor) < most)
-    return [round(number * step, 9) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    step = next(
+        size * factor
+        for factor in (0.1, 0.2, 0.5, 1, 2, 5)
+        if (high - low) / (size * factor) < most
+    )
+    return [
+        round(number * step, 9)
+        for number in range(math.ceil(low / step), math.floor(high / step) + 1)
+    ]
 
 
 def _key(name: str, number: int, at: tuple[int, int]) -> list[str]:
     x, y = at
-    return [f'<path d="M{x} {y}h16" stroke="{COLOURS[number % len(COLOURS)]}" stroke-width="2"/>',
-            f'<text x="{x + 20}" y="{y + 4}" fill="#222222">{escape(name)}</text>']
+    return [
+        f'<path d="M{x} {y}h16" stroke="{COLOURS[number % len(COLOURS)]}" stroke-width="2"/>',
+        f'<text x="{x + 20}" y="{y + 4}" fill="#222222">{escape(name)}</text>',
+    ]
 
 
 def _panel(panel: Panel, offset: int, span: tuple[float, float], names: Sequence[str]) -> list[str]:
@@ -58,21 +81,32 @@ def _panel(panel: Panel, offset: int, span: tuple[float, float], names: Sequence
     most = max(x for line in panel.lines.values() for x, _ in line) or 1.0
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return (left + (right - left) * x / most, bottom - (bottom - top) * (y - span[0]) / (span[1] - span[0]))
+        return (
+            left + (right - left) * x / most,
+            bottom - (bottom - top) * (y - span[0]) / (span[1] - span[0]),
+        )
 
-    found = [f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="#888888"/>',
-             f'<text x="{(left + right) / 2:.0f}" y="{HEIGHT - 12}" text-anchor="middle" fill="#222222">'
-             f"{escape(panel.title)}</text>"]
+    found = [
+        f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="#888888"/>',
+        f'<text x="{(left + right) / 2:.0f}" y="{HEIGHT - 12}" text-anchor="middle" fill="#222222">'
+        f"{escape(panel.title)}</text>",
+    ]
     for x in ticks(0.0, most):
-        found.append(f'<text x="{place(x, 0)[0]:.1f}" y="{bottom + 14}" text-anchor="middle" fill="#555555">'
-                     f"{x:g}</text>")
+        found.append(
+            f'<text x="{place(x, 0)[0]:.1f}" y="{bottom + 14}" text-anchor="middle" fill="#555555">'
+            f"{x:g}</text>"
+        )
     for y in ticks(*span):
-        found.append(f'<text x="{left - 4}" y="{place(0, y)[1] + 4:.1f}" text-anchor="end" fill="#555555">{y:g}</text>')
+        found.append(
+            f'<text x="{left - 4}" y="{place(0, y)[1] + 4:.1f}" text-anchor="end" fill="#555555">{y:g}</text>'
+        )
         found.append(f'<path d="M{left} {place(0, y)[1]:.1f}H{right}" stroke="#eeeeee"/>')
     for name, level in panel.levels.items():
         y = place(0, level)[1]
         found.append(f'<path d="M{left} {y:.1f}H{right}" stroke="#999999" stroke-dasharray="4 3"/>')
-        found.append(f'<text x="{right}" y="{y - 3:.1f}" text-anchor="end" fill="#555555">{escape(name)}</text>')
+        found.append(
+            f'<text x="{right}" y="{y - 3:.1f}" text-anchor="end" fill="#555555">{escape(name)}</text>'
+        )
     for number, name in enumerate(names):
         if line := panel.lines.get(name):
             path = "L".join(f"{px:.1f} {py:.1f}" for px, py in (place(*point) for point in line))

@@ -1,4 +1,5 @@
-"""Pages of the reference that follow from the code: the recipe's fields, and the public names of the package."""
+"""Pages of the reference that follow from the code: the recipe's fields, and the public names of
+the package."""
 
 from __future__ import annotations
 
@@ -29,12 +30,21 @@ bench: null
 
 
 def recipe_page(schema: Schema) -> str:
-    """Return a table of fields for the recipe and for each of its sections, in the order in which they are named."""
+    """Return a table of fields for the recipe and for each of its sections, in the order in which
+    they are named."""
     sections = schema["$defs"]
-    titles = {name: section["properties"].get("name", {}).get("const", name) for name, section in sections.items()}
+    titles = {
+        name: section["properties"].get("name", {}).get("const", name)
+        for name, section in sections.items()
+    }
     parts = [RECIPE, "## The file\n", *_fields(schema, titles)]
     for name in _sections(schema, sections):
-        parts += [f"## {titles[name]}\n", _cell(sections[name]["description"]), "", *_fields(sections[name], titles)]
+        parts += [
+            f"## {titles[name]}\n",
+            _cell(sections[name]["description"]),
+            "",
+            *_fields(sections[name], titles),
+        ]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -42,7 +52,9 @@ def _sections(schema: Schema, definitions: dict[str, Schema]) -> list[str]:
     """Return the names of the definitions, breadth first from the recipe."""
     names = list(dict.fromkeys(_references(schema["properties"])))
     for name in names:
-        names += [inner for inner in dict.fromkeys(_references(definitions[name])) if inner not in names]
+        names += [
+            inner for inner in dict.fromkeys(_references(definitions[name])) if inner not in names
+        ]
     return names
 
 
@@ -60,14 +72,29 @@ def _fields(section: Schema, titles: dict[str, str]) -> list[str]:
     for name, field in section["properties"].items():
         if name == "name" and "const" in field:
             continue
-        default = "required" if name in section.get("required", ()) else _value(field.get("default"))
-        lines.append(f"| `{name}` | {_takes(field, titles)} | {default} | {_cell(field.get('description', ''))} |")
+        default = (
+            "required" if name in section.get("required", ()) else _value(field.get("default"))
+        )
+        lines.append(
+            f"| `{name}` | {_takes(field, titles)} | {default} | {_cell(field.get('description', ''))} |"
+        )
     return [*lines, ""]
 
 
-BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-TYPES = {"string": "text", "integer": "whole number", "number": "number", "boolean": "`true` or `false`",
-         "null": "`null`", "object": "mapping"}
+BOUNDS = {
+    "minimum": "at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
+}
+TYPES = {
+    "string": "text",
+    "integer": "whole number",
+    "number": "number",
+    "boolean": "`true` or `false`",
+    "null": "`null`",
+    "object": "mapping",
+}
 
 
 def _takes(field: Schema, titles: dict[str, str]) -> str:
@@ -87,7 +114,8 @@ def _takes(field: Schema, titles: dict[str, str]) -> str:
 
 
 def _value(value: Any) -> str:
-    """Return a default or a choice as YAML has it; nothing for a whole section, whose own defaults follow."""
+    """Return a default or a choice as YAML has it; nothing for a whole section, whose own defaults
+    follow."""
     if isinstance(value, dict):
         return ""
     return f"`{value}`" if isinstance(value, str) and value else f"`{json.dumps(value)}`"
@@ -115,9 +143,17 @@ nms.report(run)
 """
 
 ROOMS = {
-    "find": "Find a mask", "prove": "Prove the pattern", "ship": "Ship", "measure": "Measure",
-    "pipeline": "Run a recipe", "comparison": "Compare recipes", "recipe": "Settings", "runs": "A run",
-    "pattern": "Patterns", "masks": "Masks", "errors": "Errors",
+    "find": "Find a mask",
+    "prove": "Prove the pattern",
+    "ship": "Ship",
+    "measure": "Measure",
+    "pipeline": "Run a recipe",
+    "comparison": "Compare recipes",
+    "recipe": "Settings",
+    "runs": "A run",
+    "pattern": "Patterns",
+    "masks": "Masks",
+    "errors": "Errors",
 }
 """Title of each part of the page, by the top folder or module that defines the names."""
 FIELDS = "Every field is described in [Recipe](recipe.md).\n"

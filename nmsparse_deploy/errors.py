@@ -1,7 +1,7 @@
 """Expected failures: one sentence, and the next command to type.
 
-Anything that is raised on purpose derives from `NmsparseError`; the command line prints its sentence and its hint and
-exits with its code. A traceback means a bug (or `NMSPARSE_DEBUG=1`).
+Anything that is raised on purpose derives from `NmsparseError`; the command line prints its
+sentence and its hint and exits with its code. A traceback means a bug (or `NMSPARSE_DEBUG=1`).
 """
 
 from __future__ import annotations
@@ -34,13 +34,18 @@ class MissingExtra(NmsparseError):
     """An optional dependency that is not installed (exit code 1)."""
 
     def __init__(self, package: str, extra: str, what: str) -> None:
-        super().__init__(f"{what} needs the package '{package}', which is not installed.",
-                         f"pip install 'nmsparse-deploy[{extra}]'")
+        super().__init__(
+            f"{what} needs the package '{package}', which is not installed.",
+            f"pip install 'nmsparse-deploy[{extra}]'",
+        )
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's error, in 200 characters and without a full stop."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Return the first line of another library's error, in 200 characters and without a full
+    stop."""
+    text = next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )
     return text.rstrip(".")[:200]
 
 
@@ -52,8 +57,10 @@ def from_os_error(error: OSError) -> NmsparseError:
     """Turn a failed file operation into one sentence that names the file."""
     where = f" '{error.filename}'" if error.filename else ""
     if error.errno in _DISK_FULL:
-        return NmsparseError(f"The disk is full: could not write{where}; nothing half-written was kept.",
-                             "free some space, or choose another folder with --out, and run the same command again")
+        return NmsparseError(
+            f"The disk is full: could not write{where}; nothing half-written was kept.",
+            "free some space, or choose another folder with --out, and run the same command again",
+        )
     if error.errno in _NOT_WRITABLE:
         return NmsparseError(f"No permission to write{where}.", "choose another folder with --out")
     if isinstance(error, FileNotFoundError):

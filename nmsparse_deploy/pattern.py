@@ -1,9 +1,11 @@
-"""Patterns: N:M and its unstructured sibling, one projection (scores -> mask), one check (values -> violations).
+"""Patterns: N:M and its unstructured sibling, one projection (scores -> mask), one check (values ->
+violations).
 
-`keep:group` means that every run of `group` consecutive values along the group axis holds at most `keep` non-zeros;
-2:4 keeps two of four. The group axis is always the reduction axis of the matrix product. Some papers count zeros
-instead; here N is what is kept, so 1:4 keeps one value. `unstructured:ratio` asks for a share of zeros and nothing
-else; values alone cannot show it, so it is always checked against the stored mask.
+`keep:group` means that every run of `group` consecutive values along the group axis holds at most
+`keep` non-zeros; 2:4 keeps two of four. The group axis is always the reduction axis of the matrix
+product. Some papers count zeros instead; here N is what is kept, so 1:4 keeps one value.
+`unstructured:ratio` asks for a share of zeros and nothing else; values alone cannot show it, so it
+is always checked against the stored mask.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ class NMPattern:
 
     def __post_init__(self) -> None:
         if not 1 <= self.keep < self.group:
-            raise UsageError(f"'{self.keep}:{self.group}' is not a pattern; keep:group needs 1 <= keep < group.")
+            raise UsageError(
+                f"'{self.keep}:{self.group}' is not a pattern; keep:group needs 1 <= keep < group."
+            )
 
     @classmethod
     def parse(cls, text: str) -> NMPattern:
@@ -57,7 +61,8 @@ class NMPattern:
         return self.group
 
     def implies(self, other: NMPattern) -> bool:
-        """Return whether every tensor with this pattern also has `other` (2:8 implies 2:4; 4:8 does not)."""
+        """Return whether every tensor with this pattern also has `other` (2:8 implies 2:4; 4:8 does
+        not)."""
         period = math.lcm(self.group, other.group)
         for start in range(0, period, other.group):
             stop = start + other.group
@@ -77,8 +82,9 @@ BLOCK_SIZE = 128
 """Columns that SparseGPT prunes with one threshold when the mask is unstructured."""
 
 Scope = Literal["layer", "row", "columns"]
-"""Which values compete for the places of an unstructured mask: all of the matrix, those of one row (along the reduction
-axis), or those of `BLOCK_SIZE` consecutive columns over all rows. N:M has its groups and needs no scope."""
+"""Which values compete for the places of an unstructured mask: all of the matrix, those of one row
+(along the reduction axis), or those of `BLOCK_SIZE` consecutive columns over all rows. N:M has its
+groups and needs no scope."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,9 @@ class Unstructured:
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
-            raise UsageError(f"'{self.ratio}' is no share of zeros; unstructured:RATIO needs 0 < RATIO < 1.")
+            raise UsageError(
+                f"'{self.ratio}' is no share of zeros; unstructured:RATIO needs 0 < RATIO < 1."
+            )
 
     def __str__(self) -> str:
         return f"unstructured:{self.ratio}"
@@ -115,10 +123,11 @@ class Unstructured:
         return round(self.density * count)
 
     def allows(self, kept: int, lines: int, length: int) -> bool:
-        """Return whether a mask over `lines` x `length` values can keep `kept` of them, whatever its scope.
+        """Return whether a mask over `lines` x `length` values can keep `kept` of them, whatever
+        its scope.
 
-        Every contest rounds by half a value at most, and no scope has more contests than the matrix has rows and
-        columns together.
+        Every contest rounds by half a value at most, and no scope has more contests than the matrix
+        has rows and columns together.
         """
         return abs(kept - self.density * lines * length) <= (lines + length) / 2
 
@@ -127,14 +136,13 @@ Pattern = NMPattern | Unstructured
 
 
 def parse_pattern(text: str) -> Pattern:
-    """Read `"2:4"` or `"unstructured:0.5"` (the share of zeros). Raises `UsageError` for anything else."""
+    """Read `"2:4"` or `"unstructured:0.5"` (the share of zeros). Raises `UsageError` for anything
+    else."""
     if not text.strip().startswith("unstructured"):
         return NMPattern.parse(text)
     match = re.fullmatch(r"\s*unstructured\s*:\s*(\d*\.?\d+(?:e-?\d+)?)\s*", text)
     if match is None:
-        raise UsageError(f"'{text}' is not a pattern; write unstructured:RATIO, for example unstructured:0.5.")
+        raise UsageError(
+            f"'{text}' is not a pattern; write unstructured:RATIO, for example unstructured:0.5."
+        )
     return Unstructured(float(match[1]))
-
-
-
-

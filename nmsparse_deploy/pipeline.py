@@ -17,14 +17,20 @@ from nmsparse_deploy.system import distributed
 from nmsparse_deploy.system.progress import Progress, silent
 
 
-def run_recipe(recipe: Recipe, out: Path | None = None, force: bool = False, progress: Progress = silent) -> RunDir:
-    """Every stage of a recipe in order; finished stages of the same run are kept. Several processes prune together, and
-    the first one does the rest."""
+def run_recipe(
+    recipe: Recipe, out: Path | None = None, force: bool = False, progress: Progress = silent
+) -> RunDir:
+    """Every stage of a recipe in order; finished stages of the same run are kept. Several processes
+    prune together, and the first one does the rest."""
     run = prune(recipe.model, recipe.prune, out, force, progress)
     if not distributed.current().first:  # this process has only helped another one to prune
         return run
-    stages: dict[str, tuple[Any, Any]] = {"export": (export, recipe.export), "evaluate": (evaluate, recipe.evaluate),
-                                          "build": (build, recipe.build), "bench": (bench, recipe.bench)}
+    stages: dict[str, tuple[Any, Any]] = {
+        "export": (export, recipe.export),
+        "evaluate": (evaluate, recipe.evaluate),
+        "build": (build, recipe.build),
+        "bench": (bench, recipe.bench),
+    }
     manifest = run.manifest()
     for name, (stage, spec) in stages.items():
         if spec is not None and manifest.spec(name) != spec.model_dump(mode="json"):

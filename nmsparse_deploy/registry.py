@@ -1,11 +1,13 @@
-"""Names to code: what is known of every entry without loading it, and the code, imported on first use.
+"""Names to code: what is known of every entry without loading it, and the code, imported on first
+use.
 
 Another package adds entries by entry points (docs/plugins.md):
 
     [project.entry-points."nmsparse_deploy.methods"]
     my-method = "my_package:MY_METHOD"
 
-`my_package.MY_METHOD` is a `MethodEntry`, as in the tables below. It is read when somebody asks for its name.
+`my_package.MY_METHOD` is a `MethodEntry`, as in the tables below. It is read when somebody asks for
+its name.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ class MethodEntry(RegistryEntry):
     ranks: bool = False
     """The code is `scores(weight, stats)`, and the shared projection keeps the highest."""
     scope: Scope | None = None
-    """Which weights compete for an unstructured mask; None: the method needs groups and finds N:M masks only."""
+    """Which weights compete for an unstructured mask; None: the method needs groups and finds N:M
+    masks only."""
     quantises: bool = False
     """The code takes a `grid` besides, and rounds what it keeps to it."""
     only: str | None = None
@@ -73,9 +76,11 @@ class LearnerEntry(RegistryEntry):
 
 @dataclass(frozen=True, kw_only=True)
 class RefinementEntry(RegistryEntry):
-    """A refinement; its code is `refine(layer, step)`, `refine(block, step)` or `refine(whole, step)`, by `level`.
+    """A refinement; its code is `refine(layer, step)`, `refine(block, step)` or
+    `refine(whole, step)`, by `level`.
 
-    What refines a whole model comes after everything else. What changes weights alone follows any mask.
+    What refines a whole model comes after everything else. What changes weights alone follows any
+    mask.
     """
 
     level: Literal["layer", "block", "model"]
@@ -91,7 +96,8 @@ E = TypeVar("E", bound=RegistryEntry)
 
 
 class Registry(Generic[E]):
-    """Entries by name: our own, and those that other packages offer in the entry-point group `group`."""
+    """Entries by name: our own, and those that other packages offer in the entry-point group
+    `group`."""
 
     def __init__(self, kind: str, group: str, entry: type[E], own: dict[str, E]) -> None:
         self.kind, self.group, self.entry, self.own = kind, group, entry, own
@@ -103,8 +109,8 @@ class Registry(Generic[E]):
         return name in self.own or name in self._offered()
 
     def __getitem__(self, name: str) -> E:
-        """Return what is known of `name`. Raises `UsageError` for a name that is not there, `NmsparseError` for an
-        entry of another package that cannot be read."""
+        """Return what is known of `name`. Raises `UsageError` for a name that is not there,
+        `NmsparseError` for an entry of another package that cannot be read."""
         if self.check(name) in self.own:
             return self.own[name]
         offer = self._offered()[name]
@@ -141,23 +147,29 @@ class Registry(Generic[E]):
     def _blame(self, name: str, error: Exception) -> NmsparseError:
         """Return the sentence for an entry of another package that failed to load."""
         package = _package(self._offered()[name])
-        return NmsparseError(f"The package '{package}' offers the {self.kind} '{name}', which cannot be loaded: "
-                             f"{type(error).__name__}: {first_line(error)}.",
-                             f"update the package, or pip uninstall {package}")
+        return NmsparseError(
+            f"The package '{package}' offers the {self.kind} '{name}', which cannot be loaded: "
+            f"{type(error).__name__}: {first_line(error)}.",
+            f"update the package, or pip uninstall {package}",
+        )
 
     def _offered(self) -> dict[str, EntryPoint]:
         offers: dict[str, EntryPoint] = {}
         for offer in installed(self.group):
             if offer.name in self.own or offer.name in offers:
                 first = _package(offers[offer.name]) if offer.name in offers else "nmsparse-deploy"
-                raise NmsparseError(f"The package '{_package(offer)}' offers the {self.kind} '{offer.name}', which is "
-                                    f"one of '{first}' already.", f"pip uninstall {_package(offer)}")
+                raise NmsparseError(
+                    f"The package '{_package(offer)}' offers the {self.kind} '{offer.name}', which is "
+                    f"one of '{first}' already.",
+                    f"pip uninstall {_package(offer)}",
+                )
             offers[offer.name] = offer
         return offers
 
     @contextmanager
     def blamed(self, name: str) -> Iterator[None]:
-        """Turn every error inside into a sentence about the package that offers `name`, unless it is this one."""
+        """Turn every error inside into a sentence about the package that offers `name`, unless it
+        is this one."""
         try:
             yield
         except Exception as error:
@@ -337,7 +349,8 @@ ENGINES = Registry("engine", "nmsparse_deploy.engines", RegistryEntry, {
 
 
 def check_method(name: str) -> str:
-    """Return the name of a method, one-shot or learned; raise `UsageError` with the nearest name otherwise."""
+    """Return the name of a method, one-shot or learned; raise `UsageError` with the nearest name
+    otherwise."""
     if name in METHODS or name in LEARNERS:
         return name
     raise unknown(METHODS.kind, name, sorted([*METHODS.names(), *LEARNERS.names()]))

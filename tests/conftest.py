@@ -18,9 +18,16 @@ settings.register_profile("fast", deadline=None, max_examples=40)
 settings.load_profile("fast")
 
 
-collect_ignore = [] if find_spec("diffusers") else [
-    "data/test_latents.py", "models/test_diffusers.py", "measure/evaluate/test_diffusion.py",
-    "measure/evaluate/test_diffusion_matrix.py"]
+collect_ignore = (
+    []
+    if find_spec("diffusers")
+    else [
+        "data/test_latents.py",
+        "models/test_diffusers.py",
+        "measure/evaluate/test_diffusion.py",
+        "measure/evaluate/test_diffusion_matrix.py",
+    ]
+)
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +38,10 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("texts")
-    return {"calibration": pico.text(folder, "calibration.txt", 1), "held_out": pico.text(folder, "held_out.txt", 2)}
+    return {
+        "calibration": pico.text(folder, "calibration.txt", 1),
+        "held_out": pico.text(folder, "held_out.txt", 2),
+    }
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""The house rules that a reader relies on. Who may import whom is a contract of import-linter in pyproject.toml."""
+"""The house rules that a reader relies on. Who may import whom is a contract of import-linter in
+pyproject.toml."""
 
 from __future__ import annotations
 
@@ -32,9 +33,30 @@ def test_the_group_is_never_a_literal(path):
 
 
 def test_heavy_imports_are_inside_functions():
-    light = [PACKAGE / f"{name}.py" for name in ("errors", "registry", "pattern", "__init__", "__main__", "system/progress")]
+    light = [
+        PACKAGE / f"{name}.py"
+        for name in ("errors", "registry", "pattern", "__init__", "__main__", "system/progress")
+    ]
     for path in (*light, *(PACKAGE / "cli").glob("*.py")):
         tree = ast.parse(path.read_text())
-        names = {alias.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-        names |= {node.module.split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level}
-        assert not names & {"torch", "numpy", "transformers", "pydantic", "onnx", "timm", "matplotlib", "safetensors"}
+        names = {
+            alias.name.split(".")[0]
+            for node in tree.body
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        names |= {
+            node.module.split(".")[0]
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom) and not node.level
+        }
+        assert not names & {
+            "torch",
+            "numpy",
+            "transformers",
+            "pydantic",
+            "onnx",
+            "timm",
+            "matplotlib",
+            "safetensors",
+        }

@@ -14,25 +14,43 @@ from tests.find.test_prune import spec
 
 @pytest.fixture
 def recipes(texts):
-    return {"wanda": spec(texts, "wanda"), "sparsegpt": spec(texts, "sparsegpt"),
-            "refitted": spec(texts, "wanda", refine=[{"name": "refit"}])}
+    return {
+        "wanda": spec(texts, "wanda"),
+        "sparsegpt": spec(texts, "sparsegpt"),
+        "refitted": spec(texts, "wanda", refine=[{"name": "refit"}]),
+    }
 
 
 def test_side_by_side(recipes, llama_dir, texts, tmp_path):
-    held_out = validate(Evaluate, {"data": str(texts["held_out"]), "tokens": 256, "context": 64, "continuation": 0})
+    held_out = validate(
+        Evaluate, {"data": str(texts["held_out"]), "tokens": 256, "context": 64, "continuation": 0}
+    )
     result = compare(recipes, str(llama_dir), held_out, tmp_path / "c")
     assert [row.recipe for row in result.rows] == list(recipes) and result.same_calibration
-    assert result.rows[0].gap_closed == 0 and result.rows[1].difference.low <= result.rows[1].difference.mean
+    assert (
+        result.rows[0].gap_closed == 0
+        and result.rows[1].difference.low <= result.rows[1].difference.mean
+    )
     for row in result.rows:
         alone = json.loads((tmp_path / "c" / row.recipe / "evaluate.json").read_text())["results"]
-        assert row.value == alone["pruned"]["value"] and result.dense.value == alone["dense"]["value"]
+        assert (
+            row.value == alone["pruned"]["value"] and result.dense.value == alone["dense"]["value"]
+        )
     page, text = ((tmp_path / "c" / f"compare.{end}").read_text() for end in ("html", "md"))
-    assert "<svg" in page and "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
+    assert (
+        "<svg" in page
+        and "<script" not in page
+        and "http" not in page.replace("http://www.w3.org", "")
+    )
     assert all(name in page and name in text for name in recipes)
-    before = {name: (tmp_path / "c" / name / "manifest.json").stat().st_mtime_ns for name in recipes}
+    before = {
+        name: (tmp_path / "c" / name / "manifest.json").stat().st_mtime_ns for name in recipes
+    }
     again = compare(recipes, str(llama_dir), held_out, tmp_path / "c")
     assert again.rows == result.rows
-    assert before == {name: (tmp_path / "c" / name / "manifest.json").stat().st_mtime_ns for name in recipes}
+    assert before == {
+        name: (tmp_path / "c" / name / "manifest.json").stat().st_mtime_ns for name in recipes
+    }
 
 
 def test_names_and_files(tmp_path):
@@ -43,10 +61,16 @@ def test_names_and_files(tmp_path):
     assert [step.name for step in found["wanda+refit"].refine] == ["refit"]
 
 
-@pytest.mark.parametrize("names,sentence", [
-    (["wanda"], "two recipes or more"), (["wanda", "wanda"], "Two recipes are called"),
-    (["wanda", "wandaa"], "Did you mean"), (["wanda", "magnitude+refits"], "Did you mean"),
-    (["wanda", "nowhere.yaml"], "There is no recipe")])
+@pytest.mark.parametrize(
+    "names,sentence",
+    [
+        (["wanda"], "two recipes or more"),
+        (["wanda", "wanda"], "Two recipes are called"),
+        (["wanda", "wandaa"], "Did you mean"),
+        (["wanda", "magnitude+refits"], "Did you mean"),
+        (["wanda", "nowhere.yaml"], "There is no recipe"),
+    ],
+)
 def test_bad_names_are_one_sentence(names, sentence):
     with pytest.raises(UsageError, match=sentence):
         load(names)

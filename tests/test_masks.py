@@ -19,13 +19,17 @@ from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
 
 def mask_set(weight: torch.Tensor, name: str = "w") -> MaskSet:
     mask = project(weight.abs(), TWO_FOUR)
-    return MaskSet({name: Mask.pack(mask, -1, TWO_FOUR, tensor_hash(weight))}, {"method": "magnitude"})
+    return MaskSet(
+        {name: Mask.pack(mask, -1, TWO_FOUR, tensor_hash(weight))}, {"method": "magnitude"}
+    )
 
 
 @given(st.integers(1, 7), st.integers(1, 5), st.integers(0, 2**31))
 def test_pack_round_trip(rows, groups, seed):
     pattern = NMPattern(2, 3)  # sizes that are no multiple of eight bits
-    mask = project(torch.rand(rows, groups * 3, generator=torch.Generator().manual_seed(seed)), pattern)
+    mask = project(
+        torch.rand(rows, groups * 3, generator=torch.Generator().manual_seed(seed)), pattern
+    )
     assert torch.equal(Mask.pack(mask, 1, pattern, "h").unpack(), mask)
 
 
@@ -72,18 +76,29 @@ def test_missing_truncated_and_foreign_files(tmp_path):
         MaskSet.load(path)
 
 
-@pytest.mark.parametrize("row", [{}, {"shape": [8, 17], "axis": 1, "pattern": "2:4", "dense": ""},
-                                 {"shape": ["x"], "axis": 1, "pattern": "2:4", "dense": ""}, 7])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"shape": [8, 17], "axis": 1, "pattern": "2:4", "dense": ""},
+        {"shape": ["x"], "axis": 1, "pattern": "2:4", "dense": ""},
+        7,
+    ],
+)
 def test_headers_that_lie(tmp_path, row):
     path = tmp_path / "m.safetensors"
-    save_file({"w": np.zeros(16, np.uint8)}, path, {FORMAT: json.dumps({"info": {}, "masks": {"w": row}})})
+    save_file(
+        {"w": np.zeros(16, np.uint8)}, path, {FORMAT: json.dumps({"info": {}, "masks": {"w": row}})}
+    )
     with pytest.raises(UsageError, match="damaged"):
         MaskSet.load(path)
 
 
 def test_header_with_offsets_out_of_range(tmp_path):
     path = tmp_path / "m.safetensors"
-    header = json.dumps({"w": {"dtype": "U8", "shape": [16], "data_offsets": [0, 1 << 40]}}).encode()
+    header = json.dumps(
+        {"w": {"dtype": "U8", "shape": [16], "data_offsets": [0, 1 << 40]}}
+    ).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
     with pytest.raises(UsageError, match="damaged"):
         MaskSet.load(path)

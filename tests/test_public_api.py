@@ -60,13 +60,18 @@ for name in nms.__all__:
 
 @pytest.mark.parametrize("order", ["rooms first", "names first", "mixed"])
 def test_no_module_takes_the_place_of_a_public_name(order):
-    """Whatever has been imported before, `nms.verify` is the function and never a room of that name."""
-    done = subprocess.run([sys.executable, "-c", STEPS, order], capture_output=True, text=True, cwd=ROOT)
+    """Whatever has been imported before, `nms.verify` is the function and never a room of that
+    name."""
+    done = subprocess.run(
+        [sys.executable, "-c", STEPS, order], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0 and done.stdout == "", done.stdout + done.stderr
 
 
 def test_verbs_are_called_after_a_room_was_imported():
-    line = ("from nmsparse_deploy.prove import *; import nmsparse_deploy as nms; assert callable(nms.verify) and "
-            "callable(nms.export) and callable(nms.evaluate) and callable(nms.bench)")
+    line = (
+        "from nmsparse_deploy.prove import *; import nmsparse_deploy as nms; assert callable(nms.verify) and "
+        "callable(nms.export) and callable(nms.evaluate) and callable(nms.bench)"
+    )
     done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -28,7 +28,9 @@ from tests.cli.test_cli import run as command
 from tests.fixtures import plugin
 
 KINDS = {LEARNERS: LearnedMethod, ADAPTERS: ModelAdapter}
-EVERY = [(group, name) for group in (METHODS, LEARNERS, REFINEMENTS, ADAPTERS) for name in group.own]
+EVERY = [
+    (group, name) for group in (METHODS, LEARNERS, REFINEMENTS, ADAPTERS) for name in group.own
+]
 
 
 @pytest.mark.parametrize("group,name", EVERY, ids=[f"{group.kind} {name}" for group, name in EVERY])
@@ -48,17 +50,24 @@ def test_every_refinement_is_a_step_of_a_recipe(name):
 
 @pytest.mark.parametrize("name", LEARNERS.own)
 def test_every_learner_has_a_section(name):
-    assert type(validate(Prune, {"method": name}).learn).__module__ == "nmsparse_deploy.recipe.learn_settings"
+    assert (
+        type(validate(Prune, {"method": name}).learn).__module__
+        == "nmsparse_deploy.recipe.learn_settings"
+    )
 
 
-# --- packages outside ------------------------------------------------------------------------------------------------
+# --- packages outside
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
     """Put a package on the path, as `plugin.install` takes it."""
+
     def put(**what):
-        monkeypatch.syspath_prepend(plugin.install(tmp_path / what.get("name", "nms-outside"), **what))
+        monkeypatch.syspath_prepend(
+            plugin.install(tmp_path / what.get("name", "nms-outside"), **what)
+        )
         importlib.invalidate_caches()
         registry.installed.cache_clear()
 
@@ -73,14 +82,18 @@ def test_a_method_from_outside_is_a_method(outside, llama_dir, tmp_path):
     assert "first" in METHODS and "first" in METHODS.names() and METHODS["first"].needs == "none"
     run = prune(llama_dir, validate(Prune, {"method": "first"}), tmp_path / "run")
     masks = MaskSet.load(run / "masks.safetensors").masks
-    assert masks and all(mask.unpack()[:, :4].tolist() == [[True, True, False, False]] * mask.shape[0]
-                         for mask in masks.values())
+    assert masks and all(
+        mask.unpack()[:, :4].tolist() == [[True, True, False, False]] * mask.shape[0]
+        for mask in masks.values()
+    )
 
 
 def test_a_ranking_from_outside_is_projected(outside):
     outside()
     weight, stats = torch.randn(6, 8), LayerStats(9, torch.rand(8) + 1)
-    ours, theirs = (Method.load(name).prune_layer(weight, stats, TWO_FOUR).mask for name in ("wanda", "ranked"))
+    ours, theirs = (
+        Method.load(name).prune_layer(weight, stats, TWO_FOUR).mask for name in ("wanda", "ranked")
+    )
     assert torch.equal(ours, theirs)
 
 
@@ -89,7 +102,9 @@ def test_a_refinement_from_outside_is_a_step(outside, llama_dir, tmp_path):
     spec = validate(Prune, {"method": "magnitude", "refine": [{"name": "shrink", "factor": 0.25}]})
     again = validate(Prune, spec.model_dump(mode="json"))
     assert again == spec and again.refine[0].factor == 0.25
-    assert fingerprint("m", spec) != fingerprint("m", validate(Prune, {"method": "magnitude", "refine": [{"name": "shrink"}]}))
+    assert fingerprint("m", spec) != fingerprint(
+        "m", validate(Prune, {"method": "magnitude", "refine": [{"name": "shrink"}]})
+    )
     with pytest.raises(UsageError, match=r"refine\.0\.factr"):
         validate(Prune, {"refine": [{"name": "shrink", "factr": 1}]})
     run = prune(llama_dir, spec, tmp_path / "run")
@@ -110,19 +125,29 @@ def test_the_list_shows_it(outside, capfd):
     assert code == 0 and {"first", "ranked", "shrink", "outside", "wanda"} <= names
 
 
-@pytest.mark.parametrize("broken,sentence", [
-    ({"description": "import nothing_of_the_kind"}, "nothing_of_the_kind"),
-    ({"description": "FIRST = RANKED = 3"}, "nms_broken:FIRST is no MethodEntry"),
-    ({"description": plugin.DESCRIPTION.replace('needs="none"', 'needs="all"', 1)}, "needs: Input should be 'none', 'norms' or 'gram'"),
-    ({"description": "raise RuntimeError('two\\nlines')"}, "RuntimeError: two"),
-    ({"offers": "[nmsparse_deploy.methods]\nfirst = nms_broken:ABSENT\n"}, "ABSENT"),
-])
-def test_a_damaged_package_is_one_sentence_that_names_it(outside, capfd, llama_dir, broken, sentence):
+@pytest.mark.parametrize(
+    "broken,sentence",
+    [
+        ({"description": "import nothing_of_the_kind"}, "nothing_of_the_kind"),
+        ({"description": "FIRST = RANKED = 3"}, "nms_broken:FIRST is no MethodEntry"),
+        (
+            {"description": plugin.DESCRIPTION.replace('needs="none"', 'needs="all"', 1)},
+            "needs: Input should be 'none', 'norms' or 'gram'",
+        ),
+        ({"description": "raise RuntimeError('two\\nlines')"}, "RuntimeError: two"),
+        ({"offers": "[nmsparse_deploy.methods]\nfirst = nms_broken:ABSENT\n"}, "ABSENT"),
+    ],
+)
+def test_a_damaged_package_is_one_sentence_that_names_it(
+    outside, capfd, llama_dir, broken, sentence
+):
     offers = plugin.OFFERS.replace("nms_outside", "nms_broken")
     outside(name="nms-broken", **{"offers": offers, **broken})
     with pytest.raises(NmsparseError) as caught:
         validate(Prune, {"method": "first"})
-    assert caught.value.message.startswith("The package 'nms-broken' offers the method 'first', which cannot be loaded")
+    assert caught.value.message.startswith(
+        "The package 'nms-broken' offers the method 'first', which cannot be loaded"
+    )
     assert sentence in caught.value.message and "\n" not in caught.value.message
     code, out, err = command(capfd, "prune", llama_dir, "--method", "first")
     assert code == 1 and "nms-broken" in err and "Traceback" not in err
@@ -134,25 +159,39 @@ def test_a_damaged_package_is_one_sentence_that_names_it(outside, capfd, llama_d
 def test_code_that_cannot_be_imported_is_blamed_too(outside):
     outside(code="import nothing_of_the_kind")
     assert validate(Prune, {"method": "first"}).needs == "none"
-    with pytest.raises(NmsparseError, match=r"The package 'nms-outside' offers the method 'first'.*nothing_of_the_kind"):
+    with pytest.raises(
+        NmsparseError,
+        match=r"The package 'nms-outside' offers the method 'first'.*nothing_of_the_kind",
+    ):
         Method.load("first")
 
 
 def test_settings_that_are_no_step_are_blamed(outside):
     outside(description=plugin.DESCRIPTION.replace("class Shrink(Step)", "class Shrink(Learn)"))
-    with pytest.raises(NmsparseError, match=r"'nms-outside' offers the refinement 'shrink'.*Shrink is no Step"):
+    with pytest.raises(
+        NmsparseError, match=r"'nms-outside' offers the refinement 'shrink'.*Shrink is no Step"
+    ):
         validate(Prune, {"refine": [{"name": "shrink"}]})
 
 
 def test_what_trains_the_whole_model_has_the_settings_of_fine_tuning(outside):
-    """The stage that trains the model reads them; a step without them would be left out in silence."""
+    """The stage that trains the model reads them; a step without them would be left out in
+    silence."""
     description = plugin.DESCRIPTION.replace('level="layer"', 'level="model"')
     outside(description=description)
-    with pytest.raises(NmsparseError, match=r"'nms-outside' offers the refinement 'shrink'.*Shrink is no Finetune"):
+    with pytest.raises(
+        NmsparseError, match=r"'nms-outside' offers the refinement 'shrink'.*Shrink is no Finetune"
+    ):
         validate(Prune, {"refine": [{"name": "shrink"}]})
-    outside(name="nms-tuning", offers="[nmsparse_deploy.refinements]\ntune = nms_tuning:SHRINK\n", code="",
-            description="from nmsparse_deploy.recipe import Finetune\n" + description.replace("(Step)", "(Finetune)").replace(
-                '"shrink"', '"tune"').replace("nms_outside:", "nms_tuning:"))
+    outside(
+        name="nms-tuning",
+        offers="[nmsparse_deploy.refinements]\ntune = nms_tuning:SHRINK\n",
+        code="",
+        description="from nmsparse_deploy.recipe import Finetune\n"
+        + description.replace("(Step)", "(Finetune)")
+        .replace('"shrink"', '"tune"')
+        .replace("nms_outside:", "nms_tuning:"),
+    )
     spec = validate(Prune, {"refine": [{"name": "tune", "steps": 3}]})
     assert spec.finetune is spec.refine[0] and spec.whole_model == "finetune"
 
@@ -161,16 +200,26 @@ def test_what_trains_the_whole_model_has_the_settings_of_fine_tuning(outside):
 def test_a_name_that_is_taken_is_refused(outside, taken):
     outside()
     outside(name="nms-second", offers=f"[nmsparse_deploy.methods]\n{taken} = nms_second:FIRST\n")
-    with pytest.raises(NmsparseError, match=f"The package 'nms-second' offers the method '{taken}', which is one of"):
+    with pytest.raises(
+        NmsparseError,
+        match=f"The package 'nms-second' offers the method '{taken}', which is one of",
+    ):
         METHODS.names()
     assert METHODS["wanda"].needs == "norms"
 
 
 def test_help_imports_no_package_from_outside(tmp_path):
     folder = plugin.install(tmp_path)
-    code = ("import sys\nfrom nmsparse_deploy.cli import app\n"
-            "try: app(['prune', '--help'])\nexcept SystemExit: pass\n"
-            "print({'nms_outside', 'torch', 'transformers'} & sys.modules.keys() or 'none')")
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                            env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"})
+    code = (
+        "import sys\nfrom nmsparse_deploy.cli import app\n"
+        "try: app(['prune', '--help'])\nexcept SystemExit: pass\n"
+        "print({'nms_outside', 'torch', 'transformers'} & sys.modules.keys() or 'none')"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"},
+    )
     assert answer.stdout.splitlines()[-1] == "none"

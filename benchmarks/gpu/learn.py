@@ -1,14 +1,16 @@
-"""Longer learning runs on any CUDA machine, in slices: `make gpu-learn`, again and again until it says that it is done.
+"""Longer learning runs on any CUDA machine, in slices: `make gpu-learn`, again and again until it
+says that it is done.
 
     maskllm    2:4 masks for frozen weights through the whole model, cross-entropy and distillation
     finetune   the survivors of a one-shot mask trained against the dense model
 
-Both learn on the packaged Wikipedia sample and on text that the dense model writes, which fills up what that lacks.
-A slice ends by itself before its limit and goes on from the last checkpoint of the run folder when it is called again:
-keep the folder between slices. The held-out loss is watched; the best masks so far win. After every slice
-`FOLDER/JOB.json` tells how far it came (a copy goes to `$OUT` where that is set); a finished job is scored as
-`oneshot.py` does, and `results/gpu/learn-JOB.json` holds all of it. Without `--dry` a GPU is needed. `--dry` learns a
-few steps of a given tiny model on a processor and means nothing.
+Both learn on the packaged Wikipedia sample and on text that the dense model writes, which fills up
+what that lacks. A slice ends by itself before its limit and goes on from the last checkpoint of the
+run folder when it is called again: keep the folder between slices. The held-out loss is watched;
+the best masks so far win. After every slice `FOLDER/JOB.json` tells how far it came (a copy goes to
+`$OUT` where that is set); a finished job is scored as `oneshot.py` does, and
+`results/gpu/learn-JOB.json` holds all of it. Without `--dry` a GPU is needed. `--dry` learns a few
+steps of a given tiny model on a processor and means nothing.
 """
 
 from __future__ import annotations
@@ -33,20 +35,65 @@ RESULTS = ROOT / "results"
 DATA = {"data": "wikipedia+generated", "samples": 4096, "length": 1024, "batch": 8}
 """The sample of Wikipedia has 524 such windows; the model writes the rest."""
 JOBS: dict[str, dict[str, Any]] = {
-    "maskllm": {"method": "maskllm", "calibration": DATA,
-                "learn": {"objective": "global", "steps": 2000, "batch": 32, "evaluate_every": 50,
-                          "checkpoint_every": 50, "holdout": 0.02}},
-    "finetune": {"method": "group-obs", "sequential": True, "calibration": DATA,
-                 "refine": [{"name": "refit"},
-                            {"name": "finetune", "how": "fixed", "steps": 2000, "batch": 32, "evaluate_every": 50,
-                             "checkpoint_every": 50, "holdout": 0.02, "prior_samples": 256}]}}
+    "maskllm": {
+        "method": "maskllm",
+        "calibration": DATA,
+        "learn": {
+            "objective": "global",
+            "steps": 2000,
+            "batch": 32,
+            "evaluate_every": 50,
+            "checkpoint_every": 50,
+            "holdout": 0.02,
+        },
+    },
+    "finetune": {
+        "method": "group-obs",
+        "sequential": True,
+        "calibration": DATA,
+        "refine": [
+            {"name": "refit"},
+            {
+                "name": "finetune",
+                "how": "fixed",
+                "steps": 2000,
+                "batch": 32,
+                "evaluate_every": 50,
+                "checkpoint_every": 50,
+                "holdout": 0.02,
+                "prior_samples": 256,
+            },
+        ],
+    },
+}
 DRY_DATA = {"data": "generated", "samples": 8, "length": 16, "batch": 2}
-DRY = {"maskllm": {"method": "maskllm", "calibration": DRY_DATA,
-                   "learn": {"objective": "global", "steps": 6, "evaluate_every": 2, "checkpoint_every": 1,
-                             "priors": ["magnitude"]}},
-       "finetune": {"method": "magnitude", "calibration": DRY_DATA,
-                    "refine": [{"name": "finetune", "how": "fixed", "steps": 6, "evaluate_every": 2,
-                                "checkpoint_every": 1, "warmup": 1}]}}
+DRY = {
+    "maskllm": {
+        "method": "maskllm",
+        "calibration": DRY_DATA,
+        "learn": {
+            "objective": "global",
+            "steps": 6,
+            "evaluate_every": 2,
+            "checkpoint_every": 1,
+            "priors": ["magnitude"],
+        },
+    },
+    "finetune": {
+        "method": "magnitude",
+        "calibration": DRY_DATA,
+        "refine": [
+            {
+                "name": "finetune",
+                "how": "fixed",
+                "steps": 6,
+                "evaluate_every": 2,
+                "checkpoint_every": 1,
+                "warmup": 1,
+            }
+        ],
+    },
+}
 
 
 class SliceOver(Exception):
@@ -54,10 +101,18 @@ class SliceOver(Exception):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--job", action="append", choices=JOBS, help="left out: all; may be repeated")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu-learn"),
-                        help="folder of runs and checkpoints [default: runs/gpu-learn]")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--job", action="append", choices=JOBS, help="left out: all; may be repeated"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/gpu-learn"),
+        help="folder of runs and checkpoints [default: runs/gpu-learn]",
+    )
     parser.add_argument("--minutes", type=float, default=MINUTES, help="of one slice")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--data", help="calibration text instead of the job's own")
@@ -65,7 +120,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry", action="store_true")
     given = parser.parse_args(arguments)
     if not given.dry and not has_gpu():
-        print("gpu-learn: there is no CUDA device that this Python's torch can use (docs/gpu.md).", file=sys.stderr)
+        print(
+            "gpu-learn: there is no CUDA device that this Python's torch can use (docs/gpu.md).",
+            file=sys.stderr,
+        )
         return 1
     try:  # beside the runs, where the next slice finds what the model wrote
         use(Path() / "none" if given.dry else given.bundle, given.out)
@@ -89,8 +147,11 @@ def learn(given: argparse.Namespace) -> int:
     end = time.monotonic() + 60 * given.minutes - (0 if given.dry else RESERVE)
     for job in given.job or JOBS:
         state = slice_of(job, given, end)
-        print(f"{job}: {state['state']}, step {state['step']} of {state['steps']}, held-out loss {state['best']} "
-              f"(prior {state['prior']})", flush=True)
+        print(
+            f"{job}: {state['state']}, step {state['step']} of {state['steps']}, held-out loss {state['best']} "
+            f"(prior {state['prior']})",
+            flush=True,
+        )
         if state["state"] != "done":
             print("call it again to go on", flush=True)
             return 0
@@ -118,14 +179,26 @@ def slice_of(job: str, given: argparse.Namespace, end: float) -> dict[str, Any]:
         state = "done"
     except SliceOver:
         state = "to be continued"
-    found = {"job": job, "dry": given.dry, "state": state, "recipe": spec.model_dump(mode="json"),
-             **how_far(given.out / job, spec)}
+    found = {
+        "job": job,
+        "dry": given.dry,
+        "state": state,
+        "recipe": spec.model_dump(mode="json"),
+        **how_far(given.out / job, spec),
+    }
     if state == "done" and not given.dry:
         earlier = read_json(given.out / f"{job}.json") or {}
-        if "scores" in earlier and earlier["recipe"] == found["recipe"]:  # later slices are for the other jobs
+        if (
+            "scores" in earlier and earlier["recipe"] == found["recipe"]
+        ):  # later slices are for the other jobs
             found = earlier
         else:
-            found |= {"scores": scores(given.out / job), "date": now(), "libraries": libraries(), **environment()}
+            found |= {
+                "scores": scores(given.out / job),
+                "date": now(),
+                "libraries": libraries(),
+                **environment(),
+            }
         (RESULTS / "gpu").mkdir(parents=True, exist_ok=True)
         write_json(RESULTS / f"gpu/learn-{job}.json", found)
     for folder in filter(None, (given.out, os.environ.get("OUT"))):
@@ -134,8 +207,9 @@ def slice_of(job: str, given: argparse.Namespace, end: float) -> dict[str, Any]:
 
 
 def scores(run: Path) -> dict[str, Any]:
-    """Perplexity on the held-out texts that are there, and the share of the gap between SparseGPT and dense that is
-    closed; both ends of it are those of `results/baseline-smollm2-135m.json`, measured on a processor."""
+    """Perplexity on the held-out texts that are there, and the share of the gap between SparseGPT
+    and dense that is closed; both ends of it are those of `results/baseline-smollm2-135m.json`,
+    measured on a processor."""
     import torch
     from safetensors.torch import load_file
 
@@ -146,13 +220,18 @@ def scores(run: Path) -> dict[str, Any]:
 
     baseline = json.loads((RESULTS / "baseline-smollm2-135m.json").read_text())
     protocol, ends = baseline["protocol"], gap_ends(baseline)
-    seen, loaded = load_file(run / "calibration.safetensors")["ids"], models.load(str(run / "model"))
+    seen, loaded = (
+        load_file(run / "calibration.safetensors")["ids"],
+        models.load(str(run / "model")),
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded.module.to(device, torch.bfloat16)
     found: dict[str, Any] = {}
     for text in protocol["texts"]:
         try:
-            sample = evaluation_sample(load_text(text), loaded.processor, protocol["tokens"], protocol["context"])
+            sample = evaluation_sample(
+                load_text(text), loaded.processor, protocol["tokens"], protocol["context"]
+            )
         except UsageError as error:
             found[text] = {"not_measured": error.message}
             continue
@@ -173,9 +252,15 @@ def how_far(run: Path, spec: Any) -> dict[str, Any]:
     if not told:
         told = _finished(run)
     steps = spec.learn.steps if spec.learn is not None else spec.finetune.steps
-    return {"step": told.get("step", told.get("steps", 0)), "steps": steps, "prior": told.get("prior"),
-            "best": told.get("best"), "best_step": told.get("best_step"), "history": told.get("history"),
-            "seconds": told.get("seconds")}
+    return {
+        "step": told.get("step", told.get("steps", 0)),
+        "steps": steps,
+        "prior": told.get("prior"),
+        "best": told.get("best"),
+        "best_step": told.get("best_step"),
+        "history": told.get("history"),
+        "seconds": told.get("seconds"),
+    }
 
 
 def _record(run: Path) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Magnitude relative to the column: a weight counts by its share of all weights that read the same input.
+"""Magnitude relative to the column: a weight counts by its share of all weights that read the same
+input.
 
     s_ij = |W_ij| / ‖W_:j‖₂
 
@@ -17,8 +18,14 @@ if TYPE_CHECKING:
     from nmsparse_deploy.find.calibration.layer_stats import LayerStats
 
 COLUMN_NORM = MethodEntry(
-    code="nmsparse_column_norm:scores", needs="none", updates_weights=False, ranks=True, scope="row",
-    summary="weights relative to the norm of their column", source="the plug-in of examples/plugin")
+    code="nmsparse_column_norm:scores",
+    needs="none",
+    updates_weights=False,
+    ranks=True,
+    scope="row",
+    summary="weights relative to the norm of their column",
+    source="the plug-in of examples/plugin",
+)
 
 
 def scores(weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:

@@ -17,8 +17,25 @@ from nmsparse_deploy.errors import NmsparseError, from_os_error
 
 __all__ = ["app", "invoke", "main"]
 
-for name in ("inspect", "plan", "prune", "import_masks", "crossover", "verify", "export", "build", "evaluate", "bench",
-             "report", "compare", "run", "demo", "proof", "doctor", "list_methods"):  # in the order of --help
+for name in (
+    "inspect",
+    "plan",
+    "prune",
+    "import_masks",
+    "crossover",
+    "verify",
+    "export",
+    "build",
+    "evaluate",
+    "bench",
+    "report",
+    "compare",
+    "run",
+    "demo",
+    "proof",
+    "doctor",
+    "list_methods",
+):  # in the order of --help
     import_module(f"{__name__}.{name}")
 
 
@@ -29,7 +46,9 @@ def main() -> None:
 
 
 def _interrupted(number: int, frame: object) -> None:
-    raise NmsparseError("Interrupted; what was finished is kept.", "the same command goes on from there")
+    raise NmsparseError(
+        "Interrupted; what was finished is kept.", "the same command goes on from there"
+    )
 
 
 def invoke(call: Callable[[], Any]) -> int:

@@ -12,8 +12,13 @@ import typer
 from nmsparse_deploy.cli.options import Asked, Fields, field_option, parameter
 from nmsparse_deploy.cli.output import Output
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help="Find N:M sparsity masks for pretrained transformers, prove them, and ship them.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Find N:M sparsity masks for pretrained transformers, prove them, and ship them.",
+)
 output = Output()
 VERBS: dict[str, tuple[Callable[..., None], tuple[Fields, ...], dict[str, str]]] = {}
 
@@ -22,18 +27,22 @@ AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON o
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print errors only")]
 Run = Path | None
 DEMO = "demo"
-HELP = {"model": "hub name, folder or .gguf file; left out: the demo model",
-        "run": "run folder; left out: the newest under runs/",
-        "out": "run folder [default: runs/MODEL-METHOD-PATTERN]",
-        "force": "start over, even if the run is finished"}
+HELP = {
+    "model": "hub name, folder or .gguf file; left out: the demo model",
+    "run": "run folder; left out: the newest under runs/",
+    "out": "run folder [default: runs/MODEL-METHOD-PATTERN]",
+    "force": "start over, even if the run is finished",
+}
 """Of parameters that several verbs share."""
 
 
 def verb(*groups: Fields, called: str = "", **helps: str) -> Callable[[V], V]:
-    """Register a verb, with the help of its parameters; those after `*` become options, the others arguments.
+    """Register a verb, with the help of its parameters; those after `*` become options, the others
+    arguments.
 
     A verb that has options for fields of the recipe takes what was typed of them as `asked`.
     """
+
     def register(function: V) -> V:
         name = called or function.__name__
         VERBS[name] = function, groups, HELP | helps
@@ -44,23 +53,42 @@ def verb(*groups: Fields, called: str = "", **helps: str) -> Callable[[V], V]:
 
 
 def command(name: str) -> Any:
-    """Return the command of a verb with all its options. Making them imports pydantic: only the one in use is made."""
+    """Return the command of a verb with all its options. Making them imports pydantic: only the one
+    in use is made."""
     function, groups, helps = VERBS[name]
     own = [p for p in inspect.signature(function).parameters.values() if p.name != "asked"]
 
-    def call(ctx: typer.Context, as_json: AsJson = False, quiet: Quiet = False, **values: Any) -> None:
+    def call(
+        ctx: typer.Context, as_json: AsJson = False, quiet: Quiet = False, **values: Any
+    ) -> None:
         output.listen(as_json, quiet)
-        typed = {key: value for key, value in values.items()
-                 if getattr(ctx.get_parameter_source(key), "name", "") == "COMMANDLINE"}
+        typed = {
+            key: value
+            for key, value in values.items()
+            if getattr(ctx.get_parameter_source(key), "name", "") == "COMMANDLINE"
+        }
         asked = {"asked": Asked(groups, typed)} if groups else {}
         function(**asked, **{p.name: values[p.name] for p in own})
 
     ctx, *shared, _ = inspect.signature(call, eval_str=True).parameters.values()
-    every = [ctx, *(field_option(group, path) for group in groups for path in group.paths.split()),
-             *(parameter(p.name, p.annotation, p.default, helps[p.name], positional=p.kind is not p.KEYWORD_ONLY)
-               for p in own), *shared]
+    every = [
+        ctx,
+        *(field_option(group, path) for group in groups for path in group.paths.split()),
+        *(
+            parameter(
+                p.name,
+                p.annotation,
+                p.default,
+                helps[p.name],
+                positional=p.kind is not p.KEYWORD_ONLY,
+            )
+            for p in own
+        ),
+        *shared,
+    ]
     call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # what Typer reads
-        [p.replace(kind=p.KEYWORD_ONLY) for p in every])
+        [p.replace(kind=p.KEYWORD_ONLY) for p in every]
+    )
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
     alone.command(name, help=function.__doc__)(call)
     return typer.main.get_command(alone)
@@ -75,8 +103,14 @@ def version(show: bool) -> None:
 
 
 @app.callback()
-def main_options(context: typer.Context, as_json: AsJson = False, quiet: Quiet = False, show_version: Annotated[
-                     bool, typer.Option("--version", callback=version, is_eager=True)] = False) -> None:
+def main_options(
+    context: typer.Context,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True)
+    ] = False,
+) -> None:
     output.as_json = output.quiet = output.answered = False
     output.listen(as_json, quiet)
     name, group = str(context.invoked_subcommand), context.command  # found, and not parsed yet

@@ -11,8 +11,11 @@ def doctor() -> None:
 
     findings = examine()
     marks = {"ok": "ok", "missing": "-", "problem": "PROBLEM"}
-    output.table({"findings": [f.to_json() for f in findings], "next": next_command(findings)},
-                 ("", "", "found", "to change it"), [(marks[f.state], f.subject, f.found, f.hint) for f in findings],
-                 [f"next: {next_command(findings)}"])
+    output.table(
+        {"findings": [f.to_json() for f in findings], "next": next_command(findings)},
+        ("", "", "found", "to change it"),
+        [(marks[f.state], f.subject, f.found, f.hint) for f in findings],
+        [f"next: {next_command(findings)}"],
+    )
     if any(f.state == "problem" for f in findings):
         raise CheckFailed("Something needs attention first.", next_command(findings))

@@ -1,7 +1,8 @@
-"""Options of a verb, made from fields of the recipe or from parameters; what was typed, as sections of a recipe again.
+"""Options of a verb, made from fields of the recipe or from parameters; what was typed, as sections
+of a recipe again.
 
-Name, default, help, bounds and choices of a field's option are those of the field. Pydantic, which checks the values,
-is imported when a verb is asked for and not before.
+Name, default, help, bounds and choices of a field's option are those of the field. Pydantic, which
+checks the values, is imported when a verb is asked for and not before.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound="BaseModel")
 
-NAMES = {"options": "option", "precisions": "precision", "protocols": "protocol", "shapes": "shape", "tasks": "task"}
+NAMES = {
+    "options": "option",
+    "precisions": "precision",
+    "protocols": "protocol",
+    "shapes": "shape",
+    "tasks": "task",
+}
 """Options that are not called as their field is: each takes one value, and may be repeated."""
 METAVARS = {"options": "NAME=VALUE", "refine": "NAME", "shapes": "INPUT=1x3x224x224"}
 """How a value is typed that is a section or a mapping in a recipe."""
@@ -45,7 +52,8 @@ class Fields:
 
 
 class Asked:
-    """What was typed, by section of the recipe. What was left out is not there, so that the recipe's defaults hold."""
+    """What was typed, by section of the recipe. What was left out is not there, so that the
+    recipe's defaults hold."""
 
     def __init__(self, groups: Iterable[Fields], typed: Mapping[str, Any]) -> None:
         self.sections: dict[str, dict[str, Any]] = {group.section: {} for group in groups}
@@ -58,20 +66,29 @@ class Asked:
                 self.flags[deeper or head] = _flag(name)
                 if name in typed and deeper:
                     start = defaults[head].default
-                    section.setdefault(head, start.model_dump() if start else {})[deeper] = typed[name]
+                    section.setdefault(head, start.model_dump() if start else {})[deeper] = typed[
+                        name
+                    ]
                 elif name in typed:
-                    section[head] = [{"name": step} for step in typed[name]] if head == "refine" else typed[name]
+                    section[head] = (
+                        [{"name": step} for step in typed[name]]
+                        if head == "refine"
+                        else typed[name]
+                    )
 
     def read(self, section: type[S], **more: Any) -> S:
-        """Return the section, validated, with `more` of its fields. Raises `UsageError` that names the option."""
+        """Return the section, validated, with `more` of its fields. Raises `UsageError` that names
+        the option."""
         from nmsparse_deploy.recipe import validate
 
         return validate(section, {**self.sections[section.__name__], **more}, self.flags)
 
 
-def parameter(name: str, annotation: Any, default: Any, text: str, positional: bool = False,
-              metavar: str = "") -> inspect.Parameter:
-    """Return the parameter from which Typer makes an option (a flag, a value, a choice, or several) or an argument."""
+def parameter(
+    name: str, annotation: Any, default: Any, text: str, positional: bool = False, metavar: str = ""
+) -> inspect.Parameter:
+    """Return the parameter from which Typer makes an option (a flag, a value, a choice, or several)
+    or an argument."""
     parts = _parts(annotation)
     choices = [part for part in parts if isinstance(part, (str, int))]
     kind: Any = type(choices[0]) if choices else next((p for p in parts if p in PLAIN), str)
@@ -80,8 +97,12 @@ def parameter(name: str, annotation: Any, default: Any, text: str, positional: b
     if any(get_origin(part) in (tuple, dict) for part in (annotation, *get_args(annotation))):
         kind, default = list[kind], default if positional else list(default)
         text = text if positional else f"{text}; may be repeated"
-    made = typer.Argument(help=text) if positional else typer.Option(*flag, help=text, metavar=shown)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, made])
+    made = (
+        typer.Argument(help=text) if positional else typer.Option(*flag, help=text, metavar=shown)
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, made]
+    )
 
 
 def field_option(group: Fields, path: str) -> inspect.Parameter:
@@ -90,11 +111,17 @@ def field_option(group: Fields, path: str) -> inspect.Parameter:
     field = group.model.model_fields[head]
     default = field.default
     if deeper:
-        inner = next(part for part in _parts(field.annotation) if deeper in getattr(part, "model_fields", {}))
+        inner = next(
+            part for part in _parts(field.annotation) if deeper in getattr(part, "model_fields", {})
+        )
         field = inner.model_fields[deeper]
         default = field.default if default is None else getattr(default, deeper)
-    bounds = [f"{word} {limit:g}" for rule in field.metadata for name, word in BOUNDS.items()
-              if (limit := getattr(rule, name, None)) is not None]
+    bounds = [
+        f"{word} {limit:g}"
+        for rule in field.metadata
+        for name, word in BOUNDS.items()
+        if (limit := getattr(rule, name, None)) is not None
+    ]
     text = group.note + "; ".join([str(field.description), *bounds])
     return parameter(_name(path), field.annotation, default, text, metavar=METAVARS.get(path, ""))
 

@@ -23,7 +23,8 @@ class Output:
     _last_line = ""
 
     def listen(self, as_json: bool, quiet: bool) -> None:
-        """Take --json and --quiet, typed before the verb or after it; of several processes the first one speaks."""
+        """Take --json and --quiet, typed before the verb or after it; of several processes the
+        first one speaks."""
         first = os.environ.get("RANK", "0") == "0"
         self.as_json |= as_json and first
         self.quiet |= quiet or not first
@@ -42,10 +43,22 @@ class Output:
     def _show_bar(self, text: str, done: int, total: int) -> None:
         if self._bar is None:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
 
-            self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                                 TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
             self._bar.start()
             self._task = self._bar.add_task(text, total=total)
         self._bar.update(self._task, description=text, completed=done, total=total)
@@ -69,8 +82,13 @@ class Output:
             for line in lines:
                 print(line)
 
-    def table(self, data: Any, columns: Sequence[str], rows: Sequence[Sequence[Any]],
-              lines: Sequence[str] = ()) -> None:
+    def table(
+        self,
+        data: Any,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Any]],
+        lines: Sequence[str] = (),
+    ) -> None:
         """Print a table for people, followed by `lines`; `data` under --json."""
         self.close()
         if not self.as_json and not self.quiet:
@@ -80,14 +98,21 @@ class Output:
             table = Table(*columns, box=None, pad_edge=False)
             for row in rows:
                 table.add_row(*(str(cell) for cell in row))
-            Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(table)
+            Console(
+                width=None if sys.stdout.isatty() else 200, markup=False, highlight=False
+            ).print(table)
         self.result(data, lines)
 
     def error(self, error: NmsparseError) -> None:
-        """Print one sentence, and the next command to type. Under --json also on stdout, if no result is there."""
+        """Print one sentence, and the next command to type. Under --json also on stdout, if no
+        result is there."""
         self.close()
         if self.as_json and not self.answered:
-            print(json.dumps({"error": error.message, "hint": error.hint, "exit_code": error.exit_code}))
+            print(
+                json.dumps(
+                    {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
+                )
+            )
         print(f"Error: {error.message}", file=sys.stderr)
         if error.hint:
             print(f"  try: {error.hint}", file=sys.stderr)

@@ -13,13 +13,26 @@ if TYPE_CHECKING:
     from nmsparse_deploy.runs.manifest import StageRecord
 
 
-@verb(Fields("Prune", "method refine sequential permute pattern wbits wgroup learn.steps learn.objective "
-             "calibration.data calibration.samples calibration.length calibration.seed include exclude"),
-      plan="what `nmsparse-deploy plan --out` wrote; it decides the pattern",
-      time_budget="minutes, with --method auto, which takes the best recipe that fits [default: 10]",
-      max_memory="for example 3GB: to stay below, stream weights from their files, hidden states to disk")
-def prune(asked: Asked, model: str = DEMO, *, plan: Path | None = None, time_budget: float | None = None,
-          max_memory: str | None = None, out: Path | None = None, force: bool = False) -> None:
+@verb(
+    Fields(
+        "Prune",
+        "method refine sequential permute pattern wbits wgroup learn.steps learn.objective "
+        "calibration.data calibration.samples calibration.length calibration.seed include exclude",
+    ),
+    plan="what `nmsparse-deploy plan --out` wrote; it decides the pattern",
+    time_budget="minutes, with --method auto, which takes the best recipe that fits [default: 10]",
+    max_memory="for example 3GB: to stay below, stream weights from their files, hidden states to disk",
+)
+def prune(
+    asked: Asked,
+    model: str = DEMO,
+    *,
+    plan: Path | None = None,
+    time_budget: float | None = None,
+    max_memory: str | None = None,
+    out: Path | None = None,
+    force: bool = False,
+) -> None:
     """Find a mask, apply it, verify it, and save the pruned model with its masks."""
     from nmsparse_deploy.find.auto import MINUTES, choose
     from nmsparse_deploy.find.plan.file import load
@@ -46,20 +59,30 @@ def prune(asked: Asked, model: str = DEMO, *, plan: Path | None = None, time_bud
     run = nms.prune(model, spec, out, force, output.progress, limit)
     record = run.manifest().stages["prune"]
     how = "as planned" if plan else f"to {spec.pattern}"
-    output.result({"run": str(run.path), **record.to_json()},
-                  [f"{run.path}: {record.layers} layers pruned {how} and verified in {record.seconds:.0f} s.",
-                   *_remarks(record), f"next: nmsparse-deploy evaluate {run.path}"])
+    output.result(
+        {"run": str(run.path), **record.to_json()},
+        [
+            f"{run.path}: {record.layers} layers pruned {how} and verified in {record.seconds:.0f} s.",
+            *_remarks(record),
+            f"next: nmsparse-deploy evaluate {run.path}",
+        ],
+    )
 
 
 def _remarks(record: "StageRecord") -> Iterator[str]:
-    """Say how the model was held if not simply in memory, which experts saw too little, and what was learned."""
+    """Say how the model was held if not simply in memory, which experts saw too little, and what
+    was learned."""
     held, few = record.memory, record.experts_by_magnitude
     if held and (held.weights == "streamed" or held.limit_bytes):
-        yield (f"weights {held.weights}, hidden states {held.hidden_states}; peak memory "
-               f"{held.peak_bytes / 1e9:.2f} GB, predicted {held.predicted_bytes / 1e9:.2f} GB.")
+        yield (
+            f"weights {held.weights}, hidden states {held.hidden_states}; peak memory "
+            f"{held.peak_bytes / 1e9:.2f} GB, predicted {held.predicted_bytes / 1e9:.2f} GB."
+        )
     if few and few.matrices:
-        yield (f"{few.matrices} of {few.of} expert matrices were reached by too few calibration tokens and were "
-               "pruned by magnitude (layers.json names them); more --samples reach more.")
+        yield (
+            f"{few.matrices} of {few.of} expert matrices were reached by too few calibration tokens and were "
+            "pruned by magnitude (layers.json names them); more --samples reach more."
+        )
     if record.learned:
         from nmsparse_deploy.find.learn.session import sentence
 

@@ -1,4 +1,5 @@
-"""Draw the calibration sample that a model's family eats: token windows, whole sequences, images, or noised ones."""
+"""Draw the calibration sample that a model's family eats: token windows, whole sequences, images,
+or noised ones."""
 
 from __future__ import annotations
 
@@ -18,8 +19,13 @@ from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.recipe import AUTO, Calibration
 from nmsparse_deploy.system.progress import Progress, silent
 
-DEFAULTS = {"llm": "wikipedia", "encoder": "wikipedia", "seq2seq": "wikipedia",
-            "vision": "fashion-mnist+tiny-photos", "diffusion": "fashion-mnist"}
+DEFAULTS = {
+    "llm": "wikipedia",
+    "encoder": "wikipedia",
+    "seq2seq": "wikipedia",
+    "vision": "fashion-mnist+tiny-photos",
+    "diffusion": "fashion-mnist",
+}
 """What `auto` means for each family."""
 
 
@@ -38,8 +44,12 @@ class Sample(Protocol):
     def to_json(self) -> dict[str, object]: ...
 
 
-def draw(loaded: LoadedModel, spec: Calibration, progress: Progress = silent,
-         compute: torch.dtype = torch.float32) -> Sample:
+def draw(
+    loaded: LoadedModel,
+    spec: Calibration,
+    progress: Progress = silent,
+    compute: torch.dtype = torch.float32,
+) -> Sample:
     """Draw the calibration sample of `loaded`; a model that writes its own does so in `compute`.
 
     Raises `UsageError` when there is too little data.
@@ -55,17 +65,24 @@ def draw(loaded: LoadedModel, spec: Calibration, progress: Progress = silent,
         return calibration_latents(loaded, source, spec.samples, spec.seed, progress)
     if loaded.family == "vision":
         progress(f"sampling {spec.samples} images of {source}", 0, 0)
-        return calibration_images(source, loaded.processor, loaded.input_name, spec.samples, spec.seed, progress)
+        return calibration_images(
+            source, loaded.processor, loaded.input_name, spec.samples, spec.seed, progress
+        )
     if loaded.processor is None or loaded.input_name != "input_ids":
-        raise UsageError(f"'{loaded.source}' reads {loaded.input_name}, so it cannot be calibrated on text.",
-                         f"give inputs of its forward pass: --data FILE{ENDING}")
+        raise UsageError(
+            f"'{loaded.source}' reads {loaded.input_name}, so it cannot be calibrated on text.",
+            f"give inputs of its forward pass: --data FILE{ENDING}",
+        )
     progress(f"sampling {spec.samples} x {spec.length} tokens of {source}", 0, 0)
     drawn = _text(loaded, source, spec, compute, progress)
-    return _in_vocabulary(paired(drawn, loaded.module.config) if loaded.family == "seq2seq" else drawn, loaded)
+    return _in_vocabulary(
+        paired(drawn, loaded.module.config) if loaded.family == "seq2seq" else drawn, loaded
+    )
 
 
 def some(sample: Sample, count: int) -> dict[str, torch.Tensor]:
-    """Return inputs of `count` samples, evenly spaced, or of all when there are no more; no other image is decoded."""
+    """Return inputs of `count` samples, evenly spaced, or of all when there are no more; no other
+    image is decoded."""
     if isinstance(sample, ImageSample):
         return sample.without((), count).inputs
     inputs = sample.inputs
@@ -76,20 +93,28 @@ def some(sample: Sample, count: int) -> dict[str, torch.Tensor]:
     return {name: value[chosen] for name, value in inputs.items()}
 
 
-def _text(loaded: LoadedModel, source: str, spec: Calibration, compute: torch.dtype, progress: Progress) -> TokenSample:
-    """Draw windows of one text or of several; what the model writes itself fills up what the texts lack."""
+def _text(
+    loaded: LoadedModel, source: str, spec: Calibration, compute: torch.dtype, progress: Progress
+) -> TokenSample:
+    """Draw windows of one text or of several; what the model writes itself fills up what the texts
+    lack."""
     names = _sources(source)
     whole = loaded.family in ("encoder", "seq2seq")
     sample = calibration_sequences if whole else calibration_sample
-    loaded.check_length(min(spec.length, max_tokens(loaded.processor)) if whole else spec.length, "--length")
+    loaded.check_length(
+        min(spec.length, max_tokens(loaded.processor)) if whole else spec.length, "--length"
+    )
     fill = GENERATED in names
     parts, left = [], spec.samples
     for number, name in enumerate(sorted(names, key=GENERATED.__eq__)):
         wanted = left // (len(names) - number)
         if not wanted and spec.samples:  # fewer samples than sources
             continue
-        parts.append(generated(loaded, wanted, spec.length, spec.seed, compute, progress) if name == GENERATED else
-                     sample(load_text(name), loaded.processor, wanted, spec.length, spec.seed, fill))
+        parts.append(
+            generated(loaded, wanted, spec.length, spec.seed, compute, progress)
+            if name == GENERATED
+            else sample(load_text(name), loaded.processor, wanted, spec.length, spec.seed, fill)
+        )
         left -= len(parts[-1].ids)
     return mixed(parts, spec.seed) if len(parts) > 1 else parts[0]
 
@@ -102,12 +127,17 @@ def _sources(source: str) -> list[str]:
 
 def _in_vocabulary(sample: Sample, loaded: LoadedModel) -> Sample:
     """Raise `UsageError` for tokens that the model has no embedding for."""
-    ids, table = sample.inputs.get("input_ids"), getattr(loaded.module, "get_input_embeddings", lambda: None)()
+    ids, table = (
+        sample.inputs.get("input_ids"),
+        getattr(loaded.module, "get_input_embeddings", lambda: None)(),
+    )
     count = getattr(table, "num_embeddings", None)
     if ids is not None and count is not None and not ids.is_floating_point() and ids.numel():
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= count:
-            raise UsageError(f"The data holds the token {low if low < 0 else high}, and the vocabulary of "
-                             f"'{loaded.source}' has {count}: another model's tokenizer made it.",
-                             "take the tokenizer that belongs to the model, or text instead of token ids")
+            raise UsageError(
+                f"The data holds the token {low if low < 0 else high}, and the vocabulary of "
+                f"'{loaded.source}' has {count}: another model's tokenizer made it.",
+                "take the tokenizer that belongs to the model, or text instead of token ids",
+            )
     return sample

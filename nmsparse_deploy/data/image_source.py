@@ -1,6 +1,7 @@
 """Where images come from: a folder, a zip or tar of one, IDX files, or a set with a name.
 
-Archives are read member by member in memory and never unpacked. An image's class is the name of its folder.
+Archives are read member by member in memory and never unpacked. An image's class is the name of its
+folder.
 """
 
 from __future__ import annotations
@@ -59,16 +60,19 @@ class Images:
                 raise
             except Exception as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
-                raise NmsparseError(f"The image '{self.ids[index]}' of '{self.name}' cannot be read: "
-                                    f"{reason[:160]}.".replace("..", ".")) from error
+                raise NmsparseError(
+                    f"The image '{self.ids[index]}' of '{self.name}' cannot be read: "
+                    f"{reason[:160]}.".replace("..", ".")
+                ) from error
         return image
 
 
 def load_images(source: str, split: str = "test") -> Images:
-    """Open a folder, a zip or tar, a folder of IDX files, a packaged set (`fashion-mnist`, `photos-20`), or `cifar10`
-    or `photos` of the development data.
+    """Open a folder, a zip or tar, a folder of IDX files, a packaged set (`fashion-mnist`,
+    `photos-20`), or `cifar10` or `photos` of the development data.
 
-    `split` is `train` or `test`, for sources that have both. Raises `UsageError` when there is no image.
+    `split` is `train` or `test`, for sources that have both. Raises `UsageError` when there is no
+    image.
     """
     require_pillow()
     path = Path(source).expanduser()
@@ -76,8 +80,10 @@ def load_images(source: str, split: str = "test") -> Images:
         return _from_path(path, path.name, split)
     packaged = packaged_images(source, split)
     if packaged is None:
-        raise UsageError(f"There are no images '{source}': no file or folder has this name, and it is none of "
-                         f"{', '.join(names())}.")
+        raise UsageError(
+            f"There are no images '{source}': no file or folder has this name, and it is none of "
+            f"{', '.join(names())}."
+        )
     return _from_path(packaged, source, split)
 
 
@@ -91,8 +97,11 @@ def _from_path(path: Path, name: str, split: str) -> Images:
 
 
 def _folder(path: Path, name: str, split: str) -> Images:
-    names = sorted(str(file.relative_to(path).as_posix()) for file in path.rglob("*")
-                   if file.is_file() and not file.name.startswith("."))
+    names = sorted(
+        str(file.relative_to(path).as_posix())
+        for file in path.rglob("*")
+        if file.is_file() and not file.name.startswith(".")
+    )
     return _collect(name, names, split, lambda member: (path / member).read_bytes())
 
 
@@ -100,7 +109,9 @@ def _archive(path: Path, name: str, split: str) -> Images:
     try:
         return _zip(path, name, split) if path.suffix == ".zip" else _tar(path, name, split)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, gzip.BadGzipFile) as error:
-        raise UsageError(f"'{path}' is not a readable archive: {' '.join(str(error).split())}.") from error
+        raise UsageError(
+            f"'{path}' is not a readable archive: {' '.join(str(error).split())}."
+        ) from error
 
 
 def _zip(path: Path, name: str, split: str) -> Images:
@@ -132,14 +143,21 @@ def _check_size(member: str, size: int) -> None:
 
 
 def _collect(name: str, members: list[str], split: str, read: Callable[[str], bytes]) -> Images:
-    """Collect the images among the members, only those of `split` when their folders say which are which."""
+    """Collect the images among the members, only those of `split` when their folders say which are
+    which."""
     images = [member for member in members if PurePosixPath(member).suffix.lower() in SUFFIXES]
     for member in images:
-        if PurePosixPath(member).is_absolute() or ".." in PurePosixPath(member).parts or "\\" in member:
+        if (
+            PurePosixPath(member).is_absolute()
+            or ".." in PurePosixPath(member).parts
+            or "\\" in member
+        ):
             raise UsageError(f"'{name}' holds a file that climbs out of its folder: {member}.")
     images = _of_split(images, split)
     if not images:
-        raise UsageError(f"There is no image for the {split} part in '{name}' ({', '.join(SUFFIXES)}).")
+        raise UsageError(
+            f"There is no image for the {split} part in '{name}' ({', '.join(SUFFIXES)})."
+        )
     labels = [PurePosixPath(member).parent.name or None for member in images]
     flat = len(set(labels)) == 1  # one folder for all is no class
 
@@ -152,7 +170,8 @@ def _collect(name: str, members: list[str], split: str, read: Callable[[str], by
 
 
 def _of_split(images: list[str], split: str) -> list[str]:
-    """Keep those of `split` when every image lies below a folder called train, test, val...; all of them otherwise."""
+    """Keep those of `split` when every image lies below a folder called train, test, val...; all of
+    them otherwise."""
     folders = [{part.lower() for part in PurePosixPath(member).parts[:-1]} for member in images]
     every = {name for names in SPLITS.values() for name in names}
     if not all(parts & every for parts in folders):
@@ -164,15 +183,21 @@ def _idx(path: Path, name: str, split: str) -> Images:
     pixels = _read_idx(path, _IMAGES, 3)
     classes = _read_idx(path.with_name(path.name.replace("images-idx3", "labels-idx1")), _LABELS, 1)
     if len(pixels) != len(classes):
-        raise UsageError(f"'{path}' holds {len(pixels)} images, but there are {len(classes)} labels.")
+        raise UsageError(
+            f"'{path}' holds {len(pixels)} images, but there are {len(classes)} labels."
+        )
 
     def load(index: int) -> Image:
         from PIL import Image as pil
 
         return pil.fromarray(pixels[index])
 
-    return Images(name, tuple(f"{split}/{number}" for number in range(len(pixels))),
-                  tuple(str(label) for label in classes.tolist()), load)
+    return Images(
+        name,
+        tuple(f"{split}/{number}" for number in range(len(pixels))),
+        tuple(str(label) for label in classes.tolist()),
+        load,
+    )
 
 
 def _read_idx(path: Path, magic: int, axes: int) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Images for calibration and evaluation: drawn from a source with a seed, known by name and content."""
+"""Images for calibration and evaluation: drawn from a source with a seed, known by name and
+content."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 class ImageSample:
     """Chosen images with what is needed to read them again; they are decoded batch by batch.
 
-    `hashes` are SHA-256 digests of the decoded pixels, so that a copy under another name or format is still the same
-    image.
+    `hashes` are SHA-256 digests of the decoded pixels, so that a copy under another name or format
+    is still the same image.
     """
 
     chosen: tuple[tuple[Images, int], ...]
@@ -48,7 +49,8 @@ class ImageSample:
         return MIX.join(dict.fromkeys(images.name for images, _ in self.chosen))
 
     def without(self, hashes: Sequence[str], limit: int) -> ImageSample:
-        """Take at most `limit` of the images, evenly spaced, leaving out those of the given content."""
+        """Take at most `limit` of the images, evenly spaced, leaving out those of the given
+        content."""
         seen = set(hashes)
         left = [number for number, digest in enumerate(self.hashes) if digest not in seen]
         spread = torch.linspace(0, len(left) - 1, min(limit, len(left))).round().long().tolist()
@@ -56,8 +58,11 @@ class ImageSample:
 
     def at(self, numbers: Sequence[int]) -> ImageSample:
         """Take the images of these numbers, in this order."""
-        return replace(self, chosen=tuple(self.chosen[n] for n in numbers),
-                       hashes=tuple(self.hashes[n] for n in numbers))
+        return replace(
+            self,
+            chosen=tuple(self.chosen[n] for n in numbers),
+            hashes=tuple(self.hashes[n] for n in numbers),
+        )
 
     @property
     def labels(self) -> tuple[str | None, ...]:
@@ -70,13 +75,23 @@ class ImageSample:
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
         """All images at once, `[samples, channels, height, width]`."""
-        return {self.input_name: torch.cat([batch[self.input_name] for batch in self.batches(len(self))])}
+        return {
+            self.input_name: torch.cat(
+                [batch[self.input_name] for batch in self.batches(len(self))]
+            )
+        }
 
     def batches(self, size: int) -> Iterator[dict[str, torch.Tensor]]:
         """Decode and prepare the images, `size` at a time."""
         for start in range(0, len(self), size):
-            yield {self.input_name: torch.stack([self.preprocess(self.image(index)) for index in
-                                                 range(start, min(start + size, len(self)))])}
+            yield {
+                self.input_name: torch.stack(
+                    [
+                        self.preprocess(self.image(index))
+                        for index in range(start, min(start + size, len(self)))
+                    ]
+                )
+            }
 
     def image(self, index: int) -> Image:
         """Decode one image."""
@@ -84,32 +99,80 @@ class ImageSample:
         return images.open(place)
 
     def record(self) -> dict[str, torch.Tensor]:
-        """Return what a run keeps of the sample, to check later that an evaluation is held out, `[samples, 32]`."""
+        """Return what a run keeps of the sample, to check later that an evaluation is held out,
+        `[samples, 32]`."""
         digests = [list(bytes.fromhex(digest)) for digest in self.hashes]
         return {"image_sha256": torch.tensor(digests, dtype=torch.uint8)}
 
     def to_json(self) -> dict[str, object]:
-        return {"source": self.source, "fingerprint": self.fingerprint, "samples": len(self), "seed": self.seed,
-                "preprocess": self.preprocess.to_json(), "ids": list(self.ids), "sha256": list(self.hashes)}
+        return {
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "samples": len(self),
+            "seed": self.seed,
+            "preprocess": self.preprocess.to_json(),
+            "ids": list(self.ids),
+            "sha256": list(self.hashes),
+        }
 
 
-def calibration_images(source: str, preprocess: Preprocess, input_name: str, samples: int, seed: int,
-                       progress: Progress = silent) -> ImageSample:
-    """Draw `samples` distinct images of the training part of `source` with `seed`. Raises `UsageError`."""
+def calibration_images(
+    source: str,
+    preprocess: Preprocess,
+    input_name: str,
+    samples: int,
+    seed: int,
+    progress: Progress = silent,
+) -> ImageSample:
+    """Draw `samples` distinct images of the training part of `source` with `seed`. Raises
+    `UsageError`."""
     generator = torch.Generator().manual_seed(seed)
-    return _draw(source, "train", preprocess, input_name, samples, seed, progress,
-                 lambda count, wanted: torch.randperm(count, generator=generator)[:wanted].sort().values.tolist())
+    return _draw(
+        source,
+        "train",
+        preprocess,
+        input_name,
+        samples,
+        seed,
+        progress,
+        lambda count, wanted: (
+            torch.randperm(count, generator=generator)[:wanted].sort().values.tolist()
+        ),
+    )
 
 
-def evaluation_images(source: str, split: str, preprocess: Preprocess, input_name: str, samples: int,
-                      progress: Progress = silent) -> ImageSample:
-    """Take the same evenly spaced images for everybody: no seed. All of them when there are fewer than `samples`."""
-    return _draw(source, split, preprocess, input_name, samples, None, progress,
-                 lambda count, wanted: torch.linspace(0, count - 1, wanted).round().long().tolist())
+def evaluation_images(
+    source: str,
+    split: str,
+    preprocess: Preprocess,
+    input_name: str,
+    samples: int,
+    progress: Progress = silent,
+) -> ImageSample:
+    """Take the same evenly spaced images for everybody: no seed. All of them when there are fewer
+    than `samples`."""
+    return _draw(
+        source,
+        split,
+        preprocess,
+        input_name,
+        samples,
+        None,
+        progress,
+        lambda count, wanted: torch.linspace(0, count - 1, wanted).round().long().tolist(),
+    )
 
 
-def _draw(source: str, split: str, preprocess: Preprocess, input_name: str, samples: int, seed: int | None,
-          progress: Progress, pick: Any) -> ImageSample:
+def _draw(
+    source: str,
+    split: str,
+    preprocess: Preprocess,
+    input_name: str,
+    samples: int,
+    seed: int | None,
+    progress: Progress,
+    pick: Any,
+) -> ImageSample:
     if samples < 1:
         raise UsageError("Zero images were asked for; at least one is needed.")
     parts = load_sources(source, split)
@@ -118,8 +181,10 @@ def _draw(source: str, split: str, preprocess: Preprocess, input_name: str, samp
         wanted = samples // len(parts) + (number < samples % len(parts))
         if len(images) < wanted:
             if seed is not None:
-                raise UsageError(f"'{images.name}' holds {len(images)} images, not {wanted}.",
-                                 "ask for fewer samples, or give more images")
+                raise UsageError(
+                    f"'{images.name}' holds {len(images)} images, not {wanted}.",
+                    "ask for fewer samples, or give more images",
+                )
             wanted = len(images)
         chosen += [(images, index) for index in pick(len(images), wanted)]
     hashes = []
@@ -153,8 +218,11 @@ def check_images_disjoint(calibration: torch.Tensor, evaluation: Sequence[str]) 
     seen = {bytes(row.tolist()).hex() for row in calibration}
     same = sum(digest in seen for digest in evaluation)
     if same:
-        raise NmsparseError(f"{same} of {len(evaluation)} evaluation images were calibrated on; a score on them means "
-                            "nothing.", "choose another --data for the evaluation, or folders named train and test")
+        raise NmsparseError(
+            f"{same} of {len(evaluation)} evaluation images were calibrated on; a score on them means "
+            "nothing.",
+            "choose another --data for the evaluation, or folders named train and test",
+        )
     return len(evaluation)
 
 

@@ -29,7 +29,8 @@ class Pairs:
 
 
 def load_pairs(source: str) -> list[Pairs]:
-    """Read a file, `word-pairs` (two packaged lists), `stsb` (development data), or `auto` (what is here).
+    """Read a file, `word-pairs` (two packaged lists), `stsb` (development data), or `auto` (what is
+    here).
 
     A file has one pair a line, tab-separated: text, text, rating. Raises `UsageError`.
     """
@@ -43,7 +44,9 @@ def load_pairs(source: str) -> list[Pairs]:
         return [_pairs("stsb-test", path, ((row[5], row[6], row[4]) for row in lines))]
     if not Path(source).is_file():
         named = ", ".join((WORDS, STSB))
-        raise UsageError(f"There are no rated pairs '{source}': no file has this name, and it is none of {named}.")
+        raise UsageError(
+            f"There are no rated pairs '{source}': no file has this name, and it is none of {named}."
+        )
     return [_file(Path(source), Path(source).stem)]
 
 
@@ -54,7 +57,9 @@ def _file(path: Path, name: str) -> Pairs:
 
 def _rows(path: Path) -> list[list[str]]:
     try:
-        return list(csv.reader(path.read_text("utf-8").splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+        return list(
+            csv.reader(path.read_text("utf-8").splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+        )
     except UnicodeDecodeError as error:
         raise UsageError(f"'{path}' is not UTF-8 text.") from error
 

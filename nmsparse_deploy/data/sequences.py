@@ -1,4 +1,5 @@
-"""Text for encoders: windows between the tokens that the tokenizer puts around every sequence, with their mask."""
+"""Text for encoders: windows between the tokens that the tokenizer puts around every sequence, with
+their mask."""
 
 from __future__ import annotations
 
@@ -17,27 +18,33 @@ MIN_TOKENS = 8
 
 @dataclass(frozen=True)
 class SequenceSample(TokenSample):
-    """Windows as an encoder reads them. All have the full length, so no padding enters a statistic."""
+    """Windows as an encoder reads them. All have the full length, so no padding enters a
+    statistic."""
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
         return {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)}
 
 
-def calibration_sequences(text: Text, tokenizer: Any, samples: int, length: int, seed: int,
-                          at_most: bool = False) -> SequenceSample:
-    """Draw `samples` distinct windows of `length` tokens with the special ones, at most what the tokenizer allows."""
+def calibration_sequences(
+    text: Text, tokenizer: Any, samples: int, length: int, seed: int, at_most: bool = False
+) -> SequenceSample:
+    """Draw `samples` distinct windows of `length` tokens with the special ones, at most what the
+    tokenizer allows."""
     length = min(length, max_tokens(tokenizer))
     around = tokenizer.num_special_tokens_to_add(pair=False)
     if length <= around:
-        raise UsageError(f"A sequence of {length} tokens has no room for text beside {around} special tokens.")
+        raise UsageError(
+            f"A sequence of {length} tokens has no room for text beside {around} special tokens."
+        )
     plain = calibration_sample(text, tokenizer, samples, length - around, seed, at_most)
     return _wrapped(plain, tokenizer)
 
 
 @dataclass(frozen=True)
 class PairedSample(SequenceSample):
-    """Windows as an encoder-decoder reads them: the decoder is taught the text that the encoder sees."""
+    """Windows as an encoder-decoder reads them: the decoder is taught the text that the encoder
+    sees."""
 
     start: int = 0
 
@@ -48,7 +55,9 @@ class PairedSample(SequenceSample):
 
 def paired(sample: TokenSample, config: Any) -> PairedSample:
     """Add the decoder's side to a sample."""
-    return PairedSample(sample.ids, sample.windows, sample.source, sample.fingerprint, decoder_start(config))
+    return PairedSample(
+        sample.ids, sample.windows, sample.source, sample.fingerprint, decoder_start(config)
+    )
 
 
 def decoder_start(config: Any) -> int:
@@ -58,12 +67,14 @@ def decoder_start(config: Any) -> int:
 
 
 def taught(ids: torch.Tensor, start: int) -> torch.Tensor:
-    """Return what a decoder reads while it predicts `ids` `[rows, length]`: the same, one place later."""
+    """Return what a decoder reads while it predicts `ids` `[rows, length]`: the same, one place
+    later."""
     return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
 
 
 def max_tokens(tokenizer: Any) -> int:
-    """Return how many tokens the tokenizer says its model reads at once; libraries write a huge number for "any"."""
+    """Return how many tokens the tokenizer says its model reads at once; libraries write a huge
+    number for "any"."""
     limit = int(getattr(tokenizer, "model_max_length", 0) or 0)
     return limit if 0 < limit < 1_000_000 else 512
 
@@ -72,11 +83,16 @@ def _wrapped(plain: TokenSample, tokenizer: Any) -> SequenceSample:
     special = tokenizer("", add_special_tokens=True)["input_ids"]
     around = tokenizer.num_special_tokens_to_add(pair=False)
     if len(special) != around:
-        raise UsageError("This tokenizer's special tokens do not stand at the ends of a sequence; it is not supported.")
+        raise UsageError(
+            "This tokenizer's special tokens do not stand at the ends of a sequence; it is not supported."
+        )
     before = _leading(tokenizer, special)
     rows = len(plain.ids)
-    parts = [torch.tensor(special[:before], dtype=torch.long).expand(rows, -1), plain.ids,
-             torch.tensor(special[before:], dtype=torch.long).expand(rows, -1)]
+    parts = [
+        torch.tensor(special[:before], dtype=torch.long).expand(rows, -1),
+        plain.ids,
+        torch.tensor(special[before:], dtype=torch.long).expand(rows, -1),
+    ]
     ids = torch.cat(parts, 1)
     return SequenceSample(ids, plain.windows, plain.source, plain.fingerprint)
 
@@ -89,7 +105,8 @@ def _leading(tokenizer: Any, special: list[int]) -> int:
 
 
 def check_sentences_disjoint(calibration: torch.Tensor, sentences: Sequence[Sequence[int]]) -> int:
-    """Raise `NmsparseError` when a sentence (token ids without special ones) lies in the calibration windows.
+    """Raise `NmsparseError` when a sentence (token ids without special ones) lies in the
+    calibration windows.
 
     Returns how many sentences were long enough to be compared.
     """
@@ -101,6 +118,9 @@ def check_sentences_disjoint(calibration: torch.Tensor, sentences: Sequence[Sequ
         compared += 1
         wanted = " " + " ".join(map(str, sentence)) + " "
         if any(wanted in row for row in rows):
-            raise NmsparseError("A sentence of the evaluation lies in the calibration text; a score on it means "
-                                "nothing.", "choose another --data for the calibration")
+            raise NmsparseError(
+                "A sentence of the evaluation lies in the calibration text; a score on it means "
+                "nothing.",
+                "choose another --data for the calibration",
+            )
     return compared

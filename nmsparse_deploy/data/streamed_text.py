@@ -1,7 +1,9 @@
-"""Text of the `datasets` library, streamed: `datasets:NAME[/CONFIG][@SPLIT][#FIELD]`, or a local folder for NAME.
+"""Text of the `datasets` library, streamed: `datasets:NAME[/CONFIG][@SPLIT][#FIELD]`, or a local
+folder for NAME.
 
-`datasets:Salesforce/wikitext/wikitext-2-raw-v1@train#text` reads the field `text` of the split `train`. Only as many
-documents are fetched as `CHARACTERS` needs, always the first ones, so that the sample is the same on every machine.
+`datasets:Salesforce/wikitext/wikitext-2-raw-v1@train#text` reads the field `text` of the split
+`train`. Only as many documents are fetched as `CHARACTERS` needs, always the first ones, so that
+the sample is the same on every machine.
 """
 
 from __future__ import annotations
@@ -43,8 +45,10 @@ def streamed(source: str) -> tuple[str, ...]:
     except NmsparseError:
         raise
     except Exception as error:
-        raise NmsparseError(f"'{source}' could not be read: {first_line(error)}.",
-                            "give a text file or a folder instead") from error
+        raise NmsparseError(
+            f"'{source}' could not be read: {first_line(error)}.",
+            "give a text file or a folder instead",
+        ) from error
     if not any(document.strip() for document in documents):
         raise UsageError(f"The text '{source}' is empty.")
     return tuple(documents)
@@ -64,12 +68,19 @@ def _document(row: Mapping[str, Any], field: str, source: str) -> str:
     return str(row[field])
 
 
-def hub_rows(name: str, config: str | None, split: str, field: str, revision: str | None, file: str | None,
-             instead: str) -> Iterator[str]:
+def hub_rows(
+    name: str,
+    config: str | None,
+    split: str,
+    field: str,
+    revision: str | None,
+    file: str | None,
+    instead: str,
+) -> Iterator[str]:
     """Yield one field of every row of a hub data set, in order; `file` picks one file of it.
 
-    Raises `MissingExtra` without the library, `NmsparseError` when the set is neither cached nor reachable; `instead`
-    says what else would do.
+    Raises `MissingExtra` without the library, `NmsparseError` when the set is neither cached nor
+    reachable; `instead` says what else would do.
     """
     what = f"{name}{f'/{config}' if config else ''}@{split}"
     try:
@@ -80,7 +91,10 @@ def hub_rows(name: str, config: str | None, split: str, field: str, revision: st
     try:
         rows = datasets.load_dataset(name, config, split=split, revision=revision, **files)
     except Exception as error:
-        raise NmsparseError(f"The data set '{what}' is not on this machine and the hub did not give it: "
-                            f"{first_line(error)}.", instead) from error
+        raise NmsparseError(
+            f"The data set '{what}' is not on this machine and the hub did not give it: "
+            f"{first_line(error)}.",
+            instead,
+        ) from error
     for row in rows:
         yield _document(row, field, what)

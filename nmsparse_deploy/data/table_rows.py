@@ -1,4 +1,5 @@
-"""Rows of a data set from a local file: parquet, JSON lines (plain or gzipped), or plain text, a row a line."""
+"""Rows of a data set from a local file: parquet, JSON lines (plain or gzipped), or plain text, a
+row a line."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def read_plain(path: Path) -> str:
 def read_rows(path: Path, field: str = "text") -> Iterator[str]:
     """Yield one field of every row, in order; of plain text the lines, each with its end.
 
-    Raises `UsageError` for a file that is damaged or lacks the field, `MissingExtra` for parquet without pyarrow.
+    Raises `UsageError` for a file that is damaged or lacks the field, `MissingExtra` for parquet
+    without pyarrow.
     """
     try:
         if path.name.lower().endswith(PARQUET):
@@ -82,8 +84,10 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
 
 def _check_field(path: Path, field: str, names: list[str]) -> None:
     if field not in names:
-        raise UsageError(f"'{path}' has no field '{field}'; it has {', '.join(map(str, names)) or 'none'}.",
-                         f"write {path}#FIELD")
+        raise UsageError(
+            f"'{path}' has no field '{field}'; it has {', '.join(map(str, names)) or 'none'}.",
+            f"write {path}#FIELD",
+        )
 
 
 def _text(path: Path, value: Any) -> str:

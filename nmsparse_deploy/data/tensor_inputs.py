@@ -1,6 +1,8 @@
-"""Calibration data that is ready for the forward pass: a safetensors file with one tensor `[samples, ...]` an argument.
+"""Calibration data that is ready for the forward pass: a safetensors file with one tensor
+`[samples, ...]` an argument.
 
-For what no text and no image can stand for: spectrograms of a speech model, latents of a diffusion model.
+For what no text and no image can stand for: spectrograms of a speech model, latents of a diffusion
+model.
 """
 
 from __future__ import annotations
@@ -33,8 +35,10 @@ class PreparedSample:
     @property
     def hashes(self) -> tuple[str, ...]:
         """SHA-256 of each sample."""
-        return tuple(tensors_hash({name: tensor[place] for name, tensor in self.inputs.items()})
-                     for place in range(len(self)))
+        return tuple(
+            tensors_hash({name: tensor[place] for name, tensor in self.inputs.items()})
+            for place in range(len(self))
+        )
 
     def batches(self, size: int) -> Iterator[dict[str, torch.Tensor]]:
         """Split the samples into forward passes, `size` at a time."""
@@ -42,25 +46,36 @@ class PreparedSample:
             yield {name: tensor[start : start + size] for name, tensor in self.inputs.items()}
 
     def record(self) -> dict[str, torch.Tensor]:
-        """Return the samples by content, to check later that an evaluation on others of their kind is held out."""
+        """Return the samples by content, to check later that an evaluation on others of their kind
+        is held out."""
         digests = [list(bytes.fromhex(digest)) for digest in self.hashes]
-        return {"fingerprint": torch.tensor(list(bytes.fromhex(self.fingerprint)), dtype=torch.uint8),
-                SAMPLE_HASHES: torch.tensor(digests, dtype=torch.uint8)}
+        return {
+            "fingerprint": torch.tensor(list(bytes.fromhex(self.fingerprint)), dtype=torch.uint8),
+            SAMPLE_HASHES: torch.tensor(digests, dtype=torch.uint8),
+        }
 
     def to_json(self) -> dict[str, object]:
-        return {"source": self.source, "fingerprint": self.fingerprint, "samples": len(self),
-                "inputs": {name: list(tensor.shape) for name, tensor in self.inputs.items()}}
+        return {
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "samples": len(self),
+            "inputs": {name: list(tensor.shape) for name, tensor in self.inputs.items()},
+        }
 
 
 def prepared(source: str, samples: int | None = None) -> PreparedSample:
-    """Read the samples of a file, at most `samples`. Raises `UsageError` for what is no such file."""
+    """Read the samples of a file, at most `samples`. Raises `UsageError` for what is no such
+    file."""
     tensors, fingerprint = read_tensors(source)
     check_counts(source, tensors)
-    return PreparedSample({name: tensor[:samples] for name, tensor in tensors.items()}, Path(source).name, fingerprint)
+    return PreparedSample(
+        {name: tensor[:samples] for name, tensor in tensors.items()}, Path(source).name, fingerprint
+    )
 
 
 def read_tensors(source: str) -> tuple[dict[str, torch.Tensor], str]:
-    """Read the tensors of a file by name, with a fingerprint of all of them. Raises `UsageError`."""
+    """Read the tensors of a file by name, with a fingerprint of all of them. Raises
+    `UsageError`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -90,8 +105,11 @@ def check_inputs_disjoint(calibration: torch.Tensor, evaluation: PreparedSample)
     seen = {bytes(row.tolist()).hex() for row in calibration}
     same = sum(digest in seen for digest in evaluation.hashes)
     if same:
-        raise NmsparseError(f"{same} of {len(evaluation)} evaluation samples were calibrated on; a score on them means "
-                            "nothing.", "choose another --data for the evaluation")
+        raise NmsparseError(
+            f"{same} of {len(evaluation)} evaluation samples were calibrated on; a score on them means "
+            "nothing.",
+            "choose another --data for the evaluation",
+        )
     return len(evaluation)
 
 
@@ -99,4 +117,6 @@ def check_counts(source: str, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise `UsageError` unless all tensors hold as many samples, and some."""
     counts = {len(tensor) if tensor.ndim else 0 for tensor in tensors.values()}
     if len(counts) != 1 or 0 in counts:
-        raise UsageError(f"The tensors of '{source}' are not as many samples each: {sorted(counts)}.")
+        raise UsageError(
+            f"The tensors of '{source}' are not as many samples each: {sorted(counts)}."
+        )

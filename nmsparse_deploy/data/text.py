@@ -1,4 +1,5 @@
-"""Text for calibration and evaluation: a file, a folder or a packaged sample, cut into windows with identities."""
+"""Text for calibration and evaluation: a file, a folder or a packaged sample, cut into windows with
+identities."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Text:
 
 @dataclass(frozen=True)
 class TokenSample:
-    """Windows of `length` tokens, `ids` `[samples, length]` int64, with the window numbers they were cut from."""
+    """Windows of `length` tokens, `ids` `[samples, length]` int64, with the window numbers they
+    were cut from."""
 
     ids: torch.Tensor
     windows: tuple[int, ...]
@@ -55,14 +57,21 @@ class TokenSample:
 
     def to_json(self) -> dict[str, object]:
         samples, length = self.ids.shape
-        return {"source": self.source, "fingerprint": self.fingerprint, "samples": samples, "length": length,
-                "windows": list(self.windows)}
+        return {
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "samples": samples,
+            "length": length,
+            "windows": list(self.windows),
+        }
 
 
 def load_text(source: str) -> Text:
-    """Read a packaged sample (`wikipedia`, `bbc`), `datasets:...`, a text file, a file of rows, or a folder of these.
+    """Read a packaged sample (`wikipedia`, `bbc`), `datasets:...`, a text file, a file of rows, or
+    a folder of these.
 
-    Rows come from parquet or JSON lines (also gzipped); `FILE#FIELD` names the field, which is `text` otherwise.
+    Rows come from parquet or JSON lines (also gzipped); `FILE#FIELD` names the field, which is
+    `text` otherwise.
 
     Raises `UsageError` for what is not there or empty.
     """
@@ -75,15 +84,21 @@ def load_text(source: str) -> Text:
     if (packaged := packaged_documents(source)) is not None:
         return Text(source, packaged)
     if path.is_dir():
-        documents = tuple(document for file in sorted(path.rglob("*")) if file.name.lower().endswith((".txt", *TABLES))
-                          for document in _documents(file, "text"))
+        documents = tuple(
+            document
+            for file in sorted(path.rglob("*"))
+            if file.name.lower().endswith((".txt", *TABLES))
+            for document in _documents(file, "text")
+        )
     elif path.is_file():
         documents = _documents(path, "text")
     elif field and Path(named).is_file():
         path, documents = Path(named), _documents(Path(named), field)
     else:
         named = ", ".join(corpora("text"))
-        raise UsageError(f"There is no text '{source}': no file, folder or packaged sample ({named}) has this name.")
+        raise UsageError(
+            f"There is no text '{source}': no file, folder or packaged sample ({named}) has this name."
+        )
     if not any(document.strip() for document in documents):
         raise UsageError(f"The text '{source}' is empty.")
     return Text(path.name, documents)
@@ -95,59 +110,94 @@ def _documents(path: Path, field: str) -> tuple[str, ...]:
 
 
 def windows(text: Text, tokenizer: Any, length: int) -> torch.Tensor:
-    """Join documents by blank lines and cut them into non-overlapping windows of `length` tokens; no BOS is added."""
+    """Join documents by blank lines and cut them into non-overlapping windows of `length` tokens;
+    no BOS is added."""
     joined = "\n\n".join(text.documents)
-    ids = torch.tensor(tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    ids = torch.tensor(
+        tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long
+    )
     return ids[: len(ids) // length * length].view(-1, length)
 
 
-def calibration_sample(text: Text, tokenizer: Any, samples: int, length: int, seed: int,
-                       at_most: bool = False) -> TokenSample:
+def calibration_sample(
+    text: Text, tokenizer: Any, samples: int, length: int, seed: int, at_most: bool = False
+) -> TokenSample:
     """Draw `samples` distinct windows with `seed`.
 
     Raises `UsageError` when there are none or, unless `at_most`, too few.
     """
     cut = windows(text, tokenizer, length)
     samples = min(samples, max(len(cut), 1)) if at_most else samples
-    return _choose(text, cut, samples, lambda count: torch.randperm(
-        count, generator=torch.Generator().manual_seed(seed))[:samples].sort().values, length)
+    return _choose(
+        text,
+        cut,
+        samples,
+        lambda count: (
+            torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
+            .sort()
+            .values
+        ),
+        length,
+    )
 
 
 def mixed(parts: Sequence[TokenSample], seed: int) -> TokenSample:
-    """Mix the samples of all parts in an order that `seed` decides, so that any run of them holds some of each."""
-    ids, windows = torch.cat([part.ids for part in parts]), [window for part in parts for window in part.windows]
+    """Mix the samples of all parts in an order that `seed` decides, so that any run of them holds
+    some of each."""
+    ids, windows = (
+        torch.cat([part.ids for part in parts]),
+        [window for part in parts for window in part.windows],
+    )
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
     digest = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()[:16]
-    return replace(parts[0], ids=ids[order], windows=tuple(windows[place] for place in order.tolist()),
-                   source=MIX.join(part.source for part in parts), fingerprint=digest)
+    return replace(
+        parts[0],
+        ids=ids[order],
+        windows=tuple(windows[place] for place in order.tolist()),
+        source=MIX.join(part.source for part in parts),
+        fingerprint=digest,
+    )
 
 
 def evaluation_sample(text: Text, tokenizer: Any, tokens: int, length: int) -> TokenSample:
     """Take the same evenly spaced windows for everybody: no seed, at least `tokens` tokens."""
     samples = -(-tokens // length)
-    return _choose(text, windows(text, tokenizer, length), samples,
-                   lambda count: torch.linspace(0, count - 1, samples).round().long(), length)
+    return _choose(
+        text,
+        windows(text, tokenizer, length),
+        samples,
+        lambda count: torch.linspace(0, count - 1, samples).round().long(),
+        length,
+    )
 
 
 def _choose(text: Text, cut: torch.Tensor, samples: int, pick: Any, length: int) -> TokenSample:
     if samples < 1:
-        raise UsageError("Zero calibration or evaluation tokens were asked for; at least one sample is needed.")
+        raise UsageError(
+            "Zero calibration or evaluation tokens were asked for; at least one sample is needed."
+        )
     if len(cut) < samples:
-        raise UsageError(f"The text '{text.name}' gives {len(cut)} windows of {length} tokens, not {samples}.",
-                         "ask for fewer samples or shorter ones, or give more text")
+        raise UsageError(
+            f"The text '{text.name}' gives {len(cut)} windows of {length} tokens, not {samples}.",
+            "ask for fewer samples or shorter ones, or give more text",
+        )
     chosen = pick(len(cut))
     return TokenSample(cut[chosen], tuple(chosen.tolist()), text.name, text.fingerprint)
 
 
 def check_disjoint(calibration: torch.Tensor, evaluation: torch.Tensor) -> int:
-    """Raise `NmsparseError` when calibration and evaluation share a run of `NGRAM` tokens; returns runs compared."""
+    """Raise `NmsparseError` when calibration and evaluation share a run of `NGRAM` tokens; returns
+    runs compared."""
     seen = set(_runs(calibration))
     compared = 0
     for run in _runs(evaluation):
         compared += 1
         if run in seen:
-            raise NmsparseError(f"Calibration and evaluation share a run of {NGRAM} tokens; a score on text that was "
-                                "calibrated on means nothing.", "choose another --eval-data or calibration text")
+            raise NmsparseError(
+                f"Calibration and evaluation share a run of {NGRAM} tokens; a score on text that was "
+                "calibrated on means nothing.",
+                "choose another --eval-data or calibration text",
+            )
     return compared
 
 

@@ -1,7 +1,8 @@
 """`--method auto`: the best recipe of a ladder that the model allows and the time at hand pays for.
 
-The ladder is ordered by what was measured on the demo model (docs/methods.md). Times are predicted from shapes and the
-speed of matrix products on this machine, which small models and small batches do not reach; `SLACK` covers that.
+The ladder is ordered by what was measured on the demo model (docs/methods.md). Times are predicted
+from shapes and the speed of matrix products on this machine, which small models and small batches
+do not reach; `SLACK` covers that.
 """
 
 from __future__ import annotations
@@ -25,10 +26,15 @@ SLACK = 2.0
 CLOSED = CLOSED_FORM.model_dump(include={"method", "refine", "sequential"})
 LADDER: dict[str, Json] = {
     "reconstructed, the last block on predictions": {
-        **CLOSED, "refine": [*CLOSED["refine"], {"name": "reconstruct", "through": 1}]},
+        **CLOSED,
+        "refine": [*CLOSED["refine"], {"name": "reconstruct", "through": 1}],
+    },
     "reconstructed": {**CLOSED, "refine": [*CLOSED["refine"], {"name": "reconstruct"}]},
     "closed form": CLOSED,
-    "refitted Wanda": {"method": "wanda", "refine": [{"name": "refit", "blend": 0.0, "residual": 0.0}]},
+    "refitted Wanda": {
+        "method": "wanda",
+        "refine": [{"name": "refit", "blend": 0.0, "residual": 0.0}],
+    },
     "Wanda": {"method": "wanda"},
 }
 """From the best to the fastest."""
@@ -42,15 +48,23 @@ class AutoRecipe:
     why: str
 
 
-def choose(model: str, settings: Json, minutes: float = MINUTES, progress: Progress = silent,
-           max_memory: int | None = None) -> AutoRecipe:
-    """Choose the first recipe of the ladder that is predicted to fit; `settings` are the other fields of the prune
-    section.
+def choose(
+    model: str,
+    settings: Json,
+    minutes: float = MINUTES,
+    progress: Progress = silent,
+    max_memory: int | None = None,
+) -> AutoRecipe:
+    """Choose the first recipe of the ladder that is predicted to fit; `settings` are the other
+    fields of the prune section.
 
-    Raises `UsageError` when even the fastest recipe does not fit, or when the settings ask for refinements themselves.
+    Raises `UsageError` when even the fastest recipe does not fit, or when the settings ask for
+    refinements themselves.
     """
     if settings.get("refine"):
-        raise UsageError("--method auto chooses the refinements itself.", "leave --refine out, or name a method")
+        raise UsageError(
+            "--method auto chooses the refinements itself.", "leave --refine out, or name a method"
+        )
     progress(f"loading {model} to choose a recipe", 0, 0)
     loaded = load_fitting(model, max_memory)
     base = validate(Prune, settings)
@@ -63,12 +77,20 @@ def choose(model: str, settings: Json, minutes: float = MINUTES, progress: Progr
     for name, fields in LADDER.items():
         spec = validate(Prune, {**settings, **fields})
         settled = spec.settled(gpu=device.type == "cuda")
-        if loaded.streamed and settled.whole_model and footprint(loaded, plan, settled, rates.dtype).whole > available:
+        if (
+            loaded.streamed
+            and settled.whole_model
+            and footprint(loaded, plan, settled, rates.dtype).whole > available
+        ):
             continue
         predicted = SLACK * estimate(loaded, plan, settled, rates).seconds / 60
         if predicted <= minutes:
             slower = "".join(f"; '{other}' would take {time:.0f} min" for other, time in rejected)
-            return AutoRecipe(spec, f"auto: '{name}', predicted {predicted:.1f} of the {minutes:g} min{slower}")
+            return AutoRecipe(
+                spec, f"auto: '{name}', predicted {predicted:.1f} of the {minutes:g} min{slower}"
+            )
         rejected.append((name, predicted))
-    raise UsageError(f"Even '{name}' is predicted to take {predicted:.0f} min, more than the {minutes:g} allowed.",
-                     "raise --time-budget, lower --samples, or choose --method magnitude")
+    raise UsageError(
+        f"Even '{name}' is predicted to take {predicted:.0f} min, more than the {minutes:g} allowed.",
+        "raise --time-budget, lower --samples, or choose --method magnitude",
+    )

@@ -1,4 +1,5 @@
-"""The file of a finished block: what pruning it changed, and its records. A killed run goes on after the last one."""
+"""The file of a finished block: what pruning it changed, and its records. A killed run goes on
+after the last one."""
 
 from __future__ import annotations
 
@@ -50,8 +51,8 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class BlockContent:
-    """The outcome of pruning a block: parameters (weights, norms, biases) as they are stored, packed masks, scales of
-    rounded weights, orders of permuted channels, and the records."""
+    """The outcome of pruning a block: parameters (weights, norms, biases) as they are stored,
+    packed masks, scales of rounded weights, orders of permuted channels, and the records."""
 
     layers: Sequence[LayerRecord]
     refinements: Sequence[RefinementRecord]
@@ -63,7 +64,8 @@ class BlockContent:
 
     @classmethod
     def of(cls, pruned: PrunedBlock, module: nn.Module, scope: Scope | None) -> BlockContent:
-        """Take over what `prune_block` made of the dense weights in `module`; `scope` is what a mask has to keep.
+        """Take over what `prune_block` made of the dense weights in `module`; `scope` is what a
+        mask has to keep.
 
         Raises `CheckFailed` when a mask is not in its pattern, or a rounded weight is off its grid.
         """
@@ -76,20 +78,39 @@ class BlockContent:
             rows = to_rows(weight, layer.axis)
             if result.grid is not None:
                 if not result.grid.holds(rows):
-                    raise CheckFailed(f"The recipe left the {result.grid.bits}-bit grid on '{name}'.")
+                    raise CheckFailed(
+                        f"The recipe left the {result.grid.bits}-bit grid on '{name}'."
+                    )
                 scales[name] = result.grid.scales
-            mask = Mask.pack(from_rows(result.mask, layer.shape, layer.axis), layer.axis, layer.pattern,
-                             tensor_hash(dense))
+            mask = Mask.pack(
+                from_rows(result.mask, layer.shape, layer.axis),
+                layer.axis,
+                layer.pattern,
+                tensor_hash(dense),
+            )
             parameters[name], masks[name] = weight, mask
-            layers.append(LayerRecord(name, pruned.number, mask.axis, str(mask.pattern), mask.shape, mask.dense_hash,
-                                      layer.error(rows.float()), negative_zeros, round(pruned.seconds[name], 3),
-                                      pruned.peaks[name], layer.stats.expert_tokens()))
+            layers.append(
+                LayerRecord(
+                    name,
+                    pruned.number,
+                    mask.axis,
+                    str(mask.pattern),
+                    mask.shape,
+                    mask.dense_hash,
+                    layer.error(rows.float()),
+                    negative_zeros,
+                    round(pruned.seconds[name], 3),
+                    pruned.peaks[name],
+                    layer.stats.expert_tokens(),
+                )
+            )
         return cls(layers, pruned.refinements, parameters, masks, scales, pruned.orders)
 
 
 @dataclass(frozen=True)
 class BlockFile:
-    """A finished block on disk. The records are in memory; tensors are read when they are asked for."""
+    """A finished block on disk. The records are in memory; tensors are read when they are asked
+    for."""
 
     path: Path
     layers: tuple[LayerRecord, ...]
@@ -98,30 +119,56 @@ class BlockFile:
     @staticmethod
     def save(path: Path, content: BlockContent) -> None:
         """Write one safetensors file. The caller makes it atomic."""
-        tensors = {PARAMETER + name: value.cpu().contiguous() for name, value in content.parameters.items()}
-        tensors |= {MASK + name: torch.from_numpy(mask.bits) for name, mask in content.masks.items()}
+        tensors = {
+            PARAMETER + name: value.cpu().contiguous() for name, value in content.parameters.items()
+        }
+        tensors |= {
+            MASK + name: torch.from_numpy(mask.bits) for name, mask in content.masks.items()
+        }
         tensors |= {SCALES + name: value.cpu() for name, value in content.scales.items()}
-        tensors |= {f"{ORDER}{axis}/{name}": order.to(torch.int32) for (name, axis), order in content.orders.items()}
-        save_file(tensors, path, {"layers": json.dumps([record.to_json() for record in content.layers]),
-                                  "refinements": json.dumps([record.to_json() for record in content.refinements])})
+        tensors |= {
+            f"{ORDER}{axis}/{name}": order.to(torch.int32)
+            for (name, axis), order in content.orders.items()
+        }
+        save_file(
+            tensors,
+            path,
+            {
+                "layers": json.dumps([record.to_json() for record in content.layers]),
+                "refinements": json.dumps([record.to_json() for record in content.refinements]),
+            },
+        )
 
     @classmethod
     def load(cls, path: Path) -> BlockFile:
         """Read the records of a file that `save` wrote."""
         with safe_open(path, framework="pt") as file:
             header = file.metadata()
-        return cls(path, TypeAdapter(tuple[LayerRecord, ...]).validate_json(header["layers"]),
-                   tuple(RefinementRecord.from_json(row) for row in json.loads(header["refinements"])))
+        return cls(
+            path,
+            TypeAdapter(tuple[LayerRecord, ...]).validate_json(header["layers"]),
+            tuple(RefinementRecord.from_json(row) for row in json.loads(header["refinements"])),
+        )
 
     def parameters(self, module: nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
         """Return how to read each changed parameter, in the dtype that it has in `module`."""
-        return {name: partial(self._read, PARAMETER + name, module.get_parameter(name).dtype)
-                for name in self._names(PARAMETER)}
+        return {
+            name: partial(self._read, PARAMETER + name, module.get_parameter(name).dtype)
+            for name in self._names(PARAMETER)
+        }
 
     def masks(self) -> dict[str, Mask]:
         """Read the masks."""
-        return {row.name: Mask(self._read(MASK + row.name).numpy(), row.shape, row.axis, parse_pattern(row.pattern),
-                               row.dense_hash) for row in self.layers}
+        return {
+            row.name: Mask(
+                self._read(MASK + row.name).numpy(),
+                row.shape,
+                row.axis,
+                parse_pattern(row.pattern),
+                row.dense_hash,
+            )
+            for row in self.layers
+        }
 
     def scales(self) -> dict[str, torch.Tensor]:
         """Read the scales of rounded weights."""

@@ -1,7 +1,8 @@
-"""The cost of a prune, from shapes alone: floating-point operations, memory and disk. Predicted, not measured.
+"""The cost of a prune, from shapes alone: floating-point operations, memory and disk. Predicted,
+not measured.
 
-Each term of the estimate is a function with its formula: `P` are weights, `T` tokens, `n` the inputs and `R` the
-outputs of a matrix.
+Each term of the estimate is a function with its formula: `P` are weights, `T` tokens, `n` the
+inputs and `R` the outputs of a matrix.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from nmsparse_deploy.registry import METHODS
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations in GFLOP, memory and disk in MB, seconds at the speed this machine showed just now.
+    """Operations in GFLOP, memory and disk in MB, seconds at the speed this machine showed just
+    now.
 
-    Memory with the whole model loaded; with weights streamed from their files; with hidden states on disk besides.
+    Memory with the whole model loaded; with weights streamed from their files; with hidden states
+    on disk besides.
     """
 
     tokens: int
@@ -54,19 +57,34 @@ def estimate(loaded: LoadedModel, plan: Plan, spec: Prune, rates: Rates) -> Cost
     training = training_passes(module, plan, spec)
     grams, factors = statistics(targets, spec), factorisations(targets, spec)
     swept, refitted = sweeps(targets, spec), refits(targets, spec)
-    seconds = ((forward + training) / rates.compute + (grams + swept + refitted) / rates.single
-               + factors / rates.double)
+    seconds = (
+        (forward + training) / rates.compute
+        + (grams + swept + refitted) / rates.single
+        + factors / rates.double
+    )
     memory = footprint(loaded, plan, spec, rates.dtype)
-    return Cost(_tokens(spec), forward / 1e9, grams / 1e9, factors / 1e9, swept / 1e9, refitted / 1e9, training / 1e9,
-                memory.whole / 1e6, memory.streamed / 1e6, memory.on_disk / 1e6, disk(module, targets) / 1e6, seconds)
+    return Cost(
+        _tokens(spec),
+        forward / 1e9,
+        grams / 1e9,
+        factors / 1e9,
+        swept / 1e9,
+        refitted / 1e9,
+        training / 1e9,
+        memory.whole / 1e6,
+        memory.streamed / 1e6,
+        memory.on_disk / 1e6,
+        disk(module, targets) / 1e6,
+        seconds,
+    )
 
 
 def forward_passes(module: nn.Module, plan: Plan, spec: Prune) -> int:
     """Count passes through the blocks without learning: `2·T·P` each.
 
-    One advances the stream; each stream takes one for its statistics, two when sequential; an epoch of reconstruction
-    takes three. Where a block looks at the model's output, an epoch takes three through what is not in the blocks, and
-    one for the dense model's output.
+    One advances the stream; each stream takes one for its statistics, two when sequential; an epoch
+    of reconstruction takes three. Where a block looks at the model's output, an epoch takes three
+    through what is not in the blocks, and one for the dense model's output.
     """
     tokens, inside = _tokens(spec), _inside(plan)
     streams = 1 + (spec.dense_stream or spec.learn is not None)
@@ -79,7 +97,8 @@ def forward_passes(module: nn.Module, plan: Plan, spec: Prune) -> int:
 
 
 def statistics(targets: list[Target], spec: Prune) -> int:
-    """Count what Grams take: `2·T·n²` for every fusion group, whose members share one, and as much for a cross Gram."""
+    """Count what Grams take: `2·T·n²` for every fusion group, whose members share one, and as much
+    for a cross Gram."""
     if spec.needs != "gram":
         return 0
     widths = {target.fusion: target.k for target in targets}
@@ -112,9 +131,10 @@ def training_passes(module: nn.Module, plan: Plan, spec: Prune) -> float:
 def _training_run(module: nn.Module, plan: Plan, spec: Prune, run: Training) -> float:
     """Count the passes of one run.
 
-    A step takes three passes over its tokens, one more for a teacher; what learns from forward passes alone takes one
-    for its draw and one for the prior, each with a teacher of its own. An evaluation takes one pass over the held-out
-    batches. All blocks together are one pass of the blocks; a whole model has its head as well.
+    A step takes three passes over its tokens, one more for a teacher; what learns from forward
+    passes alone takes one for its draw and one for the prior, each with a teacher of its own. An
+    evaluation takes one pass over the held-out batches. All blocks together are one pass of the
+    blocks; a whole model has its head as well.
     """
     scope = run.scope if isinstance(run, Learn) else "global"
     tokens = run.steps * (run.batch or spec.calibration.batch) * spec.calibration.length
@@ -127,7 +147,8 @@ def _training_run(module: nn.Module, plan: Plan, spec: Prune, run: Training) -> 
 
 
 def disk(module: nn.Module, targets: list[Target]) -> float:
-    """Return the bytes of the saved model, of as much again for finished blocks, and of masks of one bit a weight."""
+    """Return the bytes of the saved model, of as much again for finished blocks, and of masks of
+    one bit a weight."""
     stored = sum(value.numel() * value.itemsize for value in module.parameters())
     return 2 * stored + MASK_BYTES * sum(target.k * target.n for target in targets)
 
@@ -143,20 +164,28 @@ def _inside(plan: Plan) -> int:
 
 
 def _sweeps_each(spec: Prune) -> int:
-    """Return how many sweeps each matrix takes: one of a method with a Gram, one that rounds in the end."""
+    """Return how many sweeps each matrix takes: one of a method with a Gram, one that rounds in the
+    end."""
     return (METHODS[spec.one_shot_method].needs == "gram") + spec.rounds_last
 
 
 def _multiplied(module: nn.Module) -> int:
-    """Return the weights that a token is multiplied with in a pass through the model; embeddings are only looked up."""
-    used = {id(value): value.numel() for part in module.modules() if not isinstance(part, nn.Embedding)
-            for value in part.parameters(recurse=False) if value.ndim > 1}
+    """Return the weights that a token is multiplied with in a pass through the model; embeddings
+    are only looked up."""
+    used = {
+        id(value): value.numel()
+        for part in module.modules()
+        if not isinstance(part, nn.Embedding)
+        for value in part.parameters(recurse=False)
+        if value.ndim > 1
+    }
     return sum(used.values())
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Floating-point operations per second of matrix products: in the dtype of the forwards, in fp32, in fp64."""
+    """Floating-point operations per second of matrix products: in the dtype of the forwards, in
+    fp32, in fp64."""
 
     dtype: torch.dtype
     compute: float

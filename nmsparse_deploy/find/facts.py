@@ -30,4 +30,8 @@ class RefinementRecord:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> RefinementRecord:
-        return cls(row["block"], row["name"], {key: row[key] for key in row if key not in ("block", "name")})
+        return cls(
+            row["block"],
+            row["name"],
+            {key: row[key] for key in row if key not in ("block", "name")},
+        )

@@ -1,8 +1,9 @@
-"""Take over a result that was found elsewhere: masks for a dense model, or a checkpoint that is sparse already.
+"""Take over a result that was found elsewhere: masks for a dense model, or a checkpoint that is
+sparse already.
 
-Files of masks are read by `mask_files.py`. In a sparse checkpoint zeros say less than a mask: where a group has fewer
-non-zeros than the pattern keeps, the places that were kept are guessed (first where the dense weight is zero too, then
-the lowest index) and counted.
+Files of masks are read by `mask_files.py`. In a sparse checkpoint zeros say less than a mask: where
+a group has fewer non-zeros than the pattern keeps, the places that were kept are guessed (first
+where the dense weight is zero too, then the lowest index) and counted.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from nmsparse_deploy.system.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Imported:
-    """A run that holds a foreign result. `ambiguous` counts groups whose kept places had to be guessed,
-    `partial` the fusion groups in which some weights are sparse and others are not."""
+    """A run that holds a foreign result. `ambiguous` counts groups whose kept places had to be
+    guessed, `partial` the fusion groups in which some weights are sparse and others are not."""
 
     run: RunDir
     layers: int
@@ -45,27 +46,48 @@ class Imported:
 
     def summary(self) -> str:
         """Say in one sentence what was imported, and what had to be guessed."""
-        guessed = (f"; in {self.ambiguous:,} of {self.groups:,} groups the kept places had to be guessed from zeros"
-                   if self.ambiguous else "")
-        mixed = (f"; {self.partial} groups that compilers merge into one GEMM are only partly sparse, which makes the "
-                 "merged weight dense" if self.partial else "")
+        guessed = (
+            f"; in {self.ambiguous:,} of {self.groups:,} groups the kept places had to be guessed from zeros"
+            if self.ambiguous
+            else ""
+        )
+        mixed = (
+            f"; {self.partial} groups that compilers merge into one GEMM are only partly sparse, which makes the "
+            "merged weight dense"
+            if self.partial
+            else ""
+        )
         return f"{self.run.path}: {self.layers} masks imported and verified{guessed}{mixed}."
 
     def to_json(self) -> Json:
-        return {"run": str(self.run.path), "layers": self.layers, "groups": self.groups,
-                "ambiguous": self.ambiguous, "partial": self.partial}
+        return {
+            "run": str(self.run.path),
+            "layers": self.layers,
+            "groups": self.groups,
+            "ambiguous": self.ambiguous,
+            "partial": self.partial,
+        }
 
 
-def import_result(model: str, masks: Path | None = None, sparse: str | None = None, pattern: str = "2:4",
-                  out: Path | None = None, progress: Progress = silent) -> Imported:
-    """Make a run folder of `model` with the masks of a file, with those of the checkpoint `sparse`, or with its own
-    zeros.
+def import_result(
+    model: str,
+    masks: Path | None = None,
+    sparse: str | None = None,
+    pattern: str = "2:4",
+    out: Path | None = None,
+    progress: Progress = silent,
+) -> Imported:
+    """Make a run folder of `model` with the masks of a file, with those of the checkpoint `sparse`,
+    or with its own zeros.
 
-    With a mask file the surviving weights are the model's; with `sparse` they are the checkpoint's. Raises `UsageError`
-    for files that are damaged or do not fit the model, and `CheckFailed` for masks of another pattern.
+    With a mask file the surviving weights are the model's; with `sparse` they are the checkpoint's.
+    Raises `UsageError` for files that are damaged or do not fit the model, and `CheckFailed` for
+    masks of another pattern.
     """
     if masks is not None and sparse is not None:
-        raise UsageError("Masks come from a file (--masks) or from a checkpoint (--sparse), not from both.")
+        raise UsageError(
+            "Masks come from a file (--masks) or from a checkpoint (--sparse), not from both."
+        )
     wanted = NMPattern.parse(pattern)
     model = str(Path(model).resolve()) if Path(model).exists() else model
     path = out or RUNS / f"{models.short_name(model)}-imported-{str(wanted).replace(':', '-')}"
@@ -86,47 +108,77 @@ def import_result(model: str, masks: Path | None = None, sparse: str | None = No
         values = {name: pruned.module.get_parameter(name).detach() for name in targets}
         kept = {}
         for name, target in targets.items():
-            guess = mask_of(values[name], weights[name] if sparse is not None else None, wanted, target.axis)
+            guess = mask_of(
+                values[name], weights[name] if sparse is not None else None, wanted, target.axis
+            )
             if guess is not None:
                 kept[name], ambiguous[name] = guess
         if not kept:
             raise CheckFailed(f"No weight of '{sparse or model}' is {wanted} sparse.")
-    plan = Plan(tuple(PlanRow(target, wanted if name in kept else None, "imported" if name in kept else "has no mask")
-                      for name, target in targets.items()), discovery.skipped, discovery.blocks)
+    plan = Plan(
+        tuple(
+            PlanRow(
+                target,
+                wanted if name in kept else None,
+                "imported" if name in kept else "has no mask",
+            )
+            for name, target in targets.items()
+        ),
+        discovery.skipped,
+        discovery.blocks,
+    )
     spec = Prune(method="magnitude", pattern=str(wanted))
     source = ImportedFrom(masks=str(masks) if masks else None, sparse=sparse)
-    recipe = RecipeRecord.of(model, spec).model_copy(update={"method": "imported", "imported": source})
+    recipe = RecipeRecord.of(model, spec).model_copy(
+        update={"method": "imported", "imported": source}
+    )
     normalised = _apply(pruned, kept)
     run = RunDir.create(path, recipe, fingerprint(f"{model} {masks} {sparse}", spec), force=True)
     with run.lock():
         write_model(run, pruned)
-        packed = {name: Mask.pack(mask.contiguous(), targets[name].axis, wanted, hashes[name])
-                  for name, mask in kept.items()}
-        records = [_record(name, targets[name], mask, normalised[name]) for name, mask in packed.items()]
+        packed = {
+            name: Mask.pack(mask.contiguous(), targets[name].axis, wanted, hashes[name])
+            for name, mask in kept.items()
+        }
+        records = [
+            _record(name, targets[name], mask, normalised[name]) for name, mask in packed.items()
+        ]
         masks_written = write_masks(run, packed, records, "imported", model)
         run.write_json("plan.json", plan.to_json())
         verify_model(run, masks_written, "imported")
-        run.finish("prune", time.perf_counter() - start, layers=len(records), peak_memory_mb=peak_memory_mb(),
-                   negative_zeros_normalised=sum(normalised.values()),
-                   provenance=dense.provenance, compute="none", calibration=None, ambiguous=ambiguous)
+        run.finish(
+            "prune",
+            time.perf_counter() - start,
+            layers=len(records),
+            peak_memory_mb=peak_memory_mb(),
+            negative_zeros_normalised=sum(normalised.values()),
+            provenance=dense.provenance,
+            compute="none",
+            calibration=None,
+            ambiguous=ambiguous,
+        )
     groups = sum(mask.numel() // wanted.group for mask in kept.values())
     partial = sum(len({row.pattern for row in rows}) > 1 for rows in by_fusion(plan.rows).values())
     return Imported(run, len(kept), groups, sum(ambiguous.values()), partial)
 
 
 def _refuse_finished(path: Path) -> None:
-    """Raise `UsageError` for a folder that is there already, unless it is an import that was interrupted."""
-    if path.exists() and not ((path / "manifest.json").is_file() and not RunDir(path).finished("prune")):
+    """Raise `UsageError` for a folder that is there already, unless it is an import that was
+    interrupted."""
+    if path.exists() and not (
+        (path / "manifest.json").is_file() and not RunDir(path).finished("prune")
+    ):
         raise UsageError(f"'{path}' exists already.", "choose another --out")
 
 
-def mask_of(sparse: torch.Tensor, dense: torch.Tensor | None, pattern: NMPattern, axis: int,
-            ) -> tuple[torch.Tensor, int] | None:
-    """Return the mask that a sparse weight follows, and in how many groups it is a guess; None when the weight is not
-    sparse.
+def mask_of(
+    sparse: torch.Tensor, dense: torch.Tensor | None, pattern: NMPattern, axis: int
+) -> tuple[torch.Tensor, int] | None:
+    """Return the mask that a sparse weight follows, and in how many groups it is a guess; None when
+    the weight is not sparse.
 
-    A group with `keep` non-zeros is known. With fewer, places that are zero in `dense` as well come first: a kept place
-    of a dense zero is zero, too.
+    A group with `keep` non-zeros is known. With fewer, places that are zero in `dense` as well come
+    first: a kept place of a dense zero is zero, too.
     """
     if sparse.shape[axis] % pattern.group:
         return None
@@ -149,14 +201,18 @@ def mask_of(sparse: torch.Tensor, dense: torch.Tensor | None, pattern: NMPattern
     return mask.flatten(-2).movedim(-1, axis), int(guessed.sum())
 
 
-def _checked(masks: dict[str, torch.Tensor], targets: Mapping[str, Target], pattern: NMPattern,
-             ) -> dict[str, torch.Tensor]:
-    """Return the masks, every one in the pattern along its weight's reduction axis. Raises `CheckFailed`."""
+def _checked(
+    masks: dict[str, torch.Tensor], targets: Mapping[str, Target], pattern: NMPattern
+) -> dict[str, torch.Tensor]:
+    """Return the masks, every one in the pattern along its weight's reduction axis. Raises
+    `CheckFailed`."""
     for name, mask in masks.items():
         axis = targets[name].axis
         if mask.shape[axis] % pattern.group or not mask_follows(mask, pattern, axis):
-            raise CheckFailed(f"The mask of '{name}' is not {pattern} along its reduction axis.",
-                              "name its pattern with --pattern")
+            raise CheckFailed(
+                f"The mask of '{name}' is not {pattern} along its reduction axis.",
+                "name its pattern with --pattern",
+            )
     return masks
 
 
@@ -168,7 +224,9 @@ def _same_model(sparse: str, dense: LoadedModel, progress: Progress) -> LoadedMo
     there = {name: tuple(p.shape) for name, p in dense.module.named_parameters()}
     if here != there:
         odd = next(name for name in [*here, *there] if here.get(name) != there.get(name))
-        raise UsageError(f"'{sparse}' is another model than '{dense.source}': they differ in '{odd}'.")
+        raise UsageError(
+            f"'{sparse}' is another model than '{dense.source}': they differ in '{odd}'."
+        )
     return loaded
 
 
@@ -186,5 +244,15 @@ def _apply(loaded: LoadedModel, kept: Mapping[str, torch.Tensor]) -> dict[str, i
 
 
 def _record(name: str, target: Target, mask: Mask, negative_zeros: int) -> LayerRecord:
-    return LayerRecord(name, target.block, mask.axis, str(mask.pattern), mask.shape, mask.dense_hash, None,
-                       negative_zeros, 0.0, 0)
+    return LayerRecord(
+        name,
+        target.block,
+        mask.axis,
+        str(mask.pattern),
+        mask.shape,
+        mask.dense_hash,
+        None,
+        negative_zeros,
+        0.0,
+        0,
+    )

@@ -1,6 +1,8 @@
-"""Open a model the way that fits into memory: whole; streamed from its files; hidden states on disk besides.
+"""Open a model the way that fits into memory: whole; streamed from its files; hidden states on disk
+besides.
 
-The first of the three that is predicted to fit is taken. What is computed is the same bits in all of them.
+The first of the three that is predicted to fit is taken. What is computed is the same bits in all
+of them.
 """
 
 from __future__ import annotations
@@ -36,20 +38,26 @@ class OpenedModel:
     """What the user allows, in bytes."""
 
     def to_json(self) -> Json:
-        return {"weights": "streamed" if self.loaded.streamed else "in memory",
-                "hidden_states": "on disk" if self.on_disk else "in memory",
-                "predicted_bytes": self.predicted, "limit_bytes": self.limit}
+        return {
+            "weights": "streamed" if self.loaded.streamed else "in memory",
+            "hidden_states": "on disk" if self.on_disk else "in memory",
+            "predicted_bytes": self.predicted,
+            "limit_bytes": self.limit,
+        }
 
     def check(self, peak: int, done: str) -> None:
         """Raise `NmsparseError` when more memory was in use than the user allows."""
         if self.limit is not None and peak > self.limit:
             raise NmsparseError(
                 f"{done} took {megabytes(peak)} of memory, more than the {megabytes(self.limit)} of --max-memory; the "
-                "finished blocks are kept.", "the same command with a larger --max-memory goes on from here")
+                "finished blocks are kept.",
+                "the same command with a larger --max-memory goes on from here",
+            )
 
 
 def load_fitting(model: str, limit: int | None = None) -> LoadedModel:
-    """Load `model`, with its weights left in their files when they are more than is free, or when there is a limit.
+    """Load `model`, with its weights left in their files when they are more than is free, or when
+    there is a limit.
 
     A model of the hub is downloaded first: how large it is should not be found out by loading it.
     """
@@ -62,12 +70,20 @@ def load_fitting(model: str, limit: int | None = None) -> LoadedModel:
 
 def planned(loaded: LoadedModel, spec: Prune) -> Plan:
     """Plan what `spec` asks to be pruned in `loaded`."""
-    return make_plan(loaded.discover(), parse_pattern(spec.pattern), spec.include, spec.exclude, spec.patterns)
+    return make_plan(
+        loaded.discover(), parse_pattern(spec.pattern), spec.include, spec.exclude, spec.patterns
+    )
 
 
-def open_model(model: str, spec: Prune, compute: torch.dtype, limit: int | None = None,
-               progress: Progress = silent) -> OpenedModel:
-    """Load `model` and plan. Raises `NmsparseError` when it cannot be pruned as asked in the memory there is."""
+def open_model(
+    model: str,
+    spec: Prune,
+    compute: torch.dtype,
+    limit: int | None = None,
+    progress: Progress = silent,
+) -> OpenedModel:
+    """Load `model` and plan. Raises `NmsparseError` when it cannot be pruned as asked in the memory
+    there is."""
     loaded = load_fitting(model, limit)
     progress(models.described(model, loaded), 0, 0)
     plan = planned(loaded, spec)
@@ -79,12 +95,19 @@ def open_model(model: str, spec: Prune, compute: torch.dtype, limit: int | None 
     if need.whole <= available:
         return OpenedModel(models.load(model), plan, False, need.whole, limit)
     if reason := spec.whole_model:
-        raise NmsparseError(f"{reason} needs the whole model in memory, {megabytes(need.whole)} as predicted, and "
-                            f"there are {megabytes(available)}.", "leave it out, or take a machine with more memory")
+        raise NmsparseError(
+            f"{reason} needs the whole model in memory, {megabytes(need.whole)} as predicted, and "
+            f"there are {megabytes(available)}.",
+            "leave it out, or take a machine with more memory",
+        )
     on_disk = need.streamed > available
     predicted = need.on_disk if on_disk else need.streamed
-    progress(f"weights are streamed from their files{', hidden states are on disk' if on_disk else ''}; predicted peak "
-             f"{megabytes(predicted)}", 0, 0)
+    progress(
+        f"weights are streamed from their files{', hidden states are on disk' if on_disk else ''}; predicted peak "
+        f"{megabytes(predicted)}",
+        0,
+        0,
+    )
     if limit is not None:
         _refuse_over(limit, predicted, "one block of it at a time, with hidden states on disk")
     return OpenedModel(loaded, plan, on_disk, predicted, limit)
@@ -92,6 +115,8 @@ def open_model(model: str, spec: Prune, compute: torch.dtype, limit: int | None 
 
 def _refuse_over(limit: int | None, predicted: int, how: str) -> None:
     if limit is not None and predicted > limit:
-        raise NmsparseError(f"Pruning this model is predicted to take {megabytes(predicted)} of memory, {how}; "
-                            f"--max-memory allows {megabytes(limit)}.",
-                            "raise --max-memory, shorten --length, or take a method without a Gram (wanda, magnitude)")
+        raise NmsparseError(
+            f"Pruning this model is predicted to take {megabytes(predicted)} of memory, {how}; "
+            f"--max-memory allows {megabytes(limit)}.",
+            "raise --max-memory, shorten --length, or take a method without a Gram (wanda, magnitude)",
+        )

@@ -1,7 +1,8 @@
 """The prune stage: load, plan, walk block by block, commit each block, bake, verify, save.
 
-A block is finished when `blocks/NNN.safetensors` exists. After a kill, finished blocks are read back, the calibration
-stream is recomputed through them, and the walk goes on: the masks are the same bits as in an unbroken run.
+A block is finished when `blocks/NNN.safetensors` exists. After a kill, finished blocks are read
+back, the calibration stream is recomputed through them, and the walk goes on: the masks are the
+same bits as in an unbroken run.
 """
 
 from __future__ import annotations
@@ -44,14 +45,22 @@ from nmsparse_deploy.system.memory import give_back, peak_memory_mb, run_peak, s
 from nmsparse_deploy.system.progress import Progress, silent
 
 
-def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = None, force: bool = False,
-          progress: Progress = silent, max_memory: int | None = None) -> RunDir:
-    """Prune `model` as `spec` says into a run folder (default `runs/MODEL-METHOD-PATTERN`) and verify what was saved.
+def prune(
+    model: str = DEFAULT_MODEL,
+    spec: Prune = Prune(),
+    out: Path | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+    max_memory: int | None = None,
+) -> RunDir:
+    """Prune `model` as `spec` says into a run folder (default `runs/MODEL-METHOD-PATTERN`) and
+    verify what was saved.
 
-    Weights are streamed from their files where the model does not fit into memory, or into `max_memory` bytes.
-    The same recipe resumes an unfinished run and returns a finished one as it is. Raises `UsageError` for a folder that
-    holds another recipe's run, `NmsparseError` for weights or data that cannot be used, `CheckFailed` when the saved
-    model does not hold the pattern. Several processes (`torchrun`) share the calibration sequences, or what is learned
+    Weights are streamed from their files where the model does not fit into memory, or into
+    `max_memory` bytes. The same recipe resumes an unfinished run and returns a finished one as it
+    is. Raises `UsageError` for a folder that holds another recipe's run, `NmsparseError` for
+    weights or data that cannot be used, `CheckFailed` when the saved model does not hold the
+    pattern. Several processes (`torchrun`) share the calibration sequences, or what is learned
     through the whole model; the first one writes.
     """
     model = str(Path(model).resolve()) if Path(model).exists() else model
@@ -59,7 +68,9 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
     identity = fingerprint(model, spec)
     path = out or _default_path(model, spec, identity)
     if not force and (path / "manifest.json").is_file():
-        run = RunDir.create(path, recipe, identity, force=False)  # refuses another recipe before anything is loaded
+        run = RunDir.create(
+            path, recipe, identity, force=False
+        )  # refuses another recipe before anything is loaded
         if run.finished("prune"):
             progress(f"'{path}' is finished; --force starts over", 0, 0)
             return run
@@ -86,8 +97,19 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
     team.wait()
     run = RunDir(path)
     loaded.to(device)
-    stage = _Stage(run, opened, loaded, plan, spec, method, sample, compute, progress, stored,
-                   ALONE if spec.learn else team)
+    stage = _Stage(
+        run,
+        opened,
+        loaded,
+        plan,
+        spec,
+        method,
+        sample,
+        compute,
+        progress,
+        stored,
+        ALONE if spec.learn else team,
+    )
     if spec.learn and not team.first:
         stage.learn_whole()
     else:
@@ -98,8 +120,15 @@ def prune(model: str = DEFAULT_MODEL, spec: Prune = Prune(), out: Path | None = 
 
 
 def _default_path(model: str, spec: Prune, identity: str) -> Path:
-    how = "-".join([*(["permute"] if spec.permute else []), spec.method, *([f"w{spec.wbits}"] if spec.wbits else []),
-                    *(step.name for step in spec.refine), *(["plan"] if spec.patterns else [])])
+    how = "-".join(
+        [
+            *(["permute"] if spec.permute else []),
+            spec.method,
+            *([f"w{spec.wbits}"] if spec.wbits else []),
+            *(step.name for step in spec.refine),
+            *(["plan"] if spec.patterns else []),
+        ]
+    )
     path = RUNS / f"{models.short_name(model)}-{how}-{spec.pattern.replace(':', '-')}"
     if (path / "manifest.json").is_file() and RunDir(path).manifest().fingerprint != identity:
         return path.with_name(f"{path.name}-{identity[:8]}")
@@ -107,12 +136,17 @@ def _default_path(model: str, spec: Prune, identity: str) -> Path:
 
 
 def _experts_by_magnitude(records: Sequence[LayerRecord]) -> dict[str, Json]:
-    """Count the experts that too few calibration tokens reached, among all; nothing where there are none."""
+    """Count the experts that too few calibration tokens reached, among all; nothing where there are
+    none."""
     experts = [record.experts for record in records if record.experts]
     if not experts:
         return {}
-    return {"experts_by_magnitude": {"matrices": sum(len(stack.by_magnitude) for stack in experts),
-                                     "of": sum(len(stack.tokens) for stack in experts)}}
+    return {
+        "experts_by_magnitude": {
+            "matrices": sum(len(stack.by_magnitude) for stack in experts),
+            "of": sum(len(stack.tokens) for stack in experts),
+        }
+    }
 
 
 ACTIVATIONS = "activations"
@@ -158,7 +192,11 @@ class _Stage:
         blocks = sorted({row.target.block for row in self.plan.pruned()})
         walk, probe = self._walk(), self._probe()
         for number in range(blocks[-1] + 1):
-            self.progress(f"{self.spec.method} {self.spec.pattern}, block {number}", number, len(self.plan.blocks))
+            self.progress(
+                f"{self.spec.method} {self.spec.pattern}, block {number}",
+                number,
+                len(self.plan.blocks),
+            )
             with self.loaded.weights.materialise(self.plan.blocks[number]):
                 if number in blocks:
                     self.files.append(file := self._block(walk, probe, number))
@@ -171,21 +209,32 @@ class _Stage:
                 give_back()
             self.opened.check(run_peak(), f"Block {number}")
 
-    def _finish(self, records: Sequence[LayerRecord], retuned: Mapping[str, Mask], seconds: float) -> None:
+    def _finish(
+        self, records: Sequence[LayerRecord], retuned: Mapping[str, Mask], seconds: float
+    ) -> None:
         self.progress("saving and verifying", 0, 0)
-        masks = write_blocks(self.run, self.loaded, self.spec, self.files, records, self.refinements, retuned)
+        masks = write_blocks(
+            self.run, self.loaded, self.spec, self.files, records, self.refinements, retuned
+        )
         if self.sample is not None:
             with self.run.replacing("calibration.safetensors") as path:
                 save_file(self.sample.record(), path)
         verify_model(self.run, masks, "saved")
         self.opened.check(run_peak(), "Saving and verifying")
         learned = [record for record in self.refinements if record.name == self.spec.method]
-        self.run.finish("prune", seconds, layers=len(records), peak_memory_mb=peak_memory_mb(),
-                        negative_zeros_normalised=sum(record.negative_zeros_normalised for record in records),
-                        memory={**self.opened.to_json(), "peak_bytes": run_peak()},
-                        provenance=self.loaded.provenance, compute=str(self.compute).removeprefix("torch."),
-                        calibration=self.sample.to_json() if self.sample else None, **_experts_by_magnitude(records),
-                        **({"learned": summary(learned).to_json()} if self.spec.learn else {}))
+        self.run.finish(
+            "prune",
+            seconds,
+            layers=len(records),
+            peak_memory_mb=peak_memory_mb(),
+            negative_zeros_normalised=sum(record.negative_zeros_normalised for record in records),
+            memory={**self.opened.to_json(), "peak_bytes": run_peak()},
+            provenance=self.loaded.provenance,
+            compute=str(self.compute).removeprefix("torch."),
+            calibration=self.sample.to_json() if self.sample else None,
+            **_experts_by_magnitude(records),
+            **({"learned": summary(learned).to_json()} if self.spec.learn else {}),
+        )
         for folder in ("blocks", FOLDER, ACTIVATIONS):
             shutil.rmtree(self.run / folder, ignore_errors=True)
 
@@ -193,27 +242,57 @@ class _Stage:
         """Make the calibration stream, or None when the method needs no data."""
         if self.sample is None or self.spec.needs == "none":
             return None
-        batches = self.loaded.batches(some(self.sample, self.spec.walked), self.spec.calibration.batch)
+        batches = self.loaded.batches(
+            some(self.sample, self.spec.walked), self.spec.calibration.batch
+        )
         batches = batches[self.team.rank :: self.team.world]
         self.progress("capturing the inputs of the first block", 0, 0)
         both = self.spec.dense_stream or self._blockwise()
-        buffers = DiskBuffers(self.run / f"{ACTIVATIONS}/{self.team.rank}") if self.opened.on_disk else list
-        return BlockWalk(self.loaded.module, self.plan.blocks, batches, self.compute, both, self.loaded.weights,
-                         buffers, self.team)
+        buffers = (
+            DiskBuffers(self.run / f"{ACTIVATIONS}/{self.team.rank}")
+            if self.opened.on_disk
+            else list
+        )
+        return BlockWalk(
+            self.loaded.module,
+            self.plan.blocks,
+            batches,
+            self.compute,
+            both,
+            self.loaded.weights,
+            buffers,
+            self.team,
+        )
 
     def _probe(self) -> BlockWalk | None:
-        """Make a stream of a few tokens in fp32, on which a block is asked which of its channels may be permuted."""
+        """Make a stream of a few tokens in fp32, on which a block is asked which of its channels
+        may be permuted."""
         if not self.spec.permute:
             return None
         batches = self.loaded.batches(self.loaded.sample_inputs(), 2)
-        return BlockWalk(self.loaded.module, self.plan.blocks, batches[:1], weights=self.loaded.weights)
+        return BlockWalk(
+            self.loaded.module, self.plan.blocks, batches[:1], weights=self.loaded.weights
+        )
 
     def _block(self, walk: BlockWalk | None, probe: BlockWalk | None, number: int) -> BlockFile:
-        """Prune one block, unless an earlier process finished it, and put its file's parameters into the model."""
+        """Prune one block, unless an earlier process finished it, and put its file's parameters
+        into the model."""
         name = f"blocks/{number:03d}.safetensors"
         if not (self.run / name).is_file():
-            self._commit(name, prune_block(self.loaded.module, self.plan, number, self.spec, self.method, walk, probe,
-                                           self._session().learn_block if self._blockwise() else None, self.given))
+            self._commit(
+                name,
+                prune_block(
+                    self.loaded.module,
+                    self.plan,
+                    number,
+                    self.spec,
+                    self.method,
+                    walk,
+                    probe,
+                    self._session().learn_block if self._blockwise() else None,
+                    self.given,
+                ),
+            )
         elif walk is not None:
             walk.pass_dense(number)
         self.team.wait()
@@ -227,7 +306,9 @@ class _Stage:
         """Write the block's file; from here on it survives a kill."""
         if self.team.first:
             moved = any(REFINEMENTS[step.name].changes != "weights" for step in self.spec.refine)
-            content = BlockContent.of(pruned, self.loaded.module, None if moved else self.method.facts.scope)
+            content = BlockContent.of(
+                pruned, self.loaded.module, None if moved else self.method.facts.scope
+            )
             with self.run.replacing(name) as path:
                 BlockFile.save(path, content)
 
@@ -236,8 +317,15 @@ class _Stage:
 
     def _session(self) -> LearningSession:
         assert self.spec.learn is not None
-        return LearningSession(self.run, self.spec.learn, self.spec.calibration.seed, self.compute,
-                               self.loaded.device, self.progress, self.priors)
+        return LearningSession(
+            self.run,
+            self.spec.learn,
+            self.spec.calibration.seed,
+            self.compute,
+            self.loaded.device,
+            self.progress,
+            self.priors,
+        )
 
     def learn_whole(self) -> None:
         """Learn all masks at once, where the recipe asks for it; the walk then writes them down."""
@@ -246,11 +334,16 @@ class _Stage:
         from nmsparse_deploy.find.learn.whole_model import learn_model
 
         assert self.sample is not None
-        self.given, record = learn_model(self._session(), self.loaded, self.plan, self.spec, self.sample)
+        self.given, record = learn_model(
+            self._session(), self.loaded, self.plan, self.spec, self.sample
+        )
         self.refinements.append(record)
 
-    def _finetune(self, records: Sequence[LayerRecord]) -> tuple[Sequence[LayerRecord], dict[str, Mask]]:
-        """Train the whole pruned model, where the recipe asks for it; return new records, and the masks that changed.
+    def _finetune(
+        self, records: Sequence[LayerRecord]
+    ) -> tuple[Sequence[LayerRecord], dict[str, Mask]]:
+        """Train the whole pruned model, where the recipe asks for it; return new records, and the
+        masks that changed.
 
         Errors of single layers mean nothing afterwards.
         """
@@ -260,13 +353,35 @@ class _Stage:
 
         assert self.sample is not None
         masks = stored_masks(self.files)
-        rows, report = refine_model(Checkpoints(self.run, f"{FOLDER}/{self.spec.finetune.name}.safetensors"),
-                                    self.loaded, self.plan, self.spec, masks, self.sample.inputs, self.compute,
-                                    self.progress)
+        rows, report = refine_model(
+            Checkpoints(self.run, f"{FOLDER}/{self.spec.finetune.name}.safetensors"),
+            self.loaded,
+            self.plan,
+            self.spec,
+            masks,
+            self.sample.inputs,
+            self.compute,
+            self.progress,
+        )
         self.refinements.append(report)
-        zeros = {record.name: normalise_zeros(self.loaded.module.get_parameter(record.name).detach())
-                 for record in records}
-        tuned = [replace(record, relative_error=None, negative_zeros_normalised=record.negative_zeros_normalised
-                         + zeros[record.name]) for record in records]
-        return tuned, {name: Mask.pack(from_rows(rows[name], mask.shape, mask.axis), mask.axis, mask.pattern,
-                                       mask.dense_hash) for name, mask in masks.items()}
+        zeros = {
+            record.name: normalise_zeros(self.loaded.module.get_parameter(record.name).detach())
+            for record in records
+        }
+        tuned = [
+            replace(
+                record,
+                relative_error=None,
+                negative_zeros_normalised=record.negative_zeros_normalised + zeros[record.name],
+            )
+            for record in records
+        ]
+        return tuned, {
+            name: Mask.pack(
+                from_rows(rows[name], mask.shape, mask.axis),
+                mask.axis,
+                mask.pattern,
+                mask.dense_hash,
+            )
+            for name, mask in masks.items()
+        }

@@ -23,37 +23,66 @@ SPACE = ("consumers", "producers", "segments", "length", "copies")
 """What a permutation file says of a space."""
 
 
-def write_model(run: RunDir, loaded: LoadedModel,
-                changed: Mapping[str, Callable[[], torch.Tensor]] | None = None) -> None:
+def write_model(
+    run: RunDir,
+    loaded: LoadedModel,
+    changed: Mapping[str, Callable[[], torch.Tensor]] | None = None,
+) -> None:
     """Write the weights; `changed` reads those that differ from the files of a streamed model."""
     with run.replacing("model") as folder:
         folder.mkdir()
         loaded.save(folder, changed)
 
 
-def write_masks(run: RunDir, masks: dict[str, Mask], records: Sequence[LayerRecord], method: str,
-                model: str) -> MaskSet:
+def write_masks(
+    run: RunDir, masks: dict[str, Mask], records: Sequence[LayerRecord], method: str, model: str
+) -> MaskSet:
     """Write the masks and the records of the layers."""
-    mask_set = MaskSet(masks, {"method": method, "recipe": run.manifest().fingerprint, "model": model})
+    mask_set = MaskSet(
+        masks, {"method": method, "recipe": run.manifest().fingerprint, "model": model}
+    )
     with run.replacing("masks.safetensors") as path:
         mask_set.save(path)
     run.write_json("layers.json", [record.to_json() for record in records])
     return mask_set
 
 
-def write_blocks(run: RunDir, loaded: LoadedModel, spec: Prune, files: Sequence[BlockFile],
-                 records: Sequence[LayerRecord], refinements: Sequence[RefinementRecord],
-                 retuned: Mapping[str, Mask]) -> MaskSet:
-    """Write the model that finished blocks add up to, with the masks that fine-tuning changed in `retuned`."""
-    write_model(run, loaded, {name: read for file in files for name, read in file.parameters(loaded.module).items()})
-    masks = write_masks(run, stored_masks(files) | dict(retuned), records, spec.method, loaded.source)
+def write_blocks(
+    run: RunDir,
+    loaded: LoadedModel,
+    spec: Prune,
+    files: Sequence[BlockFile],
+    records: Sequence[LayerRecord],
+    refinements: Sequence[RefinementRecord],
+    retuned: Mapping[str, Mask],
+) -> MaskSet:
+    """Write the model that finished blocks add up to, with the masks that fine-tuning changed in
+    `retuned`."""
+    write_model(
+        run,
+        loaded,
+        {name: read for file in files for name, read in file.parameters(loaded.module).items()},
+    )
+    masks = write_masks(
+        run, stored_masks(files) | dict(retuned), records, spec.method, loaded.source
+    )
     if spec.wbits:
-        grid = json.dumps({"bits": spec.wbits, "group": spec.wgroup})  # one key: several come in any order
+        grid = json.dumps(
+            {"bits": spec.wbits, "group": spec.wgroup}
+        )  # one key: several come in any order
         with run.replacing("scales.safetensors") as path:
-            save_file({name: scales for file in files for name, scales in file.scales().items()}, path, {"grid": grid})
+            save_file(
+                {name: scales for file in files for name, scales in file.scales().items()},
+                path,
+                {"grid": grid},
+            )
     if orders := {key: order for file in files for key, order in file.orders().items()}:
-        spaces = [{key: space[key] for key in SPACE} for record in refinements if record.name == "permute"
-                  for space in record.facts["spaces"]]
+        spaces = [
+            {key: space[key] for key in SPACE}
+            for record in refinements
+            if record.name == "permute"
+            for space in record.facts["spaces"]
+        ]
         with run.replacing("permutations.safetensors") as path:
             Permutations(orders, spaces).save(path)
     if refinements:
@@ -67,7 +96,8 @@ def stored_masks(files: Sequence[BlockFile]) -> dict[str, Mask]:
 
 
 def verify_model(run: RunDir, masks: MaskSet, how: str) -> None:
-    """Check the weights as they are on disk and record it. Raises `CheckFailed` when they break a mask."""
+    """Check the weights as they are on disk and record it. Raises `CheckFailed` when they break a
+    mask."""
     report = verify_checkpoint(run / "model", masks)
     run.write_json("verify.json", {"reports": [report.to_json()], "not_checked": list(NOT_CHECKED)})
     if not report.ok:

@@ -1,4 +1,5 @@
-"""Model libraries and families. What the user typed goes to the library that claims it (`ADAPTERS` of the registry)."""
+"""Model libraries and families. What the user typed goes to the library that claims it (`ADAPTERS`
+of the registry)."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from nmsparse_deploy.registry import ADAPTERS
 from nmsparse_deploy.system.assets import assets
 
 FALLBACK = "transformers"
-"""The library that is asked last: it has no way to tell a name of the hub from another library's."""
+"""The library that is asked last: it has no way to tell a name of the hub from another
+library's."""
 
 
 def libraries() -> Iterator[ModelAdapter]:
@@ -30,11 +32,12 @@ def adapter_for(source: str) -> ModelAdapter:
 
 
 def load(source: str, dtype: torch.dtype | None = None, stream: bool = False) -> LoadedModel:
-    """Load MODEL: a packaged model (`demo`, `vit`, `minilm`), a folder, a GGUF file, a hub name, `timm:NAME`, or
-    `diffusers:NAME`.
+    """Load MODEL: a packaged model (`demo`, `vit`, `minilm`), a folder, a GGUF file, a hub name,
+    `timm:NAME`, or `diffusers:NAME`.
 
-    A bare name that is neither here nor on the hub is tried as the name of an architecture; `described` says what it
-    was. With `stream` the weights stay in their files until they are needed; only for what `checkpoint` finds.
+    A bare name that is neither here nor on the hub is tried as the name of an architecture;
+    `described` says what it was. With `stream` the weights stay in their files until they are
+    needed; only for what `checkpoint` finds.
     """
     asset = packaged_model(source)
     if asset is not None:
@@ -47,30 +50,41 @@ def load(source: str, dtype: torch.dtype | None = None, stream: bool = False) ->
         return adapter.load(source, dtype, stream)
     except NmsparseError:
         bare = "/" not in source and not Path(source).exists()
-        other = next((other for other in libraries() if bare and other is not adapter and other.knows(source)), None)
+        other = next(
+            (
+                other
+                for other in libraries()
+                if bare and other is not adapter and other.knows(source)
+            ),
+            None,
+        )
         if other is None:
             raise
         return other.load(f"{other.prefix}{source}", dtype)
 
 
 def checkpoint(source: str) -> Path | None:
-    """Return the folder of safetensors files that MODEL stands for, if it can be streamed and is on this machine."""
+    """Return the folder of safetensors files that MODEL stands for, if it can be streamed and is on
+    this machine."""
     asset = packaged_model(source)
     place = source if asset is None else location(asset)
     return adapter_for(place).checkpoint(place)
 
 
 def download(source: str) -> Path | None:
-    """Bring the safetensors files of a hub model that can be streamed here, and return their folder; else None."""
+    """Bring the safetensors files of a hub model that can be streamed here, and return their
+    folder; else None."""
     return None if source in assets() else adapter_for(source).download(source)
 
 
 def shapes(source: str, config: Mapping[str, Any] | None = None) -> LoadedModel:
-    """Build MODEL with every parameter on the meta device; no weight is read and nothing is downloaded.
+    """Build MODEL with every parameter on the meta device; no weight is read and nothing is
+    downloaded.
 
-    What it looks like is told by `config` (entries of a config.json; the library fills in the rest), by a packaged
-    model, by the config of a local folder, or by an architecture's name. Raises `UsageError` when it is not told,
-    `MissingExtra` for the name of a library that is not here.
+    What it looks like is told by `config` (entries of a config.json; the library fills in the
+    rest), by a packaged model, by the config of a local folder, or by an architecture's name.
+    Raises `UsageError` when it is not told, `MissingExtra` for the name of a library that is not
+    here.
     """
     asset = packaged_model(source)
     return adapter_for(source).shapes(source, asset.config if config is None and asset else config)
@@ -95,7 +109,9 @@ def described(typed: str, model: LoadedModel) -> str:
         return f"'{typed}' is {assets()[typed].title} ({kind})"
     adapter, name = model.adapter, model.adapter.reference(typed)
     where = Path(name)
-    place = "a local folder" if where.is_dir() else "a local file" if where.is_file() else "a hub model"
+    place = (
+        "a local folder" if where.is_dir() else "a local file" if where.is_file() else "a hub model"
+    )
     if adapter.knows(name) and (place == "a hub model" or typed.startswith(adapter.prefix)):
         place = f"the {adapter.library} model {model.name}"
     return f"'{typed}' is {place} ({adapter.library} {kind}, {model.family})"

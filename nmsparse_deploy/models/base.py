@@ -13,12 +13,13 @@ from torch import nn
 class Target:
     """One weight that a GEMM reads and that may be pruned.
 
-    `k` is the length of the reduction axis (`axis` of the stored weight), `n` the number of outputs. Targets with the
-    same `fusion` read the same input tensor; compilers merge them into one GEMM, so they are pruned all or none.
+    `k` is the length of the reduction axis (`axis` of the stored weight), `n` the number of
+    outputs. Targets with the same `fusion` read the same input tensor; compilers merge them into
+    one GEMM, so they are pruned all or none.
 
-    A parameter may be a stack of `experts` matrices along its first axis; `n` counts the outputs of all of them. Where
-    it is `routed`, a router decides which tokens are read. Where its module is not called, the product with the weight
-    is `watched` instead.
+    A parameter may be a stack of `experts` matrices along its first axis; `n` counts the outputs of
+    all of them. Where it is `routed`, a router decides which tokens are read. Where its module is
+    not called, the product with the weight is `watched` instead.
     """
 
     name: str
@@ -68,7 +69,8 @@ def block_index(blocks: tuple[str, ...], module: str) -> int | None:
 
 
 def weights(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """Yield (module path, parameter name, parameter) of what has two or more axes; tied ones once per name."""
+    """Yield (module path, parameter name, parameter) of what has two or more axes; tied ones once
+    per name."""
     for path, child in module.named_modules():
         for name, parameter in child.named_parameters(recurse=False):
             if parameter.ndim >= 2:
@@ -78,8 +80,8 @@ def weights(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
 def to_rows(weight: torch.Tensor, axis: int) -> torch.Tensor:
     """Reshape a weight to the matrix `[outputs, reduction]` that the methods work on.
 
-    A convolution `[M, C, R, S]` becomes `[M, R*S*C]`: groups run along input channels, one kernel position at a time.
-    A stack `[E, out, in]` or `[E, in, out]` becomes `[E*out, in]`.
+    A convolution `[M, C, R, S]` becomes `[M, R*S*C]`: groups run along input channels, one kernel
+    position at a time. A stack `[E, out, in]` or `[E, in, out]` becomes `[E*out, in]`.
     """
     if weight.ndim == 2:
         return weight.movedim(axis, -1)

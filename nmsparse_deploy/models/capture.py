@@ -1,4 +1,5 @@
-"""Record what modules read and return while a model runs, and leave the pass once everything wanted was seen."""
+"""Record what modules read and return while a model runs, and leave the pass once everything wanted
+was seen."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from torch import nn
 OnInput = Callable[[tuple[Any, ...], Mapping[str, Any]], None]
 """`(positional, named)`: the arguments of a module that is about to run."""
 OnOutput = Callable[[tuple[Any, ...], Any], Any]
-"""`(positional, output)` of a module that has run; what it returns, unless None, takes the place of the output."""
+"""`(positional, output)` of a module that has run; what it returns, unless None, takes the place of
+the output."""
 
 
 class _Leave(Exception):
@@ -20,11 +22,16 @@ class _Leave(Exception):
 
 
 @contextmanager
-def capture(block: nn.Module, inputs: Mapping[str, OnInput] | None = None,
-            outputs: Mapping[str, OnOutput] | None = None, stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def capture(
+    block: nn.Module,
+    inputs: Mapping[str, OnInput] | None = None,
+    outputs: Mapping[str, OnOutput] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[None]:
     """Hand what the submodules of `block` read and return to the callbacks under their paths.
 
-    `stop` is asked after every callback; once it is true, the pass is left and the `with` block ends there.
+    `stop` is asked after every callback; once it is true, the pass is left and the `with` block
+    ends there.
     """
     leave = _Leave()
 
@@ -32,7 +39,9 @@ def capture(block: nn.Module, inputs: Mapping[str, OnInput] | None = None,
         if stop():
             raise leave
 
-    def before(callback: OnInput, _module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    def before(
+        callback: OnInput, _module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]
+    ) -> None:
         callback(args, named)
         check()
 
@@ -41,10 +50,16 @@ def capture(block: nn.Module, inputs: Mapping[str, OnInput] | None = None,
         check()
         return replacement
 
-    handles = [block.get_submodule(path).register_forward_pre_hook(partial(before, callback), with_kwargs=True)
-               for path, callback in (inputs or {}).items()]
-    handles += [block.get_submodule(path).register_forward_hook(partial(after, callback))
-                for path, callback in (outputs or {}).items()]
+    handles = [
+        block.get_submodule(path).register_forward_pre_hook(
+            partial(before, callback), with_kwargs=True
+        )
+        for path, callback in (inputs or {}).items()
+    ]
+    handles += [
+        block.get_submodule(path).register_forward_hook(partial(after, callback))
+        for path, callback in (outputs or {}).items()
+    ]
     try:
         yield
     except _Leave as left:

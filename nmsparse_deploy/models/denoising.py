@@ -1,10 +1,11 @@
-"""What a diffusion model denoises: an image, through an autoencoder if there is one, with noise by a scheduler's law.
+"""What a diffusion model denoises: an image, through an autoencoder if there is one, with noise by
+a scheduler's law.
 
     x_t = a_t x_0 + b_t e,   e ~ N(0, 1)
 
-with `a_t = sqrt(alpha_bar_t)`, `b_t = sqrt(1 - alpha_bar_t)` where the scheduler diffuses (Ho et al. 2020,
-arXiv:2006.11239), and `a_t = 1 - sigma_t`, `b_t = sigma_t` where it lets noise flow (Lipman et al. 2023,
-arXiv:2210.02747).
+with `a_t = sqrt(alpha_bar_t)`, `b_t = sqrt(1 - alpha_bar_t)` where the scheduler diffuses (Ho et
+al. 2020, arXiv:2006.11239), and `a_t = 1 - sigma_t`, `b_t = sigma_t` where it lets noise flow
+(Lipman et al. 2023, arXiv:2210.02747).
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ SCHEDULER = "scheduler"
 """The folder that diffusers keeps a scheduler's settings in, beside or below the transformer."""
 INPUT = "hidden_states"
 LABELS = "class_labels"
-WIDTHS = {"encoder_hidden_states": ("caption_channels", "joint_attention_dim", "cross_attention_dim"),
-          "pooled_projections": ("pooled_projection_dim",)}
+WIDTHS = {
+    "encoder_hidden_states": ("caption_channels", "joint_attention_dim", "cross_attention_dim"),
+    "pooled_projections": ("pooled_projection_dim",),
+}
 """Arguments that carry an embedded text, and which setting says how wide it is."""
 FLOW = "flow"
 BATCH = 8
@@ -37,7 +40,8 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Noising:
-    """One row a training step of the scheduler: what the model is told, and the two factors `[steps]`, fp32."""
+    """One row a training step of the scheduler: what the model is told, and the two factors
+    `[steps]`, fp32."""
 
     timesteps: torch.Tensor
     signal: torch.Tensor
@@ -54,8 +58,11 @@ class Noising:
         predicts = config.get("prediction_type", "epsilon")
         flows = diffusers.FlowMatchEulerDiscreteScheduler
         if isinstance(scheduler, flows) or predicts == "flow_prediction":
-            law: Any = flows.from_config(config) if isinstance(scheduler, flows) else flows(
-                config.get("num_train_timesteps", 1000), config.get("flow_shift") or 1.0)
+            law: Any = (
+                flows.from_config(config)
+                if isinstance(scheduler, flows)
+                else flows(config.get("num_train_timesteps", 1000), config.get("flow_shift") or 1.0)
+            )
             return cls(law.timesteps.float(), 1 - law.sigmas.float(), law.sigmas.float(), FLOW)
         alphas = diffusers.DDPMScheduler.from_config(config).alphas_cumprod.float()
         return cls(torch.arange(len(alphas)), alphas.sqrt(), (1 - alphas).sqrt(), predicts)
@@ -65,7 +72,9 @@ class Noising:
 
     def mixed(self, clean: torch.Tensor, noise: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """Mix `x_t` `[samples, ...]` of clean samples at training steps `[samples]`."""
-        return self._at(self.signal, step, clean) * clean + self._at(self.noise, step, clean) * noise
+        return (
+            self._at(self.signal, step, clean) * clean + self._at(self.noise, step, clean) * noise
+        )
 
     def target(self, clean: torch.Tensor, noise: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """Return the answer of a perfect model."""
@@ -75,7 +84,9 @@ class Noising:
             return clean
         if self.predicts == FLOW:
             return noise - clean
-        return self._at(self.signal, step, clean) * noise - self._at(self.noise, step, clean) * clean
+        return (
+            self._at(self.signal, step, clean) * noise - self._at(self.noise, step, clean) * clean
+        )
 
     @staticmethod
     def _at(table: torch.Tensor, step: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -86,8 +97,8 @@ class Noising:
 class Denoising:
     """The way one model's inputs are made.
 
-    `vae` is the autoencoder's folder; None: the model denoises pixels, or nothing here can encode images for it
-    (`preprocess` is None then).
+    `vae` is the autoencoder's folder; None: the model denoises pixels, or nothing here can encode
+    images for it (`preprocess` is None then).
     """
 
     scheduler: Any
@@ -102,7 +113,8 @@ class Denoising:
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode images `[samples, channels, height, width]` in -1 to 1 as the model knows them: each code's mean."""
+        """Encode images `[samples, channels, height, width]` in -1 to 1 as the model knows them:
+        each code's mean."""
         if self.vae is None:
             return images
         vae = _autoencoder(self.vae)
@@ -118,14 +130,21 @@ class Denoising:
         latents = latents.float().cpu()
         if self.vae is not None:
             vae = _autoencoder(self.vae)
-            latents = torch.cat([vae.decode(part / vae.config.scaling_factor + _shift(vae)).sample
-                                 for part in latents.split(BATCH)])
+            latents = torch.cat(
+                [
+                    vae.decode(part / vae.config.scaling_factor + _shift(vae)).sample
+                    for part in latents.split(BATCH)
+                ]
+            )
         return latents.clamp(-1, 1)
 
     def to_json(self) -> dict[str, object]:
         """Return what a record says of the scheduler and the autoencoder."""
-        return {"scheduler": type(self.scheduler).__name__, "scheduler_assumed": self.assumed,
-                "autoencoder": self.vae.name if self.vae else None}
+        return {
+            "scheduler": type(self.scheduler).__name__,
+            "scheduler_assumed": self.assumed,
+            "autoencoder": self.vae.name if self.vae else None,
+        }
 
 
 @cache
@@ -143,21 +162,27 @@ def sample_size(module: Any) -> tuple[int, int]:
     """Return height and width of what the model denoises."""
     size = module.config.get("sample_size")
     if size is None:
-        raise NmsparseError(f"{type(module).__name__} does not say what size it denoises (sample_size).",
-                            "add it to the config.json")
+        raise NmsparseError(
+            f"{type(module).__name__} does not say what size it denoises (sample_size).",
+            "add it to the config.json",
+        )
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
 
 
 def prediction(output: Any, like: torch.Tensor) -> torch.Tensor:
-    """Take what a forward pass says about the noised samples `like`, without the learned variances that may follow."""
+    """Take what a forward pass says about the noised samples `like`, without the learned variances
+    that may follow."""
     return primary_output(output).value[:, : like.shape[1]]
 
 
 def conditions(module: Any) -> dict[str, int]:
-    """Map what the model is conditioned on beside the timestep: argument -> number of classes, or width."""
+    """Map what the model is conditioned on beside the timestep: argument -> number of classes, or
+    width."""
     named = inspect.signature(module.forward).parameters
     widths = {LABELS: module.config.get("num_embeds_ada_norm")} if LABELS in named else {}
     for name in (name for name in WIDTHS if name in named):
-        widths[name] = next((module.config[key] for key in WIDTHS[name] if module.config.get(key)), None)
+        widths[name] = next(
+            (module.config[key] for key in WIDTHS[name] if module.config.get(key)), None
+        )
     return {name: count for name, count in widths.items() if count}

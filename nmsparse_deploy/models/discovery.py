@@ -1,8 +1,10 @@
-"""Find the repeated blocks of a network and the matrix multiplications in them, from structure alone.
+"""Find the repeated blocks of a network and the matrix multiplications in them, from structure
+alone.
 
-No list of layer names. A *block* is an item of the outermost container whose items share one class and hold weights; a
-stage that is little more than such a container is not a block, its items are. A *fusion group* is what reads the same
-input tensor in one forward pass (q/k/v, gate/up). The rest is recorded with the reason why it stays dense.
+No list of layer names. A *block* is an item of the outermost container whose items share one class
+and hold weights; a stage that is little more than such a container is not a block, its items are. A
+*fusion group* is what reads the same input tensor in one forward pass (q/k/v, gate/up). The rest is
+recorded with the reason why it stays dense.
 """
 
 from __future__ import annotations
@@ -21,20 +23,27 @@ from nmsparse_deploy.models.weight_store import IN_MEMORY, WeightStore
 __all__ = ["discover", "find_blocks", "group_axis", "trace_inputs"]
 
 
-def discover(module: nn.Module, inputs: Mapping[str, torch.Tensor], store: WeightStore = IN_MEMORY) -> Discovery:
-    """Discover blocks, targets and what is skipped, by one forward pass on `inputs` (batch of 2 or more).
+def discover(
+    module: nn.Module, inputs: Mapping[str, torch.Tensor], store: WeightStore = IN_MEMORY
+) -> Discovery:
+    """Discover blocks, targets and what is skipped, by one forward pass on `inputs` (batch of 2 or
+    more).
 
-    Blocks come in the order in which they run. Raises `NmsparseError` when the model has no repeated blocks, or runs
-    one of them more than once.
+    Blocks come in the order in which they run. Raises `NmsparseError` when the model has no
+    repeated blocks, or runs one of them more than once.
     """
     repeated = find_blocks(module)
     if not repeated:
-        raise NmsparseError("Found no repeated blocks in this model, so there is nothing to prune block by block.")
+        raise NmsparseError(
+            "Found no repeated blocks in this model, so there is nothing to prune block by block."
+        )
     traced = trace(module, repeated, inputs, store)
     again = next((path for path in traced.order if traced.order.count(path) > 1), None)
     if again is not None:
-        raise NmsparseError(f"The block '{again}' runs several times in one forward pass; shared blocks are not "
-                            "supported.")
+        raise NmsparseError(
+            f"The block '{again}' runs several times in one forward pass; shared blocks are not "
+            "supported."
+        )
     blocks = traced.order
     batch = len(next(iter(inputs.values())))
     owners, lists = _owners(module), expert_lists(module, blocks)
@@ -43,7 +52,9 @@ def discover(module: nn.Module, inputs: Mapping[str, torch.Tensor], store: Weigh
         layer = module.get_submodule(path)
         read = _read(traced, lists, path, name, parameter, layer)
         routed = parameter.ndim == 3 or any(path.startswith(place + ".") for place in lists)
-        reason = _never_pruned(module, path, layer, name, parameter, read, owners, blocks, set(repeated) - set(blocks))
+        reason = _never_pruned(
+            module, path, layer, name, parameter, read, owners, blocks, set(repeated) - set(blocks)
+        )
         if reason is None and read is None:
             reason = "not used in a forward pass"
         if reason is None and read is not None and not routed and read.rows <= batch:
@@ -54,18 +65,38 @@ def discover(module: nn.Module, inputs: Mapping[str, torch.Tensor], store: Weigh
         index = block_index(blocks, path)
         assert index is not None
         k, experts = parameter.shape[read.axis], parameter.shape[0] if parameter.ndim == 3 else 1
-        targets.append(Target(name, path, index, read.axis, k, parameter.numel() // k, read.group, experts, routed,
-                              read.watched))
+        targets.append(
+            Target(
+                name,
+                path,
+                index,
+                read.axis,
+                k,
+                parameter.numel() // k,
+                read.group,
+                experts,
+                routed,
+                read.watched,
+            )
+        )
     return Discovery(blocks, tuple(targets), tuple(skipped))
 
 
-def trace_inputs(module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str, torch.Tensor]) -> dict[str, Read]:
+def trace_inputs(
+    module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str, torch.Tensor]
+) -> dict[str, Read]:
     """Map each weight to the tensor that it reads in one forward pass, by parameter name."""
     return trace(module, blocks, inputs).reads
 
 
-def _read(traced: InputTrace, lists: Mapping[str, int], path: str, name: str, parameter: nn.Parameter,
-          layer: nn.Module) -> Read | None:
+def _read(
+    traced: InputTrace,
+    lists: Mapping[str, int],
+    path: str,
+    name: str,
+    parameter: nn.Parameter,
+    layer: nn.Module,
+) -> Read | None:
     """Find what a weight reads; an expert that no token reached reads as its siblings do."""
     if parameter.ndim != 3 and group_axis(layer) is None:
         return None
@@ -75,16 +106,27 @@ def _read(traced: InputTrace, lists: Mapping[str, int], path: str, name: str, pa
 
 def find_blocks(module: nn.Module) -> tuple[str, ...]:
     """List the paths of the repeated blocks, in module order."""
-    for mixed in (False, True):  # blocks of several classes (attention and state space) only where there are no others
+    for mixed in (
+        False,
+        True,
+    ):  # blocks of several classes (attention and state space) only where there are no others
         blocks: list[str] = []
         lists: list[str] = []
         for path, child in module.named_modules():
             nested = any(path.startswith(parent + ".") for parent in lists)
-            if isinstance(child, (nn.ModuleList, nn.Sequential)) and not nested and _is_repeated(child, mixed):
+            if (
+                isinstance(child, (nn.ModuleList, nn.Sequential))
+                and not nested
+                and _is_repeated(child, mixed)
+            ):
                 lists.append(path)
                 items = [(f"{path}.{name}", item) for name, item in child.named_children()]
                 inner = [_stage(where, item) for where, item in items]
-                blocks += [path for paths in inner for path in paths] if all(inner) else [where for where, _ in items]
+                blocks += (
+                    [path for paths in inner for path in paths]
+                    if all(inner)
+                    else [where for where, _ in items]
+                )
         if blocks:
             return tuple(blocks)
     return ()
@@ -93,17 +135,25 @@ def find_blocks(module: nn.Module) -> tuple[str, ...]:
 def _is_repeated(container: nn.Module, mixed: bool = False) -> bool:
     items = list(container.children())
     alike = len(items) > 1 if mixed else len({type(item) for item in items}) == 1
-    return alike and all(next(item.children(), None) is not None and _has_gemm(item) for item in items)
+    return alike and all(
+        next(item.children(), None) is not None and _has_gemm(item) for item in items
+    )
 
 
 def _stage(path: str, item: nn.Module) -> list[str]:
-    """List the blocks of a stage: an item that is a container itself, or one beside at most a change of resolution."""
+    """List the blocks of a stage: an item that is a container itself, or one beside at most a
+    change of resolution."""
     if isinstance(item, (nn.ModuleList, nn.Sequential)):
         return [f"{path}.{name}" for name, _ in item.named_children()] if _is_repeated(item) else []
     inside = [(name, child) for name, child in item.named_children() if _has_gemm(child)]
-    lists = [(name, child) for name, child in inside
-             if isinstance(child, (nn.ModuleList, nn.Sequential)) and _is_repeated(child)]
-    widest = max(lists, key=lambda entry: sum(p.numel() for p in entry[1].parameters()), default=None)
+    lists = [
+        (name, child)
+        for name, child in inside
+        if isinstance(child, (nn.ModuleList, nn.Sequential)) and _is_repeated(child)
+    ]
+    widest = max(
+        lists, key=lambda entry: sum(p.numel() for p in entry[1].parameters()), default=None
+    )
     if widest is None or len(inside) > 2 or is_router(item, len(list(widest[1].children()))):
         return []
     return [f"{path}.{widest[0]}.{name}" for name, _ in widest[1].named_children()]
@@ -120,18 +170,30 @@ def _owners(module: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _never_pruned(module: nn.Module, path: str, layer: nn.Module, name: str, parameter: nn.Parameter,
-                  read: Read | None, owners: Mapping[int, list[str]], blocks: tuple[str, ...],
-                  idle: set[str]) -> str | None:
+def _never_pruned(
+    module: nn.Module,
+    path: str,
+    layer: nn.Module,
+    name: str,
+    parameter: nn.Parameter,
+    read: Read | None,
+    owners: Mapping[int, list[str]],
+    blocks: tuple[str, ...],
+    idle: set[str],
+) -> str | None:
     others = [owner for owner in owners[id(parameter)] if owner != name]
     if isinstance(layer, nn.Embedding):
         return "embedding table"
     if others:
         return f"tied to {others[0]}"
     inside = block_index(blocks, path) is not None
-    if inside and is_router(module.get_submodule(path.rpartition(".")[0]), parameter.shape[0], layer):
+    if inside and is_router(
+        module.get_submodule(path.rpartition(".")[0]), parameter.shape[0], layer
+    ):
         return "router of a mixture of experts"
-    if (group_axis(layer) is None or not name.endswith("weight")) and (read is None or parameter.ndim != 3):
+    if (group_axis(layer) is None or not name.endswith("weight")) and (
+        read is None or parameter.ndim != 3
+    ):
         return "not the weight of a Linear, Conv1D or Conv2d"
     if block_index(tuple(idle), path) is not None:
         return "its block did not run in a forward pass"

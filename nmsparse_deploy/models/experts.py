@@ -1,4 +1,5 @@
-"""Mixtures of experts: where the experts are, what their router is, and what an expert reads that no token reached."""
+"""Mixtures of experts: where the experts are, what their router is, and what an expert reads that
+no token reached."""
 
 from __future__ import annotations
 
@@ -12,13 +13,17 @@ from nmsparse_deploy.models.input_trace import Read
 
 
 def is_router(parent: nn.Module, outputs: int, layer: nn.Module | None = None) -> bool:
-    """Tell whether a layer in `parent` has one output per expert, where the experts are children of `parent`.
+    """Tell whether a layer in `parent` has one output per expert, where the experts are children of
+    `parent`.
 
     `layer` is the layer asked about; without it, any child of `parent` with so many outputs counts.
     """
     if layer is None:
-        return any(p.shape[0] == outputs and p.ndim == 2 for child in parent.children()
-                   for p in child.parameters(recurse=False))
+        return any(
+            p.shape[0] == outputs and p.ndim == 2
+            for child in parent.children()
+            for p in child.parameters(recurse=False)
+        )
     for child in parent.children():
         if child is layer:
             continue
@@ -33,7 +38,11 @@ def expert_lists(module: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
     """Map the paths of the lists of experts inside blocks, with how many experts each holds."""
     counts = {}
     for path, child in module.named_modules():
-        if isinstance(child, nn.ModuleList) and len(child) > 1 and block_index(tuple(blocks), path) is not None:
+        if (
+            isinstance(child, nn.ModuleList)
+            and len(child) > 1
+            and block_index(tuple(blocks), path) is not None
+        ):
             parent = module.get_submodule(path.rpartition(".")[0])
             if len({type(item) for item in child}) == 1 and is_router(parent, len(child)):
                 counts[path] = len(child)
@@ -49,5 +58,7 @@ def sibling(reads: Mapping[str, Read], lists: Mapping[str, int], name: str) -> R
         for other in range(count):
             read = reads.get(f"{place}.{other}.{rest}")
             if read is not None:
-                return replace(read, group=f"{place}.{mine}.{read.group.removeprefix(f'{place}.{other}.')}")
+                return replace(
+                    read, group=f"{place}.{mine}.{read.group.removeprefix(f'{place}.{other}.')}"
+                )
     return None

@@ -13,8 +13,11 @@ Forward = Callable[..., Any]
 
 
 @contextmanager
-def replaced(layers: Sequence[nn.Module], make: Callable[[int, Forward], Forward]) -> Iterator[None]:
-    """While entered, layer number i runs `make(i, its forward)`. What is entered last is asked first."""
+def replaced(
+    layers: Sequence[nn.Module], make: Callable[[int, Forward], Forward]
+) -> Iterator[None]:
+    """While entered, layer number i runs `make(i, its forward)`. What is entered last is asked
+    first."""
     before = [(layer, vars(layer).get("forward")) for layer in layers]
     for index, layer in enumerate(layers):
         vars(layer)["forward"] = make(index, layer.forward)
@@ -27,9 +30,11 @@ def replaced(layers: Sequence[nn.Module], make: Callable[[int, Forward], Forward
                 vars(layer)["forward"] = own
 
 
-def within(layers: Sequence[nn.Module],
-           context: Callable[[int], AbstractContextManager[Any]]) -> AbstractContextManager[None]:
+def within(
+    layers: Sequence[nn.Module], context: Callable[[int], AbstractContextManager[Any]]
+) -> AbstractContextManager[None]:
     """While entered, layer number i runs inside `context(i)`."""
+
     def make(index: int, forward: Forward) -> Forward:
         @wraps(forward)
         def inside(*args: Any, **named: Any) -> Any:

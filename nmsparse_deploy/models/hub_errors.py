@@ -8,7 +8,8 @@ from nmsparse_deploy.errors import NmsparseError, UsageError
 
 
 def hub_error(error: BaseException, source: str, instead: str) -> NmsparseError | None:
-    """Return the hub's refusal behind `error` as a sentence, or None when it failed for another reason.
+    """Return the hub's refusal behind `error` as a sentence, or None when it failed for another
+    reason.
 
     `source` is what the user typed, `instead` what to do while the hub cannot be reached.
     """
@@ -16,17 +17,24 @@ def hub_error(error: BaseException, source: str, instead: str) -> NmsparseError 
 
     links = causes(error)
     if any(isinstance(e, hub.GatedRepoError) for e in links):
-        return NmsparseError(f"The model '{source}' is gated: its owner has to grant you access.", "hf auth login")
+        return NmsparseError(
+            f"The model '{source}' is gated: its owner has to grant you access.", "hf auth login"
+        )
     if any(isinstance(e, hub.RepositoryNotFoundError) for e in links):
-        return UsageError(f"There is no model '{source}' on the hub, and no local folder of that name.")
+        return UsageError(
+            f"There is no model '{source}' on the hub, and no local folder of that name."
+        )
     offline = (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError)
     if any(isinstance(e, offline) or unreachable(e) for e in links):
-        return NmsparseError(f"The model '{source}' is not on this machine and the hub cannot be reached.", instead)
+        return NmsparseError(
+            f"The model '{source}' is not on this machine and the hub cannot be reached.", instead
+        )
     return None
 
 
 def unreachable(error: BaseException) -> bool:
-    """Did nobody answer? The hub's client has changed the library that it asks with, so it is told by the name."""
+    """Did nobody answer? The hub's client has changed the library that it asks with, so it is told
+    by the name."""
     named = any(word in type(error).__name__ for word in ("Connect", "Timeout"))
     return named or isinstance(error, ConnectionError) or type(error) is URLError
 

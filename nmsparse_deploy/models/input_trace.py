@@ -16,7 +16,8 @@ from nmsparse_deploy.models.weight_store import IN_MEMORY, WeightStore
 
 @dataclass(frozen=True)
 class Read:
-    """The first module that read the same tensor, how many rows it had, and the axis of the weight that reduces it."""
+    """The first module that read the same tensor, how many rows it had, and the axis of the weight
+    that reduces it."""
 
     group: str
     rows: int
@@ -40,11 +41,16 @@ class InputTrace:
 def group_axis(layer: nn.Module) -> int | None:
     """Return the reduction axis of a layer's weight, or None when the layer is no GEMM.
 
-    Last axis of `nn.Linear`, first of the transposed `Conv1D` of Transformers' GPT-2, input channels of `Conv2d`.
+    Last axis of `nn.Linear`, first of the transposed `Conv1D` of Transformers' GPT-2, input
+    channels of `Conv2d`.
     """
     if isinstance(layer, (nn.Linear, nn.Conv2d)):
         return 1
-    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf") and getattr(layer, "weight", None) is not None:
+    if (
+        type(layer).__name__ == "Conv1D"
+        and hasattr(layer, "nf")
+        and getattr(layer, "weight", None) is not None
+    ):
         return 0
     return None
 
@@ -55,9 +61,14 @@ def gemms(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, child
 
 
-def trace(module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str, torch.Tensor],
-          store: WeightStore = IN_MEMORY) -> InputTrace:
-    """Run one forward pass and see which weights read which tensor, and in which order the blocks run."""
+def trace(
+    module: nn.Module,
+    blocks: tuple[str, ...],
+    inputs: Mapping[str, torch.Tensor],
+    store: WeightStore = IN_MEMORY,
+) -> InputTrace:
+    """Run one forward pass and see which weights read which tensor, and in which order the blocks
+    run."""
     traced = InputTrace()
     seen: dict[tuple, str] = {}
     products: dict[tuple, str] = {}
@@ -66,38 +77,64 @@ def trace(module: nn.Module, blocks: tuple[str, ...], inputs: Mapping[str, torch
 
     def called(path: str, layer: nn.Module, x: torch.Tensor) -> None:
         # Convolutions of another geometry see other columns of the same image.
-        geometry = tuple(getattr(layer, name, None) for name in ("kernel_size", "stride", "padding", "dilation"))
+        geometry = tuple(
+            getattr(layer, name, None) for name in ("kernel_size", "stride", "padding", "dilation")
+        )
         key = (block_index(blocks, path), *place(x), tuple(x.shape), x.stride(), geometry)
         alive.append(x)
         width = x.shape[1] if x.ndim == 4 else x.shape[-1]
         axis = group_axis(layer)
         assert axis is not None
-        traced.reads.setdefault(f"{path}.weight", Read(seen.setdefault(key, path), x.numel() // width, axis))
+        traced.reads.setdefault(
+            f"{path}.weight", Read(seen.setdefault(key, path), x.numel() // width, axis)
+        )
 
     def multiplied(product: Product) -> None:
         rows, known = product.rows, watched.get(product.weight)
         if known is None and rows.numel():
             alive.append(rows)
             key = (block_index(blocks, product.weight), *place(rows), tuple(rows.shape))
-            watched[product.weight] = Read(products.setdefault(key, product.weight), len(rows), product.axis, True)
+            watched[product.weight] = Read(
+                products.setdefault(key, product.weight), len(rows), product.axis, True
+            )
         elif known is not None:
             watched[product.weight] = Read(known.group, known.rows + len(rows), known.axis, True)
 
-    handles = [layer.register_forward_pre_hook(
-        lambda layer, args, named, path=path: called(path, layer, args[0] if args else next(iter(named.values()))),
-        with_kwargs=True) for path, layer in gemms(module)]
-    handles += [module.get_submodule(path).register_forward_pre_hook(
-        lambda _m, _args, path=path: traced.entered.append(path)) for path in blocks]
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda layer, args, named, path=path: called(
+                path, layer, args[0] if args else next(iter(named.values()))
+            ),
+            with_kwargs=True,
+        )
+        for path, layer in gemms(module)
+    ]
+    handles += [
+        module.get_submodule(path).register_forward_pre_hook(
+            lambda _m, _args, path=path: traced.entered.append(path)
+        )
+        for path in blocks
+    ]
 
     def observer(index: int) -> MatmulObserver:
         path = blocks[index]
-        return MatmulObserver({f"{path}.{name}": parameter for _, name, parameter in weights(module.get_submodule(path))
-                      if parameter.ndim < 4}, multiplied)
+        return MatmulObserver(
+            {
+                f"{path}.{name}": parameter
+                for _, name, parameter in weights(module.get_submodule(path))
+                if parameter.ndim < 4
+            },
+            multiplied,
+        )
 
     layers = [module.get_submodule(path) for path in blocks]
     training = module.training
     try:
-        with torch.no_grad(), within(layers, observer), store.on_demand():  # a block is watched once it has its weights
+        with (
+            torch.no_grad(),
+            within(layers, observer),
+            store.on_demand(),
+        ):  # a block is watched once it has its weights
             module.eval()(**inputs)
     finally:
         module.train(training)

@@ -1,4 +1,5 @@
-"""A pretrained model with what the later stages need to know about it, and what a model library has to answer."""
+"""A pretrained model with what the later stages need to know about it, and what a model library has
+to answer."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ class LoadedModel:
     name: str
     """A short name for folders and headings."""
     family: str
-    """Which data it eats and which metric it is judged by: `llm`, `encoder`, `seq2seq`, `vision`, `diffusion`; of any
-    other it takes inputs that are prepared for it."""
+    """Which data it eats and which metric it is judged by: `llm`, `encoder`, `seq2seq`, `vision`,
+    `diffusion`; of any other it takes inputs that are prepared for it."""
     adapter: ModelAdapter
     processor: Any = None
     """Tokenizer (text) or preprocessing settings (images)."""
@@ -67,39 +68,46 @@ class LoadedModel:
             self.module.to(device)
 
     def sample_inputs(self, batch: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
-        """Make keyword arguments for one forward pass of the right shapes; `length` is in tokens (text only)."""
+        """Make keyword arguments for one forward pass of the right shapes; `length` is in tokens
+        (text only)."""
         return self.adapter.sample_inputs(self, batch, length)
 
     def batches(self, inputs: Mapping[str, torch.Tensor], size: int) -> list[Batch]:
-        """Split inputs `[samples, ...]` into forward passes of `size` samples each, on the model's device."""
+        """Split inputs `[samples, ...]` into forward passes of `size` samples each, on the model's
+        device."""
         return self.adapter.batches(self, inputs, size)
 
     def discover(self) -> Discovery:
-        """Find blocks, targets and what stays dense, by one forward pass. Raises `NmsparseError`."""
+        """Find blocks, targets and what stays dense, by one forward pass. Raises
+        `NmsparseError`."""
         return discover(self.module, self.sample_inputs(), self.weights)
 
     def save(self, folder: Path, changed: Changed | None = None) -> None:
-        """Write a folder that the stock library loads; of a streamed model `changed` has what is not the checkpoint's.
-        """
+        """Write a folder that the stock library loads; of a streamed model `changed` has what is
+        not the checkpoint's."""
         self.adapter.save(self, folder, changed)
 
     def check_length(self, length: int, option: str) -> None:
         """Raise `UsageError` for windows of more tokens than the model has positions for."""
         longest = self.adapter.max_length(self)
         if longest is not None and length > longest:
-            raise UsageError(f"Windows of {length} tokens are longer than the {longest} that '{self.name}' takes.",
-                             f"{option} {longest}")
+            raise UsageError(
+                f"Windows of {length} tokens are longer than the {longest} that '{self.name}' takes.",
+                f"{option} {longest}",
+            )
 
 
 class ClassLabels(NamedTuple):
-    """The classes that a model's head tells apart: label -> output, and how many outputs there are (None: no head)."""
+    """The classes that a model's head tells apart: label -> output, and how many outputs there are
+    (None: no head)."""
 
     numbers: dict[str, int]
     outputs: int | None
 
 
 class HubCard(NamedTuple):
-    """The description of a saved model for a hub: its library, its job if that is known, and the code that loads it."""
+    """The description of a saved model for a hub: its library, its job if that is known, and the
+    code that loads it."""
 
     library: str
     task: str | None
@@ -109,8 +117,9 @@ class HubCard(NamedTuple):
 class ModelAdapter(Protocol):
     """A model library: which sources it loads, how its models are fed, and how they are saved.
 
-    Subclasses answer what is abstract here, and whatever they know better than the defaults. Modules take the inputs of
-    a forward pass as keyword arguments; discovery and the block walk need nothing else of a library.
+    Subclasses answer what is abstract here, and whatever they know better than the defaults.
+    Modules take the inputs of a forward pass as keyword arguments; discovery and the block walk
+    need nothing else of a library.
     """
 
     library: str
@@ -120,29 +129,34 @@ class ModelAdapter(Protocol):
 
     @abstractmethod
     def claims(self, source: str) -> bool:
-        """Decide whether MODEL is this library's, from its spelling or from what a local folder holds."""
+        """Decide whether MODEL is this library's, from its spelling or from what a local folder
+        holds."""
 
     @abstractmethod
-    def load(self, source: str, dtype: torch.dtype | None = None, stream: bool = False) -> LoadedModel:
-        """Load MODEL on the CPU, in the checkpoint's dtype unless `dtype` is given. Its own code is never run.
+    def load(
+        self, source: str, dtype: torch.dtype | None = None, stream: bool = False
+    ) -> LoadedModel:
+        """Load MODEL on the CPU, in the checkpoint's dtype unless `dtype` is given. Its own code is
+        never run.
 
-        With `stream` the weights stay in their files until they are needed; only for what `checkpoint` finds. Raises
-        `UsageError` for what is not there or not a model, `MissingExtra` without the library, `NmsparseError` for what
-        cannot be reached.
+        With `stream` the weights stay in their files until they are needed; only for what
+        `checkpoint` finds. Raises `UsageError` for what is not there or not a model, `MissingExtra`
+        without the library, `NmsparseError` for what cannot be reached.
         """
 
     @abstractmethod
     def meta_model(self, folder: Path, dtype: torch.dtype) -> LoadedModel:
-        """Build the model that the configuration in `folder` describes, its parameters on the meta device.
+        """Build the model that the configuration in `folder` describes, its parameters on the meta
+        device.
 
-        Buffers are real and have the dtypes that they have when the library loads the model in `dtype`. Raises
-        `UsageError` for a folder that describes no model.
+        Buffers are real and have the dtypes that they have when the library loads the model in
+        `dtype`. Raises `UsageError` for a folder that describes no model.
         """
 
     @abstractmethod
     def save(self, model: LoadedModel, folder: Path, changed: Changed | None = None) -> None:
-        """Write a folder that the stock library loads; of a streamed model `changed` has what is not the checkpoint's.
-        """
+        """Write a folder that the stock library loads; of a streamed model `changed` has what is
+        not the checkpoint's."""
 
     @abstractmethod
     def input_name(self, model: LoadedModel) -> str:
@@ -150,10 +164,12 @@ class ModelAdapter(Protocol):
 
     @abstractmethod
     def sample_inputs(self, model: LoadedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
-        """Make keyword arguments for one forward pass of the right shapes; `length` is in tokens (text only)."""
+        """Make keyword arguments for one forward pass of the right shapes; `length` is in tokens
+        (text only)."""
 
     def knows(self, name: str) -> bool:
-        """Decide whether a bare name, which is no model of the hub, is one of this library's own."""
+        """Decide whether a bare name, which is no model of the hub, is one of this library's
+        own."""
         return False
 
     def reference(self, source: str) -> str:
@@ -165,31 +181,42 @@ class ModelAdapter(Protocol):
         return Path(self.reference(source)).name
 
     def hub_name(self, source: str) -> str | None:
-        """Return OWNER/NAME of MODEL on the hub; None for what is a file, a folder, or in no hub."""
+        """Return OWNER/NAME of MODEL on the hub; None for what is a file, a folder, or in no
+        hub."""
         name = self.reference(source)
-        return name if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) and not Path(name).exists() else None
+        return (
+            name
+            if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) and not Path(name).exists()
+            else None
+        )
 
     def checkpoint(self, source: str) -> Path | None:
-        """Return the folder of safetensors files that MODEL stands for, if it can be streamed and is on this machine.
-        """
+        """Return the folder of safetensors files that MODEL stands for, if it can be streamed and
+        is on this machine."""
         return None
 
     def download(self, source: str) -> Path | None:
-        """Bring the safetensors files of a hub model here, without loading them, and return their folder.
+        """Bring the safetensors files of a hub model here, without loading them, and return their
+        folder.
 
         None for what cannot be streamed or cannot be had; loading it says why.
         """
         return None
 
     def shapes(self, source: str, config: Mapping[str, Any] | None) -> LoadedModel:
-        """Build MODEL with every parameter on the meta device; no weight is read and nothing is downloaded.
+        """Build MODEL with every parameter on the meta device; no weight is read and nothing is
+        downloaded.
 
-        `config` has entries of a config.json. Raises `UsageError` where neither it nor this machine tells the shapes.
+        `config` has entries of a config.json. Raises `UsageError` where neither it nor this machine
+        tells the shapes.
         """
         raise unknown_shapes(source)
 
-    def batches(self, model: LoadedModel, inputs: Mapping[str, torch.Tensor], size: int) -> list[Batch]:
-        """Split inputs `[samples, ...]` into keyword arguments of forward passes, `size` samples each."""
+    def batches(
+        self, model: LoadedModel, inputs: Mapping[str, torch.Tensor], size: int
+    ) -> list[Batch]:
+        """Split inputs `[samples, ...]` into keyword arguments of forward passes, `size` samples
+        each."""
         parts = {name: value.to(model.device).split(size) for name, value in inputs.items()}
         return [dict(zip(parts, row)) for row in zip(*parts.values())]
 
@@ -198,11 +225,16 @@ class ModelAdapter(Protocol):
         return None
 
     def features(self, model: LoadedModel, inputs: Mapping[str, torch.Tensor]) -> Features:
-        """Run one forward pass and return what it says about its inputs; tokens may be a map of features."""
+        """Run one forward pass and return what it says about its inputs; tokens may be a map of
+        features."""
         output = primary_output(model.module(**inputs))
         if output.kind == "logits":
             return Features(None, None, output.value)
-        return Features(output.value, None, None) if output.value.ndim < 3 else Features(None, output.value, None)
+        return (
+            Features(output.value, None, None)
+            if output.value.ndim < 3
+            else Features(None, output.value, None)
+        )
 
     def class_labels(self, model: LoadedModel) -> ClassLabels:
         """Return the labels that the model's head comes with."""
@@ -214,10 +246,16 @@ class ModelAdapter(Protocol):
 
     def hub_card(self, folder: Path) -> HubCard:
         """Describe a saved model to a hub."""
-        return HubCard(self.library, None, "from nmsparse_deploy import models\nmodel = models.load(\"FOLDER\").module")
+        return HubCard(
+            self.library,
+            None,
+            'from nmsparse_deploy import models\nmodel = models.load("FOLDER").module',
+        )
 
 
 def unknown_shapes(source: str) -> UsageError:
     """Return the error for a model whose shapes nothing here tells."""
-    return UsageError(f"What '{source}' looks like is not known on this machine, so its cost cannot be predicted.",
-                      "put its config.json under 'config:' of the recipe")
+    return UsageError(
+        f"What '{source}' looks like is not known on this machine, so its cost cannot be predicted.",
+        "put its config.json under 'config:' of the recipe",
+    )

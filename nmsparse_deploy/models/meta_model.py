@@ -1,4 +1,5 @@
-"""A model whose parameters have no values yet: what describes it in a folder, and how tensors are put into it."""
+"""A model whose parameters have no values yet: what describes it in a folder, and how tensors are
+put into it."""
 
 from __future__ import annotations
 
@@ -13,14 +14,21 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
 def description(folder: Path) -> list[Path]:
-    """List what describes a saved model beside its weights: configuration, tokenizer, preprocessing."""
-    return [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.endswith(WEIGHTS)]
+    """List what describes a saved model beside its weights: configuration, tokenizer,
+    preprocessing."""
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and not file.name.endswith(WEIGHTS)
+    ]
 
 
 def settle(module: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put `tensors` by name into a model without weights; the same tensor under two names stays one parameter.
+    """Put `tensors` by name into a model without weights; the same tensor under two names stays one
+    parameter.
 
-    Raises `AttributeError` for a name that it does not have, `ValueError` for a tensor of another shape.
+    Raises `AttributeError` for a name that it does not have, `ValueError` for a tensor of another
+    shape.
     """
     made: dict[int, nn.Parameter] = {}
     for name, value in tensors.items():
@@ -28,12 +36,15 @@ def settle(module: Any, tensors: Mapping[str, torch.Tensor]) -> None:
         owner = module.get_submodule(owner_path)
         if leaf in owner._parameters:
             fits(module, name, tuple(value.shape))
-            owner._parameters[leaf] = made.setdefault(id(value), nn.Parameter(value, requires_grad=False))
+            owner._parameters[leaf] = made.setdefault(
+                id(value), nn.Parameter(value, requires_grad=False)
+            )
         else:
             owner._buffers[leaf] = value
     for child in module.modules():  # timm derives some buffers from where a parameter is
-        if any(value is not None and value.is_meta for value in child._buffers.values()) \
-                and hasattr(child, "init_non_persistent_buffers"):
+        if any(
+            value is not None and value.is_meta for value in child._buffers.values()
+        ) and hasattr(child, "init_non_persistent_buffers"):
             child.init_non_persistent_buffers()
 
 

@@ -1,4 +1,5 @@
-"""What a forward pass returns: a tensor, or one of the structures that the libraries put around it."""
+"""What a forward pass returns: a tensor, or one of the structures that the libraries put around
+it."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ UNNAMED = "output"
 
 
 class PrimaryOutput(NamedTuple):
-    """The tensor that a model is judged by, and its field; `output` where the model returns it without a name."""
+    """The tensor that a model is judged by, and its field; `output` where the model returns it
+    without a name."""
 
     name: str
     value: torch.Tensor
@@ -43,10 +45,11 @@ def primary_output(outputs: Any, field: str | None = None) -> PrimaryOutput:
 
 
 class Features(NamedTuple):
-    """The answer of a model to a batch, one row a sample; None for what the model or the graph does not return.
+    """The answer of a model to a batch, one row a sample; None for what the model or the graph does
+    not return.
 
-    `pooled` [samples, width] is the class token of a vision model that has one, the mean of its tokens otherwise, and
-    the mean over a sequence's own tokens for text.
+    `pooled` [samples, width] is the class token of a vision model that has one, the mean of its
+    tokens otherwise, and the mean over a sequence's own tokens for text.
     """
 
     pooled: torch.Tensor | None

@@ -1,7 +1,9 @@
-"""Channels of a block that may be renumbered without changing what it computes, found by asking the block.
+"""Channels of a block that may be renumbered without changing what it computes, found by asking the
+block.
 
-They are entries of the reduction axis of the layers that read one tensor (the consumers), together with the rows, and
-biases, of the layers that write it (the producers). Three questions find it, without names and without head counts:
+They are entries of the reduction axis of the layers that read one tensor (the consumers), together
+with the rows, and biases, of the layers that write it (the producers). Three questions find it,
+without names and without head counts:
 
 1. *Which row writes channel j?* In a copy of the block every matrix product answers a constant: ones, but one layer
    answers `1 + bit b of the row's number`. A channel written by a single row repeats, bit by bit, what it gave for all
@@ -34,7 +36,8 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Side:
-    """Entries of one axis of a parameter: `places[c, s, i]` belongs to channel `i` of segment `s`, copy `c`."""
+    """Entries of one axis of a parameter: `places[c, s, i]` belongs to channel `i` of segment `s`,
+    copy `c`."""
 
     parameter: str
     axis: int
@@ -44,7 +47,8 @@ class Side:
 
 @dataclass(frozen=True)
 class PermutableChannels:
-    """Channels in `segments` runs of `length`; each has a permutation of its own, which its `copies` share.
+    """Channels in `segments` runs of `length`; each has a permutation of its own, which its
+    `copies` share.
 
     Parameter names are those inside the block.
     """
@@ -59,7 +63,8 @@ class PermutableChannels:
         return copies, segments, length
 
     def orders(self, local: torch.Tensor) -> dict[tuple[str, int], torch.Tensor]:
-        """Where every entry of the axes comes from when channel `local[s, i]` takes the place of channel `i`."""
+        """Where every entry of the axes comes from when channel `local[s, i]` takes the place of
+        channel `i`."""
         orders: dict[tuple[str, int], torch.Tensor] = {}
         for side in (*self.consumers, *self.producers):
             order = orders.setdefault((side.parameter, side.axis), torch.arange(side.size))
@@ -75,11 +80,14 @@ def reorder(module: nn.Module, orders: Mapping[tuple[str, int], torch.Tensor]) -
             parameter.copy_(parameter.index_select(axis, order.to(parameter.device)))
 
 
-def find_permutable_channels(block: nn.Module, run: Run, x: torch.Tensor,
-                             readers: Sequence[Sequence[str]]) -> tuple[list[PermutableChannels], dict[str, str]]:
-    """Find what may be permuted in `block`, and for every other reader the reason why its channels are not free.
+def find_permutable_channels(
+    block: nn.Module, run: Run, x: torch.Tensor, readers: Sequence[Sequence[str]]
+) -> tuple[list[PermutableChannels], dict[str, str]]:
+    """Find what may be permuted in `block`, and for every other reader the reason why its channels
+    are not free.
 
-    `readers` are layers by path, those that read the same tensor together; `x` `[batch, tokens, hidden]` is one input.
+    `readers` are layers by path, those that read the same tensor together; `x`
+    `[batch, tokens, hidden]` is one input.
     """
     block = copy.deepcopy(block).float().eval()
     stubs = _Stubs(block, run, x)
@@ -87,8 +95,14 @@ def find_permutable_channels(block: nn.Module, run: Run, x: torch.Tensor,
     written = _writers(stubs, [first for first in groups if first in stubs.width])
     sets, reasons = [], {}
     for first, group in groups.items():
-        answer = _channels_of(stubs, group, written[first]) if first in written else "it was not reached by the probe"
-        if not isinstance(answer, str) and not all(_holds(block, run, x, channels) for channels in answer):
+        answer = (
+            _channels_of(stubs, group, written[first])
+            if first in written
+            else "it was not reached by the probe"
+        )
+        if not isinstance(answer, str) and not all(
+            _holds(block, run, x, channels) for channels in answer
+        ):
             answer = "shuffling its channels changes what the block computes"
         if isinstance(answer, str):
             reasons[first] = answer
@@ -104,13 +118,17 @@ def _matrices(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 class _Stubs:
-    """A copy of a block whose matrix products answer what they are told, and remember what they read."""
+    """A copy of a block whose matrix products answer what they are told, and remember what they
+    read."""
 
     def __init__(self, block: nn.Module, run: Run, x: torch.Tensor) -> None:
         self.block = copy.deepcopy(block)
         self.layers = dict(_matrices(self.block))
-        self.width = {path: layer.get_parameter("weight").numel() // layer.get_parameter("weight").shape[
-            group_axis(layer) or 0] for path, layer in self.layers.items()}
+        self.width = {
+            path: layer.get_parameter("weight").numel()
+            // layer.get_parameter("weight").shape[group_axis(layer) or 0]
+            for path, layer in self.layers.items()
+        }
         self._run, self._x = run, x
         self._answer: Answer = lambda path, shape: torch.ones(shape)
         self._seen: dict[str, torch.Tensor] = {}
@@ -130,15 +148,19 @@ class _Stubs:
 
     def constant(self, path: str, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Ask with `rows` as the outputs of one layer and ones from all others."""
-        return self.ask(lambda layer, shape: rows.expand(shape).clone() if layer == path else torch.ones(shape))
+        return self.ask(
+            lambda layer, shape: rows.expand(shape).clone() if layer == path else torch.ones(shape)
+        )
 
 
 Writers = dict[tuple[str, int], torch.Tensor]
-"""By layer and first of the rows that were probed: the row that writes each channel, `UNWRITTEN` or `MIXED`."""
+"""By layer and first of the rows that were probed: the row that writes each channel, `UNWRITTEN` or
+`MIXED`."""
 
 
 def _writers(stubs: _Stubs, consumers: Sequence[str]) -> dict[str, Writers]:
-    """Find what writes each consumer. A layer that mixes is asked again in pieces: gate and up may be one matrix."""
+    """Find what writes each consumer. A layer that mixes is asked again in pieces: gate and up may
+    be one matrix."""
     low = stubs.ask(lambda path, shape: torch.ones(shape))
     written: dict[str, Writers] = {name: {} for name in consumers if name in low}
     for path, width in stubs.width.items():
@@ -156,8 +178,12 @@ def _writers(stubs: _Stubs, consumers: Sequence[str]) -> dict[str, Writers]:
     return written
 
 
-def _rows(stubs: _Stubs, low: Mapping[str, torch.Tensor], path: str, start: int, stop: int) -> dict[str, torch.Tensor]:
-    """Find which of the rows `start` to `stop` of a layer writes each channel of everything that they reach."""
+def _rows(
+    stubs: _Stubs, low: Mapping[str, torch.Tensor], path: str, start: int, stop: int
+) -> dict[str, torch.Tensor]:
+    """Find which of the rows `start` to `stop` of a layer writes each channel of everything that
+    they reach."""
+
     def ask(values: torch.Tensor) -> dict[str, torch.Tensor]:
         rows = torch.ones(stubs.width[path])
         rows[start:stop] += values
@@ -166,10 +192,19 @@ def _rows(stubs: _Stubs, low: Mapping[str, torch.Tensor], path: str, start: int,
     numbers = torch.arange(stop - start)
     high = ask(torch.ones(stop - start))
     reached = [name for name in low if name in high and _moved(low[name], high[name]).any()]
-    answers = [ask((numbers >> bit & 1).float()) for bit in range((stop - start - 1).bit_length()) if reached]
-    spelled = {name: _spell(low[name], high[name], [answer[name] for answer in answers]) for name in reached}
-    return {name: torch.where(rows >= stop - start, MIXED, torch.where(rows >= 0, rows + start, rows))
-            for name, rows in spelled.items()}
+    answers = [
+        ask((numbers >> bit & 1).float())
+        for bit in range((stop - start - 1).bit_length())
+        if reached
+    ]
+    spelled = {
+        name: _spell(low[name], high[name], [answer[name] for answer in answers])
+        for name in reached
+    }
+    return {
+        name: torch.where(rows >= stop - start, MIXED, torch.where(rows >= 0, rows + start, rows))
+        for name, rows in spelled.items()
+    }
 
 
 def _moved(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
@@ -179,7 +214,8 @@ def _moved(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
 
 
 def _spell(low: torch.Tensor, high: torch.Tensor, answers: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Read the row's number from answers `[channels, tokens]` that must equal `low` (0) or `high` (1)."""
+    """Read the row's number from answers `[channels, tokens]` that must equal `low` (0) or `high`
+    (1)."""
     if any(answer.shape != low.shape for answer in (high, *answers)):
         return torch.full((len(low),), MIXED)
     step = high - low
@@ -188,11 +224,15 @@ def _spell(low: torch.Tensor, high: torch.Tensor, answers: Sequence[torch.Tensor
     for bit, answer in enumerate(answers):
         is_one = ((answer - low) * step).sum(1) > size / 2
         off = (answer - torch.where(is_one.unsqueeze(1), high, low)).square().sum(1)
-        rows = torch.where((rows >= 0) & (off <= TOLERANCE * size), rows | is_one.long() << bit, MIXED)
+        rows = torch.where(
+            (rows >= 0) & (off <= TOLERANCE * size), rows | is_one.long() << bit, MIXED
+        )
     return torch.where(_moved(low, high), rows, UNWRITTEN).cpu()
 
 
-def _channels_of(stubs: _Stubs, group: Sequence[str], written: Writers) -> list[PermutableChannels] | str:
+def _channels_of(
+    stubs: _Stubs, group: Sequence[str], written: Writers
+) -> list[PermutableChannels] | str:
     """Find what may be permuted of the consumers `group`, or why there is nothing."""
     if not written:
         return "no layer of the block writes its channels one by one"
@@ -203,7 +243,9 @@ def _channels_of(stubs: _Stubs, group: Sequence[str], written: Writers) -> list[
     columns = (keys != UNWRITTEN).any(0).nonzero().flatten()
     _, unit, copies = keys[:, columns].unique(dim=1, return_inverse=True, return_counts=True)
     profiles = _profiles(stubs, written)[group[0]].cpu()
-    by_unit = columns[unit.argsort(stable=True)].split(copies.tolist())  # the channels of each unit, ascending
+    by_unit = columns[unit.argsort(stable=True)].split(
+        copies.tolist()
+    )  # the channels of each unit, ascending
     sets: list[PermutableChannels] = []
     for count in copies.unique().tolist():
         places = torch.stack([channels for channels in by_unit if len(channels) == count])
@@ -214,13 +256,18 @@ def _channels_of(stubs: _Stubs, group: Sequence[str], written: Writers) -> list[
         for length in sorted({len(segment) for segment in segments}):
             members = torch.stack([segment for segment in segments if len(segment) == length])
             sets.append(_with_writers(stubs, group, written, places[members].permute(2, 0, 1)))
-    if any(side.places.unique().numel() < side.places.numel() for channels in sets for side in channels.producers):
+    if any(
+        side.places.unique().numel() < side.places.numel()
+        for channels in sets
+        for side in channels.producers
+    ):
         return "one row writes channels that other rows tell apart"
     return sets
 
 
 def _profiles(stubs: _Stubs, written: Writers) -> dict[str, torch.Tensor]:
-    """Return what is read when the writing rows all put out the same series over tokens, and everything else noise."""
+    """Return what is read when the writing rows all put out the same series over tokens, and
+    everything else noise."""
     seeds = {path: number for number, path in enumerate(stubs.width, 1)}
 
     def answer(path: str, shape: torch.Size) -> torch.Tensor:
@@ -235,7 +282,8 @@ def _profiles(stubs: _Stubs, written: Writers) -> dict[str, torch.Tensor]:
 
 
 def _alike(profiles: torch.Tensor, unwritten: torch.Tensor) -> list[torch.Tensor] | None:
-    """List units with equal profiles and writers by their numbers; None as soon as one is unlike all others."""
+    """List units with equal profiles and writers by their numbers; None as soon as one is unlike
+    all others."""
     limit = TOLERANCE * profiles.abs().max()
     left, segments = torch.arange(len(profiles)), []
     while len(left):
@@ -248,13 +296,22 @@ def _alike(profiles: torch.Tensor, unwritten: torch.Tensor) -> list[torch.Tensor
     return segments
 
 
-def _with_writers(stubs: _Stubs, group: Sequence[str], written: Writers,
-                  columns: torch.Tensor) -> PermutableChannels:
-    """Join `columns` `[copies, segments, length]` of the consumers, with the rows that write them."""
+def _with_writers(
+    stubs: _Stubs, group: Sequence[str], written: Writers, columns: torch.Tensor
+) -> PermutableChannels:
+    """Join `columns` `[copies, segments, length]` of the consumers, with the rows that write
+    them."""
     consumers, producers = [], []
     for path in group:
         axis = group_axis(stubs.layers[path]) or 0
-        consumers.append(Side(f"{path}.weight", axis, stubs.layers[path].get_parameter("weight").shape[axis], columns))
+        consumers.append(
+            Side(
+                f"{path}.weight",
+                axis,
+                stubs.layers[path].get_parameter("weight").shape[axis],
+                columns,
+            )
+        )
     for (path, _), rows in written.items():
         places = rows[columns[:1]]
         if (places == UNWRITTEN).all():
@@ -267,11 +324,15 @@ def _with_writers(stubs: _Stubs, group: Sequence[str], written: Writers,
 
 
 def _holds(block: nn.Module, run: Run, x: torch.Tensor, channels: PermutableChannels) -> bool:
-    """Check that a random shuffle leaves the block and its other layers as they were, and a wrong one is noticed."""
+    """Check that a random shuffle leaves the block and its other layers as they were, and a wrong
+    one is noticed."""
     generator = torch.Generator().manual_seed(0)
     _, segments, length = channels.shape
     orders = channels.orders(torch.rand(segments, length, generator=generator).argsort(1))
-    half = {(side.parameter, side.axis): orders[side.parameter, side.axis] for side in channels.consumers}
+    half = {
+        (side.parameter, side.axis): orders[side.parameter, side.axis]
+        for side in channels.consumers
+    }
     noise = torch.randn(x.shape, generator=generator).to(x)
     before, after, wrong = (_outputs(block, run, noise, moved) for moved in ({}, orders, half))
     writers = {side.parameter.rpartition(".")[0] for side in channels.producers}
@@ -280,14 +341,18 @@ def _holds(block: nn.Module, run: Run, x: torch.Tensor, channels: PermutableChan
     return same and reader in before and not _close(wrong[reader], before[reader])
 
 
-def _outputs(block: nn.Module, run: Run, x: torch.Tensor,
-             orders: Mapping[tuple[str, int], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the outputs of the layers by path, and of the block under the empty path, after `orders`."""
+def _outputs(
+    block: nn.Module, run: Run, x: torch.Tensor, orders: Mapping[tuple[str, int], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the outputs of the layers by path, and of the block under the empty path, after
+    `orders`."""
     block = copy.deepcopy(block)
     reorder(block, orders)
     outputs: dict[str, torch.Tensor] = {}
     for path, layer in _matrices(block):
-        layer.register_forward_hook(lambda _m, _args, output, path=path: outputs.__setitem__(path, output))
+        layer.register_forward_hook(
+            lambda _m, _args, output, path=path: outputs.__setitem__(path, output)
+        )
     with torch.no_grad():
         outputs[""] = run(block, x)
     return outputs

@@ -1,4 +1,5 @@
-"""From an image to the tensor that a vision model was trained on: resize, crop, scale, normalise; PIL only."""
+"""From an image to the tensor that a vision model was trained on: resize, crop, scale, normalise;
+PIL only."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ DEFAULT_SIZE = 224
 
 
 class ImagePipeline(TypedDict):
-    """The way of an image to a tensor, in timm's words; `crop_pct` is the share of the resized image that is kept."""
+    """The way of an image to a tensor, in timm's words; `crop_pct` is the share of the resized
+    image that is kept."""
 
     input_size: tuple[int, int, int]
     interpolation: str
@@ -37,10 +39,12 @@ class ImagePipeline(TypedDict):
 
 @dataclass(frozen=True)
 class Preprocess:
-    """The way of an image to the tensor that one model wants. `size` is (height, width) of the tensor in pixels.
+    """The way of an image to the tensor that one model wants. `size` is (height, width) of the
+    tensor in pixels.
 
-    `shorter` is the length of the shorter side before the centre crop; None squeezes the image to `size`. `raw` is
-    the Hugging Face preprocessor file this was read from, kept to be written back as it was.
+    `shorter` is the length of the shorter side before the centre crop; None squeezes the image to
+    `size`. `raw` is the Hugging Face preprocessor file this was read from, kept to be written back
+    as it was.
     """
 
     size: tuple[int, int]
@@ -58,7 +62,8 @@ class Preprocess:
         return replace(self, size=(pixels, pixels), shorter=shorter, raw=None)
 
     def __call__(self, image: Image) -> torch.Tensor:
-        """Make a float tensor `[channels, height, width]`; a model of one channel gets a grey image."""
+        """Make a float tensor `[channels, height, width]`; a model of one channel gets a grey
+        image."""
         height, width = self.size
         image = self.view(image)
         values = np.asarray(image, dtype=np.float32).reshape(height, width, -1) / 255
@@ -80,25 +85,44 @@ class Preprocess:
     def pipeline(self) -> ImagePipeline:
         """Return the same in timm's words."""
         named = {number: name for name, number in RESAMPLE.items()}
-        return ImagePipeline(input_size=(len(self.mean), *self.size),
-                             interpolation=named.get(self.resample, "bicubic"), mean=self.mean, std=self.std,
-                             crop_pct=min(self.size) / self.shorter if self.shorter else 1.0,
-                             crop_mode="center" if self.shorter else "squash")
+        return ImagePipeline(
+            input_size=(len(self.mean), *self.size),
+            interpolation=named.get(self.resample, "bicubic"),
+            mean=self.mean,
+            std=self.std,
+            crop_pct=min(self.size) / self.shorter if self.shorter else 1.0,
+            crop_mode="center" if self.shorter else "squash",
+        )
 
     def to_json(self) -> dict[str, object]:
         """Return what a record says of it."""
-        return {"size": list(self.size), "shorter_side": self.shorter, "mean": list(self.mean), "std": list(self.std),
-                "resample": self.resample}
+        return {
+            "size": list(self.size),
+            "shorter_side": self.shorter,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "resample": self.resample,
+        }
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the file that Transformers' image processors read."""
         height, width = self.size
-        size = {"shortest_edge": self.shorter} if self.shorter else {"height": height, "width": width}
+        size = (
+            {"shortest_edge": self.shorter} if self.shorter else {"height": height, "width": width}
+        )
         data = self.raw or {
             "image_processor_type": "BitImageProcessor" if self.shorter else "ViTImageProcessor",
-            "do_resize": True, "size": size, "resample": self.resample, "do_center_crop": self.shorter is not None,
-            "crop_size": {"height": height, "width": width}, "do_rescale": True, "rescale_factor": 1 / 255,
-            "do_normalize": True, "image_mean": list(self.mean), "image_std": list(self.std)}
+            "do_resize": True,
+            "size": size,
+            "resample": self.resample,
+            "do_center_crop": self.shorter is not None,
+            "crop_size": {"height": height, "width": width},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
         (Path(folder) / FILE).write_text(json.dumps(data, indent=2) + "\n")
 
 
@@ -109,7 +133,13 @@ def from_config(config: Any, raw: Mapping[str, Any] | None = None) -> Preprocess
     asked = raw.get("size") or {}
     asked = {"shortest_edge": asked} if isinstance(asked, int) else asked
     shorter = asked.get("shortest_edge")
-    exact = _pair((asked["height"], asked["width"])) if "height" in asked else (shorter, shorter) if shorter else own
+    exact = (
+        _pair((asked["height"], asked["width"]))
+        if "height" in asked
+        else (shorter, shorter)
+        if shorter
+        else own
+    )
     crop = raw.get("crop_size") if raw.get("do_center_crop", False) else None
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
     size = _pair((crop["height"], crop["width"])) if crop else exact
@@ -118,8 +148,13 @@ def from_config(config: Any, raw: Mapping[str, Any] | None = None) -> Preprocess
     elif crop and not shorter:
         shorter = min(exact)
     channels = getattr(config, "num_channels", 3) or 3
-    mean, std = (tuple(raw.get(name) or default) if raw.get("do_normalize", True) else same for name, default, same in
-                 (("image_mean", IMAGENET[0], (0.0,) * channels), ("image_std", IMAGENET[1], (1.0,) * channels)))
+    mean, std = (
+        tuple(raw.get(name) or default) if raw.get("do_normalize", True) else same
+        for name, default, same in (
+            ("image_mean", IMAGENET[0], (0.0,) * channels),
+            ("image_std", IMAGENET[1], (1.0,) * channels),
+        )
+    )
     if len(mean) != channels:
         mean, std = mean[:1] * channels, std[:1] * channels
     return Preprocess(size, shorter, mean, std, int(raw.get("resample", BICUBIC)), raw or None)

@@ -1,9 +1,10 @@
 """Where the residual stream of a transformer block stands alone, found by watching the block run.
 
-The *middle* is the last module without a GEMM that ran after some GEMM, takes hidden states of the block's width, and
-whose output is what another GEMM reads: the norm before the MLP (or, in a block that norms afterwards, the one after
-attention). Its input is the residual stream between the two. A block whose attention and MLP read the same input
-runs them side by side and has no middle. The other place is the block's exit.
+The *middle* is the last module without a GEMM that ran after some GEMM, takes hidden states of the
+block's width, and whose output is what another GEMM reads: the norm before the MLP (or, in a block
+that norms afterwards, the one after attention). Its input is the residual stream between the two. A
+block whose attention and MLP read the same input runs them side by side and has no middle. The
+other place is the block's exit.
 """
 
 from __future__ import annotations
@@ -49,9 +50,16 @@ def find_middle(block: nn.Module, run: Run, entrance: torch.Tensor) -> str | Non
             writers[output.data_ptr()] = path
             alive.append(output)
 
-    leaves = {path: group_axis(child) for path, child in block.named_modules() if path and not list(child.children())}
-    with capture(block, {path: partial(multiplies, path) for path, axis in leaves.items() if axis is not None},
-                 {path: partial(passes, path) for path, axis in leaves.items() if axis is None}):
+    leaves = {
+        path: group_axis(child)
+        for path, child in block.named_modules()
+        if path and not list(child.children())
+    }
+    with capture(
+        block,
+        {path: partial(multiplies, path) for path, axis in leaves.items() if axis is not None},
+        {path: partial(passes, path) for path, axis in leaves.items() if axis is None},
+    ):
         run(block)
     return candidates[-1] if candidates else None
 
@@ -65,7 +73,9 @@ def parameters_before(block: nn.Module, run: Run, middle: str) -> set[str]:
     def record(module: nn.Module, _args: tuple[Any, ...], _named: Mapping[str, Any]) -> None:
         used.update(id(value) for value in module.parameters(recurse=False))
 
-    inputs: dict[str, OnInput] = {path: partial(record, module) for path, module in block.named_modules()}
+    inputs: dict[str, OnInput] = {
+        path: partial(record, module) for path, module in block.named_modules()
+    }
     inputs[middle] = lambda _args, _named: reached.append(middle)
     with capture(block, inputs, stop=lambda: bool(reached)):
         run(block)
@@ -74,11 +84,11 @@ def parameters_before(block: nn.Module, run: Run, middle: str) -> set[str]:
 
 @torch.no_grad()
 def residual_writers(block: nn.Module, run: Run, entrance: torch.Tensor) -> dict[str, str]:
-    """Find the layers whose output is added to the residual stream just as it is, and the place where the sum then
-    stands.
+    """Find the layers whose output is added to the residual stream just as it is, and the place
+    where the sum then stands.
 
-    The place is the middle or `EXIT`. Each candidate is asked: when its output is moved, does the place move by exactly
-    as much? (It does not behind a layer scale, a norm or a gate.)
+    The place is the middle or `EXIT`. Each candidate is asked: when its output is moved, does the
+    place move by exactly as much? (It does not behind a layer scale, a norm or a gate.)
     """
     middle = find_middle(block, run, entrance)
     width, size = entrance.shape[-1], entrance.numel()
@@ -96,15 +106,29 @@ def residual_writers(block: nn.Module, run: Run, entrance: torch.Tensor) -> dict
         place[EXIT if middle is None else middle] = args[0]
         order.append(EXIT)
 
-    layers = [path for path, child in block.named_modules() if path and group_axis(child) is not None]
-    with capture(block, {} if middle is None else {middle: arrives}, {path: partial(writes, path) for path in layers}):
+    layers = [
+        path for path, child in block.named_modules() if path and group_axis(child) is not None
+    ]
+    with capture(
+        block,
+        {} if middle is None else {middle: arrives},
+        {path: partial(writes, path) for path in layers},
+    ):
         place[EXIT] = run(block)
-        still, sequence, shapes = dict(place), list(order), {name: out.shape for name, out in outputs.items()}
+        still, sequence, shapes = (
+            dict(place),
+            list(order),
+            {name: out.shape for name, out in outputs.items()},
+        )
         writers = {}
-        for name in (name for name, shape in shapes.items() if shape[-1] == width and shape.numel() == size):
+        for name in (
+            name for name, shape in shapes.items() if shape[-1] == width and shape.numel() == size
+        ):
             early = middle is not None and sequence.index(name) < sequence.index(EXIT)
             where = middle if early and middle is not None else EXIT
-            noise = torch.randn(shapes[name], generator=torch.Generator().manual_seed(0)).to(entrance.device)
+            noise = torch.randn(shapes[name], generator=torch.Generator().manual_seed(0)).to(
+                entrance.device
+            )
             moved = {name: (noise * outputs[name].float().abs().mean()).to(outputs[name].dtype)}
             place[EXIT] = run(block)
             wanted = moved[name].float().reshape(-1, width)

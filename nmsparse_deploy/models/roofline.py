@@ -1,9 +1,10 @@
 """What 2:4 could win on a GPU, from a roofline. Every figure here is predicted: nothing was timed.
 
-One GEMM of `rows x K` inputs and a `K x N` weight takes at least `max(2·rows·K·N / peak, bytes / bandwidth)`. The
-sparse kernel doubles the peak and reads 9/16 of the weight bytes (16-bit values and their 2-bit indices). With the
-share `f` of the model's FLOPs in pruned GEMMs the whole model gains at most `1 / (1 - f + f/s)` (Amdahl). Measured
-kernels stay well below this bound.
+One GEMM of `rows x K` inputs and a `K x N` weight takes at least
+`max(2·rows·K·N / peak, bytes / bandwidth)`. The sparse kernel doubles the peak and reads 9/16 of
+the weight bytes (16-bit values and their 2-bit indices). With the share `f` of the model's FLOPs in
+pruned GEMMs the whole model gains at most `1 / (1 - f + f/s)` (Amdahl). Measured kernels stay well
+below this bound.
 """
 
 from __future__ import annotations
@@ -24,14 +25,20 @@ SPARSE_BYTES = BYTES * 9 / 16
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense 16-bit tensor-core peak in TFLOP/s and memory bandwidth in TB/s, as the vendor's data sheets give them."""
+    """Dense 16-bit tensor-core peak in TFLOP/s and memory bandwidth in TB/s, as the vendor's data
+    sheets give them."""
 
     name: str
     teraflops: float
     terabytes: float
 
 
-GPUS = (Gpu("A100 SXM 80 GB", 312, 2.0), Gpu("L40S", 362, 0.864), Gpu("H100 SXM", 989, 3.35), Gpu("H200", 989, 4.8))
+GPUS = (
+    Gpu("A100 SXM 80 GB", 312, 2.0),
+    Gpu("L40S", 362, 0.864),
+    Gpu("H100 SXM", 989, 3.35),
+    Gpu("H200", 989, 4.8),
+)
 
 
 @dataclass(frozen=True)
@@ -63,14 +70,19 @@ def predict(targets: Sequence[Target], rows: int, total_flops: float) -> list[Pr
     share = min(1.0, flops / total_flops) if total_flops else 0.0
     predictions = []
     for gpu in GPUS:
-        dense, sparse = (sum(gemm_seconds(gpu, rows, t.k, t.n, kind) for t in targets) for kind in (False, True))
+        dense, sparse = (
+            sum(gemm_seconds(gpu, rows, t.k, t.n, kind) for t in targets) for kind in (False, True)
+        )
         speedup = dense / sparse if sparse else 1.0
-        predictions.append(Prediction(gpu.name, rows, speedup, 1 / (1 - share + share / speedup), share))
+        predictions.append(
+            Prediction(gpu.name, rows, speedup, 1 / (1 - share + share / speedup), share)
+        )
     return predictions
 
 
 def count_flops(module: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
-    """FLOPs of one forward pass, counted by PyTorch's own counter (matrix products and attention)."""
+    """FLOPs of one forward pass, counted by PyTorch's own counter (matrix products and
+    attention)."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

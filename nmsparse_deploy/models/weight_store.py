@@ -1,4 +1,5 @@
-"""Where the weights of a model are while it is worked on: all in memory, or in their files until they are needed."""
+"""Where the weights of a model are while it is worked on: all in memory, or in their files until
+they are needed."""
 
 from __future__ import annotations
 
@@ -9,17 +10,20 @@ import torch
 
 
 class WeightStore(Protocol):
-    """The weights of one module. A part that is not materialised may have none (parameters on the meta device)."""
+    """The weights of one module. A part that is not materialised may have none (parameters on the
+    meta device)."""
 
     device: torch.device | None
     """Where a part gets its weights; None: where its parameters are."""
 
     def materialise(self, path: str) -> AbstractContextManager[None]:
-        """Give the submodule at `path` its weights while this is entered; changes are forgotten then."""
+        """Give the submodule at `path` its weights while this is entered; changes are forgotten
+        then."""
         ...
 
     def on_demand(self) -> AbstractContextManager[None]:
-        """Give each part its weights when it is called, while this is entered: the whole module can run."""
+        """Give each part its weights when it is called, while this is entered: the whole module can
+        run."""
         ...
 
     def to(self, device: torch.device) -> None:

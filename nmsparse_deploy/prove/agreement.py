@@ -40,15 +40,20 @@ class NotCompared:
     not_checked: str
 
 
-def agreement(reference: Values, output: Values, kind: Kind = "logits", mask: Values | None = None) -> Agreement:
+def agreement(
+    reference: Values, output: Values, kind: Kind = "logits", mask: Values | None = None
+) -> Agreement:
     """Compare `output` with `reference`, both [..., classes or width].
 
-    `mask`, of the leading shape, says which positions count (padding has no meaningful output). Everything is computed
-    in float64. Raises `CheckFailed` when a value is not finite, which is how an overflow in half precision shows.
+    `mask`, of the leading shape, says which positions count (padding has no meaningful output).
+    Everything is computed in float64. Raises `CheckFailed` when a value is not finite, which is how
+    an overflow in half precision shows.
     """
     a, b = _rows(reference), _rows(output)
     if a.shape != b.shape:
-        raise UsageError(f"Outputs of shape {tuple(b.shape)} cannot be compared with {tuple(a.shape)}.")
+        raise UsageError(
+            f"Outputs of shape {tuple(b.shape)} cannot be compared with {tuple(a.shape)}."
+        )
     if mask is not None:
         counted = torch.as_tensor(mask).bool().reshape(-1)
         a, b = a[counted], b[counted]
@@ -57,7 +62,9 @@ def agreement(reference: Values, output: Values, kind: Kind = "logits", mask: Va
     for name, values in (("reference", a), ("output", b)):
         nonfinite = int((~torch.isfinite(values)).sum())
         if nonfinite:
-            raise CheckFailed(f"{nonfinite} of {values.numel()} values of the {name} are not finite.")
+            raise CheckFailed(
+                f"{nonfinite} of {values.numel()} values of the {name} are not finite."
+            )
     same, kl, cosine = 0, 0.0, 0.0
     worst = total = squares = norm = 0.0
     for x, y in zip(a.split(256), b.split(256)):  # float64 logits of a long text would not fit
@@ -67,13 +74,23 @@ def agreement(reference: Values, output: Values, kind: Kind = "logits", mask: Va
         squares, norm = squares + float((diff * diff).sum()), norm + float((x * x).sum())
         if kind == "logits":
             same += int((x.argmax(-1) == y.argmax(-1)).sum())
-            kl += float(F.kl_div(y.log_softmax(-1), x.log_softmax(-1), reduction="sum", log_target=True))
+            kl += float(
+                F.kl_div(y.log_softmax(-1), x.log_softmax(-1), reduction="sum", log_target=True)
+            )
         else:
             cosine += float(F.cosine_similarity(x, y, dim=-1).sum())
     n, logits = len(a), kind == "logits"
     relative = (squares / norm) ** 0.5 if norm else float(squares > 0)
-    return Agreement(kind, n, worst, total / a.numel(), relative, same / n if logits else None,
-                     max(0.0, kl / n) if logits else None, None if logits else cosine / n)
+    return Agreement(
+        kind,
+        n,
+        worst,
+        total / a.numel(),
+        relative,
+        same / n if logits else None,
+        max(0.0, kl / n) if logits else None,
+        None if logits else cosine / n,
+    )
 
 
 def _rows(values: Values) -> torch.Tensor:

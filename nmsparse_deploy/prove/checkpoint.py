@@ -18,14 +18,20 @@ from nmsparse_deploy.prove.tensor_files import StoredTensor, find_tensors
 from nmsparse_deploy.system.progress import Progress, silent
 
 
-def verify_checkpoint(path: str | Path, masks: MaskSet | None = None, pattern: NMPattern = TWO_FOUR,
-                      expect: Sequence[str] = (), progress: Progress = silent) -> VerifyReport:
+def verify_checkpoint(
+    path: str | Path,
+    masks: MaskSet | None = None,
+    pattern: NMPattern = TWO_FOUR,
+    expect: Sequence[str] = (),
+    progress: Progress = silent,
+) -> VerifyReport:
     """Verify a .safetensors file or a folder of them.
 
-    With masks: every masked tensor is there, in the pattern of its mask, zero outside the mask, finite and free of
-    minus zeros; the others make no claim. Without: every weight is judged by its values (`types.judge`); a tensor that
-    is nearly in the pattern fails, and so does a checkpoint in which nothing is sparse. `expect` names tensors (glob
-    patterns) that have to be sparse. Raises `UsageError` when a file is missing or damaged.
+    With masks: every masked tensor is there, in the pattern of its mask, zero outside the mask,
+    finite and free of minus zeros; the others make no claim. Without: every weight is judged by its
+    values (`types.judge`); a tensor that is nearly in the pattern fails, and so does a checkpoint
+    in which nothing is sparse. `expect` names tensors (glob patterns) that have to be sparse.
+    Raises `UsageError` when a file is missing or damaged.
     """
     start, scanner, path = time.perf_counter(), Scanner(), Path(path)
     tensors = find_tensors(path)
@@ -34,22 +40,37 @@ def verify_checkpoint(path: str | Path, masks: MaskSet | None = None, pattern: N
     for tensor in tensors:
         progress(f"verifying {path}", done, total)
         expected = any(fnmatchcase(tensor.name, glob) for glob in expect)
-        checks.append(_with_mask(tensor, masks, expected, scanner) if masks is not None
-                      else _without_mask(tensor, pattern, expected, scanner))
+        checks.append(
+            _with_mask(tensor, masks, expected, scanner)
+            if masks is not None
+            else _without_mask(tensor, pattern, expected, scanner)
+        )
         done += tensor.source.nbytes
     progress(f"verifying {path}", done, total)
     names = [tensor.name for tensor in tensors]
-    problems = _missing(path, masks, names) if masks is not None else nothing_sparse(str(path), checks, pattern)
+    problems = (
+        _missing(path, masks, names)
+        if masks is not None
+        else nothing_sparse(str(path), checks, pattern)
+    )
     problems += unmatched_globs(expect, names)
-    return VerifyReport("file", str(path), tuple(checks), tuple(problems), scanner.bytes_read,
-                        time.perf_counter() - start)
+    return VerifyReport(
+        "file",
+        str(path),
+        tuple(checks),
+        tuple(problems),
+        scanner.bytes_read,
+        time.perf_counter() - start,
+    )
 
 
 def _row(tensor: StoredTensor, pattern: Pattern) -> TensorCheck:
     return TensorCheck("file", tensor.name, tensor.dtype, tensor.shape, str(pattern))
 
 
-def _with_mask(tensor: StoredTensor, masks: MaskSet, expected: bool, scanner: Scanner) -> TensorCheck:
+def _with_mask(
+    tensor: StoredTensor, masks: MaskSet, expected: bool, scanner: Scanner
+) -> TensorCheck:
     mask = masks.masks.get(tensor.name)
     if mask is None:
         row = replace(_row(tensor, TWO_FOUR), pattern="", skipped="not in the mask set")
@@ -64,20 +85,27 @@ def _with_mask(tensor: StoredTensor, masks: MaskSet, expected: bool, scanner: Sc
 def candidate_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the axes that a stored weight may be reduced along, the likeliest first.
 
-    [out, in] of a linear layer, [in, out] of an HF `Conv1D`, stacks of either, [M, C, R, S] of a convolution.
+    [out, in] of a linear layer, [in, out] of an HF `Conv1D`, stacks of either, [M, C, R, S] of a
+    convolution.
     """
     if len(shape) < 2:
         return ()
     return (1,) if len(shape) > 3 else (len(shape) - 1, len(shape) - 2)
 
 
-def _without_mask(tensor: StoredTensor, pattern: NMPattern, expected: bool, scanner: Scanner) -> TensorCheck:
+def _without_mask(
+    tensor: StoredTensor, pattern: NMPattern, expected: bool, scanner: Scanner
+) -> TensorCheck:
     row = _row(tensor, pattern)
     element, axes = ELEMENT_TYPES.get(tensor.dtype), candidate_axes(tensor.shape)
     fitting = [axis for axis in axes if element and countable(tensor.shape, axis, element, pattern)]
     if element and fitting:
-        return foreign_check(row, pattern, scanner.scan(tensor.source, element, tensor.shape, fitting, pattern),
-                             expected)
+        return foreign_check(
+            row,
+            pattern,
+            scanner.scan(tensor.source, element, tensor.shape, fitting, pattern),
+            expected,
+        )
     if element is None:
         reason = f"values of type {tensor.dtype} cannot be checked"
     elif not axes:
@@ -91,7 +119,10 @@ def _without_mask(tensor: StoredTensor, pattern: NMPattern, expected: bool, scan
 def _missing(path: Path, masks: MaskSet, names: list[str]) -> list[str]:
     if not masks.masks:
         return ["There are no masks, so nothing was verified."]
-    return [f"'{path}' has no tensor '{name}', which has a mask." for name in sorted(masks.masks.keys() - set(names))]
+    return [
+        f"'{path}' has no tensor '{name}', which has a mask."
+        for name in sorted(masks.masks.keys() - set(names))
+    ]
 
 
 def nothing_sparse(artefact: str, checks: Sequence[TensorCheck], pattern: NMPattern) -> list[str]:
@@ -103,5 +134,8 @@ def nothing_sparse(artefact: str, checks: Sequence[TensorCheck], pattern: NMPatt
 
 def unmatched_globs(expect: Sequence[str], names: Sequence[str]) -> list[str]:
     """Return a problem for every name that was expected and is not there."""
-    return [f"Nothing is called '{glob}', which was expected to be sparse." for glob in expect
-            if not any(fnmatchcase(name, glob) for name in names)]
+    return [
+        f"Nothing is called '{glob}', which was expected to be sparse."
+        for glob in expect
+        if not any(fnmatchcase(name, glob) for name in names)
+    ]

@@ -14,10 +14,11 @@ from nmsparse_deploy.pattern import Pattern, Unstructured
 
 @dataclass(frozen=True)
 class ElementType:
-    """The look of a stored value in memory: enough to tell zero, minus zero and non-finite without converting it.
+    """The look of a stored value in memory: enough to tell zero, minus zero and non-finite without
+    converting it.
 
-    `sign` is the sign bit (0 for integers, which have no minus zero); `inf` is the smallest magnitude that is not
-    finite (0 when every magnitude is).
+    `sign` is the sign bit (0 for integers, which have no minus zero); `inf` is the smallest
+    magnitude that is not finite (0 when every magnitude is).
     """
 
     name: str
@@ -47,7 +48,8 @@ ELEMENT_TYPES = {
 
 @dataclass(frozen=True)
 class GroupCount:
-    """The counts of a chunk of values under a pattern, without groups when that is unstructured; chunks add up."""
+    """The counts of a chunk of values under a pattern, without groups when that is unstructured;
+    chunks add up."""
 
     groups: int = 0
     bad: int = 0
@@ -64,20 +66,26 @@ class GroupCount:
         first = self.first_bad
         if first is None and other.first_bad is not None:
             first = self.groups + other.first_bad
-        return GroupCount(self.groups + other.groups, self.bad + other.bad, self.sparser + other.sparser,
-                          self.nonzeros + other.nonzeros, self.negative_zeros + other.negative_zeros,
-                          self.nonfinite + other.nonfinite, first)
+        return GroupCount(
+            self.groups + other.groups,
+            self.bad + other.bad,
+            self.sparser + other.sparser,
+            self.nonzeros + other.nonzeros,
+            self.negative_zeros + other.negative_zeros,
+            self.nonfinite + other.nonfinite,
+            first,
+        )
 
 
 class GroupCounter:
     """A counter of violations in a stream of raw values, many values per machine word.
 
-    A 64-bit word holds several lanes. Adding `2**(bits-1) - 1` to a lane's magnitude sets its top bit exactly when the
-    magnitude is not zero, and cannot carry into the next lane, so one addition tests all lanes. Buffers are reused from
-    call to call.
+    A 64-bit word holds several lanes. Adding `2**(bits-1) - 1` to a lane's magnitude sets its top
+    bit exactly when the magnitude is not zero, and cannot carry into the next lane, so one addition
+    tests all lanes. Buffers are reused from call to call.
 
-    `inner` is the distance, in values, between neighbours of a group: 1 when the group axis is the last one, otherwise
-    the product of the axes behind it.
+    `inner` is the distance, in values, between neighbours of a group: 1 when the group axis is the
+    last one, otherwise the product of the axes behind it.
     """
 
     def __init__(self, pattern: Pattern, element: ElementType, inner: int = 1) -> None:
@@ -102,7 +110,11 @@ class GroupCounter:
         repeat = sum(1 << shift for shift in range(0, self._word_bits, bits))
         top = 1 << (bits - 1)
         inf = self.element.inf or top
-        return {"top": word(top * repeat), "low": word((top - 1) * repeat), "inf": word((top - inf) * repeat)}
+        return {
+            "top": word(top * repeat),
+            "low": word((top - 1) * repeat),
+            "inf": word((top - inf) * repeat),
+        }
 
     def count(self, values: np.ndarray) -> GroupCount:
         """Count one contiguous chunk of whole groups, given as its raw bytes (uint8, 1-D)."""
@@ -152,7 +164,11 @@ class GroupCounter:
         nonzero = magnitude != 0
         negative_zeros = int(np.count_nonzero((x != 0) & ~nonzero))
         nonfinite = int(np.count_nonzero(magnitude >= self.element.inf)) if self.element.inf else 0
-        counts = nonzero.reshape(-1, self.pattern.alignment, self.inner).sum(axis=1, dtype=np.uint16).reshape(-1)
+        counts = (
+            nonzero.reshape(-1, self.pattern.alignment, self.inner)
+            .sum(axis=1, dtype=np.uint16)
+            .reshape(-1)
+        )
         return self._summary(counts, negative_zeros, nonfinite)
 
     def _summary(self, counts: np.ndarray, negative_zeros: int, nonfinite: int) -> GroupCount:
@@ -162,12 +178,20 @@ class GroupCounter:
         keep = self.pattern.keep
         over = counts > keep
         bad = int(np.count_nonzero(over))
-        return GroupCount(counts.size, bad, int(np.count_nonzero(counts < keep)), nonzeros, negative_zeros,
-                          nonfinite, int(over.argmax()) if bad else None)
+        return GroupCount(
+            counts.size,
+            bad,
+            int(np.count_nonzero(counts < keep)),
+            nonzeros,
+            negative_zeros,
+            nonfinite,
+            int(over.argmax()) if bad else None,
+        )
 
 
 def check(values: torch.Tensor | np.ndarray, pattern: Pattern, axis: int = -1) -> GroupCount:
-    """Check a tensor in memory along `axis`. Raises `ValueError` when the axis is not divisible by the group."""
+    """Check a tensor in memory along `axis`. Raises `ValueError` when the axis is not divisible by
+    the group."""
     if isinstance(values, torch.Tensor):
         name = TORCH_ELEMENTS[values.dtype]
         raw = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -176,14 +200,19 @@ def check(values: torch.Tensor | np.ndarray, pattern: Pattern, axis: int = -1) -
         raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     axis %= values.ndim
     if values.shape[axis] % pattern.alignment:
-        raise ValueError(f"axis {axis} of shape {tuple(values.shape)} is not divisible by {pattern.alignment}")
+        raise ValueError(
+            f"axis {axis} of shape {tuple(values.shape)} is not divisible by {pattern.alignment}"
+        )
     counter = GroupCounter(pattern, ELEMENT_TYPES[name], math.prod(values.shape[axis + 1 :]))
     step = counter.chunk_bytes
     return sum((counter.count(raw[i : i + step]) for i in range(0, raw.size, step)), GroupCount())
 
 
-def group_origin(number: int, shape: tuple[int, ...], axis: int, pattern: Pattern) -> tuple[int, ...]:
-    """Return the coordinates of the first value of group `number` (as `GroupCount.first_bad` numbers them)."""
+def group_origin(
+    number: int, shape: tuple[int, ...], axis: int, pattern: Pattern
+) -> tuple[int, ...]:
+    """Return the coordinates of the first value of group `number` (as `GroupCount.first_bad`
+    numbers them)."""
     axis %= len(shape)
     grid = (*shape[:axis], shape[axis] // pattern.alignment, *shape[axis + 1 :])
     index = [int(i) for i in np.unravel_index(number, grid)]
@@ -192,10 +221,27 @@ def group_origin(number: int, shape: tuple[int, ...], axis: int, pattern: Patter
 
 
 TORCH_ELEMENTS = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.int8: "I8", torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
 }
 
 
-_NUMPY_NAMES = {"f8": "F64", "f4": "F32", "f2": "F16", "i1": "I8", "u1": "U8", "i2": "I16", "i4": "I32", "i8": "I64"}
+_NUMPY_NAMES = {
+    "f8": "F64",
+    "f4": "F32",
+    "f2": "F16",
+    "i1": "I8",
+    "u1": "U8",
+    "i2": "I16",
+    "i4": "I32",
+    "i8": "I64",
+}

@@ -17,12 +17,16 @@ from nmsparse_deploy.prove.scan import MemoryBytes, Scanner
 
 
 def verify_module(module: nn.Module, masks: MaskSet) -> VerifyReport:
-    """Check that every masked parameter is there, in its pattern, zero off its mask, finite and without minus zeros."""
-    return verify_tensors(dict(module.named_parameters(remove_duplicate=False)), masks, type(module).__name__)
+    """Check that every masked parameter is there, in its pattern, zero off its mask, finite and
+    without minus zeros."""
+    return verify_tensors(
+        dict(module.named_parameters(remove_duplicate=False)), masks, type(module).__name__
+    )
 
 
-def verify_tensors(parameters: Mapping[str, torch.Tensor], masks: MaskSet, artefact: str,
-                   place: Place = "torch") -> VerifyReport:
+def verify_tensors(
+    parameters: Mapping[str, torch.Tensor], masks: MaskSet, artefact: str, place: Place = "torch"
+) -> VerifyReport:
     """Check parameters by name, in the layout of their masks, as `verify_module` does."""
     start, scanner = time.perf_counter(), Scanner()
     checks, problems = [], []
@@ -33,13 +37,23 @@ def verify_tensors(parameters: Mapping[str, torch.Tensor], masks: MaskSet, artef
             problems.append(f"There is no parameter '{name}', which has a mask.")
     if not masks.masks:
         problems.append("There are no masks, so nothing was verified.")
-    return VerifyReport(place, artefact, tuple(checks), tuple(problems), scanner.bytes_read,
-                        time.perf_counter() - start)
+    return VerifyReport(
+        place,
+        artefact,
+        tuple(checks),
+        tuple(problems),
+        scanner.bytes_read,
+        time.perf_counter() - start,
+    )
 
 
-def _check(name: str, parameter: torch.Tensor, mask: Mask, scanner: Scanner, place: Place) -> TensorCheck:
+def _check(
+    name: str, parameter: torch.Tensor, mask: Mask, scanner: Scanner, place: Place
+) -> TensorCheck:
     dtype, shape = TORCH_ELEMENTS.get(parameter.dtype), tuple(parameter.shape)
-    row = TensorCheck(place, name, dtype or str(parameter.dtype), shape, str(mask.pattern), mask.axis, name)
+    row = TensorCheck(
+        place, name, dtype or str(parameter.dtype), shape, str(mask.pattern), mask.axis, name
+    )
     if parameter.is_meta:
         return unmatched(row, "the parameter has no values (it is on the meta device)")
     if dtype is None:

@@ -49,20 +49,28 @@ Link = Mapping[str, Sequence[LinkedPlace]]
 """Parameter -> its places."""
 
 
-def verify_onnx(path: str | Path, masks: MaskSet | None = None, link: Link | None = None,
-                pattern: NMPattern = TWO_FOUR, expect: Sequence[str] = (),
-                progress: Progress = silent) -> VerifyReport:
-    """Verify an ONNX model; weights in external data are streamed, weights inside the file are in memory once.
+def verify_onnx(
+    path: str | Path,
+    masks: MaskSet | None = None,
+    link: Link | None = None,
+    pattern: NMPattern = TWO_FOUR,
+    expect: Sequence[str] = (),
+    progress: Progress = silent,
+) -> VerifyReport:
+    """Verify an ONNX model; weights in external data are streamed, weights inside the file are in
+    memory once.
 
-    With masks and the link map of the export: every masked parameter is in the graph and holds as in
-    `verify_checkpoint`, along the axis that its nodes reduce. Without: every weight is judged by its values. `expect`
-    names tensors, nodes or modules (glob patterns) that have to be sparse. The graph is read anew; the link map is
-    believed only where they agree. Raises `UsageError` when the model or its data is damaged, `MissingExtra` without
-    onnx.
+    With masks and the link map of the export: every masked parameter is in the graph and holds as
+    in `verify_checkpoint`, along the axis that its nodes reduce. Without: every weight is judged by
+    its values. `expect` names tensors, nodes or modules (glob patterns) that have to be sparse. The
+    graph is read anew; the link map is believed only where they agree. Raises `UsageError` when the
+    model or its data is damaged, `MissingExtra` without onnx.
     """
     if masks is not None and link is None:
-        raise UsageError("To compare masks with an ONNX model, its link map is needed.",
-                         "give the file that export wrote beside the model, or verify without masks")
+        raise UsageError(
+            "To compare masks with an ONNX model, its link map is needed.",
+            "give the file that export wrote beside the model, or verify without masks",
+        )
     start, graph = time.perf_counter(), OnnxGraph(Path(path))
     run = _Run(graph, pattern, expect, progress)
     if masks is not None and link is not None:
@@ -72,19 +80,29 @@ def verify_onnx(path: str | Path, masks: MaskSet | None = None, link: Link | Non
     uses: list[WeightUse | Untraced] = [*graph.uses, *graph.untraced]
     names = [name for use in uses for name in run.names(use)]
     problems += unmatched_globs(expect, names)
-    return VerifyReport("onnx", str(path), tuple(run.checks), tuple(problems), run.scanner.bytes_read,
-                        time.perf_counter() - start)
+    return VerifyReport(
+        "onnx",
+        str(path),
+        tuple(run.checks),
+        tuple(problems),
+        run.scanner.bytes_read,
+        time.perf_counter() - start,
+    )
 
 
 class _Run:
     """One verification: the rows so far, and what was already read."""
 
-    def __init__(self, graph: OnnxGraph, pattern: NMPattern, expect: Sequence[str], progress: Progress) -> None:
+    def __init__(
+        self, graph: OnnxGraph, pattern: NMPattern, expect: Sequence[str], progress: Progress
+    ) -> None:
         self.graph, self.pattern, self.expect, self.progress = graph, pattern, expect, progress
         self.scanner = Scanner()
         self.checks: list[TensorCheck] = []
         self._scans: dict[tuple[str, int], Scanned] = {}
-        self._total = sum(stored_bytes(graph.tensors[name]) for name in {use.tensor for use in graph.uses})
+        self._total = sum(
+            stored_bytes(graph.tensors[name]) for name in {use.tensor for use in graph.uses}
+        )
 
     def expected(self, use: WeightUse | Untraced) -> bool:
         """Tell whether the caller named this weight as one that has to be sparse."""
@@ -98,14 +116,27 @@ class _Run:
 
     def row(self, use: WeightUse, pattern: Pattern, parameter: str | None = None) -> TensorCheck:
         """Return an empty row for a use."""
-        self.progress(f"verifying {use.tensor}", min(self.scanner.bytes_read, self._total), self._total)
-        return TensorCheck("onnx", use.tensor, use.dtype, use.shape, str(pattern), use.axis, parameter, use.node,
-                           shape_verdict=shape_verdict(use.k, use.n, pattern), problems=use.problems)
+        self.progress(
+            f"verifying {use.tensor}", min(self.scanner.bytes_read, self._total), self._total
+        )
+        return TensorCheck(
+            "onnx",
+            use.tensor,
+            use.dtype,
+            use.shape,
+            str(pattern),
+            use.axis,
+            parameter,
+            use.node,
+            shape_verdict=shape_verdict(use.k, use.n, pattern),
+            problems=use.problems,
+        )
 
     # --- with masks ---
 
     def linked(self, masks: MaskSet, link: Link) -> list[str]:
-        """Check every masked parameter where the link map says it is; return the problems of no single tensor."""
+        """Check every masked parameter where the link map says it is; return the problems of no
+        single tensor."""
         problems = [] if masks.masks else ["There are no masks, so nothing was verified."]
         done: set[int] = set()
         uses_of: dict[str, list[WeightUse]] = defaultdict(list)
@@ -114,12 +145,16 @@ class _Run:
         for parameter, mask in masks.masks.items():
             places = link.get(parameter, ())
             if not places:
-                problems.append(f"'{parameter}' has a mask, but the link map gives it no place in the model.")
+                problems.append(
+                    f"'{parameter}' has a mask, but the link map gives it no place in the model."
+                )
             for place in places:
                 uses = [use for use in uses_of[place.tensor] if place.node in ("", use.node)]
                 if not uses:
-                    problems.append(f"'{parameter}' should be tensor '{place.tensor}' at node '{place.node}'; "
-                                    f"{self._why(place.tensor)}.")
+                    problems.append(
+                        f"'{parameter}' should be tensor '{place.tensor}' at node '{place.node}'; "
+                        f"{self._why(place.tensor)}."
+                    )
                 for use in uses:
                     self.checks.append(self._masked(use, parameter, mask, place.axis))
                     done.add(id(use))
@@ -139,11 +174,16 @@ class _Run:
     def _masked(self, use: WeightUse, parameter: str, mask: Mask, axis: int) -> TensorCheck:
         row = self.row(use, mask.pattern, parameter)
         if axis % len(use.shape) != use.axis:
-            return unmatched(row, f"the link map says axis {axis}, but node '{use.node}' reduces axis {use.axis}")
+            return unmatched(
+                row, f"the link map says axis {axis}, but node '{use.node}' reduces axis {use.axis}"
+            )
         fitted = fit_mask(mask, use)
         if fitted is None:
-            return unmatched(row, f"its mask has shape {list(mask.shape)} and axis {mask.axis}, which do not fit "
-                                  f"{list(use.shape)} and axis {use.axis}")
+            return unmatched(
+                row,
+                f"its mask has shape {list(mask.shape)} and axis {mask.axis}, which do not fit "
+                f"{list(use.shape)} and axis {use.axis}",
+            )
         element = ELEMENT_TYPES.get(element_name(use.dtype))
         if element is None:
             return unmatched(row, f"values of type {use.dtype} cannot be checked")
@@ -151,16 +191,24 @@ class _Run:
         return masked_check(row, element, source, fitted, self.scanner, digest=True)
 
     def _unlinked(self, use: WeightUse, linked: TensorCheck | None) -> TensorCheck:
-        """Return the row of a use without a mask: no claim, unless it reads a pruned tensor along another axis."""
+        """Return the row of a use without a mask: no claim, unless it reads a pruned tensor along
+        another axis."""
         row = self.row(use, self.pattern)
         if linked is not None and linked.axis != use.axis:
-            return unmatched(row, f"conflict: node '{linked.node}' reduces axis {linked.axis} and node '{use.node}' "
-                                  f"axis {use.axis}")
+            return unmatched(
+                row,
+                f"conflict: node '{linked.node}' reduces axis {linked.axis} and node '{use.node}' "
+                f"axis {use.axis}",
+            )
         if row.problems:
             return row
         if self.expected(use) and linked is None:
             return unmatched(row, "expected to be sparse, but it has no mask")
-        return replace(row, pattern="", skipped="not in the link map" if linked is None else "verified at another node")
+        return replace(
+            row,
+            pattern="",
+            skipped="not in the link map" if linked is None else "verified at another node",
+        )
 
     # --- without ---
 
@@ -181,10 +229,15 @@ class _Run:
             key = (use.tensor, use.axis)
             if key not in self._scans:
                 source = source_of(self.graph.tensors[use.tensor], self.graph.folder)
-                self._scans[key] = self.scanner.scan(source, element, use.shape, [use.axis], self.pattern, digest=True)
+                self._scans[key] = self.scanner.scan(
+                    source, element, use.shape, [use.axis], self.pattern, digest=True
+                )
             return foreign_check(row, self.pattern, self._scans[key], expected)
-        reason = (f"axis {use.axis} of {list(use.shape)} cannot be checked in groups of {self.pattern.group}"
-                  if element else f"values of type {use.dtype} cannot be checked")
+        reason = (
+            f"axis {use.axis} of {list(use.shape)} cannot be checked in groups of {self.pattern.group}"
+            if element
+            else f"values of type {use.dtype} cannot be checked"
+        )
         if expected:
             return unmatched(row, f"expected to be sparse, but {reason}")
         return row if row.problems else replace(row, skipped=reason)
@@ -192,22 +245,38 @@ class _Run:
     def _untraced(self, item: Untraced) -> TensorCheck:
         tensor = self.graph.tensors.get(item.tensor)
         shape, dtype = (tuple(tensor.dims), dtype_name(tensor)) if tensor is not None else ((), "")
-        row = TensorCheck("onnx", item.tensor, dtype, shape, str(self.pattern), node=item.node,
-                          skipped=f"it {item.reason}")
-        return unmatched(row, f"expected to be sparse, but it {item.reason}") if self.expected(item) else row
+        row = TensorCheck(
+            "onnx",
+            item.tensor,
+            dtype,
+            shape,
+            str(self.pattern),
+            node=item.node,
+            skipped=f"it {item.reason}",
+        )
+        return (
+            unmatched(row, f"expected to be sparse, but it {item.reason}")
+            if self.expected(item)
+            else row
+        )
 
 
 def _conflict(row: TensorCheck, rows: Sequence[TensorCheck]) -> TensorCheck:
-    """Fail the row of a tensor that is sparse along another of its reduction axes and not along this one."""
+    """Fail the row of a tensor that is sparse along another of its reduction axes and not along
+    this one."""
     sparse = next((o for o in rows if o.axis != row.axis and o.skipped is None and not o.bad), None)
     if sparse is None or (row.skipped is None and not row.bad):
         return row
-    return unmatched(row, f"conflict: node '{sparse.node}' reduces axis {sparse.axis}, along which it is sparse, and "
-                          f"node '{row.node}' axis {row.axis}, along which it is not")
+    return unmatched(
+        row,
+        f"conflict: node '{sparse.node}' reduces axis {sparse.axis}, along which it is sparse, and "
+        f"node '{row.node}' axis {row.axis}, along which it is not",
+    )
 
 
 def fit_mask(mask: Mask, use: WeightUse) -> Mask | None:
-    """Return the mask in the layout of the stored tensor: as it is, or with its last two axes exchanged; else None."""
+    """Return the mask in the layout of the stored tensor: as it is, or with its last two axes
+    exchanged; else None."""
     rank = len(mask.shape)
     lead = len(use.shape) - rank  # leading axes of length one add nothing
     if lead < 0 or any(size != 1 for size in use.shape[:lead]) or not -rank <= mask.axis < rank:
@@ -216,8 +285,14 @@ def fit_mask(mask: Mask, use: WeightUse) -> Mask | None:
     if mask.shape == shape and mask.axis % rank == axis:
         return replace(mask, shape=use.shape, axis=use.axis)
     swap = {rank - 2: rank - 1, rank - 1: rank - 2}
-    if rank < 2 or (*mask.shape[:-2], mask.shape[-1], mask.shape[-2]) != shape or swap.get(mask.axis % rank) != axis:
+    if (
+        rank < 2
+        or (*mask.shape[:-2], mask.shape[-1], mask.shape[-2]) != shape
+        or swap.get(mask.axis % rank) != axis
+    ):
         return None
-    bits = np.unpackbits(mask.bits, count=int(np.prod(mask.shape)), bitorder="little").reshape(mask.shape)
+    bits = np.unpackbits(mask.bits, count=int(np.prod(mask.shape)), bitorder="little").reshape(
+        mask.shape
+    )
     turned = np.packbits(bits.swapaxes(-1, -2).reshape(-1), bitorder="little")
     return replace(mask, bits=turned, shape=use.shape, axis=use.axis)

@@ -1,4 +1,5 @@
-"""Open an ONNX file as untrusted input: what is damaged, or grows without end, is refused in a sentence."""
+"""Open an ONNX file as untrusted input: what is damaged, or grows without end, is refused in a
+sentence."""
 
 from __future__ import annotations
 
@@ -42,29 +43,43 @@ def load_model(path: Path) -> ModelProto:
             model = onnx.inliner.inline_local_functions(model)
     except UsageError:
         raise
-    except Exception as error:  # protobuf and the inliner raise types of their own, which differ between versions
-        raise UsageError(f"'{path}' is not an ONNX model, or it is damaged ({first_line(error)[:120]}).") from error
+    except (
+        Exception
+    ) as error:  # protobuf and the inliner raise types of their own, which differ between versions
+        raise UsageError(
+            f"'{path}' is not an ONNX model, or it is damaged ({first_line(error)[:120]})."
+        ) from error
     if not model.HasField("graph") or not model.graph.node:
         raise UsageError(f"'{path}' is not an ONNX model, or it is damaged (it has no graph).")
     return model
 
 
 def _refuse_bombs(path: Path, model: ModelProto) -> None:
-    """Raise `UsageError` when the local functions, unfolded, never end or would not fit: calls of calls multiply."""
+    """Raise `UsageError` when the local functions, unfolded, never end or would not fit: calls of
+    calls multiply."""
     functions = {(f.domain, f.name, f.overload): f for f in model.functions}
     sizes: dict[Key, Size | None] = {}
     if not functions:
         return
     nodes, size = _unfolded(path, list(nodes_of_graph(model.graph)), functions, sizes, 0)
     if nodes > MAX_NODES or size > MAX_BYTES + model.ByteSize():
-        raise UsageError(f"'{path}' has local functions that unfold to {nodes:.3g} nodes and {size:.3g} bytes, "
-                         "which is more than is read.")
+        raise UsageError(
+            f"'{path}' has local functions that unfold to {nodes:.3g} nodes and {size:.3g} bytes, "
+            "which is more than is read."
+        )
 
 
-def _unfolded(path: Path, nodes: list[NodeProto], functions: dict[Key, FunctionProto], sizes: dict[Key, Size | None],
-              depth: int) -> Size:
+def _unfolded(
+    path: Path,
+    nodes: list[NodeProto],
+    functions: dict[Key, FunctionProto],
+    sizes: dict[Key, Size | None],
+    depth: int,
+) -> Size:
     if depth > MAX_CALLS:
-        raise UsageError(f"'{path}' has local functions that call each other more than {MAX_CALLS} deep.")
+        raise UsageError(
+            f"'{path}' has local functions that call each other more than {MAX_CALLS} deep."
+        )
     count = size = 0
     for node in nodes:
         key = (node.domain, node.op_type, node.overload)
@@ -73,7 +88,9 @@ def _unfolded(path: Path, nodes: list[NodeProto], functions: dict[Key, FunctionP
         elif key in sizes:
             known = sizes[key]
             if known is None:
-                raise UsageError(f"'{path}' has a local function '{node.op_type}' that calls itself.")
+                raise UsageError(
+                    f"'{path}' has a local function '{node.op_type}' that calls itself."
+                )
             inner = known
         else:
             sizes[key] = None

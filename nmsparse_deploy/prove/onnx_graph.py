@@ -1,7 +1,9 @@
-"""Every place where an ONNX graph multiplies by a constant weight, and which axis of the stored tensor it reduces.
+"""Every place where an ONNX graph multiplies by a constant weight, and which axis of the stored
+tensor it reduces.
 
-Values made from one stored tensor are followed forwards, node by node in the order of the file, through the operators
-that keep zeros where they are; what reaches a MatMul, Gemm or Conv is a weight use.
+Values made from one stored tensor are followed forwards, node by node in the order of the file,
+through the operators that keep zeros where they are; what reaches a MatMul, Gemm or Conv is a
+weight use.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ STANDARD = ("", "ai.onnx")
 
 @dataclass(frozen=True)
 class WeightUse:
-    """One multiplication by a stored weight. `axis` is the reduction axis in the layout of the stored tensor."""
+    """One multiplication by a stored weight. `axis` is the reduction axis in the layout of the
+    stored tensor."""
 
     node: str
     op: str
@@ -60,7 +63,8 @@ class Untraced:
 
 
 class OnnxGraph:
-    """A parsed model: its constant tensors, where each is used as a weight, and what could not be followed."""
+    """A parsed model: its constant tensors, where each is used as a weight, and what could not be
+    followed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -84,11 +88,14 @@ class OnnxGraph:
         return decode(self.tensors[tensor], self.folder)
 
     def _walk(self, graph: GraphProto, where: str) -> list[Value | None]:
-        """Read one graph; return the values of its outputs. `where` names the node and attribute that hold it."""
+        """Read one graph; return the values of its outputs. `where` names the node and attribute
+        that hold it."""
         for tensor in graph.initializer:
             self._store(tensor, tensor.name, where)
         for sparse in graph.sparse_initializer:
-            self._values[sparse.values.name] = Opaque(sparse.values.name, "is stored in ONNX's sparse format")
+            self._values[sparse.values.name] = Opaque(
+                sparse.values.name, "is stored in ONNX's sparse format"
+            )
         for node in graph.node:
             for name, inner in subgraphs(node):
                 outer, self._values = self._values, self._values.new_child()
@@ -98,9 +105,12 @@ class OnnxGraph:
         return [self._values.get(output.name) for output in graph.output]
 
     def _claim(self, name: str, value: Value | None = None) -> None:
-        """Give a name its one value in this graph: names are local to a graph, and seen by the graphs in it."""
+        """Give a name its one value in this graph: names are local to a graph, and seen by the
+        graphs in it."""
         if name in self._values:
-            raise UsageError(f"'{self.path}' defines '{name}' twice, so it does not say which value a weight has.")
+            raise UsageError(
+                f"'{self.path}' defines '{name}' twice, so it does not say which value a weight has."
+            )
         self._values[name] = value
 
     def _store(self, tensor: TensorProto, name: str, where: str) -> None:
@@ -134,7 +144,8 @@ class OnnxGraph:
             self._values.update((name, result) for name in node.output if name)
 
     def _follow(self, node: NodeProto) -> Value | None:
-        """Return what the node makes of constants; None when anything in it is computed at run time."""
+        """Return what the node makes of constants; None when anything in it is computed at run
+        time."""
         inputs = [self._values.get(name) if name else None for name in node.input]
         follow = FOLLOW.get(node.op_type) if node.domain in STANDARD else None
         if follow and inputs:
@@ -144,7 +155,9 @@ class OnnxGraph:
             if followed is not None:
                 return followed
         first = next((value for value in inputs if value is not None), None)
-        if first is not None and all(value is not None or not name for value, name in zip(inputs, node.input)):
+        if first is not None and all(
+            value is not None or not name for value, name in zip(inputs, node.input)
+        ):
             reason = first.reason if isinstance(first, Opaque) else f"passes through {node.op_type}"
             return Opaque(first.tensor, reason)
         return None
@@ -157,13 +170,31 @@ class OnnxGraph:
                 continue
             origin = value.origin[axis]
             if origin is None:
-                self.untraced.append(Untraced(name, node.op_type, value.tensor,
-                                              "is reshaped so that its reduction axis is mixed with another"))
+                self.untraced.append(
+                    Untraced(
+                        name,
+                        node.op_type,
+                        value.tensor,
+                        "is reshaped so that its reduction axis is mixed with another",
+                    )
+                )
                 continue
             stored = self.tensors[value.tensor]
-            self.uses.append(WeightUse(
-                name, node.op_type, value.tensor, origin, tuple(stored.dims), dtype_name(stored), value.shape[axis],
-                value.shape[n_axis] if n_axis is not None else 1, _scopes(node), value.path, value.problems))
+            self.uses.append(
+                WeightUse(
+                    name,
+                    node.op_type,
+                    value.tensor,
+                    origin,
+                    tuple(stored.dims),
+                    dtype_name(stored),
+                    value.shape[axis],
+                    value.shape[n_axis] if n_axis is not None else 1,
+                    _scopes(node),
+                    value.path,
+                    value.problems,
+                )
+            )
 
 
 Values = Mapping[str, Value | None]
@@ -172,7 +203,9 @@ Operands = Iterable[tuple[Value, int, int | None]]
 
 
 def _ranked(value: Value | None, min_rank: int, max_rank: int = 64) -> bool:
-    return isinstance(value, Opaque) or (isinstance(value, Stored) and min_rank <= len(value.shape) <= max_rank)
+    return isinstance(value, Opaque) or (
+        isinstance(value, Stored) and min_rank <= len(value.shape) <= max_rank
+    )
 
 
 def _inputs(node: NodeProto, values: Values) -> list[Value | None]:
@@ -204,11 +237,15 @@ def _conv(node: NodeProto, values: Values) -> Operands:
 
 
 _WEIGHTS: dict[str, Callable[[NodeProto, Values], Operands]] = {
-    "MatMul": _matmul, "Gemm": _gemm, "Conv": _conv}
+    "MatMul": _matmul,
+    "Gemm": _gemm,
+    "Conv": _conv,
+}
 
 
 def _scopes(node: NodeProto) -> tuple[str, ...]:
-    """Read the module paths of a node: the exporter prints a Python list of strings; anything else says nothing."""
+    """Read the module paths of a node: the exporter prints a Python list of strings; anything else
+    says nothing."""
     text = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
     try:
         scopes = ast.literal_eval(text)
@@ -223,5 +260,6 @@ def weight_uses(path: str | Path) -> list[WeightUse]:
 
 
 def read_weight(path: str | Path, use: WeightUse) -> np.ndarray:
-    """Return the stored tensor of a weight use, decoded. For many of them, keep one `OnnxGraph` and `read` it."""
+    """Return the stored tensor of a weight use, decoded. For many of them, keep one `OnnxGraph` and
+    `read` it."""
     return OnnxGraph(Path(path)).read(use.tensor)

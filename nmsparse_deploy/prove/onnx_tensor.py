@@ -1,4 +1,5 @@
-"""Where the bytes of an ONNX tensor lie (raw, in typed fields, in a file beside the model), read as untrusted input."""
+"""Where the bytes of an ONNX tensor lie (raw, in typed fields, in a file beside the model), read as
+untrusted input."""
 
 from __future__ import annotations
 
@@ -15,11 +16,45 @@ from nmsparse_deploy.prove.tensor_files import stays_inside
 if TYPE_CHECKING:
     from onnx import TensorProto
 
-NAMES = {1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64",
-         12: "U32", 13: "U64", 16: "BF16", 17: "F8_E4M3", 19: "F8_E5M2", 21: "U4", 22: "I4"}
+NAMES = {
+    1: "F32",
+    2: "U8",
+    3: "I8",
+    4: "U16",
+    5: "I16",
+    6: "I32",
+    7: "I64",
+    9: "BOOL",
+    10: "F16",
+    11: "F64",
+    12: "U32",
+    13: "U64",
+    16: "BF16",
+    17: "F8_E4M3",
+    19: "F8_E5M2",
+    21: "U4",
+    22: "I4",
+}
 """`TensorProto.DataType` by the names that the rest of the package uses."""
-BITS = {"U4": 4, "I4": 4, "U8": 8, "I8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16,
-        "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
+BITS = {
+    "U4": 4,
+    "I4": 4,
+    "U8": 8,
+    "I8": 8,
+    "BOOL": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+}
 WIDENED = {"U4": "U8", "I4": "I8"}
 """Packed 4-bit integers are seen as one byte each."""
 
@@ -30,7 +65,11 @@ def dtype_name(tensor: TensorProto) -> str:
     if known:
         return known
     kinds: Any = type(tensor).DataType
-    return kinds.Name(tensor.data_type) if tensor.data_type in kinds.values() else f"type {tensor.data_type}"
+    return (
+        kinds.Name(tensor.data_type)
+        if tensor.data_type in kinds.values()
+        else f"type {tensor.data_type}"
+    )
 
 
 def element_name(dtype: str) -> str:
@@ -39,7 +78,8 @@ def element_name(dtype: str) -> str:
 
 
 def source_of(tensor: TensorProto, folder: Path) -> ByteSource:
-    """Return the values of a tensor as little-endian bytes. Raises `UsageError` when they are damaged."""
+    """Return the values of a tensor as little-endian bytes. Raises `UsageError` when they are
+    damaged."""
     dtype, where = dtype_name(tensor), f"ONNX tensor '{tensor.name}'"
     if dtype not in BITS:
         raise UsageError(f"{where} has values of type {dtype}, which cannot be read.")
@@ -51,10 +91,16 @@ def source_of(tensor: TensorProto, folder: Path) -> ByteSource:
     if tensor.data_location == type(tensor).EXTERNAL:
         source = _external(tensor, folder, nbytes, where)
     else:
-        raw = np.frombuffer(tensor.raw_data, np.uint8) if tensor.HasField("raw_data") else _typed(tensor, dtype, where)
+        raw = (
+            np.frombuffer(tensor.raw_data, np.uint8)
+            if tensor.HasField("raw_data")
+            else _typed(tensor, dtype, where)
+        )
         if raw.size != nbytes:
-            raise UsageError(f"{where} is {dtype} of shape {list(tensor.dims)}, which takes {nbytes:,} bytes, "
-                             f"and has {raw.size:,}.")
+            raise UsageError(
+                f"{where} is {dtype} of shape {list(tensor.dims)}, which takes {nbytes:,} bytes, "
+                f"and has {raw.size:,}."
+            )
         source = MemoryBytes(raw)
     return Nibbles(source, count, dtype == "I4") if dtype in WIDENED else source
 
@@ -73,24 +119,33 @@ def _external(tensor: TensorProto, folder: Path, nbytes: int, where: str) -> Fil
     try:
         target, here = path.resolve(), folder.resolve()
         if not any(target.is_relative_to(place) for place in (here, *hub_blobs(folder))):
-            raise UsageError(f"{where} keeps its data in '{location[:200]}', a link that leads out of the folder of "
-                             "the model.")
+            raise UsageError(
+                f"{where} keeps its data in '{location[:200]}', a link that leads out of the folder of "
+                "the model."
+            )
         if not target.is_file():
             raise UsageError(f"{where} keeps its data in '{location[:200]}', which is not there.")
     except (OSError, RuntimeError) as error:  # a circle of links, a name that is too long
-        raise UsageError(f"{where} keeps its data in '{location[:200]}', which cannot be opened "
-                         f"({first_line(error)[:80]}).") from error
+        raise UsageError(
+            f"{where} keeps its data in '{location[:200]}', which cannot be opened "
+            f"({first_line(error)[:80]})."
+        ) from error
     offset = _natural(entries.get("offset", "0"), where)
     length = _natural(entries.get("length", str(nbytes)), where)
     if length != nbytes:
-        raise UsageError(f"{where} of shape {list(tensor.dims)} takes {nbytes:,} bytes; its entry says {length:,}.")
+        raise UsageError(
+            f"{where} of shape {list(tensor.dims)} takes {nbytes:,} bytes; its entry says {length:,}."
+        )
     if offset + nbytes > path.stat().st_size:
-        raise UsageError(f"{where} ends at byte {offset + nbytes:,} of '{path}', which has {path.stat().st_size:,}.")
+        raise UsageError(
+            f"{where} ends at byte {offset + nbytes:,} of '{path}', which has {path.stat().st_size:,}."
+        )
     return FileBytes(path, offset, nbytes)
 
 
 def hub_blobs(folder: Path) -> list[Path]:
-    """Return where the hub's cache keeps the files of the repository that `folder` is a snapshot of, if it is one."""
+    """Return where the hub's cache keeps the files of the repository that `folder` is a snapshot
+    of, if it is one."""
     for place in (folder.absolute(), *folder.absolute().parents):
         if place.parent.name == "snapshots":
             blobs = place.parent.parent / "blobs"
@@ -105,7 +160,8 @@ def _natural(text: str, where: str) -> int:
 
 
 def _typed(tensor: TensorProto, dtype: str, where: str) -> np.ndarray:
-    """Read values in a field of their own; small types lie in `int32_data`, one (or one packed pair) per number."""
+    """Read values in a field of their own; small types lie in `int32_data`, one (or one packed
+    pair) per number."""
     if dtype == "F32":
         values = np.array(tensor.float_data, np.float32)
     elif dtype == "F64":
@@ -128,11 +184,16 @@ def any_nonzero(tensor: TensorProto, folder: Path) -> bool:
 
 
 def decode(tensor: TensorProto, folder: Path) -> np.ndarray:
-    """Read the whole tensor into NumPy's type for it (`ml_dtypes` for the small floats, I8/U8 for 4-bit)."""
+    """Read the whole tensor into NumPy's type for it (`ml_dtypes` for the small floats, I8/U8 for
+    4-bit)."""
     import ml_dtypes
 
-    small = {"BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
-             "BOOL": np.bool_}
+    small = {
+        "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "BOOL": np.bool_,
+    }
     source, name = source_of(tensor, folder), element_name(dtype_name(tensor))
     kind = np.dtype(small.get(name, f"{name[0].lower()}{BITS[name] // 8}"))
     chunks = [chunk.copy() for chunk in source.chunks(1 << 24)]

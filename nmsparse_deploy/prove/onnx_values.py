@@ -1,4 +1,5 @@
-"""Operators that a stored tensor may pass through on its way to a multiplication, and what they do to its axes."""
+"""Operators that a stored tensor may pass through on its way to a multiplication, and what they do
+to its axes."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stored:
-    """A value whose zeros are those of one stored tensor. `origin` gives the stored axis behind every axis of it."""
+    """A value whose zeros are those of one stored tensor. `origin` gives the stored axis behind
+    every axis of it."""
 
     tensor: str
     shape: tuple[int, ...]
@@ -34,7 +36,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class Opaque:
-    """A constant that could not be followed. `reason` continues a sentence that begins with the tensor's name."""
+    """A constant that could not be followed. `reason` continues a sentence that begins with the
+    tensor's name."""
 
     tensor: str
     reason: str
@@ -70,8 +73,10 @@ def numbers(node: NodeProto, name: str) -> list[int] | None:
 
 
 def _damaged(node: NodeProto, name: str, kind: str) -> UsageError:
-    return UsageError(f"The ONNX model is damaged: '{name}' of the {node.op_type} "
-                      f"'{node.name or next(iter(node.output), '')}' is no {kind}.")
+    return UsageError(
+        f"The ONNX model is damaged: '{name}' of the {node.op_type} "
+        f"'{node.name or next(iter(node.output), '')}' is no {kind}."
+    )
 
 
 def constant_tensor(node: NodeProto) -> TensorProto | None:
@@ -83,30 +88,43 @@ def constant_tensor(node: NodeProto) -> TensorProto | None:
             stored: TensorProto = entry.t
             return stored
         if entry.name in ("value_int", "value_ints"):
-            return numpy_helper.from_array(np.array(entry.i if entry.name == "value_int" else entry.ints, np.int64))
+            return numpy_helper.from_array(
+                np.array(entry.i if entry.name == "value_int" else entry.ints, np.int64)
+            )
         if entry.name in ("value_float", "value_floats"):
-            return numpy_helper.from_array(np.array(entry.f if entry.name == "value_float" else entry.floats,
-                                                    np.float32))
+            return numpy_helper.from_array(
+                np.array(entry.f if entry.name == "value_float" else entry.floats, np.float32)
+            )
     return None
 
 
-def _same(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path) -> Value | None:
+def _same(
+    node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path
+) -> Value | None:
     value = inputs[0]
     return value.then(node.op_type) if isinstance(value, Stored) else None
 
 
-def _transpose(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path) -> Value | None:
+def _transpose(
+    node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path
+) -> Value | None:
     value = inputs[0]
     if not isinstance(value, Stored):
         return None
     perm = numbers(node, "perm") or list(reversed(range(len(value.shape))))
     if sorted(perm) != list(range(len(value.shape))):
         return Opaque(value.tensor, f"passes through a Transpose with a bad perm {perm}")
-    moved = replace(value, shape=tuple(value.shape[p] for p in perm), origin=tuple(value.origin[p] for p in perm))
+    moved = replace(
+        value,
+        shape=tuple(value.shape[p] for p in perm),
+        origin=tuple(value.origin[p] for p in perm),
+    )
     return moved.then("Transpose")
 
 
-def _quantize(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path) -> Value | None:
+def _quantize(
+    node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path
+) -> Value | None:
     """Follow a weight through a scale, which keeps zeros, and a zero point, which moves them."""
     value = inputs[0]
     if not isinstance(value, Stored):
@@ -115,14 +133,21 @@ def _quantize(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, f
         return value.then(node.op_type)
     zero_point = inputs[2]
     if not isinstance(zero_point, Stored):
-        return value.then(node.op_type, f"the zero point '{node.input[2]}' is not a stored constant")
+        return value.then(
+            node.op_type, f"the zero point '{node.input[2]}' is not a stored constant"
+        )
     if any_nonzero(tensor(zero_point), folder):
-        return value.then(node.op_type, f"the zero point '{zero_point.tensor}' is not zero, so quantisation is "
-                                        "asymmetric and destroys the pattern")
+        return value.then(
+            node.op_type,
+            f"the zero point '{zero_point.tensor}' is not zero, so quantisation is "
+            "asymmetric and destroys the pattern",
+        )
     return value.then(node.op_type)
 
 
-def _reshape(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path) -> Value | None:
+def _reshape(
+    node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path
+) -> Value | None:
     value, target = inputs[0], inputs[1] if len(inputs) > 1 else None
     if not isinstance(value, Stored):
         return None
@@ -132,13 +157,17 @@ def _reshape(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, fo
     if shape is None:
         return Opaque(value.tensor, "passes through a Reshape with a bad shape")
     # An axis survives when as many values lie before it, and in it, as before.
-    starts = {(math.prod(value.shape[:i]), size): origin
-              for i, (size, origin) in enumerate(zip(value.shape, value.origin))}
+    starts = {
+        (math.prod(value.shape[:i]), size): origin
+        for i, (size, origin) in enumerate(zip(value.shape, value.origin))
+    }
     origin = tuple(starts.get((math.prod(shape[:i]), size)) for i, size in enumerate(shape))
     return replace(value, shape=shape, origin=origin).then("Reshape")
 
 
-def _target(shape: tuple[int, ...], target: TensorProto, folder: Path, allowzero: bool) -> tuple[int, ...] | None:
+def _target(
+    shape: tuple[int, ...], target: TensorProto, folder: Path, allowzero: bool
+) -> tuple[int, ...] | None:
     if dtype_name(target) != "I64" or math.prod(target.dims) > 64:
         return None
     sizes = [int(size) for size in decode(target, folder).reshape(-1)]
@@ -147,11 +176,18 @@ def _target(shape: tuple[int, ...], target: TensorProto, folder: Path, allowzero
     if sizes.count(-1) == 1:
         rest = math.prod(size for size in sizes if size != -1)
         sizes = [math.prod(shape) // rest if size == -1 and rest else size for size in sizes]
-    return tuple(sizes) if min(sizes, default=0) >= 0 and math.prod(sizes) == math.prod(shape) else None
+    return (
+        tuple(sizes)
+        if min(sizes, default=0) >= 0 and math.prod(sizes) == math.prod(shape)
+        else None
+    )
 
 
-def _multiply(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path) -> Value | None:
-    """Follow a product: a vector keeps zeros, something as large as the weight makes zeros that are not stored."""
+def _multiply(
+    node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path
+) -> Value | None:
+    """Follow a product: a vector keeps zeros, something as large as the weight makes zeros that are
+    not stored."""
     if len(inputs) != 2 or not all(isinstance(value, Stored) for value in inputs):
         return None
     a, b = (value for value in inputs if isinstance(value, Stored))
@@ -171,8 +207,11 @@ def _multiply(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, f
     return _broadcast(weight, shape).then(node.op_type)
 
 
-def _where(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path) -> Value | None:
-    """Follow a choice between a weight and something smaller, which is a mask that was not baked."""
+def _where(
+    node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path
+) -> Value | None:
+    """Follow a choice between a weight and something smaller, which is a mask that was not
+    baked."""
     if len(inputs) != 3 or not all(isinstance(value, Stored) for value in inputs):
         return None
     condition, yes, no = (value for value in inputs if isinstance(value, Stored))
@@ -184,8 +223,10 @@ def _where(node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, fold
 
 def unbaked(weight: Stored, mask: Stored, node: NodeProto) -> str:
     """Say that a node applies a mask that should be in the weight."""
-    return (f"mask was not baked: node '{node.name or node.output[0]}' applies '{mask.tensor}' to the stored "
-            f"'{weight.tensor}' ({node.op_type})")
+    return (
+        f"mask was not baked: node '{node.name or node.output[0]}' applies '{mask.tensor}' to the stored "
+        f"'{weight.tensor}' ({node.op_type})"
+    )
 
 
 def _is_bool(value: Stored, tensor: Lookup) -> bool:
@@ -200,6 +241,13 @@ def _broadcast(value: Stored, shape: tuple[int, ...]) -> Stored:
 
 Follow = Callable[["NodeProto", Sequence[Value | None], Lookup, Path], Value | None]
 FOLLOW: dict[str, Follow] = {
-    "Identity": _same, "Cast": _same, "Transpose": _transpose, "Reshape": _reshape, "QuantizeLinear": _quantize,
-    "DequantizeLinear": _quantize, "Mul": _multiply, "Div": _multiply, "Where": _where,
+    "Identity": _same,
+    "Cast": _same,
+    "Transpose": _transpose,
+    "Reshape": _reshape,
+    "QuantizeLinear": _quantize,
+    "DequantizeLinear": _quantize,
+    "Mul": _multiply,
+    "Div": _multiply,
+    "Where": _where,
 }

@@ -13,7 +13,8 @@ Place = Literal["torch", "file", "onnx"]
 
 
 def gemm_shape(shape: tuple[int, ...], axis: int) -> tuple[int, int]:
-    """Return (K, N) of a stored weight: N is the other axis of a matrix or of a stack's last two, a kernel's first."""
+    """Return (K, N) of a stored weight: N is the other axis of a matrix or of a stack's last two, a
+    kernel's first."""
     axis %= len(shape)
     if len(shape) == 1:
         return shape[0], 1
@@ -61,7 +62,10 @@ class TensorCheck:
 
     def to_json(self) -> dict[str, object]:
         """Return the row as `verify.json` holds it."""
-        row = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        row = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+        }
         return {**row, "ok": self.ok}
 
 
@@ -99,27 +103,48 @@ class VerifyReport:
     @property
     def zero_share(self) -> float | None:
         """Share of zeros where there were no groups to count, that is under unstructured masks."""
-        compared = [c for c in self.checks if c.skipped is None and c.mask_mismatch is not None and not c.groups]
+        compared = [
+            c
+            for c in self.checks
+            if c.skipped is None and c.mask_mismatch is not None and not c.groups
+        ]
         size = sum(math.prod(check.shape) for check in compared)
         return 1 - sum(check.nonzeros for check in compared) / size if size else None
 
     def failures(self) -> list[str]:
         """Return every reason why the artefact does not hold, as sentences."""
-        rows = [f"'{check.tensor}': {problem}." for check in self.checks for problem in check.problems]
+        rows = [
+            f"'{check.tensor}': {problem}." for check in self.checks for problem in check.problems
+        ]
         return [*self.problems, *rows]
 
     def to_json(self) -> dict[str, object]:
         """Return the report as `verify.json` holds it."""
-        return {"place": self.place, "artefact": self.artefact, "ok": self.ok, "checked": self.checked,
-                "failed": self.failed, "skipped": self.skipped, "zero_share": self.zero_share,
-                "problems": list(self.problems), "bytes_read": self.bytes_read, "seconds": self.seconds,
-                "checks": [check.to_json() for check in self.checks]}
+        return {
+            "place": self.place,
+            "artefact": self.artefact,
+            "ok": self.ok,
+            "checked": self.checked,
+            "failed": self.failed,
+            "skipped": self.skipped,
+            "zero_share": self.zero_share,
+            "problems": list(self.problems),
+            "bytes_read": self.bytes_read,
+            "seconds": self.seconds,
+            "checks": [check.to_json() for check in self.checks],
+        }
 
     def summary(self) -> str:
         """Say in one sentence what was checked and whether it holds."""
         groups = sum(check.groups for check in self.checks if check.skipped is None)
-        counted = f"{groups:,} groups" if groups or self.zero_share is None else f"{self.zero_share:.1%} zeros"
-        text = f"{self.artefact}: {self.checked} tensors checked ({counted}), {self.skipped} skipped"
+        counted = (
+            f"{groups:,} groups"
+            if groups or self.zero_share is None
+            else f"{self.zero_share:.1%} zeros"
+        )
+        text = (
+            f"{self.artefact}: {self.checked} tensors checked ({counted}), {self.skipped} skipped"
+        )
         if self.ok:
             return f"{text}; all hold."
         failures = self.failures()
@@ -132,19 +157,28 @@ def describe_count(count: GroupCount, first_bad: tuple[int, ...] | None) -> str:
     return f"{count.bad:,} of {count.groups:,} groups break the pattern, the first at {list(first_bad or ())}"
 
 
-def judge(count: GroupCount, pattern: NMPattern) -> Literal["sparse", "near miss", "by chance", "dense"]:
-    """Judge a tensor of unknown intent by comparing it with the same number of zeros strewn at random.
+def judge(
+    count: GroupCount, pattern: NMPattern
+) -> Literal["sparse", "near miss", "by chance", "dense"]:
+    """Judge a tensor of unknown intent by comparing it with the same number of zeros strewn at
+    random.
 
-    With a share p of non-zeros, a random group holds at most `keep` of them with the binomial probability q. `sparse`:
-    every group is in the pattern, and chance does that less than once in a million (else `by chance`: an almost empty
-    or tiny tensor). `near miss`: the share of good groups is more than half-way from q to 1 and six standard deviations
-    above q, so neither a dense tensor nor an unstructured one of any sparsity gets there.
+    With a share p of non-zeros, a random group holds at most `keep` of them with the binomial
+    probability q. `sparse`: every group is in the pattern, and chance does that less than once in a
+    million (else `by chance`: an almost empty or tiny tensor). `near miss`: the share of good
+    groups is more than half-way from q to 1 and six standard deviations above q, so neither a dense
+    tensor nor an unstructured one of any sparsity gets there.
     """
     if not count.nonzeros:
         return "by chance"
     p = count.nonzeros / (count.groups * pattern.group)
-    q = min(1.0, sum(math.comb(pattern.group, k) * p**k * (1 - p) ** (pattern.group - k)
-                     for k in range(pattern.keep + 1)))
+    q = min(
+        1.0,
+        sum(
+            math.comb(pattern.group, k) * p**k * (1 - p) ** (pattern.group - k)
+            for k in range(pattern.keep + 1)
+        ),
+    )
     if not count.bad:
         return "sparse" if q**count.groups < 1e-6 else "by chance"
     share = 1 - count.bad / count.groups

@@ -21,20 +21,35 @@ def unmatched(row: TensorCheck, *problems: str) -> TensorCheck:
     return replace(row, skipped=None, problems=(*row.problems, *problems))
 
 
-def masked_check(row: TensorCheck, element: ElementType, source: ByteSource, mask: Mask, scanner: Scanner,
-                 digest: bool = False) -> TensorCheck:
+def masked_check(
+    row: TensorCheck,
+    element: ElementType,
+    source: ByteSource,
+    mask: Mask,
+    scanner: Scanner,
+    digest: bool = False,
+) -> TensorCheck:
     """Check a tensor whose mask is stored in the same layout as the tensor."""
     if mask.shape != row.shape:
-        return unmatched(row, f"its shape is {list(row.shape)}, its mask has shape {list(mask.shape)}")
+        return unmatched(
+            row, f"its shape is {list(row.shape)}, its mask has shape {list(mask.shape)}"
+        )
     if not -len(mask.shape) <= mask.axis < len(mask.shape):
         return unmatched(row, f"its mask has the group axis {mask.axis}, which it does not have")
     axis = mask.axis % len(mask.shape)
     if not countable(row.shape, axis, element, mask.pattern):
-        return unmatched(row, f"axis {axis} of shape {list(row.shape)} cannot be checked in groups of "
-                              f"{mask.pattern.alignment}")
+        return unmatched(
+            row,
+            f"axis {axis} of shape {list(row.shape)} cannot be checked in groups of "
+            f"{mask.pattern.alignment}",
+        )
     row = replace(row, problems=(*row.problems, *_wrong_share(mask, axis)))
-    scanned = scanner.scan(source, element, row.shape, [axis], mask.pattern, np.asarray(mask.bits), digest)
-    return claim(replace(row, axis=axis, pattern=str(mask.pattern)), mask.pattern, scanned, law4=True)
+    scanned = scanner.scan(
+        source, element, row.shape, [axis], mask.pattern, np.asarray(mask.bits), digest
+    )
+    return claim(
+        replace(row, axis=axis, pattern=str(mask.pattern)), mask.pattern, scanned, law4=True
+    )
 
 
 def _wrong_share(mask: Mask, axis: int) -> list[str]:
@@ -48,7 +63,8 @@ def _wrong_share(mask: Mask, axis: int) -> list[str]:
 
 
 def claim(row: TensorCheck, pattern: Pattern, scanned: Scanned, law4: bool) -> TensorCheck:
-    """Fill in a row that must hold. `law4`: baking has normalised minus zeros, so one of them is a failure."""
+    """Fill in a row that must hold. `law4`: baking has normalised minus zeros, so one of them is a
+    failure."""
     row = measured(row, pattern, scanned)
     count = scanned.counts[row.axis or 0]
     problems = list(row.problems)
@@ -59,7 +75,9 @@ def claim(row: TensorCheck, pattern: Pattern, scanned: Scanned, law4: bool) -> T
     if row.nonfinite:
         problems.append(f"{row.nonfinite:,} values are NaN or infinite")
     if law4 and row.negative_zeros:
-        problems.append(f"{row.negative_zeros:,} zeros are minus zero; baking a mask must write +0.0")
+        problems.append(
+            f"{row.negative_zeros:,} zeros are minus zero; baking a mask must write +0.0"
+        )
     return replace(row, problems=tuple(problems))
 
 
@@ -67,20 +85,37 @@ def measured(row: TensorCheck, pattern: Pattern, scanned: Scanned) -> TensorChec
     """Return the row with its counts, claiming nothing."""
     axis = row.axis or 0
     count = scanned.counts[axis]
-    first = None if count.first_bad is None else group_origin(count.first_bad, row.shape, axis, pattern)
-    return replace(row, axis=axis, groups=count.groups, bad=count.bad, first_bad=first, sparser=count.sparser,
-                   nonzeros=count.nonzeros, negative_zeros=count.negative_zeros, nonfinite=count.nonfinite,
-                   mask_mismatch=scanned.mask_mismatch, sha256=scanned.sha256,
-                   shape_verdict=row.shape_verdict or shape_verdict(*gemm_shape(row.shape, axis), pattern))
+    first = (
+        None if count.first_bad is None else group_origin(count.first_bad, row.shape, axis, pattern)
+    )
+    return replace(
+        row,
+        axis=axis,
+        groups=count.groups,
+        bad=count.bad,
+        first_bad=first,
+        sparser=count.sparser,
+        nonzeros=count.nonzeros,
+        negative_zeros=count.negative_zeros,
+        nonfinite=count.nonfinite,
+        mask_mismatch=scanned.mask_mismatch,
+        sha256=scanned.sha256,
+        shape_verdict=row.shape_verdict or shape_verdict(*gemm_shape(row.shape, axis), pattern),
+    )
 
 
-def foreign_check(row: TensorCheck, pattern: NMPattern, scanned: Scanned, expected: bool) -> TensorCheck:
-    """Judge a tensor of unknown intent: sparse (a claim that holds), a near miss (one that fails), or dense (none)."""
+def foreign_check(
+    row: TensorCheck, pattern: NMPattern, scanned: Scanned, expected: bool
+) -> TensorCheck:
+    """Judge a tensor of unknown intent: sparse (a claim that holds), a near miss (one that fails),
+    or dense (none)."""
     verdicts = {axis: judge(count, pattern) for axis, count in scanned.counts.items()}
     best_first: Sequence[str] = ("sparse", "near miss", "by chance", "dense")
     axis = min(verdicts, key=lambda a: best_first.index(verdicts[a]))
     row, verdict = replace(row, axis=axis), verdicts[axis]
     if expected or row.problems or verdict in ("sparse", "near miss"):
         return claim(row, pattern, scanned, law4=False)
-    reason = "dense" if verdict == "dense" else "too empty or too small to tell the pattern from chance"
+    reason = (
+        "dense" if verdict == "dense" else "too empty or too small to tell the pattern from chance"
+    )
     return replace(measured(row, pattern, scanned), skipped=reason)

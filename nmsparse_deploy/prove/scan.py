@@ -1,4 +1,5 @@
-"""One pass over a tensor's bytes in constant memory: pattern, minus zeros, non-finite values, mask, hash."""
+"""One pass over a tensor's bytes in constant memory: pattern, minus zeros, non-finite values, mask,
+hash."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from nmsparse_deploy.prove.report import judge
 CHUNK = 1 << 20
 """Fits the processor's second-level cache, which is what makes the pass run at memory speed."""
 MAX_CHUNK = 16 << 20
-"""A chunk must hold whole groups; a group axis far from the last one makes groups that span many bytes."""
+"""A chunk must hold whole groups; a group axis far from the last one makes groups that span many
+bytes."""
 
 
 class ByteSource(Protocol):
@@ -31,7 +33,8 @@ class ByteSource(Protocol):
         ...
 
     def chunks(self, size: int) -> Iterator[np.ndarray]:
-        """Yield the bytes (uint8, 1-D) in order, `size` at a time. A chunk is valid until the next one is asked for."""
+        """Yield the bytes (uint8, 1-D) in order, `size` at a time. A chunk is valid until the next
+        one is asked for."""
         ...
 
 
@@ -55,14 +58,16 @@ class MemoryBytes:
 
 @dataclass(frozen=True)
 class FileBytes:
-    """A range of a file, read into one buffer. Never mapped: mapped pages would count as this process's memory."""
+    """A range of a file, read into one buffer. Never mapped: mapped pages would count as this
+    process's memory."""
 
     path: Path
     start: int
     nbytes: int
 
     def chunks(self, size: int) -> Iterator[np.ndarray]:
-        """Read the file a chunk at a time. Raises `NmsparseError` when it ends early or cannot be read."""
+        """Read the file a chunk at a time. Raises `NmsparseError` when it ends early or cannot be
+        read."""
         buffer = np.empty(min(size, self.nbytes), np.uint8)
         try:
             with open(self.path, "rb", buffering=0) as file:
@@ -118,16 +123,26 @@ class Scanner:
     def __init__(self) -> None:
         self._counters: dict[tuple[Pattern, ElementType, int], GroupCounter] = {}
         self.bytes_read = 0
-        # glibc hands freed blocks below the largest one ever freed back to the program and not to the system; without
-        # this the counter's temporary arrays cost page faults on every chunk (measured: 5 times slower).
+        # glibc hands freed blocks below the largest one ever freed back to the program and not to
+        # the system; without this the counter's temporary arrays cost page faults on every chunk
+        # (measured: 5 times slower).
         np.empty(8 * CHUNK, np.uint8)
 
-    def scan(self, source: ByteSource, element: ElementType, shape: tuple[int, ...], axes: Sequence[int],
-             pattern: Pattern, mask: np.ndarray | None = None, digest: bool = False) -> Scanned:
+    def scan(
+        self,
+        source: ByteSource,
+        element: ElementType,
+        shape: tuple[int, ...],
+        axes: Sequence[int],
+        pattern: Pattern,
+        mask: np.ndarray | None = None,
+        digest: bool = False,
+    ) -> Scanned:
         """Count along every axis of `axes` (each must pass `countable`).
 
-        When the first chunk is in the pattern along the first axis, the other axes are dropped: they are guesses
-        about the layout, and the guess is settled. `mask` holds packed bits, lowest first, in the stored order.
+        When the first chunk is in the pattern along the first axis, the other axes are dropped:
+        they are guesses about the layout, and the guess is settled. `mask` holds packed bits,
+        lowest first, in the stored order.
         """
         self.bytes_read += source.nbytes
         counters = {axis: self._counter(pattern, element, shape, axis) for axis in axes}
@@ -143,15 +158,21 @@ class Scanner:
                 mismatch += _outside(chunk, element, mask[done * 8 // element.bits // 8 :])
             if sha:
                 sha.update(chunk)
-            settled = not done and len(axes) > 1 and isinstance(pattern, NMPattern) and (
-                judge(totals[axes[0]], pattern) == "sparse")
+            settled = (
+                not done
+                and len(axes) > 1
+                and isinstance(pattern, NMPattern)
+                and (judge(totals[axes[0]], pattern) == "sparse")
+            )
             if settled:
                 counters = {axes[0]: counters[axes[0]]}
                 totals = {axes[0]: totals[axes[0]]}
             done += chunk.size
         return Scanned(totals, mismatch, sha.hexdigest() if sha else None)
 
-    def _counter(self, pattern: Pattern, element: ElementType, shape: tuple[int, ...], axis: int) -> GroupCounter:
+    def _counter(
+        self, pattern: Pattern, element: ElementType, shape: tuple[int, ...], axis: int
+    ) -> GroupCounter:
         key = (pattern, element, math.prod(shape[axis + 1 :]))
         if key not in self._counters:
             if len(self._counters) > 16:
@@ -161,13 +182,24 @@ class Scanner:
 
 
 def countable(shape: tuple[int, ...], axis: int, element: ElementType, pattern: Pattern) -> bool:
-    """Tell whether the axis is made of whole groups that lie close enough together to be read in constant memory."""
-    return shape[axis] % pattern.alignment == 0 and _chunk_size(element, shape, [axis], pattern) <= MAX_CHUNK
+    """Tell whether the axis is made of whole groups that lie close enough together to be read in
+    constant memory."""
+    return (
+        shape[axis] % pattern.alignment == 0
+        and _chunk_size(element, shape, [axis], pattern) <= MAX_CHUNK
+    )
 
 
-def _chunk_size(element: ElementType, shape: tuple[int, ...], axes: Sequence[int], pattern: Pattern) -> int:
-    """Return the bytes of a chunk: whole groups along every axis, and whole bytes of packed mask."""
-    unit = math.lcm(8, *(pattern.alignment * max(1, math.prod(shape[axis + 1 :])) for axis in axes)) * element.bits // 8
+def _chunk_size(
+    element: ElementType, shape: tuple[int, ...], axes: Sequence[int], pattern: Pattern
+) -> int:
+    """Return the bytes of a chunk: whole groups along every axis, and whole bytes of packed
+    mask."""
+    unit = (
+        math.lcm(8, *(pattern.alignment * max(1, math.prod(shape[axis + 1 :])) for axis in axes))
+        * element.bits
+        // 8
+    )
     return max(unit, CHUNK // unit * unit)
 
 

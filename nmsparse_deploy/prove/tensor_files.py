@@ -1,6 +1,7 @@
 """Find the tensors of a checkpoint: safetensors headers and shard indexes, read as untrusted input.
 
-The official reader maps whole files into memory. This one reads the header alone and says where the bytes lie.
+The official reader maps whole files into memory. This one reads the header alone and says where the
+bytes lie.
 """
 
 from __future__ import annotations
@@ -22,9 +23,30 @@ MAX_HEADER = 100_000_000
 MAX_AXES = 64
 INDEXES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
 """Of Transformers and of diffusers."""
-BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-        "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32,
-        "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64}
+BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +60,8 @@ class StoredTensor:
 
 
 def find_tensors(path: Path) -> list[StoredTensor]:
-    """Find every tensor of one .safetensors file or of a checkpoint folder. Raises `UsageError` on damage."""
+    """Find every tensor of one .safetensors file or of a checkpoint folder. Raises `UsageError` on
+    damage."""
     try:
         if path.is_dir():
             return _of_folder(path)
@@ -48,11 +71,15 @@ def find_tensors(path: Path) -> list[StoredTensor]:
     if not there:
         raise UsageError(f"There is no checkpoint '{path}'.")
     if path.suffix != ".safetensors":
-        raise UsageError(f"'{path}' is not a .safetensors file; other formats can run code when they are opened.",
-                         "save the model with safetensors and verify that")
+        raise UsageError(
+            f"'{path}' is not a .safetensors file; other formats can run code when they are opened.",
+            "save the model with safetensors and verify that",
+        )
     tensors, metadata = read_header(path)
     if FORMAT in metadata:
-        raise UsageError(f"'{path}' holds masks, not weights.", "give the folder or the file with the weights")
+        raise UsageError(
+            f"'{path}' holds masks, not weights.", "give the folder or the file with the weights"
+        )
     return tensors
 
 
@@ -70,18 +97,23 @@ def _of_folder(folder: Path) -> list[StoredTensor]:
             continue
         for tensor in tensors:
             if tensor.name in stored:
-                raise UsageError(f"Tensor '{tensor.name}' is in both '{stored[tensor.name].source.path}' and '{file}'.")
+                raise UsageError(
+                    f"Tensor '{tensor.name}' is in both '{stored[tensor.name].source.path}' and '{file}'."
+                )
             stored[tensor.name] = tensor
     for name, shard in (promised or {}).items():
         if name not in stored or stored[name].source.path.name != PurePosixPath(shard).name:
-            raise UsageError(f"'{index}' promises tensor '{name}' in '{shard}', which does not hold it.")
+            raise UsageError(
+                f"'{index}' promises tensor '{name}' in '{shard}', which does not hold it."
+            )
     if not stored:
         raise UsageError(f"There are no .safetensors weights in '{folder}'.")
     return list(stored.values())
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Read name -> shard. A shard may be a link out of the folder (download caches are made of links); its name not."""
+    """Read name -> shard. A shard may be a link out of the folder (download caches are made of
+    links); its name not."""
     table = _json(path, _read(path, 0, path.stat().st_size))
     shards = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(shards, dict) or not shards:
@@ -99,28 +131,39 @@ def stays_inside(location: str) -> bool:
     if not location or "\0" in location:
         return False
     posix, windows = PurePosixPath(location), PureWindowsPath(location)
-    return not (posix.is_absolute() or windows.anchor or ".." in posix.parts or ".." in windows.parts)
+    return not (
+        posix.is_absolute() or windows.anchor or ".." in posix.parts or ".." in windows.parts
+    )
 
 
 def read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
-    """Read the tensors of one file in the order of their bytes, and its metadata. Raises `UsageError` on damage."""
+    """Read the tensors of one file in the order of their bytes, and its metadata. Raises
+    `UsageError` on damage."""
     try:
         size = path.stat().st_size
     except OSError as error:
         raise from_os_error(error) from error
     length = int.from_bytes(_read(path, 0, 8), "little") if size >= 8 else 0
     if size < 8 or length > size - 8:
-        raise UsageError(f"'{path}' is truncated: its header of {length:,} bytes does not fit in {size:,} bytes.")
+        raise UsageError(
+            f"'{path}' is truncated: its header of {length:,} bytes does not fit in {size:,} bytes."
+        )
     if length > MAX_HEADER:
-        raise UsageError(f"'{path}' has a header of {length:,} bytes; the format allows {MAX_HEADER:,}.")
+        raise UsageError(
+            f"'{path}' has a header of {length:,} bytes; the format allows {MAX_HEADER:,}."
+        )
     header = _json(path, _read(path, 8, length))
     if not isinstance(header, dict):
         raise UsageError(f"'{path}' has a header that is not a table.")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
         raise UsageError(f"'{path}' has metadata that is not text.")
-    tensors = sorted((_tensor(path, name, row, 8 + length) for name, row in header.items()),
-                     key=lambda tensor: (tensor.source.start, tensor.source.nbytes))
+    tensors = sorted(
+        (_tensor(path, name, row, 8 + length) for name, row in header.items()),
+        key=lambda tensor: (tensor.source.start, tensor.source.nbytes),
+    )
     _check_layout(path, tensors, 8 + length, size)
     return tensors, metadata
 
@@ -136,12 +179,17 @@ def _tensor(path: Path, name: str, row: object, base: int) -> StoredTensor:
         raise UsageError(f"{where} has bad data_offsets: {str(offsets)[:80]}.")
     nbytes, bits = offsets[1] - offsets[0], BITS.get(row["dtype"])
     if bits is not None and math.prod(shape) * bits != nbytes * 8:
-        raise UsageError(f"{where} is {row['dtype']} of shape {shape}, which does not fit its {nbytes:,} bytes.")
-    return StoredTensor(name, row["dtype"], tuple(shape), FileBytes(path, base + offsets[0], nbytes))
+        raise UsageError(
+            f"{where} is {row['dtype']} of shape {shape}, which does not fit its {nbytes:,} bytes."
+        )
+    return StoredTensor(
+        name, row["dtype"], tuple(shape), FileBytes(path, base + offsets[0], nbytes)
+    )
 
 
 def _check_layout(path: Path, tensors: Iterable[StoredTensor], base: int, size: int) -> None:
-    """Raise `UsageError` unless the tensors cover the rest of the file, without overlaps or gaps."""
+    """Raise `UsageError` unless the tensors cover the rest of the file, without overlaps or
+    gaps."""
     end, before = base, "the header"
     for tensor in tensors:
         start = tensor.source.start
@@ -150,15 +198,21 @@ def _check_layout(path: Path, tensors: Iterable[StoredTensor], base: int, size: 
             raise UsageError(f"Tensor '{tensor.name}' in '{path}' {fault} {before}.")
         end, before = start + tensor.source.nbytes, f"'{tensor.name}'"
         if end > size:
-            raise UsageError(f"'{path}' is truncated: tensor '{tensor.name}' ends at byte {end:,} of {size:,}.")
+            raise UsageError(
+                f"'{path}' is truncated: tensor '{tensor.name}' ends at byte {end:,} of {size:,}."
+            )
     if end != size:
         raise UsageError(f"'{path}' has {size - end:,} bytes at its end that belong to no tensor.")
 
 
 def _naturals(value: object) -> TypeGuard[list[int]]:
-    """Tell whether this is a list of numbers from 0 up. (In Python True is a number; in a header it is a lie.)"""
-    return isinstance(value, list) and len(value) <= MAX_AXES and all(type(n) is int and 0 <= n < 1 << 63
-                                                                       for n in value)
+    """Tell whether this is a list of numbers from 0 up. (In Python True is a number; in a header it
+    is a lie.)"""
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_AXES
+        and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+    )
 
 
 def _read(path: Path, start: int, length: int) -> bytes:
@@ -169,7 +223,9 @@ def _json(path: Path, text: bytes) -> object:
     try:
         return json.loads(text.decode(), object_pairs_hook=lambda pairs: _no_repeats(path, pairs))
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"'{path}' is damaged: its JSON does not parse ({str(error)[:120]}).") from error
+        raise UsageError(
+            f"'{path}' is damaged: its JSON does not parse ({str(error)[:120]})."
+        ) from error
 
 
 def _no_repeats(path: Path, pairs: list[tuple[str, object]]) -> dict[str, object]:

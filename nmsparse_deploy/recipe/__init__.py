@@ -1,7 +1,15 @@
-"""What the user asked for: a recipe, validated before anything is loaded. Nothing here imports torch."""
+"""What the user asked for: a recipe, validated before anything is loaded. Nothing here imports
+torch."""
 
 from nmsparse_deploy.recipe.calibration import AUTO, Calibration
-from nmsparse_deploy.recipe.learn_settings import AnyLearn, Augment, Learn, MaskLLM, MaskPro, ProxSparse
+from nmsparse_deploy.recipe.learn_settings import (
+    AnyLearn,
+    Augment,
+    Learn,
+    MaskLLM,
+    MaskPro,
+    ProxSparse,
+)
 from nmsparse_deploy.recipe.prune import CLOSED_FORM, DENSE, Prune, decided
 from nmsparse_deploy.recipe.recipe import DEFAULT_MODEL, Recipe, differences, fingerprint, validate
 from nmsparse_deploy.recipe.refine_steps import (

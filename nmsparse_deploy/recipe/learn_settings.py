@@ -1,4 +1,5 @@
-"""The section `learn:` of a recipe: the settings of the learned methods. The code of each is in `methods/NAME.py`."""
+"""The section `learn:` of a recipe: the settings of the learned methods. The code of each is in
+`methods/NAME.py`."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def is_file(prior: str) -> bool:
 
 
 class Augment(Frozen):
-    """Augmentation of training images by timm's own factories; the defaults are those of MaskLLM-4V."""
+    """Augmentation of training images by timm's own factories; the defaults are those of
+    MaskLLM-4V."""
 
     policy: str = Field("rand-m8-inc1", description="timm's name of a policy; empty: none")
     erasing: float = Field(0.15, ge=0, le=1, description="probability that a part is erased")
@@ -34,29 +36,56 @@ class Augment(Frozen):
 
 
 class Learn(Training):
-    """Settings of every learned method: how long, on what, judged how often. `name` is that of the method."""
+    """Settings of every learned method: how long, on what, judged how often. `name` is that of the
+    method."""
 
     name: str
-    objective: Objective = Field("auto", description="what a learned method learns from: block, the output of one "
-                                 "dense block; global, the whole model's loss; auto, global where there is a GPU")
-    steps: int = Field(0, ge=0, description="optimiser steps of a learned method, of every block with the block "
-                       "objective; 0: 60 for a block, 1000 for a whole model")
-    priors: tuple[str, ...] = Field(("magnitude", "wanda", "sparsegpt-mask"), min_length=1,
-                                    description="one-shot methods, or masks.safetensors files of the same model "
-                                    "and pattern; learning starts from the best mask among them")
-    prior_samples: int = Field(64, ge=1, description="calibration samples for the priors (global objective)")
-    task: float = Field(1.0, ge=0, description="weight of the model's own loss (global; language models, and "
-                        "images with labels)")
-    distill: float = Field(1.0, ge=0, description="weight of the divergence from the dense model's outputs (global)")
-    labels: bool = Field(False, description="learn from the classes that the images' folders name (global, vision)")
-    augment: Augment | None = Field(None, description="augment the images that are learned from (global, vision)")
+    objective: Objective = Field(
+        "auto",
+        description="what a learned method learns from: block, the output of one "
+        "dense block; global, the whole model's loss; auto, global where there is a GPU",
+    )
+    steps: int = Field(
+        0,
+        ge=0,
+        description="optimiser steps of a learned method, of every block with the block "
+        "objective; 0: 60 for a block, 1000 for a whole model",
+    )
+    priors: tuple[str, ...] = Field(
+        ("magnitude", "wanda", "sparsegpt-mask"),
+        min_length=1,
+        description="one-shot methods, or masks.safetensors files of the same model "
+        "and pattern; learning starts from the best mask among them",
+    )
+    prior_samples: int = Field(
+        64, ge=1, description="calibration samples for the priors (global objective)"
+    )
+    task: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the model's own loss (global; language models, and "
+        "images with labels)",
+    )
+    distill: float = Field(
+        1.0, ge=0, description="weight of the divergence from the dense model's outputs (global)"
+    )
+    labels: bool = Field(
+        False, description="learn from the classes that the images' folders name (global, vision)"
+    )
+    augment: Augment | None = Field(
+        None, description="augment the images that are learned from (global, vision)"
+    )
 
     def settled(self, objective: Literal["block", "global"]) -> Self:
         """Return the same settings with the objective, the steps and their size decided."""
         if objective == "block" and (self.labels or self.augment):
-            raise UsageError("Labels and augmentation are for masks that are learned through the whole model.",
-                             "--objective global")
-        return self.model_copy(update={"objective": objective, "steps": self.steps or STEPS[objective]})
+            raise UsageError(
+                "Labels and augmentation are for masks that are learned through the whole model.",
+                "--objective global",
+            )
+        return self.model_copy(
+            update={"objective": objective, "steps": self.steps or STEPS[objective]}
+        )
 
     @field_validator("priors")
     @classmethod
@@ -87,13 +116,25 @@ class MaskLLM(Learn):
 
     name: Literal["maskllm"] = "maskllm"
     form: Literal["auto", "candidates", "compact", "scores"] = Field(
-        "auto", description="a logit per candidate, a logit per weight, or straight-through scores; auto: candidates "
-                            "up to ten of them, compact beyond")
-    confidence: float = Field(0.83, gt=0, lt=1, description="probability of the prior's candidate at the start")
-    step_size: float = Field(0.0, ge=0, description="learning rate times the last kappa; 0: 2 for a block, 1 for a "
-                             "whole model; much more makes masks worse")
-    kappa: tuple[float, float] = Field((100.0, 500.0), description="scale of the logits, first and last step")
-    tau: tuple[float, float] = Field((1.0, 0.05), description="temperature of the samples, first and last step")
+        "auto",
+        description="a logit per candidate, a logit per weight, or straight-through scores; auto: candidates "
+        "up to ten of them, compact beyond",
+    )
+    confidence: float = Field(
+        0.83, gt=0, lt=1, description="probability of the prior's candidate at the start"
+    )
+    step_size: float = Field(
+        0.0,
+        ge=0,
+        description="learning rate times the last kappa; 0: 2 for a block, 1 for a "
+        "whole model; much more makes masks worse",
+    )
+    kappa: tuple[float, float] = Field(
+        (100.0, 500.0), description="scale of the logits, first and last step"
+    )
+    tau: tuple[float, float] = Field(
+        (1.0, 0.05), description="temperature of the samples, first and last step"
+    )
     noise: bool = Field(True, description="sample candidates; false: anneal without noise")
     regulariser: float = Field(1e-5, ge=0, description="reward for large kept weights")
     decay: float = Field(0.0, ge=0, description="weight decay on the logits")
@@ -108,13 +149,27 @@ class ProxSparse(Learn):
     """A copy of the weights that is drawn towards the pattern, and whose support is the mask."""
 
     name: Literal["proxsparse"] = "proxsparse"
-    pressure: float = Field(2.0, ge=0, description="strength of all proximal steps together, relative to each matrix")
-    reach: float = Field(2.0, gt=0, description="how far a weight can be carried over the run, in root mean squares of "
-                                                "its matrix; sets the learning rate")
-    lambda1: float | None = Field(None, ge=0, description="strength of one step as published, instead of pressure")
-    rate: float | None = Field(None, gt=0, description="learning rate as published, instead of reach")
-    lambda2: float = Field(0.0, ge=0, description="weight of the term that holds weights near their original values")
-    epsilon: float = Field(0.1, gt=0, description="keeps that term finite where the original weight is small")
+    pressure: float = Field(
+        2.0, ge=0, description="strength of all proximal steps together, relative to each matrix"
+    )
+    reach: float = Field(
+        2.0,
+        gt=0,
+        description="how far a weight can be carried over the run, in root mean squares of "
+        "its matrix; sets the learning rate",
+    )
+    lambda1: float | None = Field(
+        None, ge=0, description="strength of one step as published, instead of pressure"
+    )
+    rate: float | None = Field(
+        None, gt=0, description="learning rate as published, instead of reach"
+    )
+    lambda2: float = Field(
+        0.0, ge=0, description="weight of the term that holds weights near their original values"
+    )
+    epsilon: float = Field(
+        0.1, gt=0, description="keeps that term finite where the original weight is small"
+    )
 
 
 class MaskPro(Learn):
@@ -122,15 +177,25 @@ class MaskPro(Learn):
 
     name: Literal["maskpro"] = "maskpro"
     clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 = no clipping")
-    floor: float = Field(1.0, ge=0, le=1, description="learning rate at the end as a share of its peak")
-    flips: float = Field(300.0, gt=0, description="groups that differ from the prior in a draw, at the start")
-    step_size: float = Field(0.05, gt=0, description="share of C that a usual residual moves the logit of a drawn "
-                                                     "weight")
-    magnitude: float | None = Field(None, gt=0, description="C, the logit of the prior's weights, instead of flips")
-    rate: float | None = Field(None, gt=0, description="learning rate as published, instead of step_size")
+    floor: float = Field(
+        1.0, ge=0, le=1, description="learning rate at the end as a share of its peak"
+    )
+    flips: float = Field(
+        300.0, gt=0, description="groups that differ from the prior in a draw, at the start"
+    )
+    step_size: float = Field(
+        0.05, gt=0, description="share of C that a usual residual moves the logit of a drawn weight"
+    )
+    magnitude: float | None = Field(
+        None, gt=0, description="C, the logit of the prior's weights, instead of flips"
+    )
+    rate: float | None = Field(
+        None, gt=0, description="learning rate as published, instead of step_size"
+    )
 
     def settled(self, objective: Literal["block", "global"]) -> Self:
-        """Return the same settings decided, with more steps: forward passes are cheap and tell little."""
+        """Return the same settings decided, with more steps: forward passes are cheap and tell
+        little."""
         steps = {name: FORWARDS * count for name, count in STEPS.items()}[objective]
         return super().settled(objective).model_copy(update={"steps": self.steps or steps})
 

@@ -1,4 +1,5 @@
-"""The section `prune:` of a recipe: how the mask is found, and how the weights that stay are refined."""
+"""The section `prune:` of a recipe: how the mask is found, and how the weights that stay are
+refined."""
 
 from __future__ import annotations
 
@@ -18,22 +19,41 @@ from nmsparse_deploy.registry import LEARNERS, METHODS, NEEDS, REFINEMENTS, Need
 class Prune(Frozen):
     """The way a mask is found, and the weights that stay are refined."""
 
-    method: str = Field("sparsegpt", description="how the mask is found, see `nmsparse-deploy list`")
+    method: str = Field(
+        "sparsegpt", description="how the mask is found, see `nmsparse-deploy list`"
+    )
     pattern: str = Field("2:4", description="keep:group, or unstructured:SHARE_OF_ZEROS")
-    permute: bool = Field(False, description="first reorder the channels that are free to move, for better groups")
+    permute: bool = Field(
+        False, description="first reorder the channels that are free to move, for better groups"
+    )
     calibration: Calibration = Calibration()
     wbits: Literal[4, 8] | None = Field(None, description="round kept weights to this many bits")
-    wgroup: int | None = Field(None, ge=1, description="columns that share a scale, with wbits; left out: a whole row")
-    learn: AnyLearn | None = Field(None, description="settings of a learned method; filled in when there is one")
-    refine: tuple[AnyStep, ...] = Field((), description="applied in order after the mask is chosen, see "
-                                         "`nmsparse-deploy list`")
-    sequential: bool = Field(False, description="statistics of a layer see the pruned ones before it in its block; "
-                             "about twice the forward passes")
-    include: tuple[str, ...] = Field((), description="globs on parameter names to prune; none: everything prunable")
+    wgroup: int | None = Field(
+        None, ge=1, description="columns that share a scale, with wbits; left out: a whole row"
+    )
+    learn: AnyLearn | None = Field(
+        None, description="settings of a learned method; filled in when there is one"
+    )
+    refine: tuple[AnyStep, ...] = Field(
+        (), description="applied in order after the mask is chosen, see `nmsparse-deploy list`"
+    )
+    sequential: bool = Field(
+        False,
+        description="statistics of a layer see the pruned ones before it in its block; "
+        "about twice the forward passes",
+    )
+    include: tuple[str, ...] = Field(
+        (), description="globs on parameter names to prune; none: everything prunable"
+    )
     exclude: tuple[str, ...] = Field((), description="globs on parameter names to leave dense")
-    patterns: dict[str, str] | None = Field(None, description="parameter name -> keep:group, dense, or dense: why; "
-                                            "what is not named gets `pattern`")
-    compute: Literal["auto", "fp32", "bf16"] = Field("auto", description="dtype of forward passes; statistics are fp32")
+    patterns: dict[str, str] | None = Field(
+        None,
+        description="parameter name -> keep:group, dense, or dense: why; "
+        "what is not named gets `pattern`",
+    )
+    compute: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="dtype of forward passes; statistics are fp32"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -45,8 +65,10 @@ class Prune(Frozen):
         if method not in LEARNERS:
             if section is not None:
                 name = method or cls.model_fields["method"].default
-                raise UsageError(f"The section learn belongs to a learned method, and '{name}' is none.",
-                                 f"one of: {', '.join(LEARNERS.names())}")
+                raise UsageError(
+                    f"The section learn belongs to a learned method, and '{name}' is none.",
+                    f"one of: {', '.join(LEARNERS.names())}",
+                )
             return data
         if section is None or (isinstance(section, dict) and "name" not in section):
             return {**data, "learn": {"name": method, **(section or {})}}
@@ -59,13 +81,15 @@ class Prune(Frozen):
 
     @property
     def walked(self) -> int:
-        """Calibration samples that pass from block to block; what trains the whole model reads all of them."""
+        """Calibration samples that pass from block to block; what trains the whole model reads all
+        of them."""
         samples = self.calibration.samples
         return min(self.finetune.prior_samples or samples, samples) if self.finetune else samples
 
     @property
     def rounds_last(self) -> bool:
-        """Whether `wbits` takes a sweep of its own on the finished mask, as the method's is not the last word."""
+        """Whether `wbits` takes a sweep of its own on the finished mask, as the method's is not the
+        last word."""
         return self.wbits is not None and (bool(self.refine) or not METHODS[self.method].quantises)
 
     @property
@@ -76,13 +100,16 @@ class Prune(Frozen):
     @property
     def one_shot_method(self) -> str:
         """The method that scores layers: the recipe's own, or the first prior of a learned one."""
-        return self.method if self.learn is None else next(iter(self.learn.prior_methods), "magnitude")
+        return (
+            self.method if self.learn is None else next(iter(self.learn.prior_methods), "magnitude")
+        )
 
     @property
     def needs(self) -> Need:
         """The statistics that the method and the refinements ask for together.
 
-        Learning a block at a time asks for what its priors need; learning the whole model is done before the walk.
+        Learning a block at a time asks for what its priors need; learning the whole model is done
+        before the walk.
         """
         asked: set[Need] = {"none", *(REFINEMENTS[step.name].needs for step in self.refine)}
         if self.learn is None:
@@ -97,7 +124,8 @@ class Prune(Frozen):
 
     @property
     def whole_model(self) -> str | None:
-        """The part of the recipe that looks at more than one block at a time, as a message names it."""
+        """The part of the recipe that looks at more than one block at a time, as a message names
+        it."""
         if self.finetune is not None:
             return "finetune"
         if self.learn is not None and (self.learn.scope == "global" or self.learn.prior_files):
@@ -106,10 +134,12 @@ class Prune(Frozen):
         return f"{looks_on.name} with an outlook on the model's output" if looks_on else None
 
     def settled(self, *, gpu: bool) -> Self:
-        """Return the same recipe with what it leaves open decided, for a machine with or without a GPU.
+        """Return the same recipe with what it leaves open decided, for a machine with or without a
+        GPU.
 
-        `objective: auto` is the whole model where there is a GPU and channels stay where they are, else a block at a
-        time. The identity of a run (`fingerprint`) is that of the recipe as asked.
+        `objective: auto` is the whole model where there is a GPU and channels stay where they are,
+        else a block at a time. The identity of a run (`fingerprint`) is that of the recipe as
+        asked.
         """
         if self.learn is None:
             return self
@@ -147,7 +177,8 @@ class Prune(Frozen):
 
     @model_validator(mode="after")
     def _finds_the_pattern(self) -> Prune:
-        """Refuse patterns that the method or a refinement does not know, before anything is loaded."""
+        """Refuse patterns that the method or a refinement does not know, before anything is
+        loaded."""
         only = METHODS[self.method].only if self.method in METHODS else None
         other = next((pattern for pattern in self._every_pattern() if str(pattern) != only), None)
         if only and other is not None:
@@ -155,12 +186,16 @@ class Prune(Frozen):
         if (unstructured := self._unstructured()) is not None:
             methods = {name: bool(entry.scope) for name, entry in METHODS.readable()[0].items()}
             _refuse_others("method", [self.method], methods, unstructured)
-            steps = {name: entry.changes == "weights" or entry.unstructured
-                     for name, entry in REFINEMENTS.readable()[0].items()}
+            steps = {
+                name: entry.changes == "weights" or entry.unstructured
+                for name, entry in REFINEMENTS.readable()[0].items()
+            }
             _refuse_others("refinement", [step.name for step in self.refine], steps, unstructured)
             if self.permute:
-                raise UsageError(f"Permuting channels makes better groups, and {unstructured} has none.",
-                                 "leave out --permute")
+                raise UsageError(
+                    f"Permuting channels makes better groups, and {unstructured} has none.",
+                    "leave out --permute",
+                )
         return self
 
     def _every_pattern(self) -> list[Pattern]:
@@ -168,28 +203,42 @@ class Prune(Frozen):
         return [pattern for pattern in (parse_pattern(self.pattern), *named) if pattern is not None]
 
     def _unstructured(self) -> Unstructured | None:
-        return next((pattern for pattern in self._every_pattern() if isinstance(pattern, Unstructured)), None)
+        return next(
+            (pattern for pattern in self._every_pattern() if isinstance(pattern, Unstructured)),
+            None,
+        )
 
     @model_validator(mode="after")
     def _whole_model_last(self) -> Prune:
-        """Refuse what trains the whole model anywhere but at the end, and whatever does not go with it."""
+        """Refuse what trains the whole model anywhere but at the end, and whatever does not go with
+        it."""
         for step in self.refine:
             with REFINEMENTS.blamed(step.name):
                 if REFINEMENTS[step.name].level == "model" and not isinstance(step, Finetune):
-                    raise TypeError(f"{type(step).__name__} is no Finetune, as the level 'model' asks")
+                    raise TypeError(
+                        f"{type(step).__name__} is no Finetune, as the level 'model' asks"
+                    )
         if any(isinstance(step, Finetune) for step in self.refine[:-1]):
-            raise UsageError("finetune trains the whole pruned model; it comes once, after all other refinements.")
+            raise UsageError(
+                "finetune trains the whole pruned model; it comes once, after all other refinements."
+            )
         last = self.finetune
         if last is not None and last.batch is not None and last.batch % self.calibration.batch:
-            raise UsageError(f"finetune's batch {last.batch} is not a multiple of calibration.batch "
-                             f"{self.calibration.batch}, the samples that pass at a time.")
+            raise UsageError(
+                f"finetune's batch {last.batch} is not a multiple of calibration.batch "
+                f"{self.calibration.batch}, the samples that pass at a time."
+            )
         if last is not None and last.moves_mask:
             if self._unstructured() is not None:
-                raise UsageError(f"finetune with {last.how} chooses within groups, and the pattern has none.",
-                                 "how: fixed")
+                raise UsageError(
+                    f"finetune with {last.how} chooses within groups, and the pattern has none.",
+                    "how: fixed",
+                )
             if self.permute:
-                raise UsageError(f"finetune with {last.how} brings back dense weights, which permuting moves.",
-                                 "how: fixed, or leave out --permute")
+                raise UsageError(
+                    f"finetune with {last.how} brings back dense weights, which permuting moves.",
+                    "how: fixed, or leave out --permute",
+                )
         return self
 
     @model_validator(mode="after")
@@ -197,31 +246,48 @@ class Prune(Frozen):
         if self.learn is None:
             return self
         if self.learn.name != self.method:
-            raise UsageError(f"The section learn is that of '{self.learn.name}', the method is '{self.method}'.")
+            raise UsageError(
+                f"The section learn is that of '{self.learn.name}', the method is '{self.method}'."
+            )
         if self.learn.batch is not None and self.learn.batch % self.calibration.batch:
-            raise UsageError(f"learn.batch {self.learn.batch} is not a multiple of calibration.batch "
-                             f"{self.calibration.batch}, the samples that pass at a time.")
+            raise UsageError(
+                f"learn.batch {self.learn.batch} is not a multiple of calibration.batch "
+                f"{self.calibration.batch}, the samples that pass at a time."
+            )
         if self.permute and self.learn.objective == "global":
-            raise UsageError("Permuted channels are learned a block at a time.", "--objective block")
+            raise UsageError(
+                "Permuted channels are learned a block at a time.", "--objective block"
+            )
         if self.permute and self.learn.prior_files:
-            raise UsageError("A mask file does not fit channels in another order.", "leave out --permute")
+            raise UsageError(
+                "A mask file does not fit channels in another order.", "leave out --permute"
+            )
         return self
 
     @model_validator(mode="after")
     def _can_be_rounded(self) -> Prune:
         if self.wbits is None:
             if self.wgroup is not None:
-                raise UsageError(f"wgroup {self.wgroup} shares the scales of wbits, which is not set.", "--wbits 4")
+                raise UsageError(
+                    f"wgroup {self.wgroup} shares the scales of wbits, which is not set.",
+                    "--wbits 4",
+                )
             return self
         if self.learn is not None:
-            raise UsageError(f"A mask that '{self.method}' learned is not rounded to {self.wbits} bits here.",
-                             "leave out --wbits, and round at export with --precision int8 or fp8")
+            raise UsageError(
+                f"A mask that '{self.method}' learned is not rounded to {self.wbits} bits here.",
+                "leave out --wbits, and round at export with --precision int8 or fp8",
+            )
         if self.finetune:
-            raise UsageError(f"'{self.finetune.name}' would move weights off the {self.wbits}-bit grid; leave out "
-                             "--refine or --wbits.")
+            raise UsageError(
+                f"'{self.finetune.name}' would move weights off the {self.wbits}-bit grid; leave out "
+                "--refine or --wbits."
+            )
         unit = parse_pattern(self.pattern).block_size
         if self.wgroup is not None and self.wgroup % unit:
-            raise UsageError(f"wgroup {self.wgroup} is not a multiple of {unit}, the columns pruned at a time.")
+            raise UsageError(
+                f"wgroup {self.wgroup} is not a multiple of {unit}, the columns pruned at a time."
+            )
         return self
 
 
@@ -229,17 +295,21 @@ def _refuse_others(kind: str, asked: list[str], able: dict[str, bool], pattern: 
     for name in asked:
         if not able.get(name):
             others = " or ".join(other for other in able if able[other])
-            raise UsageError(f"The {kind} '{name}' works in N:M groups only; for {pattern} take {others}.")
+            raise UsageError(
+                f"The {kind} '{name}' works in N:M groups only; for {pattern} take {others}."
+            )
 
 
 DENSE = "dense"
 
 
 def decided(text: str) -> tuple[Pattern | None, str]:
-    """Return what a value of `Prune.patterns` says: a pattern (None = dense), and why. Raises `UsageError`."""
+    """Return what a value of `Prune.patterns` says: a pattern (None = dense), and why. Raises
+    `UsageError`."""
     head, _, why = text.partition(":")
     return (None, why.strip()) if head.strip() == DENSE else (parse_pattern(text), "")
 
 
 CLOSED_FORM = Prune(method="group-obs", refine=(Refit(),), sequential=True)
-"""Recommended where nothing else is asked for: no back-propagation, minutes for a small model (docs/methods.md)."""
+"""Recommended where nothing else is asked for: no back-propagation, minutes for a small model
+(docs/methods.md)."""

@@ -1,4 +1,5 @@
-"""A recipe: everything that decides a result, validated before anything is loaded, frozen, and fingerprinted."""
+"""A recipe: everything that decides a result, validated before anything is loaded, frozen, and
+fingerprinted."""
 
 from __future__ import annotations
 
@@ -30,9 +31,14 @@ class Recipe(Frozen):
     build: Build | None = None
     evaluate: Evaluate | None = Evaluate()
     bench: Bench | None = Bench()
-    config: dict[str, Any] | None = Field(None, description="the model's config.json as far as it decides shapes; "
-                                          "--dry-run prices from it, nothing else reads it")
-    published: tuple[Published, ...] = Field((), description="what others measured with this model and method")
+    config: dict[str, Any] | None = Field(
+        None,
+        description="the model's config.json as far as it decides shapes; "
+        "--dry-run prices from it, nothing else reads it",
+    )
+    published: tuple[Published, ...] = Field(
+        (), description="what others measured with this model and method"
+    )
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
@@ -42,17 +48,22 @@ class Recipe(Frozen):
         try:
             data = yaml.safe_load(path.read_text()) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}.") from error
+            raise UsageError(
+                f"'{path}' is not valid YAML: {' '.join(str(error).split())}."
+            ) from error
         if not isinstance(data, dict):
             raise UsageError(f"'{path}' is not a recipe: expected a mapping at the top.")
         recipe: Recipe = validate(cls, data)
         return recipe
 
 
-def validate(model: type[M], data: dict[str, Any], options: Mapping[str, str] = MappingProxyType({})) -> M:
+def validate(
+    model: type[M], data: dict[str, Any], options: Mapping[str, str] = MappingProxyType({})
+) -> M:
     """Build a recipe model from plain data; the first problem becomes one `UsageError` sentence.
 
-    `options` are those of the command line by field; the sentence names the option where there is one.
+    `options` are those of the command line by field; the sentence names the option where there is
+    one.
     """
     try:
         return model.model_validate(data)
@@ -64,22 +75,39 @@ def validate(model: type[M], data: dict[str, Any], options: Mapping[str, str] = 
         raise UsageError(f"{field}: {first['msg']} (got {first['input']!r}).") from error
 
 
-LATER = (("through", 0), ("shard", False), ("moments", 32), ("labels", False), ("augment", None),
-         ("prior_samples", 0))
-"""Settings of steps and of learning that came later than runs, with the values that ask for nothing new."""
+LATER = (
+    ("through", 0),
+    ("shard", False),
+    ("moments", 32),
+    ("labels", False),
+    ("augment", None),
+    ("prior_samples", 0),
+)
+"""Settings of steps and of learning that came later than runs, with the values that ask for nothing
+new."""
 
 
 def fingerprint(model: str, prune: Prune) -> str:
-    """Return the identity of a prune stage: 16 hex digits over everything that can change its result.
+    """Return the identity of a prune stage: 16 hex digits over everything that can change its
+    result.
 
-    Fields that ask for nothing are left out, so that a new option does not make every older run another one.
+    Fields that ask for nothing are left out, so that a new option does not make every older run
+    another one.
     """
-    asked = {name: value for name, value in prune.model_dump(mode="json").items() if value not in ([], None, False)}
+    asked = {
+        name: value
+        for name, value in prune.model_dump(mode="json").items()
+        if value not in ([], None, False)
+    }
     if prune.refine:
-        asked["refine"] = [{name: value for name, value in step.items() if (name, value) not in LATER}
-                           for step in asked["refine"]]
+        asked["refine"] = [
+            {name: value for name, value in step.items() if (name, value) not in LATER}
+            for step in asked["refine"]
+        ]
     if prune.learn:
-        asked["learn"] = {name: value for name, value in asked["learn"].items() if (name, value) not in LATER}
+        asked["learn"] = {
+            name: value for name, value in asked["learn"].items() if (name, value) not in LATER
+        }
     canonical = json.dumps({"model": model, **asked}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -1,4 +1,5 @@
-"""What every section of a recipe is, and sections whose fields depend on a name that a plug-in may have registered."""
+"""What every section of a recipe is, and sections whose fields depend on a name that a plug-in may
+have registered."""
 
 from __future__ import annotations
 
@@ -16,12 +17,15 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def one_of(own: Any, registry: Registry[LearnerEntry] | Registry[RefinementEntry],
-           base: type[Frozen]) -> GetPydanticSchema:
-    """Return the schema of `own`, a union of our sections that `name` tells apart, and of what plug-ins registered.
+def one_of(
+    own: Any, registry: Registry[LearnerEntry] | Registry[RefinementEntry], base: type[Frozen]
+) -> GetPydanticSchema:
+    """Return the schema of `own`, a union of our sections that `name` tells apart, and of what
+    plug-ins registered.
 
     The class of a plug-in's section, a `base`, is imported when a recipe names it.
     """
+
     def validate(value: Any, ours: core_schema.ValidatorFunctionWrapHandler) -> Any:
         name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
         if not isinstance(name, str) or name in registry.own or name not in registry:

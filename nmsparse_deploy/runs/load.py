@@ -15,8 +15,10 @@ from nmsparse_deploy.runs.run_dir import RunDir
 def load_pruned(run: RunDir, dtype: torch.dtype | None = None) -> LoadedModel:
     """Load what pruning made. Raises `UsageError` when the run is not pruned yet."""
     if not run.finished("prune"):
-        raise UsageError(f"The run '{run.path}' is not pruned yet.", "nmsparse-deploy prune with the same options "
-                         "resumes it")
+        raise UsageError(
+            f"The run '{run.path}' is not pruned yet.",
+            "nmsparse-deploy prune with the same options resumes it",
+        )
     return models.load(str(run / "model"), dtype)
 
 
@@ -28,9 +30,11 @@ def load_dense(run: RunDir) -> LoadedModel:
     recipe = run.manifest().recipe
     source = recipe.imported
     if source is not None and source.masks is None and source.sparse is None:
-        raise NmsparseError(f"'{run.path}' was imported from a checkpoint that was sparse already; its dense twin is "
-                            "not known, so there is nothing to compare it with.",
-                            f"nmsparse-deploy import DENSE_MODEL --sparse '{recipe.model}'")
+        raise NmsparseError(
+            f"'{run.path}' was imported from a checkpoint that was sparse already; its dense twin is "
+            "not known, so there is nothing to compare it with.",
+            f"nmsparse-deploy import DENSE_MODEL --sparse '{recipe.model}'",
+        )
     loaded = models.load(recipe.model)
     if (run / "permutations.safetensors").is_file():
         Permutations.load(run / "permutations.safetensors").apply(loaded.module)

@@ -1,4 +1,5 @@
-"""The manifest of a run: recipe, fingerprint, versions, hardware, and what every finished stage wrote down.
+"""The manifest of a run: recipe, fingerprint, versions, hardware, and what every finished stage
+wrote down.
 
 It is read once into types, and written back with every key that was there.
 """
@@ -21,7 +22,8 @@ Json = dict[str, JsonValue]
 
 
 class Recorded(BaseModel):
-    """A part of the manifest. Unknown keys are kept, and keys that were not given are not written."""
+    """A part of the manifest. Unknown keys are kept, and keys that were not given are not
+    written."""
 
     model_config = ConfigDict(frozen=True, extra="allow", ser_json_inf_nan="constants")
 
@@ -31,7 +33,8 @@ class Recorded(BaseModel):
 
 
 class ImportedFrom(Recorded):
-    """The source of imported masks: a file, or a sparse checkpoint; neither where the model itself is sparse."""
+    """The source of imported masks: a file, or a sparse checkpoint; neither where the model itself
+    is sparse."""
 
     masks: str | None
     sparse: str | None
@@ -126,11 +129,19 @@ class Manifest(Recorded):
     @classmethod
     def new(cls, recipe: RecipeRecord, fingerprint: str) -> Self:
         """Return the manifest of a run that begins here and now."""
-        return cls(format=FORMAT, fingerprint=fingerprint, recipe=recipe, created=now(), **environment(), stages={})
+        return cls(
+            format=FORMAT,
+            fingerprint=fingerprint,
+            recipe=recipe,
+            created=now(),
+            **environment(),
+            stages={},
+        )
 
     @classmethod
     def parse(cls, data: object, run: Path) -> Self:
-        """Validate the manifest of a run folder. Raises `UsageError` when it is damaged or foreign."""
+        """Validate the manifest of a run folder. Raises `UsageError` when it is damaged or
+        foreign."""
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -138,13 +149,16 @@ class Manifest(Recorded):
             field = ".".join(str(part) for part in first["loc"])
             if field == "format":
                 raise UsageError(f"'{run}' was not written by this version of the tool.") from error
-            raise UsageError(f"'{run / 'manifest.json'}' is damaged: {f'{field}: ' if field else ''}{first['msg']}."
-                             ) from error
+            raise UsageError(
+                f"'{run / 'manifest.json'}' is damaged: {f'{field}: ' if field else ''}{first['msg']}."
+            ) from error
 
     def with_stage(self, stage: str, seconds: float, facts: Mapping[str, object]) -> Self:
         """Return the manifest with a stage that has just finished."""
         written = json.loads(json.dumps({"finished": now(), "seconds": round(seconds, 1), **facts}))
-        return self.model_copy(update={"stages": {**self.stages, stage: StageRecord.model_validate(written)}})
+        return self.model_copy(
+            update={"stages": {**self.stages, stage: StageRecord.model_validate(written)}}
+        )
 
     def spec(self, stage: str) -> Json | None:
         """Return the settings with which a stage finished; None where it has not, or has none."""

@@ -1,4 +1,5 @@
-"""A run on disk: a folder per stage that appears by rename, a manifest of how it came about, and resume.
+"""A run on disk: a folder per stage that appears by rename, a manifest of how it came about, and
+resume.
 
     RUN/
       manifest.json        recipe, fingerprint, versions, hardware, data, finished stages
@@ -13,7 +14,8 @@
       engines/ engines.json   TensorRT engines with logs and layer lists; what they prove
       report/              index.html, report.md, report.json
 
-Whatever is named here was written completely: files and folders are built under a temporary name and renamed.
+Whatever is named here was written completely: files and folders are built under a temporary name
+and renamed.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path | None) -> RunDir:
-        """Open an existing run, or the newest under `runs/` when no path is given. Raises `UsageError`."""
+        """Open an existing run, or the newest under `runs/` when no path is given. Raises
+        `UsageError`."""
         if path is None:
             manifests = sorted(RUNS.glob("*/manifest.json"), key=lambda file: file.stat().st_mtime)
             if not manifests:
@@ -59,7 +62,10 @@ class RunDir:
             path = manifests[-1].parent
         run = cls(path)
         if not (path / "manifest.json").is_file():
-            raise UsageError(f"'{path}' is not a run folder (no manifest.json).", "nmsparse-deploy prune makes one")
+            raise UsageError(
+                f"'{path}' is not a run folder (no manifest.json).",
+                "nmsparse-deploy prune makes one",
+            )
         run.manifest()
         return run
 
@@ -67,22 +73,29 @@ class RunDir:
     def create(cls, path: Path, recipe: RecipeRecord, fingerprint: str, force: bool) -> RunDir:
         """Make a new run, or open the same run to be resumed.
 
-        `force` starts a run over: it deletes the folder of a run, and no other. Raises `UsageError` when the folder
-        holds a run of another recipe (naming the fields) and `force` is not given, and for foreign files at all times.
+        `force` starts a run over: it deletes the folder of a run, and no other. Raises `UsageError`
+        when the folder holds a run of another recipe (naming the fields) and `force` is not given,
+        and for foreign files at all times.
         """
         run = cls(path)
         if force and (path / "manifest.json").is_file():
             if not run._is_ours():
-                raise UsageError(f"'{path}' is not deleted: its manifest.json is not that of a run.",
-                                 "choose another --out, or delete the folder yourself")
+                raise UsageError(
+                    f"'{path}' is not deleted: its manifest.json is not that of a run.",
+                    "choose another --out, or delete the folder yourself",
+                )
             shutil.rmtree(path)
         if (path / "manifest.json").is_file():
             manifest = run.manifest()
             if manifest.fingerprint != fingerprint:
                 recorded = manifest.recipe.to_json()
-                changed = "; ".join(differences(recorded, recipe.to_json())) or "an unrecorded field"
-                raise UsageError(f"'{path}' holds a run of another recipe: {changed}.",
-                                 "choose another --out, or --force to start over")
+                changed = (
+                    "; ".join(differences(recorded, recipe.to_json())) or "an unrecorded field"
+                )
+                raise UsageError(
+                    f"'{path}' holds a run of another recipe: {changed}.",
+                    "choose another --out, or --force to start over",
+                )
             return run
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UsageError(f"'{path}' exists and is not a run folder.", "choose another --out")
@@ -120,7 +133,8 @@ class RunDir:
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
-        """Build a file or folder under a temporary name; it replaces `name` when the block ends without an error."""
+        """Build a file or folder under a temporary name; it replaces `name` when the block ends
+        without an error."""
         final = self.path / name
         final.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
@@ -141,19 +155,23 @@ class RunDir:
 
     def finish(self, stage: str, seconds: float, **facts: object) -> None:
         """Record a finished stage in the manifest; `facts` are fields of its record."""
-        self.write_json("manifest.json", self.manifest().with_stage(stage, seconds, facts).to_json())
+        self.write_json(
+            "manifest.json", self.manifest().with_stage(stage, seconds, facts).to_json()
+        )
 
     def finished(self, stage: str) -> bool:
         """Tell whether a stage has finished."""
         return stage in self.manifest().stages
 
     def graphs(self, whole: bool = False) -> list[Path]:
-        """List exported ONNX files; `whole`: those that take what the model takes. (With a cache they take more.)"""
+        """List exported ONNX files; `whole`: those that take what the model takes. (With a cache
+        they take more.)"""
         return sorted((self / "onnx").glob(f"*/{GRAPH if whole else '*'}.onnx"))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes from working on the run. Raises `NmsparseError` when another one holds it."""
+        """Keep other processes from working on the run. Raises `NmsparseError` when another one
+        holds it."""
         try:
             held = FileLock(self.path / ".lock").acquire(timeout=0)
         except Timeout:
@@ -167,7 +185,8 @@ class RunDir:
 def _sync(path: Path) -> None:
     """Force file contents to disk, so that a rename never reveals an empty file after a crash.
 
-    Files get the user's ordinary permissions: the weight library makes them readable by the owner alone.
+    Files get the user's ordinary permissions: the weight library makes them readable by the owner
+    alone.
     """
     os.umask(mask := os.umask(0))
     for file in [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]:

@@ -1,4 +1,5 @@
-"""A section of a report as data; the pages decide what it looks like, and no section knows of HTML or Markdown."""
+"""A section of a report as data; the pages decide what it looks like, and no section knows of HTML
+or Markdown."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class Facts:
 
 @dataclass(frozen=True)
 class Column:
-    """The head of a column. Figures stand to the right and keep to one line; text stands to the left and may wrap."""
+    """The head of a column. Figures stand to the right and keep to one line; text stands to the
+    left and may wrap."""
 
     title: str
     holds: Literal["figures", "text"] = "figures"
@@ -63,7 +65,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under heads; the first cell of a row names it. `label` is what a screen reader calls the table."""
+    """Rows under heads; the first cell of a row names it. `label` is what a screen reader calls the
+    table."""
 
     label: str
     columns: tuple[Column, ...]
@@ -75,7 +78,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Graphic:
-    """An SVG element or a PNG in base64, with the words that stand for it where it cannot be seen."""
+    """An SVG element or a PNG in base64, with the words that stand for it where it cannot be
+    seen."""
 
     data: str
     words: str
@@ -84,7 +88,8 @@ class Graphic:
 
 @dataclass(frozen=True)
 class Figure:
-    """Graphics side by side; `narrow` takes their place on a phone. In Markdown their words stand for all of it."""
+    """Graphics side by side; `narrow` takes their place on a phone. In Markdown their words stand
+    for all of it."""
 
     graphics: tuple[Graphic, ...]
     caption: str = ""
@@ -94,7 +99,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Fold:
-    """Blocks that stay closed until a reader asks for them. `page_only` leaves them out of the Markdown."""
+    """Blocks that stay closed until a reader asks for them. `page_only` leaves them out of the
+    Markdown."""
 
     title: str
     blocks: tuple[Block, ...]
@@ -105,7 +111,8 @@ class Fold:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what stands under it; a section among the blocks of another is a subsection."""
+    """A heading with what stands under it; a section among the blocks of another is a
+    subsection."""
 
     title: str
     blocks: tuple[Block, ...]

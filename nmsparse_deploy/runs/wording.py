@@ -12,29 +12,47 @@ INTERVAL = "95\N{NO-BREAK SPACE}% interval"
 """In the head of a column."""
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 MARKDOWN = re.compile(r"([\\`*_{}\[\]#|<>~&$]|(?<=\])\(|^\s*[+-])", re.M)
-UNITS = {"context": "tokens", "stride": "tokens", "length": "tokens", "longest": "tokens", "memory_gb": "GB"}
-NAMES = {"bos": "starts with a beginning-of-text token", "dtype": "number format",
-         "runs_compared": "stretches of text compared", "cpu": "processor", "gpu": "GPU"}
+UNITS = {
+    "context": "tokens",
+    "stride": "tokens",
+    "length": "tokens",
+    "longest": "tokens",
+    "memory_gb": "GB",
+}
+NAMES = {
+    "bos": "starts with a beginning-of-text token",
+    "dtype": "number format",
+    "runs_compared": "stretches of text compared",
+    "cpu": "processor",
+    "gpu": "GPU",
+}
 """What a recorded field is called on a page, where its own name says too little."""
 
 
 def clean(value: Any, numbers: bool = True) -> Any:
     """Copy data so that any JSON reader, browser and terminal can take it.
 
-    Tuples become lists, control characters and lone surrogates are replaced, and with `numbers` those that are not
-    finite become words.
+    Tuples become lists, control characters and lone surrogates are replaced, and with `numbers`
+    those that are not finite become words.
     """
     if isinstance(value, dict):
         return {str(clean(str(key))): clean(item, numbers) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [clean(item, numbers) for item in value]
     if isinstance(value, str):
-        return CONTROL.sub("\N{REPLACEMENT CHARACTER}", value.encode("utf-8", "replace").decode("utf-8"))
-    return number(value) if numbers and isinstance(value, float) and not math.isfinite(value) else value
+        return CONTROL.sub(
+            "\N{REPLACEMENT CHARACTER}", value.encode("utf-8", "replace").decode("utf-8")
+        )
+    return (
+        number(value)
+        if numbers and isinstance(value, float) and not math.isfinite(value)
+        else value
+    )
 
 
 def number(value: float | str | None) -> str:
-    """Write four significant digits, thousands separated; words stay words and nothing is `not measured`."""
+    """Write four significant digits, thousands separated; words stay words and nothing is
+    `not measured`."""
     if value is None:
         return MISSING
     if isinstance(value, bool):
@@ -44,7 +62,9 @@ def number(value: float | str | None) -> str:
     if isinstance(value, str):
         return value
     if not math.isfinite(value):
-        return "not a number" if math.isnan(value) else "infinite" if value > 0 else "minus infinite"
+        return (
+            "not a number" if math.isnan(value) else "infinite" if value > 0 else "minus infinite"
+        )
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:,.4g}"
 
 
@@ -54,18 +74,28 @@ def plain(value: object) -> str:
         return ", ".join(f"{key} {plain(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list | tuple):
         return ", ".join(plain(item) for item in value) or "none"
-    return "none" if value is None else number(value if isinstance(value, float | int) else str(value))
+    return (
+        "none" if value is None else number(value if isinstance(value, float | int) else str(value))
+    )
 
 
 def facts(recorded: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
-    """Write recorded fields as names and values; long lists are counted, and stand in report.json."""
-    return tuple((NAMES.get(key, key.replace("_", " ")), _fact(key, value)) for key, value in recorded.items())
+    """Write recorded fields as names and values; long lists are counted, and stand in
+    report.json."""
+    return tuple(
+        (NAMES.get(key, key.replace("_", " ")), _fact(key, value))
+        for key, value in recorded.items()
+    )
 
 
 def _fact(key: str, value: object) -> str:
     if isinstance(value, list | tuple) and len(value) > 3:
         return f"{len(value):,}, listed in report.json"
-    return f"{plain(value)} {UNITS[key]}" if key in UNITS and isinstance(value, int | float) else plain(value)
+    return (
+        f"{plain(value)} {UNITS[key]}"
+        if key in UNITS and isinstance(value, int | float)
+        else plain(value)
+    )
 
 
 def counts(counted: Mapping[str, int]) -> str:
@@ -139,7 +169,9 @@ def plural(count: int, noun: str) -> str:
 
 def listed(parts: Sequence[str]) -> str:
     """Write `a, b and c`."""
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}" if parts else ""
+    return (
+        parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}" if parts else ""
+    )
 
 
 def capital(text: str) -> str:

@@ -15,10 +15,11 @@ from nmsparse_deploy.system.progress import Progress, silent
 
 
 def build(run: RunDir, spec: Build = Build(), progress: Progress = silent) -> Sequence[BuiltEngine]:
-    """Build the engines of `spec` from what the run holds; they join `engines.json` with what is known of each.
+    """Build the engines of `spec` from what the run holds; they join `engines.json` with what is
+    known of each.
 
-    Raises `UsageError` when there is nothing to build from, `CheckFailed` when that does not hold the masks,
-    `NmsparseError` when the runtime or its device is not here; what was exported stays.
+    Raises `UsageError` when there is nothing to build from, `CheckFailed` when that does not hold
+    the masks, `NmsparseError` when the runtime or its device is not here; what was exported stays.
     """
     start = time.perf_counter()
     engine: type[Engine] = ENGINES.load(spec.engine)
@@ -26,7 +27,9 @@ def build(run: RunDir, spec: Build = Build(), progress: Progress = silent) -> Se
         rows = engine.deploy(run, spec, progress)
         made = {row.key for row in rows}
         others = [row for row in built_engines(run) if row.key not in made]
-        run.write_json(RECORD, {"engines": [row.to_json() for row in (*others, *rows)], **environment()})
+        run.write_json(
+            RECORD, {"engines": [row.to_json() for row in (*others, *rows)], **environment()}
+        )
         run.finish("build", time.perf_counter() - start, spec=spec.model_dump(mode="json"))
     return rows
 

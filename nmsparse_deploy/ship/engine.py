@@ -1,7 +1,7 @@
 """What a runtime has to answer, and what it may answer besides.
 
-A runtime is a class that derives from `Engine` and a line in the registry `ENGINES`. It has to build, inspect and run;
-what can be derived from that, a subclass overrides where it knows better.
+A runtime is a class that derives from `Engine` and a line in the registry `ENGINES`. It has to
+build, inspect and run; what can be derived from that, a subclass overrides where it knows better.
 """
 
 from __future__ import annotations
@@ -62,7 +62,11 @@ class Inspection:
     @property
     def verdict(self) -> str:
         """Return what may be said about sparse kernels, in one sentence."""
-        known = {True: "Sparse kernels run", False: "No sparse kernel runs", None: "Sparse kernels were not seen"}
+        known = {
+            True: "Sparse kernels run",
+            False: "No sparse kernel runs",
+            None: "Sparse kernels were not seen",
+        }
         return f"{known[self.sparse_kernels]}: {self.reason}."
 
     def to_json(self) -> Recorded:
@@ -137,7 +141,8 @@ class Engine(Protocol):
         ...
 
     def inspect(self) -> Inspection:
-        """Return evidence of what really runs: versions, providers, whether sparse kernels can be chosen."""
+        """Return evidence of what really runs: versions, providers, whether sparse kernels can be
+        chosen."""
         ...
 
     def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -162,23 +167,33 @@ class Engine(Protocol):
 
     @classmethod
     def arms(cls, run: RunDir) -> dict[str, dict[str, Case]]:
-        """Return what a benchmark on a GPU compares: by workload and arm an artefact and the settings to build it."""
-        return {f"{cls.label} {name}": {cls.name: Case(path)} for name, path in cls.artefacts(run).items()}
+        """Return what a benchmark on a GPU compares: by workload and arm an artefact and the
+        settings to build it."""
+        return {
+            f"{cls.label} {name}": {cls.name: Case(path)}
+            for name, path in cls.artefacts(run).items()
+        }
 
     @classmethod
     def deploy(cls, run: RunDir, spec: Build, progress: Progress) -> Sequence[BuiltEngine]:
-        """Build what `spec` asks for from a run: here one engine, verified before and compared with the model after.
+        """Build what `spec` asks for from a run: here one engine, verified before and compared with
+        the model after.
 
-        Raises `UsageError` when there is nothing to build from, `CheckFailed` when it does not hold the masks.
+        Raises `UsageError` when there is nothing to build from, `CheckFailed` when it does not hold
+        the masks.
         """
         artefact = cls.artefacts(run).get(spec.precision)
         if artefact is None:
-            raise UsageError(f"The run '{run.path}' holds nothing in {spec.precision} that {cls.title} runs.",
-                             f"nmsparse-deploy {cls.exported_by} {run.path} --precision {spec.precision}")
+            raise UsageError(
+                f"The run '{run.path}' holds nothing in {spec.precision} that {cls.title} runs.",
+                f"nmsparse-deploy {cls.exported_by} {run.path} --precision {spec.precision}",
+            )
         settings = _asked(cls, spec)
         report = cls.verify(artefact, MaskSet.load(run / "masks.safetensors"), progress)
         if not report.ok:
-            raise CheckFailed(f"'{artefact}' fails verification, so nothing is built from it: {report.summary()}")
+            raise CheckFailed(
+                f"'{artefact}' fails verification, so nothing is built from it: {report.summary()}"
+            )
         progress(f"building with {cls.title}", 0, 0)
         start = time.perf_counter()
         engine = cls.build(artefact, settings)
@@ -186,8 +201,20 @@ class Engine(Protocol):
         progress(f"comparing {cls.title} with the model", 0, 0)
         same = compare_with_model(load_pruned(run), engine.run, spec.batch, spec.length)
         path = str(artefact.relative_to(run.path))
-        return [BuiltEngine(cls.name, cls.name, path, path, _size(artefact), settings, environment(), seconds,
-                            engine.inspect(), agreement=same)]
+        return [
+            BuiltEngine(
+                cls.name,
+                cls.name,
+                path,
+                path,
+                _size(artefact),
+                settings,
+                environment(),
+                seconds,
+                engine.inspect(),
+                agreement=same,
+            )
+        ]
 
     @classmethod
     def section(cls, row: BuiltEngine) -> Section:
@@ -198,13 +225,17 @@ class Engine(Protocol):
         same = f" {cls.title} and the model: {compared(row.agreement)}." if row.agreement else ""
         blocks: tuple[Block, ...] = (
             Paragraph(row.evidence.verdict, "callout"),
-            Paragraph(f"{megabytes(row.bytes)}, ready in {quantity(row.seconds, 's')}.{same}", "soft"),
-            Facts(facts(about)))
+            Paragraph(
+                f"{megabytes(row.bytes)}, ready in {quantity(row.seconds, 's')}.{same}", "soft"
+            ),
+            Facts(facts(about)),
+        )
         return Section(f"{cls.title}: {row.path}", blocks)
 
 
 def settings_of(engine: type[Engine], kind: type[S], given: Mapping[str, Any] | None) -> S:
-    """Read the settings of a runtime. Raises `UsageError` for one that it does not have or cannot take."""
+    """Read the settings of a runtime. Raises `UsageError` for one that it does not have or cannot
+    take."""
     unknown = set(given or {}) - set(kind.model_fields)
     if unknown:
         has = ", ".join(kind.model_fields) or "none"
@@ -222,10 +253,16 @@ def built_engines(run: RunDir) -> tuple[BuiltEngine, ...]:
 def _asked(engine: type[Engine], spec: Build) -> Recorded:
     """Return the settings in `spec`. Raises `UsageError` for an option of other runtimes."""
     plain = Build()
-    own = {name: getattr(spec, name) for name in engine.settings_type.model_fields if name in Build.model_fields}
+    own = {
+        name: getattr(spec, name)
+        for name in engine.settings_type.model_fields
+        if name in Build.model_fields
+    }
     asked = {name for name in Build.model_fields if getattr(spec, name) != getattr(plain, name)}
     others = {name: getattr(spec, name) for name in asked - EVERY_ENGINE - set(own)}
-    return settings_of(engine, engine.settings_type, {**own, **others, **spec.options}).model_dump(mode="json")
+    return settings_of(engine, engine.settings_type, {**own, **others, **spec.options}).model_dump(
+        mode="json"
+    )
 
 
 def _size(artefact: Path) -> int:

@@ -1,4 +1,5 @@
-"""How close what a runtime computes is to the model that a run holds, in fp32 on this machine's processor."""
+"""How close what a runtime computes is to the model that a run holds, in fp32 on this machine's
+processor."""
 
 from __future__ import annotations
 
@@ -17,8 +18,11 @@ Run = Callable[[Mapping[str, torch.Tensor]], Mapping[str, np.ndarray]]
 
 
 @torch.no_grad()
-def compare_with_model(loaded: LoadedModel, run: Run, batch: int = 1, length: int = 48) -> Agreement | NotCompared:
-    """Compare outputs with the model's on other shapes than an export traces, or say why that is impossible here.
+def compare_with_model(
+    loaded: LoadedModel, run: Run, batch: int = 1, length: int = 48
+) -> Agreement | NotCompared:
+    """Compare outputs with the model's on other shapes than an export traces, or say why that is
+    impossible here.
 
     Raises `CheckFailed` when a value is not finite.
     """

@@ -4,11 +4,12 @@
 
 where max_value = 127 (INT8) or 448 (FP8, E4M3).
 
-Everything is symmetric, so zero stays zero and the pattern lives on in the stored codes. Weights are quantised after
-pruning and refitting, never before. `export/qdq.py` writes the graph.
+Everything is symmetric, so zero stays zero and the pattern lives on in the stored codes. Weights
+are quantised after pruning and refitting, never before. `export/qdq.py` writes the graph.
 
-ONNX Runtime's own quantiser was read, not run, and not taken: its FP8 scales come from standard deviations instead of
-the largest value, and by default it also stores the biases as 32-bit integers (fp32 beside FP8).
+ONNX Runtime's own quantiser was read, not run, and not taken: its FP8 scales come from standard
+deviations instead of the largest value, and by default it also stores the biases as 32-bit integers
+(fp32 beside FP8).
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.system.progress import Progress, silent
 
 BASE = "fp16"
-"""The precision of everything that stays in floating point beside 8-bit GEMMs; it has the most sparse kernels."""
+"""The precision of everything that stays in floating point beside 8-bit GEMMs; it has the most
+sparse kernels."""
 WINDOWS = 16
 """Samples of the calibration set that the activations are looked at with."""
 
@@ -77,21 +79,31 @@ class Quantised:
     """Weights that were not zero and have the code zero."""
 
 
-def quantise_weight(weight: np.ndarray, axis: int, form: Format, max_value: float | None = None) -> Quantised:
-    """Quantise a matrix whose reduction axis is `axis`: a scale for every output, or one for values up to `max_value`.
+def quantise_weight(
+    weight: np.ndarray, axis: int, form: Format, max_value: float | None = None
+) -> Quantised:
+    """Quantise a matrix whose reduction axis is `axis`: a scale for every output, or one for values
+    up to `max_value`.
 
     Raises `CheckFailed` when a zero would move.
     """
     values = weight.astype(np.float32)
     outputs = 1 - axis % 2 if max_value is None else None
-    largest = np.abs(values).max(axis=axis, keepdims=True) if max_value is None else np.array(max_value)
+    largest = (
+        np.abs(values).max(axis=axis, keepdims=True) if max_value is None else np.array(max_value)
+    )
     # What is stored is what is divided by, so the rounding of the scale itself costs nothing.
     scales = _stored(np.where(largest > 0, largest / form.max_value, 1.0))
     codes = form.codes(values / scales.astype(np.float32))
     zero, moved = codes.view(np.uint8) == 0, values == 0
     if (moved & ~zero).any():
         raise CheckFailed("Quantisation moved a zero of a pruned weight.")
-    return Quantised(codes, scales.reshape(-1) if max_value is None else scales, outputs, int((zero & ~moved).sum()))
+    return Quantised(
+        codes,
+        scales.reshape(-1) if max_value is None else scales,
+        outputs,
+        int((zero & ~moved).sum()),
+    )
 
 
 def scale_of(largest: float, form: Format) -> np.ndarray:
@@ -101,7 +113,9 @@ def scale_of(largest: float, form: Format) -> np.ndarray:
 
 def _stored(scales: np.ndarray) -> np.ndarray:
     """Return scales in the base precision, none of them zero."""
-    return np.clip(scales, np.finfo(np.float16).smallest_subnormal, np.finfo(np.float16).max).astype(np.float16)
+    return np.clip(
+        scales, np.finfo(np.float16).smallest_subnormal, np.finfo(np.float16).max
+    ).astype(np.float16)
 
 
 @dataclass(frozen=True)
@@ -113,17 +127,29 @@ class Range:
 
 
 @torch.no_grad()
-def calibrate(module: nn.Module, targets: Sequence[Target], batches: Iterable[Mapping[str, Any]],
-              progress: Progress = silent) -> dict[str, Range]:
-    """Return ranges by module path over `batches` of keyword arguments. Raises `NmsparseError` if one is not finite."""
+def calibrate(
+    module: nn.Module,
+    targets: Sequence[Target],
+    batches: Iterable[Mapping[str, Any]],
+    progress: Progress = silent,
+) -> dict[str, Range]:
+    """Return ranges by module path over `batches` of keyword arguments. Raises `NmsparseError` if
+    one is not finite."""
     ranges: dict[str, tuple[float, float]] = {}
 
     def see(path: str, read: torch.Tensor, wrote: torch.Tensor) -> None:
         before = ranges.get(path, (0.0, 0.0))
-        ranges[path] = (max(before[0], float(read.abs().max())), max(before[1], float(wrote.abs().max())))
+        ranges[path] = (
+            max(before[0], float(read.abs().max())),
+            max(before[1], float(wrote.abs().max())),
+        )
 
-    handles = [module.get_submodule(path).register_forward_hook(
-        lambda layer, args, result, path=path: see(path, args[0], result)) for path in {t.module for t in targets}]
+    handles = [
+        module.get_submodule(path).register_forward_hook(
+            lambda layer, args, result, path=path: see(path, args[0], result)
+        )
+        for path in {t.module for t in targets}
+    ]
     try:
         rows = list(batches)
         for number, batch in enumerate(rows):
@@ -134,11 +160,15 @@ def calibrate(module: nn.Module, targets: Sequence[Target], batches: Iterable[Ma
             handle.remove()
     for path, seen in ranges.items():
         if not all(np.isfinite(seen)):
-            raise NmsparseError(f"The activations of '{path}' are not finite, so they have no range to quantise.")
+            raise NmsparseError(
+                f"The activations of '{path}' are not finite, so they have no range to quantise."
+            )
     return {path: Range(*seen) for path, seen in ranges.items()}
 
 
-def activation_ranges(run: RunDir, loaded: LoadedModel, targets: list[Target], progress: Progress) -> dict[str, Range]:
+def activation_ranges(
+    run: RunDir, loaded: LoadedModel, targets: list[Target], progress: Progress
+) -> dict[str, Range]:
     """Return what the layers read and write on the run's calibration sample."""
     spec = run.manifest().recipe.calibration
     if GENERATED in spec.data.split(MIX):  # by the dense model, and kept

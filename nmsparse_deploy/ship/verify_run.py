@@ -18,29 +18,38 @@ from nmsparse_deploy.system.progress import Progress, silent
 
 
 def verify(run: RunDir, progress: Progress = silent) -> list[VerifyReport]:
-    """Check the run's weights, every exported graph and every packed model against its masks. Writes `verify.json`;
-    does not raise."""
+    """Check the run's weights, every exported graph and every packed model against its masks.
+    Writes `verify.json`; does not raise."""
     masks = MaskSet.load(run / "masks.safetensors")
     reports = [verify_checkpoint(run / "model", masks, progress=progress)]
     for path in run.graphs():
         link = LinkMap.load(path.with_suffix(".link.json")).by_parameter()
         reports.append(verify_onnx(path, masks, link, progress=progress))
     reports += [verify_packed(folder, masks) for folder in packed_models(run)]
-    run.write_json("verify.json", {"reports": [report.to_json() for report in reports],
-                                   "not_checked": not_checked(run)})
+    run.write_json(
+        "verify.json",
+        {"reports": [report.to_json() for report in reports], "not_checked": not_checked(run)},
+    )
     return reports
 
 
 def not_checked(run: RunDir) -> list[dict[str, str]]:
-    """Return steps of the chain that were not taken; a run with engines has its evidence in `engines.json`."""
+    """Return steps of the chain that were not taken; a run with engines has its evidence in
+    `engines.json`."""
     return [] if (run / "engines.json").is_file() else list(NOT_CHECKED)
 
 
-def verify_any(target: Path | None = None, pattern: str = "2:4", expect: Sequence[str] = (),
-               progress: Progress = silent) -> tuple[list[VerifyReport], list[dict[str, str]]]:
-    """Check a run, or a checkpoint or ONNX file that came from elsewhere; returns reports and what was not checked.
+def verify_any(
+    target: Path | None = None,
+    pattern: str = "2:4",
+    expect: Sequence[str] = (),
+    progress: Progress = silent,
+) -> tuple[list[VerifyReport], list[dict[str, str]]]:
+    """Check a run, or a checkpoint or ONNX file that came from elsewhere; returns reports and what
+    was not checked.
 
-    A file without a run has no masks: its sparse tensors are reported, and `expect` names the ones that must be.
+    A file without a run has no masks: its sparse tensors are reported, and `expect` names the ones
+    that must be.
     """
     try:
         is_run = target is None or (target / "manifest.json").is_file()
@@ -48,12 +57,16 @@ def verify_any(target: Path | None = None, pattern: str = "2:4", expect: Sequenc
         raise from_os_error(error) from error
     if target is None or is_run:
         if expect:
-            raise UsageError("--expect is for files without a run; a run knows which tensors have to be sparse.")
+            raise UsageError(
+                "--expect is for files without a run; a run knows which tensors have to be sparse."
+            )
         run = RunDir.open(target)
         return verify(run, progress), not_checked(run)
     wanted = parse_pattern(pattern)
     if isinstance(wanted, Unstructured):
-        raise UsageError(f"'{target}' has no masks, and zeros alone cannot show that it is {wanted}.",
-                         "verify the run that it belongs to")
+        raise UsageError(
+            f"'{target}' has no masks, and zeros alone cannot show that it is {wanted}.",
+            "verify the run that it belongs to",
+        )
     check = verify_onnx if target.suffix == ".onnx" else verify_checkpoint
     return [check(target, pattern=wanted, expect=expect, progress=progress)], []

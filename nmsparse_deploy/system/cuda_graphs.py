@@ -11,7 +11,8 @@ import torch
 def record(call: Callable[[], Any]) -> Callable[[], Any]:
     """Record one call; the returned one replays it and gives what the recorded one gave.
 
-    Whatever the call reads and writes stays where it is: results of one replay are overwritten by the next.
+    Whatever the call reads and writes stays where it is: results of one replay are overwritten by
+    the next.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -1,4 +1,5 @@
-"""The processes of one `torchrun` or `accelerate launch`: which one this is, sums over all, waiting for each other."""
+"""The processes of one `torchrun` or `accelerate launch`: which one this is, sums over all, waiting
+for each other."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class Processes:
             torch.distributed.barrier()
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Turn `tensor` into the sum of the tensors that the processes give; the same bits in each."""
+        """Turn `tensor` into the sum of the tensors that the processes give; the same bits in
+        each."""
         if self.world > 1:
             torch.distributed.all_reduce(tensor)
         return tensor

@@ -33,7 +33,16 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at everything; never raises."""
-    return [_torch(), _gpu(), _cusparselt(), *_packages(), _tensorrt(), *_clashes(), _memory(), _disk()]
+    return [
+        _torch(),
+        _gpu(),
+        _cusparselt(),
+        *_packages(),
+        _tensorrt(),
+        *_clashes(),
+        _memory(),
+        _disk(),
+    ]
 
 
 def next_command(findings: list[Finding]) -> str:
@@ -53,7 +62,9 @@ def _torch() -> Finding:
     import torch
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    return Finding("torch", "ok", f"{torch.__version__} ({build}), {torch.get_num_threads()} threads")
+    return Finding(
+        "torch", "ok", f"{torch.__version__} ({build}), {torch.get_num_threads()} threads"
+    )
 
 
 def no_cuda() -> str | None:
@@ -62,19 +73,27 @@ def no_cuda() -> str | None:
 
     if torch.cuda.is_available():
         return None
-    return "this torch is a CPU build" if torch.version.cuda is None else "torch sees no CUDA device"
+    return (
+        "this torch is a CPU build" if torch.version.cuda is None else "torch sees no CUDA device"
+    )
 
 
 def _gpu() -> Finding:
     import torch
 
     if why := no_cuda():
-        return Finding("GPU", "missing", f"none: {why}; masks, checks and ONNX work, sparse kernels cannot run here")
+        return Finding(
+            "GPU",
+            "missing",
+            f"none: {why}; masks, checks and ONNX work, sparse kernels cannot run here",
+        )
     capability = torch.cuda.get_device_capability()
     name = f"{torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}"
     if capability < MIN_CAPABILITY:
         needed = f"{MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
-        return Finding("GPU", "problem", f"{name}: no sparse tensor cores ({needed} or newer has them)")
+        return Finding(
+            "GPU", "problem", f"{name}: no sparse tensor cores ({needed} or newer has them)"
+        )
     return Finding("GPU", "ok", name)
 
 
@@ -89,11 +108,25 @@ def _cusparselt() -> Finding:
 
 def _packages() -> list[Finding]:
     rows = []
-    for package, extra in (("transformers", ""), ("onnx", "onnx"), ("onnxscript", "onnx"), ("onnxruntime", "onnx"),
-                           ("timm", "vision"), ("pillow", "vision"), ("diffusers", "diffusion"), ("lm_eval", "eval")):
-        release = installed(package) or (installed("onnxruntime-gpu") if package == "onnxruntime" else None)
+    for package, extra in (
+        ("transformers", ""),
+        ("onnx", "onnx"),
+        ("onnxscript", "onnx"),
+        ("onnxruntime", "onnx"),
+        ("timm", "vision"),
+        ("pillow", "vision"),
+        ("diffusers", "diffusion"),
+        ("lm_eval", "eval"),
+    ):
+        release = installed(package) or (
+            installed("onnxruntime-gpu") if package == "onnxruntime" else None
+        )
         hint = f"pip install 'nmsparse-deploy[{extra}]'"
-        rows.append(Finding(package, "ok", release) if release else Finding(package, "missing", "not installed", hint))
+        rows.append(
+            Finding(package, "ok", release)
+            if release
+            else Finding(package, "missing", "not installed", hint)
+        )
     return rows
 
 
@@ -102,20 +135,35 @@ def _tensorrt() -> Finding:
         release = installed(package)
         if release:
             return Finding("TensorRT", "ok", f"{release} (major {release.split('.')[0]})")
-    return Finding("TensorRT", "missing", "not installed: exports are kept as ONNX, no engine is built",
-                   "pip install 'nmsparse-deploy[trt11]'")
+    return Finding(
+        "TensorRT",
+        "missing",
+        "not installed: exports are kept as ONNX, no engine is built",
+        "pip install 'nmsparse-deploy[trt11]'",
+    )
 
 
 def _clashes() -> list[Finding]:
     rows = []
     if installed("onnxruntime") and installed("onnxruntime-gpu"):
-        rows.append(Finding("onnxruntime", "problem", "onnxruntime and onnxruntime-gpu overwrite each other's files",
-                            "pip uninstall onnxruntime"))
+        rows.append(
+            Finding(
+                "onnxruntime",
+                "problem",
+                "onnxruntime and onnxruntime-gpu overwrite each other's files",
+                "pip uninstall onnxruntime",
+            )
+        )
     tensorrt = installed("tensorrt") or ""
     if installed("onnxruntime-gpu") and tensorrt and int(tensorrt.split(".")[0]) > 10:
-        rows.append(Finding("TensorRT", "problem",
-                            f"onnxruntime-gpu's TensorRT provider loads TensorRT 10, not {tensorrt}",
-                            "pip install 'nmsparse-deploy[trt10,ort-gpu]'"))
+        rows.append(
+            Finding(
+                "TensorRT",
+                "problem",
+                f"onnxruntime-gpu's TensorRT provider loads TensorRT 10, not {tensorrt}",
+                "pip install 'nmsparse-deploy[trt10,ort-gpu]'",
+            )
+        )
     rows += _torchvision_clash()
     return rows
 
@@ -129,8 +177,15 @@ def _torchvision_clash() -> list[Finding]:
     try:
         import torchvision  # noqa: F401
     except Exception:
-        return [Finding("torchvision", "problem", f"{release} was built for another torch than {torch.__version__}; "
-                        "it breaks transformers and timm", "pip uninstall torchvision")]
+        return [
+            Finding(
+                "torchvision",
+                "problem",
+                f"{release} was built for another torch than {torch.__version__}; "
+                "it breaks transformers and timm",
+                "pip uninstall torchvision",
+            )
+        ]
     return [Finding("torchvision", "ok", release)]
 
 
@@ -140,9 +195,16 @@ def _memory() -> Finding:
 
 
 def _disk() -> Finding:
-    rows = [(place, shutil.disk_usage(_existing(place)).free / 1e9) for place in (Path.cwd(), cache_dir())]
+    rows = [
+        (place, shutil.disk_usage(_existing(place)).free / 1e9)
+        for place in (Path.cwd(), cache_dir())
+    ]
     state: State = "ok" if all(free > DISK_GB for _, free in rows) else "problem"
-    return Finding("disk", state, f"{rows[0][1]:.0f} GB free here, {rows[1][1]:.0f} GB free in the cache {cache_dir()}")
+    return Finding(
+        "disk",
+        state,
+        f"{rows[0][1]:.0f} GB free here, {rows[1][1]:.0f} GB free in the cache {cache_dir()}",
+    )
 
 
 def _existing(path: Path) -> Path:

@@ -10,8 +10,20 @@ from typing_extensions import TypedDict  # the one that pydantic reads
 
 from nmsparse_deploy.system.hardware import cpu_name
 
-PACKAGES = ("nmsparse-deploy", "torch", "transformers", "timm", "diffusers", "numpy", "safetensors", "tokenizers",
-            "onnx", "onnxscript", "onnxruntime", "gguf")
+PACKAGES = (
+    "nmsparse-deploy",
+    "torch",
+    "transformers",
+    "timm",
+    "diffusers",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "gguf",
+)
 
 
 class Hardware(TypedDict):
@@ -49,6 +61,11 @@ def environment() -> Environment:
     """Return versions and hardware, as every result carries them."""
     import torch
 
-    return {"versions": versions(),
-            "hardware": {"cpu": cpu_name(), "threads": torch.get_num_threads(),
-                         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}}
+    return {
+        "versions": versions(),
+        "hardware": {
+            "cpu": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }

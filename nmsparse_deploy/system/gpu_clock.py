@@ -1,8 +1,10 @@
-"""What things are timed on: a CUDA device with its clock, its graphs and its state, or a dry stand-in for tests.
+"""What things are timed on: a CUDA device with its clock, its graphs and its state, or a dry
+stand-in for tests.
 
-On a GPU a call only enqueues, so time is taken between two events on the stream, over as many calls as it takes for the
-resolution of the events not to matter. Between two timings the L2 cache is either left as it is (`warm`) or overwritten
-(`cold`). A CUDA graph is one recorded call that is replayed without the host.
+On a GPU a call only enqueues, so time is taken between two events on the stream, over as many calls
+as it takes for the resolution of the events not to matter. Between two timings the L2 cache is
+either left as it is (`warm`) or overwritten (`cold`). A CUDA graph is one recorded call that is
+replayed without the host.
 """
 
 from __future__ import annotations
@@ -24,13 +26,22 @@ from nmsparse_deploy.system.environment import Environment, environment
 from nmsparse_deploy.system.timing import Call, Clock, wall
 
 MIN_MS = 0.2
-"""A timing is at least this long, so that half a microsecond of the events' resolution is nothing."""
+"""A timing is at least this long, so that half a microsecond of the events' resolution is
+nothing."""
 MAX_CALLS = 200
 COLD_BYTES = 256 << 20
 """More than any L2 cache."""
-REASONS = {0x1: "idle", 0x2: "clocks set by an application", 0x4: "power cap", 0x8: "hardware slowdown",
-           0x10: "sync boost", 0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown",
-           0x80: "hardware power brake", 0x100: "display clocks"}
+REASONS = {
+    0x1: "idle",
+    0x2: "clocks set by an application",
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "hardware power brake",
+    0x100: "display clocks",
+}
 """Bits of NVML's reasons for a lower clock."""
 
 
@@ -87,23 +98,33 @@ class Machine:
 
     def environment(self) -> MachineEnvironment:
         """Return everything a figure depends on besides the model."""
-        return {**environment(), "dry": self.dry, "device": self.name, "libraries": libraries(), "state": state()}
+        return {
+            **environment(),
+            "dry": self.dry,
+            "device": self.name,
+            "libraries": libraries(),
+            "state": state(),
+        }
 
 
 def require_gpu(what: str) -> Machine:
     """Return this machine's CUDA device. Raises `NmsparseError` without one."""
     if why := no_cuda():
-        raise NmsparseError(f"{what} needs an NVIDIA GPU, and {why}.", "run it on a machine with one (docs/gpu.md)")
+        raise NmsparseError(
+            f"{what} needs an NVIDIA GPU, and {why}.", "run it on a machine with one (docs/gpu.md)"
+        )
     return Machine(torch.device("cuda"), torch.cuda.get_device_name(), events, record)
 
 
 def dry_machine() -> Machine:
-    """Return a stand-in on a processor with the same control flow; nothing that is timed with it means anything."""
+    """Return a stand-in on a processor with the same control flow; nothing that is timed with it
+    means anything."""
     return Machine(torch.device("cpu"), "dry run", lambda: wall, None, dry=True)
 
 
 def events(cold: bool = False) -> Clock:
-    """Make a clock of the stream, per call. How many calls lie between two events is settled at its first timing."""
+    """Make a clock of the stream, per call. How many calls lie between two events is settled at its
+    first timing."""
     counts: dict[int, tuple[Call, int]] = {}
     flush = torch.empty(COLD_BYTES, dtype=torch.uint8, device="cuda") if cold else None
 
@@ -132,13 +153,20 @@ def _between_events(call: Call, calls: int) -> float:
 def libraries() -> Libraries:
     """Ask every library that kernels come from."""
     backend = getattr(torch.backends, "cusparselt", None)
-    return {"cuda": torch.version.cuda, "cusparselt": backend.version() if backend is not None else None,
-            "cusparselt_loaded": _loaded("libcusparseLt"), "cudnn": torch.backends.cudnn.version(),
-            "cublas": _cublas_version(), "driver": _driver()}
+    return {
+        "cuda": torch.version.cuda,
+        "cusparselt": backend.version() if backend is not None else None,
+        "cusparselt_loaded": _loaded("libcusparseLt"),
+        "cudnn": torch.backends.cudnn.version(),
+        "cublas": _cublas_version(),
+        "driver": _driver(),
+    }
 
 
 def _loaded(library: str) -> str | None:
-    return next((mapped.path for mapped in psutil.Process().memory_maps() if library in mapped.path), None)
+    return next(
+        (mapped.path for mapped in psutil.Process().memory_maps() if library in mapped.path), None
+    )
 
 
 def _cublas_version() -> int | None:
@@ -159,11 +187,14 @@ def _driver() -> str | None:
 
 
 def state() -> GpuState:
-    """Read clocks, power, temperature and what holds the clocks down, now; or why nobody can say."""
+    """Read clocks, power, temperature and what holds the clocks down, now; or why nobody can
+    say."""
     with _nvml() as nvml:
         if nvml is None:
             return {"unavailable": "no NVIDIA GPU, or the package nvidia-ml-py is not installed"}
-        handle = nvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+        handle = nvml.nvmlDeviceGetHandleByIndex(
+            torch.cuda.current_device() if torch.cuda.is_available() else 0
+        )
         reasons = _ask(nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", handle)
         held = [text for bit, text in REASONS.items() if reasons is not None and reasons & bit]
         return {
@@ -172,8 +203,11 @@ def state() -> GpuState:
             "most_sm_mhz": _ask(nvml, "nvmlDeviceGetMaxClockInfo", handle, nvml.NVML_CLOCK_SM),
             "power_mw": _ask(nvml, "nvmlDeviceGetPowerUsage", handle),
             "power_limit_mw": _ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle),
-            "temperature_c": _ask(nvml, "nvmlDeviceGetTemperature", handle, nvml.NVML_TEMPERATURE_GPU),
-            "throttle_reasons": held if reasons is not None else None}
+            "temperature_c": _ask(
+                nvml, "nvmlDeviceGetTemperature", handle, nvml.NVML_TEMPERATURE_GPU
+            ),
+            "throttle_reasons": held if reasons is not None else None,
+        }
 
 
 def _ask(nvml: Any, name: str, *arguments: Any) -> Any:
@@ -205,7 +239,8 @@ def _nvml() -> Iterator[Any]:
 
 
 def transient(call: Call, machine: Machine) -> int | None:
-    """Measure the bytes that one call takes at most beyond what is allocated already; None where nobody counts."""
+    """Measure the bytes that one call takes at most beyond what is allocated already; None where
+    nobody counts."""
     if machine.device.type != "cuda":
         return None
     machine.synchronise()

@@ -22,7 +22,8 @@ def device() -> torch.device:
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """Choose bf16 where the processor multiplies it natively and fp32 elsewhere, unless `wanted` says which."""
+    """Choose bf16 where the processor multiplies it natively and fp32 elsewhere, unless `wanted`
+    says which."""
     import torch
 
     if wanted != "auto":
@@ -33,7 +34,8 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def autocast_for(compute: torch.dtype, where: torch.device) -> torch.autocast:
-    """Return the context in which fp32 weights are multiplied in `compute`; nothing is cast for fp32 itself."""
+    """Return the context in which fp32 weights are multiplied in `compute`; nothing is cast for
+    fp32 itself."""
     import torch
 
     return torch.autocast(where.type, compute, enabled=compute != torch.float32)
@@ -52,4 +54,7 @@ def _cpu() -> Mapping[str, str]:
         core = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
         return {}
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in core.splitlines())}
+    return {
+        key.strip(): value.strip()
+        for key, _, value in (line.partition(":") for line in core.splitlines())
+    }

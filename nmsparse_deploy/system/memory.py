@@ -1,7 +1,9 @@
-"""Memory of this process: its peak over its whole life, over a run, and since the last reset; and what is free.
+"""Memory of this process: its peak over its whole life, over a run, and since the last reset; and
+what is free.
 
-Linux keeps the high-water mark of resident memory and lets a process reset its own; elsewhere the mark of the whole
-life stands in. On a GPU a run and a reset are measured by PyTorch's allocator instead.
+Linux keeps the high-water mark of resident memory and lets a process reset its own; elsewhere the
+mark of the whole life stands in. On a GPU a run and a reset are measured by PyTorch's allocator
+instead.
 """
 
 from __future__ import annotations
@@ -18,8 +20,18 @@ import torch
 
 from nmsparse_deploy.errors import UsageError
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20,
-         "GIB": 1 << 30, "TIB": 1 << 40}
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+    "TIB": 1 << 40,
+}
 _before_reset = 0
 _run_before_reset = 0
 
@@ -63,7 +75,8 @@ def _peak_since_reset() -> int:
 
 
 def _high_water_mark() -> int:
-    """Return the largest resident memory in bytes since it was reset last; psutil does not tell it."""
+    """Return the largest resident memory in bytes since it was reset last; psutil does not tell
+    it."""
     try:
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
     except (OSError, IndexError):
@@ -85,7 +98,8 @@ def free_memory(device: torch.device | None = None) -> int:
 
 
 def give_back() -> None:
-    """Return what is not used any more to the system; the C library keeps freed pieces below 32 MB otherwise."""
+    """Return what is not used any more to the system; the C library keeps freed pieces below 32 MB
+    otherwise."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

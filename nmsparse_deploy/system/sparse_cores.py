@@ -1,4 +1,5 @@
-"""What sparse tensor cores run: which GPUs, precisions and shapes. Without torch, because plans and reports ask too."""
+"""What sparse tensor cores run: which GPUs, precisions and shapes. Without torch, because plans and
+reports ask too."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ ROW_MULTIPLE = {2: 8, 1: 16}
 
 
 def shape_verdict(k: int, n: int, pattern: Pattern) -> str | None:
-    """Return whether sparse tensor cores can run a [K, N] weight; None for N:M patterns that do not imply 2:4."""
+    """Return whether sparse tensor cores can run a [K, N] weight; None for N:M patterns that do not
+    imply 2:4."""
     if isinstance(pattern, Unstructured):
         return "sparse tensor cores cannot run it"
     if not pattern.implies(TWO_FOUR):

@@ -1,6 +1,7 @@
-"""Latency in arms that are timed in the same process, interleaved in random order, and compared as ratios.
+"""Latency in arms that are timed in the same process, interleaved in random order, and compared as
+ratios.
 
-    speed-up = median(base) / median(other),   95 % interval by bootstrap over the rounds, which stay paired
+speed-up = median(base) / median(other),   95 % interval by bootstrap over the rounds, which stay paired
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-CPU_SENTENCE = ("No CPU kernel here uses 2:4 sparsity: the pruned model runs the same dense kernels over zeros, so no "
-                "speed-up is expected and any difference is noise.")
+CPU_SENTENCE = (
+    "No CPU kernel here uses 2:4 sparsity: the pruned model runs the same dense kernels over zeros, so no "
+    "speed-up is expected and any difference is noise."
+)
 
 Call = Callable[[], Any]
 Clock = Callable[[Call], float]
@@ -58,9 +61,11 @@ class SpeedUp:
         return f"{self.speedup:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
-def interleave(calls: Mapping[str, Call], rounds: int, warmup: int = 2, seed: int = 0,
-               clock: Clock = wall) -> dict[str, list[float]]:
-    """Time every call once a round, in an order that changes from round to round; milliseconds per call."""
+def interleave(
+    calls: Mapping[str, Call], rounds: int, warmup: int = 2, seed: int = 0, clock: Clock = wall
+) -> dict[str, list[float]]:
+    """Time every call once a round, in an order that changes from round to round; milliseconds per
+    call."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = random.Random(seed)
     for round_number in range(-warmup, rounds):
@@ -78,19 +83,39 @@ def summarise(name: str, kernel: str, times: Sequence[float]) -> TimedArm:
     def at(share: float) -> float:
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
-    return TimedArm(name, kernel, statistics.median(times), at(0.1), at(0.9), len(times),
-                    tuple(round(t, 4) for t in times), mean, ordered[0], at(0.95), at(0.99),
-                    statistics.pstdev(times) / mean if mean else 0.0)
+    return TimedArm(
+        name,
+        kernel,
+        statistics.median(times),
+        at(0.1),
+        at(0.9),
+        len(times),
+        tuple(round(t, 4) for t in times),
+        mean,
+        ordered[0],
+        at(0.95),
+        at(0.99),
+        statistics.pstdev(times) / mean if mean else 0.0,
+    )
 
 
-def ratio(base: Sequence[float], other: Sequence[float], seed: int = 0, draws: int = 1000) -> SpeedUp:
-    """Return the speed-up of `other` over `base` (ratio of medians) with a 95 % bootstrap interval of paired rounds."""
+def ratio(
+    base: Sequence[float], other: Sequence[float], seed: int = 0, draws: int = 1000
+) -> SpeedUp:
+    """Return the speed-up of `other` over `base` (ratio of medians) with a 95 % bootstrap interval
+    of paired rounds."""
     generator = random.Random(seed)
     count = len(base)
     ratios = []
     for _ in range(draws):
         picks = [generator.randrange(count) for _ in range(count)]
-        ratios.append(statistics.median([base[i] for i in picks]) / statistics.median([other[i] for i in picks]))
+        ratios.append(
+            statistics.median([base[i] for i in picks])
+            / statistics.median([other[i] for i in picks])
+        )
     ratios.sort()
-    return SpeedUp(statistics.median(base) / statistics.median(other), ratios[int(0.025 * draws)],
-                   ratios[int(0.975 * draws)])
+    return SpeedUp(
+        statistics.median(base) / statistics.median(other),
+        ratios[int(0.025 * draws)],
+        ratios[int(0.975 * draws)],
+    )

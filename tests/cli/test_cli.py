@@ -31,23 +31,54 @@ def small(texts) -> list[str]:
 @pytest.fixture(scope="module")
 def pruned(llama_dir, texts, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "run"
-    assert invoke(lambda: app(["--quiet", "prune", str(llama_dir), *small(texts), "--out", str(out)])) == 0
+    assert (
+        invoke(lambda: app(["--quiet", "prune", str(llama_dir), *small(texts), "--out", str(out)]))
+        == 0
+    )
     return out
 
 
 def test_the_whole_job(pruned, texts, capfd):
     code, out, _ = run(capfd, "--json", "verify", pruned)
     report = json.loads(out)
-    assert code == 0 and report["ok"] and report["reports"][0]["checked"] == 14 and report["not_checked"]
-    code, out, _ = run(capfd, "--json", "evaluate", pruned, "--data", texts["held_out"], "--tokens", 256, "--context",
-                       64, "--continuation", 4)
+    assert (
+        code == 0
+        and report["ok"]
+        and report["reports"][0]["checked"] == 14
+        and report["not_checked"]
+    )
+    code, out, _ = run(
+        capfd,
+        "--json",
+        "evaluate",
+        pruned,
+        "--data",
+        texts["held_out"],
+        "--tokens",
+        256,
+        "--context",
+        64,
+        "--continuation",
+        4,
+    )
     results = json.loads(out)["results"]
-    assert code == 0 and results["dense"]["protocol"]["windows"] == results["pruned"]["protocol"]["windows"]
+    assert (
+        code == 0
+        and results["dense"]["protocol"]["windows"] == results["pruned"]["protocol"]["windows"]
+    )
     code, out, _ = run(capfd, "export", pruned, "--precision", "fp32")
-    assert code == 0 and "14 weights linked and verified" in out and "pruning saves nothing here" in out
+    assert (
+        code == 0
+        and "14 weights linked and verified" in out
+        and "pruning saves nothing here" in out
+    )
     code, out, _ = run(capfd, "--json", "bench", pruned, "--rounds", 3, "--length", 16)
     bench = json.loads(out)
-    assert code == 0 and {arm["name"] for arm in bench["arms"]} == {"dense", "pruned", "pruned, ONNX fp32"}
+    assert code == 0 and {arm["name"] for arm in bench["arms"]} == {
+        "dense",
+        "pruned",
+        "pruned, ONNX fp32",
+    }
     assert "No CPU kernel here uses 2:4" in bench["verdict"]
     assert list(bench["ratios"]) == ["pruned"]  # the ONNX arm has no dense twin on the same kernels
     code, out, _ = run(capfd, "--json", "verify", pruned)
@@ -71,7 +102,8 @@ def test_damage_is_exit_code_1(pruned, tmp_path, capfd):
 
 
 def test_masks_of_another_model(pruned, texts, tmp_path, capfd):
-    """Another architecture's masks and another checkpoint's masks both fail, with the tensor named."""
+    """Another architecture's masks and another checkpoint's masks both fail, with the tensor
+    named."""
     import shutil
 
     for name, module in {"gpt2": pico.gpt2(), "other": pico.llama(seed=9)}.items():
@@ -97,18 +129,21 @@ def test_foreign_files(pruned, llama_dir, capfd):
     assert run(capfd, "verify", "thing.engine")[0] == 2
 
 
-@pytest.mark.parametrize("arguments,sentence", [
-    (["prune", "--method", "sparsegtp"], "Did you mean 'sparsegpt'?"),
-    (["prune", "--pattern", "4:2"], "not a pattern"),
-    (["prune", "--refine", "refits"], "Did you mean 'refit'?"),
-    (["prune", "--pattern", "two"], "not a pattern"),
-    (["prune", "--samples", "-3"], "calibration.samples"),
-    (["prune", "./nowhere"], "There is no model './nowhere'"),
-    (["verify", "nowhere"], "nowhere"),
-    (["evaluate", "nowhere"], "not a run folder"),
-    (["export", "nowhere", "--precision", "fp12"], "not a run folder"),
-    (["run", "nowhere.yaml"], "There is no recipe"),
-])
+@pytest.mark.parametrize(
+    "arguments,sentence",
+    [
+        (["prune", "--method", "sparsegtp"], "Did you mean 'sparsegpt'?"),
+        (["prune", "--pattern", "4:2"], "not a pattern"),
+        (["prune", "--refine", "refits"], "Did you mean 'refit'?"),
+        (["prune", "--pattern", "two"], "not a pattern"),
+        (["prune", "--samples", "-3"], "calibration.samples"),
+        (["prune", "./nowhere"], "There is no model './nowhere'"),
+        (["verify", "nowhere"], "nowhere"),
+        (["evaluate", "nowhere"], "not a run folder"),
+        (["export", "nowhere", "--precision", "fp12"], "not a run folder"),
+        (["run", "nowhere.yaml"], "There is no recipe"),
+    ],
+)
 def test_usage_errors_are_exit_code_2(arguments, sentence, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capfd, *arguments)
@@ -132,12 +167,19 @@ def test_list_names_everything_with_its_source(capfd):
     listed = json.loads(out)
     assert code == 0 and [row["name"] for row in listed["methods"]] == METHODS.names()
     assert [row["name"] for row in listed["refinements"]] == REFINEMENTS.names()
-    assert all(re.search(r"\d{4}", row["source"]) for row in listed["methods"] + listed["refinements"])
+    assert all(
+        re.search(r"\d{4}", row["source"]) for row in listed["methods"] + listed["refinements"]
+    )
 
 
 def test_inspect_says_why_not(llama_dir, capfd):
     code, out, _ = run(capfd, "inspect", llama_dir, "--exclude", "*k_proj*")
-    assert code == 0 and "embedding table" in out and "reads the same input as" in out and "8 of 14" in out
+    assert (
+        code == 0
+        and "embedding table" in out
+        and "reads the same input as" in out
+        and "8 of 14" in out
+    )
 
 
 def test_no_such_hub_model(capfd):
@@ -147,12 +189,19 @@ def test_no_such_hub_model(capfd):
 
 def test_help_is_fast_and_light():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    shown = subprocess.run([sys.executable, "-m", "nmsparse_deploy", "--help"], capture_output=True, text=True)
+    shown = subprocess.run(
+        [sys.executable, "-m", "nmsparse_deploy", "--help"], capture_output=True, text=True
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert shown.returncode == 0 and "prune" in shown.stdout
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0  # the benchmark says how fast
-    loaded = subprocess.run([sys.executable, "-c", "import sys, nmsparse_deploy.cli; print(*sys.modules)"],
-                            capture_output=True, text=True).stdout.split()
+    assert (
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
+    )  # the benchmark says how fast
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, nmsparse_deploy.cli; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+    ).stdout.split()
     assert "nmsparse_deploy.cli" in loaded
     assert not {"torch", "numpy", "transformers", "pydantic", "onnx"} & set(loaded)
 
@@ -165,8 +214,18 @@ def test_the_api_has_verbs_and_not_their_modules():
 
 
 def test_ctrl_c_keeps_finished_blocks(llama_dir, texts, tmp_path):
-    """A real SIGINT while pruning: one sentence, no traceback, exit code 1, and the run can be resumed."""
-    command = [sys.executable, "-m", "nmsparse_deploy", "prune", str(llama_dir), *small(texts), "--out", "run"]
+    """A real SIGINT while pruning: one sentence, no traceback, exit code 1, and the run can be
+    resumed."""
+    command = [
+        sys.executable,
+        "-m",
+        "nmsparse_deploy",
+        "prune",
+        str(llama_dir),
+        *small(texts),
+        "--out",
+        "run",
+    ]
     script = f"""
 import os, signal, sys
 import nmsparse_deploy.find.prune
@@ -181,8 +240,14 @@ sys.argv = {command[2:]!r}
 from nmsparse_deploy.cli import main
 main()
 """
-    stopped = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
-    assert stopped.returncode == 1 and "Interrupted" in stopped.stderr and "Traceback" not in stopped.stderr
+    stopped = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (
+        stopped.returncode == 1
+        and "Interrupted" in stopped.stderr
+        and "Traceback" not in stopped.stderr
+    )
     assert (tmp_path / "run" / "blocks" / "000.safetensors").is_file()
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -198,8 +263,14 @@ sys.argv = ["nmsparse-deploy", "prune", {str(llama_dir)!r}, *{small(texts)!r}, "
 from nmsparse_deploy.cli import main
 main()
 """
-    full = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
-    assert full.returncode == 1 and "disk is full" in full.stderr.lower() and "Traceback" not in full.stderr, full.stderr
+    full = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (
+        full.returncode == 1
+        and "disk is full" in full.stderr.lower()
+        and "Traceback" not in full.stderr
+    ), full.stderr
     left = [f for f in (tmp_path / "run").rglob("*") if f.is_file()]
     assert {f.name for f in left} <= {"manifest.json", "plan.json", ".lock"}
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"] == {}
@@ -215,7 +286,17 @@ def test_the_dense_twin_is_the_model_that_was_pruned(texts, tmp_path, capfd):
     source = pico.save(pico.llama(), tmp_path / "model")
     run(capfd, "prune", source, *small(texts), "--out", tmp_path / "run")
     pico.save(pico.llama(seed=5), source)
-    code, _, err = run(capfd, "evaluate", tmp_path / "run", "--data", texts["held_out"], "--tokens", 64, "--context", 64)
+    code, _, err = run(
+        capfd,
+        "evaluate",
+        tmp_path / "run",
+        "--data",
+        texts["held_out"],
+        "--tokens",
+        64,
+        "--context",
+        64,
+    )
     assert code == 1 and "another model" in err
 
 

@@ -1,4 +1,5 @@
-"""Options of the verbs: those of the recipe's fields, --json and --quiet in either place, one sentence for a wrong value."""
+"""Options of the verbs: those of the recipe's fields, --json and --quiet in either place, one
+sentence for a wrong value."""
 
 from __future__ import annotations
 
@@ -11,7 +12,12 @@ from nmsparse_deploy.cli import app, invoke
 from nmsparse_deploy.cli.app import DEMO, VERBS, command
 from nmsparse_deploy.cli.options import NAMES, Asked
 
-FIELDS = [(verb, group, path) for verb, (_, groups, _) in VERBS.items() for group in groups for path in group.paths.split()]
+FIELDS = [
+    (verb, group, path)
+    for verb, (_, groups, _) in VERBS.items()
+    for group in groups
+    for path in group.paths.split()
+]
 BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 
 
@@ -37,12 +43,19 @@ def described(section: str, path: str) -> list[dict]:
     head, _, deeper = path.partition(".")
     node = schema["properties"][head]
     owners = [part for part in nodes(schema, node) if deeper and "properties" in part]
-    fields = [{**own["properties"][deeper], **({"default": node["default"][deeper]} if node.get("default") else {})}
-              for own in owners] or [node]
+    fields = [
+        {
+            **own["properties"][deeper],
+            **({"default": node["default"][deeper]} if node.get("default") else {}),
+        }
+        for own in owners
+    ] or [node]
     return [{**field, "parts": list(nodes(schema, field))} for field in fields]
 
 
-@pytest.mark.parametrize("verb,group,path", FIELDS, ids=lambda value: getattr(value, "section", value))
+@pytest.mark.parametrize(
+    "verb,group,path", FIELDS, ids=lambda value: getattr(value, "section", value)
+)
 def test_an_option_says_what_its_field_says(verb, group, path):
     leaf = path.rpartition(".")[2]
     flag = f"--{NAMES.get(leaf, leaf).replace('_', '-')}"
@@ -54,7 +67,9 @@ def test_an_option_says_what_its_field_says(verb, group, path):
         choices = [str(value) for part in field["parts"] for value in part.get("enum", [])]
         assert not choices or option.metavar == f"<{'|'.join(choices)}>"
         plain = [part for part in field["parts"] if "properties" not in part]
-        assert all(f"{part[bound]:g}" in option.help for part in plain for bound in BOUNDS if bound in part)
+        assert all(
+            f"{part[bound]:g}" in option.help for part in plain for bound in BOUNDS if bound in part
+        )
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -75,40 +90,76 @@ def test_the_demo_model_is_the_default_of_a_recipe():
 
 
 def test_what_is_left_out_is_the_recipe_s():
-    """A section within a section starts from its default there: a plan's calibration is not that of `prune`."""
+    """A section within a section starts from its default there: a plan's calibration is not that of
+    `prune`."""
     groups = VERBS["plan"][1]
     spec = Asked(groups, {"budget": 0.5, "samples": 4}).read(recipe.Allocate)
-    assert (spec.calibration.samples, spec.calibration.length) == (4, recipe.Allocate(budget=0.5).calibration.length)
+    assert (spec.calibration.samples, spec.calibration.length) == (
+        4,
+        recipe.Allocate(budget=0.5).calibration.length,
+    )
     groups = VERBS["prune"][1]
     assert Asked(groups, {}).read(recipe.Prune) == recipe.Prune()
     spec = Asked(groups, {"method": "maskllm", "steps": 7, "refine": ["refit"]}).read(recipe.Prune)
     assert (spec.learn.steps, spec.learn.objective, spec.refine) == (7, "auto", (recipe.Refit(),))
 
 
-@pytest.mark.parametrize("arguments,sentence", [
-    (["prune", "--samples", "-1"], "--samples (calibration.samples): Input should be greater than or equal to 0"),
-    (["prune", "--wbits", "5"], "--wbits (wbits): Input should be 4 or 8"),
-    (["prune", "--method", "maskllm", "--objective", "half"], "--objective (learn.maskllm.objective): Input should be 'auto'"),
-    (["prune", "--plan", "p.yaml", "--pattern", "2:4"], "--plan decides the pattern"),
-    (["plan", "--budget", "2"], "--budget (budget): Input should be less than or equal to 1"),
-    (["bench", "--rounds", "1"], "--rounds (rounds): Input should be greater than or equal to 3"),
-    (["build", "--precision", "int3"], "--precision (precision): Input should be 'fp32'"),
-    (["build", "--shape", "nonsense"], "'nonsense' is no shape"),
-    (["evaluate", "--protocol", "bbc"], "--protocol (protocols.0): Input should be 'wikitext2'"),
-    (["evaluate", "--paper-context", "1"], "--paper-context (paper_context): Input should be"),
-    (["bench", "--device", "tpu"], "There is no device 'tpu'"),
-])
-def test_a_wrong_value_is_one_sentence_that_names_the_option(arguments, sentence, capfd, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "arguments,sentence",
+    [
+        (
+            ["prune", "--samples", "-1"],
+            "--samples (calibration.samples): Input should be greater than or equal to 0",
+        ),
+        (["prune", "--wbits", "5"], "--wbits (wbits): Input should be 4 or 8"),
+        (
+            ["prune", "--method", "maskllm", "--objective", "half"],
+            "--objective (learn.maskllm.objective): Input should be 'auto'",
+        ),
+        (["prune", "--plan", "p.yaml", "--pattern", "2:4"], "--plan decides the pattern"),
+        (["plan", "--budget", "2"], "--budget (budget): Input should be less than or equal to 1"),
+        (
+            ["bench", "--rounds", "1"],
+            "--rounds (rounds): Input should be greater than or equal to 3",
+        ),
+        (["build", "--precision", "int3"], "--precision (precision): Input should be 'fp32'"),
+        (["build", "--shape", "nonsense"], "'nonsense' is no shape"),
+        (
+            ["evaluate", "--protocol", "bbc"],
+            "--protocol (protocols.0): Input should be 'wikitext2'",
+        ),
+        (["evaluate", "--paper-context", "1"], "--paper-context (paper_context): Input should be"),
+        (["bench", "--device", "tpu"], "There is no device 'tpu'"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_that_names_the_option(
+    arguments, sentence, capfd, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capfd, *arguments)
     assert code == 2 and sentence in err and "Traceback" not in err and out == ""
     assert not list(tmp_path.iterdir())
 
 
-ARGUMENTS = {"inspect": ["./nowhere"], "plan": ["./nowhere", "--budget", "0.5"], "prune": ["./nowhere"],
-             "import": ["./nowhere"], "crossover": ["./nowhere"], "verify": ["nowhere"], "export": [], "build": [],
-             "evaluate": [], "bench": ["--device", "cpu"], "report": [], "compare": ["nonsense"], "run": ["nowhere.yaml"],
-             "demo": ["--model", "./nowhere"], "doctor": [], "proof": [], "list": []}
+ARGUMENTS = {
+    "inspect": ["./nowhere"],
+    "plan": ["./nowhere", "--budget", "0.5"],
+    "prune": ["./nowhere"],
+    "import": ["./nowhere"],
+    "crossover": ["./nowhere"],
+    "verify": ["nowhere"],
+    "export": [],
+    "build": [],
+    "evaluate": [],
+    "bench": ["--device", "cpu"],
+    "report": [],
+    "compare": ["nonsense"],
+    "run": ["nowhere.yaml"],
+    "demo": ["--model", "./nowhere"],
+    "doctor": [],
+    "proof": [],
+    "list": [],
+}
 """A call of every verb that is soon over in an empty folder."""
 
 
@@ -118,8 +169,15 @@ def test_json_and_quiet_stand_before_or_after_the_verb(verb, capfd, tmp_path, mo
     arguments = ARGUMENTS[verb]
     before, after = run(capfd, "--json", verb, *arguments), run(capfd, verb, *arguments, "--json")
     assert before[0] == after[0] and json.loads(before[1]).keys() == json.loads(after[1]).keys()
-    for quiet in (["--quiet", verb, *arguments], [verb, "--quiet", *arguments], [verb, *arguments, "-q"]):
+    for quiet in (
+        ["--quiet", verb, *arguments],
+        [verb, "--quiet", *arguments],
+        [verb, *arguments, "-q"],
+    ):
         code, out, err = run(capfd, *quiet)
         assert code == before[0] and out == "" and err.startswith("Error: " if code else "")
         assert len(err.splitlines()) <= 2
-    assert run(capfd, verb, *arguments)[1] == "" or verb in ("doctor", "list")  # neither option outlives its call
+    assert run(capfd, verb, *arguments)[1] == "" or verb in (
+        "doctor",
+        "list",
+    )  # neither option outlives its call

@@ -1,4 +1,5 @@
-"""Pictures: every kind of source, seeded and known by content; hostile files are one sentence that names them."""
+"""Pictures: every kind of source, seeded and known by content; hostile files are one sentence that
+names them."""
 
 from __future__ import annotations
 
@@ -41,7 +42,10 @@ def tarred(folder, target):
 
 def test_folder_zip_and_tar_are_the_same_pictures(pictures, tmp_path):
     one = draw(pictures)
-    for other in (draw(zipped(pictures, tmp_path / "a.zip")), draw(tarred(pictures, tmp_path / "a.tar.gz"))):
+    for other in (
+        draw(zipped(pictures, tmp_path / "a.zip")),
+        draw(tarred(pictures, tmp_path / "a.tar.gz")),
+    ):
         assert other.hashes == one.hashes and other.labels == one.labels
         assert torch.equal(other.inputs["pixel_values"], one.inputs["pixel_values"])
     assert one.inputs["pixel_values"].shape == (4, 3, 32, 32)
@@ -50,7 +54,9 @@ def test_folder_zip_and_tar_are_the_same_pictures(pictures, tmp_path):
 def test_a_folder_is_a_class_and_train_and_test_are_kept_apart(pictures):
     train, test = load_images(str(pictures), "train"), load_images(str(pictures), "test")
     assert (len(train), len(test)) == (36, 18) and set(train.labels) == set(small.CLASSES)
-    assert all(name.startswith("train/") for name in train.ids) and not set(train.ids) & set(test.ids)
+    assert all(name.startswith("train/") for name in train.ids) and not set(train.ids) & set(
+        test.ids
+    )
     whole = load_images(str(pictures / "train"), "test")  # no split below this folder
     assert len(whole) == 36
 
@@ -64,14 +70,21 @@ def test_a_class_may_be_called_train(tmp_path):
 
 def test_idx_files(tmp_path):
     images = load_images(str(small.idx(tmp_path / "set")), "train")
-    assert len(images) == 8 and images.labels[:4] == ("0", "1", "2", "0") and images.open(3).size == (28, 28)
+    assert (
+        len(images) == 8
+        and images.labels[:4] == ("0", "1", "2", "0")
+        and images.open(3).size == (28, 28)
+    )
 
 
 def test_drawing_is_seeded_and_distinct(pictures):
     one, again, other = draw(pictures, 8), draw(pictures, 8), draw(pictures, 8, seed=1)
     assert one.ids == again.ids != other.ids and len(set(one.ids)) == 8
     fixed = evaluation_images(str(pictures), "test", PRE, "x", 9)
-    assert fixed.ids == evaluation_images(str(pictures), "test", PRE, "x", 9).ids and len(set(fixed.ids)) == 9
+    assert (
+        fixed.ids == evaluation_images(str(pictures), "test", PRE, "x", 9).ids
+        and len(set(fixed.ids)) == 9
+    )
     assert len(evaluation_images(str(pictures), "test", PRE, "x", 999)) == 18
 
 
@@ -83,7 +96,11 @@ def test_two_sources_share_the_samples(pictures, photos):
 def test_what_is_recorded_names_every_picture(pictures):
     sample = draw(pictures, 3)
     data = sample.to_json()
-    assert data["ids"] == list(sample.ids) and len(data["sha256"][0]) == 64 and data["preprocess"]["size"] == [32, 32]
+    assert (
+        data["ids"] == list(sample.ids)
+        and len(data["sha256"][0]) == 64
+        and data["preprocess"]["size"] == [32, 32]
+    )
     assert sample.record()["image_sha256"].shape == (3, 32)
 
 
@@ -100,7 +117,9 @@ def test_a_copy_under_another_name_and_format_is_not_held_out(pictures, tmp_path
     assert check_images_disjoint(calibration.record()["image_sha256"], evaluation.hashes[1:]) == 1
 
 
-@pytest.mark.parametrize("name", ["../../evil.png", "/evil.png", "a/../../evil.png", "..\\evil.png"])
+@pytest.mark.parametrize(
+    "name", ["../../evil.png", "/evil.png", "a/../../evil.png", "..\\evil.png"]
+)
 def test_archives_cannot_climb_out(tmp_path, name):
     buffer = io.BytesIO()
     small.picture("red", 0).save(buffer, "PNG")
@@ -126,11 +145,19 @@ def test_links_in_a_tar_are_no_pictures(tmp_path):
 
 def bomb() -> bytes:
     """A PNG of 40 000 x 40 000 pixels in a few bytes."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "bomb"])
@@ -139,7 +166,11 @@ def test_a_damaged_picture_is_named(tmp_path, damage):
     file.parent.mkdir()
     small.picture("red", 0).save(file)
     whole = file.read_bytes()
-    file.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"not a picture", "bomb": bomb()}[damage])
+    file.write_bytes(
+        {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"not a picture", "bomb": bomb()}[
+            damage
+        ]
+    )
     with pytest.raises(NmsparseError, match=r"class/bad\.png") as caught:
         draw(tmp_path, 1)
     assert "\n" not in caught.value.message

@@ -1,4 +1,5 @@
-"""Calibration on prepared inputs: any argument of the forward pass, and one sentence for a bad file."""
+"""Calibration on prepared inputs: any argument of the forward pass, and one sentence for a bad
+file."""
 
 from __future__ import annotations
 
@@ -18,15 +19,22 @@ from tests.fixtures.zoo import FAMILIES
 def test_a_language_model_eats_prepared_tokens(llama_dir, tmp_path):
     ids = torch.arange(60).view(6, 10)
     save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
-    sample = draw(models.load(str(llama_dir)), Calibration(data=str(tmp_path / "ids.safetensors"), samples=4))
+    sample = draw(
+        models.load(str(llama_dir)), Calibration(data=str(tmp_path / "ids.safetensors"), samples=4)
+    )
     assert torch.equal(sample.inputs["input_ids"], ids[:4])
     assert sample.to_json()["samples"] == 4 and sample.to_json()["inputs"] == {"input_ids": [4, 10]}
 
 
 def test_the_fingerprint_is_that_of_all_values(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        save_file({"x": torch.randn(3, 2, generator=torch.Generator().manual_seed(seed))}, tmp_path / f"{name}.safetensors")
-    one, same, other = (prepared(str(tmp_path / f"{name}.safetensors"), 2).fingerprint for name in "abc")
+        save_file(
+            {"x": torch.randn(3, 2, generator=torch.Generator().manual_seed(seed))},
+            tmp_path / f"{name}.safetensors",
+        )
+    one, same, other = (
+        prepared(str(tmp_path / f"{name}.safetensors"), 2).fingerprint for name in "abc"
+    )
     assert one == same != other
 
 
@@ -57,5 +65,7 @@ def test_a_speech_model_asks_for_prepared_inputs(tmp_path):
     FAMILIES["Whisper"].build(tmp_path / "model")
     loaded = models.load(str(tmp_path / "model"))
     with pytest.raises(UsageError, match="reads input_features") as caught:
-        draw(loaded, Calibration(data=str(pico.text(tmp_path, "text.txt", 1)), samples=2, length=16))
+        draw(
+            loaded, Calibration(data=str(pico.text(tmp_path, "text.txt", 1)), samples=2, length=16)
+        )
     assert ".safetensors" in caught.value.hint

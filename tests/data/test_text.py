@@ -24,7 +24,11 @@ def test_calibration_windows_are_seeded_and_distinct(texts):
     one = calibration_sample(text, TOKENIZER, 8, 64, 0)
     again = calibration_sample(text, TOKENIZER, 8, 64, 0)
     other = calibration_sample(text, TOKENIZER, 8, 64, 1)
-    assert torch.equal(one.ids, again.ids) and one.windows == again.windows and one.windows != other.windows
+    assert (
+        torch.equal(one.ids, again.ids)
+        and one.windows == again.windows
+        and one.windows != other.windows
+    )
     assert len(set(one.windows)) == 8 and one.ids.shape == (8, 64)
     assert TOKENIZER.decode(one.ids[0]) in text.documents[0]
 

@@ -1,4 +1,5 @@
-"""Every program of examples/ runs on a two-block model, in a process of its own as a reader would start it."""
+"""Every program of examples/ runs on a two-block model, in a process of its own as a reader would
+start it."""
 
 from __future__ import annotations
 
@@ -16,15 +17,32 @@ EXAMPLES = ROOT / "examples"
 
 
 def run(script: str, *arguments: object, cwd: Path) -> str:
-    done = subprocess.run([sys.executable, str(EXAMPLES / script), *map(str, arguments)], cwd=cwd, text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *map(str, arguments)],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_prune_and_verify(llama_dir, texts, tmp_path):
-    printed = run("prune_and_verify.py", llama_dir, "--data", texts["calibration"], "--held-out", texts["held_out"],
-                  "--samples", 8, "--length", 32, "--out", tmp_path / "run", cwd=tmp_path)
+    printed = run(
+        "prune_and_verify.py",
+        llama_dir,
+        "--data",
+        texts["calibration"],
+        "--held-out",
+        texts["held_out"],
+        "--samples",
+        8,
+        "--length",
+        32,
+        "--out",
+        tmp_path / "run",
+        cwd=tmp_path,
+    )
     assert "14 tensors checked, 0 failed" in printed
     scores = json.loads((tmp_path / "run/evaluate.json").read_text())["results"]
     assert scores["dense"] and scores["pruned"]
@@ -33,7 +51,9 @@ def test_prune_and_verify(llama_dir, texts, tmp_path):
 
 @pytest.mark.parametrize("folder", ["llama_dir", "gpt2_dir"])
 def test_import_mask(folder, tmp_path, request):
-    printed = run("import_mask.py", request.getfixturevalue(folder), "--out", "imported", cwd=tmp_path)
+    printed = run(
+        "import_mask.py", request.getfixturevalue(folder), "--out", "imported", cwd=tmp_path
+    )
     assert "masks imported and verified" in printed
     assert all(report.ok for report in nms.verify(nms.RunDir.open(tmp_path / "imported")))
 

@@ -1,4 +1,5 @@
-"""The package of examples/plugin: once installed, its method is listed and prunes like one of ours."""
+"""The package of examples/plugin: once installed, its method is listed and prunes like one of
+ours."""
 
 from __future__ import annotations
 
@@ -19,18 +20,37 @@ from tests import ROOT
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A folder in which pip installed the package, without a network and outside of the environment."""
+    """A folder in which pip installed the package, without a network and outside of the
+    environment."""
     source, target = (tmp_path_factory.mktemp(name) for name in ("source", "target"))
     shutil.copytree(ROOT / "examples/plugin", source, dirs_exist_ok=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation",
-                    "--target", str(target), str(source)], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-index",
+            "--no-deps",
+            "--no-build-isolation",
+            "--target",
+            str(target),
+            str(source),
+        ],
+        check=True,
+    )
     return target
 
 
 def nms(installed, *arguments):
     path = os.pathsep.join([str(installed), str(ROOT)])
-    return subprocess.run([sys.executable, "-m", "nmsparse_deploy", *map(str, arguments)], text=True, capture_output=True,
-                          env={**os.environ, "PYTHONPATH": path})
+    return subprocess.run(
+        [sys.executable, "-m", "nmsparse_deploy", *map(str, arguments)],
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
 
 
 def test_it_is_listed_with_what_it_says_of_itself(installed):
@@ -48,7 +68,9 @@ def test_it_prunes_and_the_run_is_verified(installed, llama_dir, tmp_path):
     for name, weight in models.load(str(llama_dir)).module.named_parameters():
         if name in masks:
             weight = weight.detach().float()
-            assert torch.equal(masks[name].unpack(), project(weight.abs() / weight.norm(dim=0), TWO_FOUR))
+            assert torch.equal(
+                masks[name].unpack(), project(weight.abs() / weight.norm(dim=0), TWO_FOUR)
+            )
     assert json.loads((run / "manifest.json").read_text())["recipe"]["method"] == "column-norm"
 
 

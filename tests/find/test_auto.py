@@ -26,7 +26,10 @@ def slow(monkeypatch):
 def seconds(llama_dir):
     loaded = load(str(llama_dir))
     plan = make_plan(loaded.discover(), TWO_FOUR)
-    return {name: estimate(loaded, plan, validate(Prune, rung), SLOW).seconds for name, rung in LADDER.items()}
+    return {
+        name: estimate(loaded, plan, validate(Prune, rung), SLOW).seconds
+        for name, rung in LADDER.items()
+    }
 
 
 def test_the_ladder_gets_cheaper(llama_dir):
@@ -44,9 +47,15 @@ def test_the_best_that_fits(slow, llama_dir):
 
 
 def test_other_settings_are_kept(slow, llama_dir):
-    settings = {"pattern": "4:8", "exclude": ["*down_proj*"], "calibration": {"samples": 8, "length": 32}}
+    settings = {
+        "pattern": "4:8",
+        "exclude": ["*down_proj*"],
+        "calibration": {"samples": 8, "length": 32},
+    }
     spec = choose(str(llama_dir), settings, 1e9).spec
-    assert spec.pattern == "4:8" and spec.exclude == ("*down_proj*",) and spec.calibration.samples == 8
+    assert (
+        spec.pattern == "4:8" and spec.exclude == ("*down_proj*",) and spec.calibration.samples == 8
+    )
     with pytest.raises(UsageError, match="chooses the refinements"):
         choose(str(llama_dir), {"refine": [{"name": "refit"}]}, 1e9)
 

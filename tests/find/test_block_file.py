@@ -1,4 +1,5 @@
-"""A finished block on disk: what is read back is what was pruned, and rows of layers.json keep their keys."""
+"""A finished block on disk: what is read back is what was pruned, and rows of layers.json keep
+their keys."""
 
 import json
 
@@ -17,8 +18,18 @@ from nmsparse_deploy.find.refine.base import PrunedLayer
 from nmsparse_deploy.masks import project, tensor_hash
 from nmsparse_deploy.pattern import TWO_FOUR
 
-KEYS = ["name", "block", "axis", "pattern", "shape", "dense_hash", "relative_error", "negative_zeros_normalised",
-        "seconds", "peak_memory_mb"]
+KEYS = [
+    "name",
+    "block",
+    "axis",
+    "pattern",
+    "shape",
+    "dense_hash",
+    "relative_error",
+    "negative_zeros_normalised",
+    "seconds",
+    "peak_memory_mb",
+]
 
 
 @pytest.fixture
@@ -26,22 +37,35 @@ def module() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4)).to(torch.bfloat16)
 
 
-def pruned_block(module: nn.Module, stats: LayerStats | None = None, grid: bool = False,
-                 mask: torch.Tensor | None = None) -> PrunedBlock:
+def pruned_block(
+    module: nn.Module,
+    stats: LayerStats | None = None,
+    grid: bool = False,
+    mask: torch.Tensor | None = None,
+) -> PrunedBlock:
     rows = module.get_parameter("0.weight").detach().float()
     mask = project(rows.abs(), TWO_FOUR) if mask is None else mask
     result = LayerResult(mask, rows, Grid.of(rows, 4) if grid else None)
     layer = PrunedLayer(rows, stats or LayerStats.none(), TWO_FOUR, 1, rows.shape, result)
     refinements = [RefinementRecord(3, "bias", {"corrected": 1, "seconds": 0.5})]
-    return PrunedBlock(3, {"0.weight": layer}, {"1.weight": torch.ones(4)}, {"0.weight": 1.23456}, {"0.weight": 7},
-                       refinements, {("0.weight", 1): torch.arange(8).flip(0)})
+    return PrunedBlock(
+        3,
+        {"0.weight": layer},
+        {"1.weight": torch.ones(4)},
+        {"0.weight": 1.23456},
+        {"0.weight": 7},
+        refinements,
+        {("0.weight", 1): torch.arange(8).flip(0)},
+    )
 
 
 def test_what_is_read_back_is_what_was_pruned(module, tmp_path):
     content = BlockContent.of(pruned_block(module), module, None)
     BlockFile.save(tmp_path / "000.safetensors", content)
     file = BlockFile.load(tmp_path / "000.safetensors")
-    assert list(file.layers) == list(content.layers) and list(file.refinements) == list(content.refinements)
+    assert list(file.layers) == list(content.layers) and list(file.refinements) == list(
+        content.refinements
+    )
     parameters = file.parameters(module)
     assert parameters.keys() == {"0.weight", "1.weight"}
     assert all(read().dtype == torch.bfloat16 for read in parameters.values())
@@ -55,10 +79,18 @@ def test_what_is_read_back_is_what_was_pruned(module, tmp_path):
 def test_rows_of_layers_json_keep_their_keys(module):
     (record,) = BlockContent.of(pruned_block(module), module, None).layers
     row = json.loads(json.dumps(record.to_json()))
-    assert list(row) == KEYS and row["seconds"] == 1.235 and row["shape"] == [4, 8] and row["relative_error"] is None
+    assert (
+        list(row) == KEYS
+        and row["seconds"] == 1.235
+        and row["shape"] == [4, 8]
+        and row["relative_error"] is None
+    )
     white = LayerStats(3, torch.ones(8), white=True)
     (record,) = BlockContent.of(pruned_block(module, white), module, None).layers
-    assert json.loads(json.dumps(record.to_json()))["experts"] == {"tokens": [3], "by_magnitude": [0]}
+    assert json.loads(json.dumps(record.to_json()))["experts"] == {
+        "tokens": [3],
+        "by_magnitude": [0],
+    }
 
 
 def test_a_mask_off_its_pattern_and_a_weight_off_its_grid_are_refused(module):

@@ -1,4 +1,5 @@
-"""The conv rule: groups along input channels, statistics of the unfolded input in the same order (properties 21, 22)."""
+"""The conv rule: groups along input channels, statistics of the unfolded input in the same order
+(properties 21, 22)."""
 
 from __future__ import annotations
 
@@ -15,7 +16,13 @@ from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.prove.group_counter import check
 
-GEOMETRIES = [{}, {"stride": 2}, {"padding": 1}, {"dilation": 2}, {"stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)}]
+GEOMETRIES = [
+    {},
+    {"stride": 2},
+    {"padding": 1},
+    {"dilation": 2},
+    {"stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)},
+]
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
@@ -38,12 +45,19 @@ def test_the_gram_of_a_convolution_is_that_of_the_equivalent_linear(geometry):
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "2:8"])
 def test_a_pruned_convolution_holds_the_pattern_along_its_channels(method, pattern):
     torch.manual_seed(1)
-    layer, wanted, chosen = nn.Conv2d(16, 6, 3, padding=1), NMPattern.parse(pattern), Method.load(method)
+    layer, wanted, chosen = (
+        nn.Conv2d(16, 6, 3, padding=1),
+        NMPattern.parse(pattern),
+        Method.load(method),
+    )
     total = StatsAccumulator("gram")
     total.update(layer, torch.randn(3, 16, 9, 9))
     result = chosen.prune_layer(to_rows(layer.weight.detach(), 1), total.finish(), wanted)
     mask = from_rows(result.mask, layer.weight.shape, 1)
-    assert check(mask.float(), wanted, 1).bad == 0 and int(mask.sum()) * wanted.group == mask.numel() * wanted.keep
+    assert (
+        check(mask.float(), wanted, 1).bad == 0
+        and int(mask.sum()) * wanted.group == mask.numel() * wanted.keep
+    )
 
 
 def test_conv1d_and_its_transposed_linear_get_the_same_mask():
@@ -55,7 +69,9 @@ def test_conv1d_and_its_transposed_linear_get_the_same_mask():
         total = StatsAccumulator("gram")
         total.update(layer, x)
         rows = to_rows(layer.weight.detach(), axis)
-        masks.append(Method.load("sparsegpt").prune_layer(rows, total.finish(), NMPattern.parse("2:4")).mask)
+        masks.append(
+            Method.load("sparsegpt").prune_layer(rows, total.finish(), NMPattern.parse("2:4")).mask
+        )
     assert torch.equal(*masks)
 
 
@@ -82,7 +98,9 @@ class Net(nn.Module):
 
 def test_convolutions_of_another_geometry_share_no_statistics():
     found = discover(Net(), {"x": torch.randn(2, 3, 8, 8)})
-    assert [t.name for t in found.targets] == [f"blocks.{n}.{k}.weight" for n in (0, 1) for k in ("wide", "narrow")]
+    assert [t.name for t in found.targets] == [
+        f"blocks.{n}.{k}.weight" for n in (0, 1) for k in ("wide", "narrow")
+    ]
     assert len({t.fusion for t in found.targets}) == 4
     assert (found.targets[0].k, found.targets[0].n) == (8, 72)
     reasons = {s.name: s.reason for s in found.skipped}

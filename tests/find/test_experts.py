@@ -1,4 +1,5 @@
-"""Mixtures of experts: the layout is read from the product, statistics from routed tokens, the router stays dense."""
+"""Mixtures of experts: the layout is read from the product, statistics from routed tokens, the
+router stays dense."""
 
 from __future__ import annotations
 
@@ -27,28 +28,45 @@ from tests.fixtures import pico
 WIDTH, EXPERTS = 8, 4
 
 
-def stacked(layout: str, x: torch.Tensor, weight: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Every token times the matrix of its expert, in one of the ways in which models write it down."""
+def stacked(
+    layout: str, x: torch.Tensor, weight: torch.Tensor, chosen: torch.Tensor
+) -> torch.Tensor:
+    """Every token times the matrix of its expert, in one of the ways in which models write it
+    down."""
     out = torch.zeros(len(x), WIDTH)
     order = chosen.argsort(stable=True)
     ends = torch.bincount(chosen, minlength=EXPERTS).cumsum(0).int()
     if layout.startswith("grouped"):
-        out[order] = F.grouped_mm(x[order], weight.transpose(1, 2) if layout == "grouped out,in" else weight, offs=ends)
+        out[order] = F.grouped_mm(
+            x[order], weight.transpose(1, 2) if layout == "grouped out,in" else weight, offs=ends
+        )
         return out
     if layout == "bmm in,out":
         routed = F.one_hot(chosen, EXPERTS).T.unsqueeze(-1) * x
         return torch.bmm(routed, weight).sum(0)
     if layout == "einsum out,in":
-        return torch.einsum("eti,eoi->eto", F.one_hot(chosen, EXPERTS).T.unsqueeze(-1) * x, weight).sum(0)
+        return torch.einsum(
+            "eti,eoi->eto", F.one_hot(chosen, EXPERTS).T.unsqueeze(-1) * x, weight
+        ).sum(0)
     for expert in chosen.unique():
         mine = x[chosen == expert]
-        out[chosen == expert] = {"linear out,in": lambda m=mine, e=expert: F.linear(m, weight[e]),
-                                 "matmul in,out": lambda m=mine, e=expert: m @ weight[e],
-                                 "left out,in": lambda m=mine, e=expert: (weight[e] @ m.T).T}[layout]()
+        out[chosen == expert] = {
+            "linear out,in": lambda m=mine, e=expert: F.linear(m, weight[e]),
+            "matmul in,out": lambda m=mine, e=expert: m @ weight[e],
+            "left out,in": lambda m=mine, e=expert: (weight[e] @ m.T).T,
+        }[layout]()
     return out
 
 
-LAYOUTS = ("linear out,in", "matmul in,out", "left out,in", "bmm in,out", "einsum out,in", "grouped out,in", "grouped in,out")
+LAYOUTS = (
+    "linear out,in",
+    "matmul in,out",
+    "left out,in",
+    "bmm in,out",
+    "einsum out,in",
+    "grouped out,in",
+    "grouped in,out",
+)
 
 
 class Experts(nn.Module):
@@ -126,7 +144,13 @@ def test_the_axis_is_that_of_the_product(layout):
     found = discover(net, {"x": pictures(2)})
     stack = next(t for t in found.targets if t.name == "blocks.0.experts.weight")
     assert stack.axis == (2 if layout.endswith("out,in") else 1)
-    assert (stack.k, stack.n, stack.outputs, stack.experts, stack.routed) == (WIDTH, EXPERTS * WIDTH, WIDTH, EXPERTS, True)
+    assert (stack.k, stack.n, stack.outputs, stack.experts, stack.routed) == (
+        WIDTH,
+        EXPERTS * WIDTH,
+        WIDTH,
+        EXPERTS,
+        True,
+    )
     reasons = {s.name: s.reason for s in found.skipped}
     assert reasons["blocks.1.router.weight"] == "router of a mixture of experts"
 
@@ -139,8 +163,9 @@ def test_every_expert_is_pruned_by_its_own_tokens_along_its_own_axis(layout, met
     net, x = Net(lambda: Experts(layout)), pictures()
     plan = make_plan(discover(net, {"x": x[:2]}), TWO_FOUR, include=["*experts*"])
     walk = BlockWalk(net, plan.blocks, [{"x": part} for part in x.split(2)])
-    layer = prune_block(net, plan, 0, validate(Prune, {"method": method}), Method.load(method), walk).layers[
-        "blocks.0.experts.weight"]
+    layer = prune_block(
+        net, plan, 0, validate(Prune, {"method": method}), Method.load(method), walk
+    ).layers["blocks.0.experts.weight"]
     mask = from_rows(layer.result.mask, layer.shape, layer.axis)
     assert check(mask.float(), TWO_FOUR, layer.axis).bad == 0
     assert check(mask.float(), TWO_FOUR, 3 - layer.axis).bad > 0
@@ -155,7 +180,9 @@ def test_every_expert_is_pruned_by_its_own_tokens_along_its_own_axis(layout, met
         assert own.tokens == len(mine) > MIN_TOKENS
         got = layer.matrices()[expert]
         if method == "wanda":
-            assert torch.equal(got.result.mask, project(rows.abs() * mine.square().mean(0).sqrt(), TWO_FOUR))
+            assert torch.equal(
+                got.result.mask, project(rows.abs() * mine.square().mean(0).sqrt(), TWO_FOUR)
+            )
         else:
             torch.testing.assert_close(own.gram, mine.T @ mine)
             lost += float(((mine @ (rows - got.weight).T) ** 2).sum())
@@ -171,24 +198,37 @@ def test_unreached_experts_of_a_stack_are_pruned_by_magnitude_and_the_record_say
     for method in ("wanda", "sparsegpt"):
         walk = BlockWalk(net, plan.blocks, [{"x": x}], both=True)
         spec = validate(Prune, {"method": method, "refine": [{"name": "refit"}]})
-        layer = prune_block(net, plan, 0, spec, Method.load(method), walk).layers["blocks.0.experts.weight"]
+        layer = prune_block(net, plan, 0, spec, Method.load(method), walk).layers[
+            "blocks.0.experts.weight"
+        ]
         told = layer.stats.expert_tokens()
-        assert told.by_magnitude == (2,) and told.tokens[2] == 0 and sum(told.tokens) == x.numel() // WIDTH
+        assert (
+            told.by_magnitude == (2,)
+            and told.tokens[2] == 0
+            and sum(told.tokens) == x.numel() // WIDTH
+        )
         dense, part = net.blocks[0].experts.weight[2].detach(), layer.matrices()[2]
         assert torch.equal(part.result.mask, project(dense.abs(), TWO_FOUR))
         torch.testing.assert_close(part.weight, torch.where(part.result.mask, dense, 0.0))
 
 
 def test_listed_experts():
-    """Layers that no token reached in the trial are targets as their siblings are, in groups of their own."""
+    """Layers that no token reached in the trial are targets as their siblings are, in groups of
+    their own."""
     net, x = Net(lambda: Listed([Gated() for _ in range(EXPERTS)])), pictures()
     never_chosen(net, 1)
     found = discover(net, {"x": x[:2]})
     targets = {t.name: t for t in found.targets if t.block == 0}
-    assert len(targets) == 1 + 3 * EXPERTS and all(t.routed for n, t in targets.items() if "experts" in n)
+    assert len(targets) == 1 + 3 * EXPERTS and all(
+        t.routed for n, t in targets.items() if "experts" in n
+    )
     for expert in range(EXPERTS):
         prefix = f"blocks.0.experts.{expert}"
-        assert targets[f"{prefix}.up.weight"].fusion == targets[f"{prefix}.gate.weight"].fusion == f"{prefix}.gate"
+        assert (
+            targets[f"{prefix}.up.weight"].fusion
+            == targets[f"{prefix}.gate.weight"].fusion
+            == f"{prefix}.gate"
+        )
     assert {s.reason for s in found.skipped} == {"router of a mixture of experts"}
     plan = make_plan(found, TWO_FOUR)
     walk = BlockWalk(net, found.blocks, [{"x": x}])
@@ -198,13 +238,26 @@ def test_listed_experts():
         assert layer.stats.white == never == bool(layer.stats.expert_tokens())
         if never:
             assert torch.equal(layer.result.mask, project(layer.dense.abs(), TWO_FOUR))
-    used = [layer.stats.tokens for name, layer in pruned.layers.items() if name.endswith("down.weight")]
+    used = [
+        layer.stats.tokens for name, layer in pruned.layers.items() if name.endswith("down.weight")
+    ]
     assert sum(used) == x.numel() // WIDTH
 
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
-         "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": pico.VOCABULARY,
-         "bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 64,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "vocab_size": pico.VOCABULARY,
+    "bos_token_id": None,
+    "eos_token_id": 256,
+    "pad_token_id": 256,
+}
 
 
 @pytest.mark.parametrize(("config", "axes"), [(MixtralConfig, (2, 2)), (GptOssConfig, (1, 1))])
@@ -216,8 +269,19 @@ def test_both_layouts_of_the_library_through_a_whole_run(config, axes, texts, tm
     assert tuple(t.axis for t in stacks) == axes and {t.experts for t in stacks} == {4}
     folder = pico.save(module, tmp_path / "model")
     calibration = {"data": str(texts["calibration"]), "samples": 4, "length": 32, "batch": 2}
-    run = prune(str(folder), validate(Prune, {"method": "sparsegpt", "calibration": calibration, "compute": "fp32",
-                                              "refine": [{"name": "refit"}]}), tmp_path / "run")
+    run = prune(
+        str(folder),
+        validate(
+            Prune,
+            {
+                "method": "sparsegpt",
+                "calibration": calibration,
+                "compute": "fp32",
+                "refine": [{"name": "refit"}],
+            },
+        ),
+        tmp_path / "run",
+    )
     masks = MaskSet.load(run / "masks.safetensors").masks
     saved = AutoModelForCausalLM.from_pretrained(run / "model")
     for target in stacks:
@@ -244,5 +308,7 @@ def test_the_error_of_one_matrix_is_unchanged_by_the_sum_over_several():
     weight, gram = torch.randn(4, 8), torch.randn(8, 8)
     gram = gram @ gram.T
     pruned = weight * (torch.rand_like(weight) > 0.5)
-    energy = float((((weight - pruned) @ gram) * (weight - pruned)).sum() / ((weight @ gram) * weight).sum())
+    energy = float(
+        (((weight - pruned) @ gram) * (weight - pruned)).sum() / ((weight @ gram) * weight).sum()
+    )
     assert relative_error(weight, pruned, gram) == pytest.approx(energy, rel=1e-5)

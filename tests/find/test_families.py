@@ -1,4 +1,5 @@
-"""The support table is what the code does: every family through every column (slow, `make matrix`)."""
+"""The support table is what the code does: every family through every column (slow,
+`make matrix`)."""
 
 from __future__ import annotations
 
@@ -14,10 +15,35 @@ from tests.fixtures.family_check import COLUMNS, YES, check
 from tests.fixtures.zoo import FAMILIES
 
 TABLE = json.loads((ROOT / "results/families.json").read_text())["families"]
-REQUIRED = ("OPT", "LLaMA", "BLOOM", "Baichuan-style", "Mistral", "Qwen2", "Qwen3", "GPT-2", "GPT-NeoX", "Mixtral",
-            "BERT", "T5", "timm ViT", "DINOv2", "Swin", "timm Swin", "DiT", "PixArt", "SD3 (MMDiT)")
+REQUIRED = (
+    "OPT",
+    "LLaMA",
+    "BLOOM",
+    "Baichuan-style",
+    "Mistral",
+    "Qwen2",
+    "Qwen3",
+    "GPT-2",
+    "GPT-NeoX",
+    "Mixtral",
+    "BERT",
+    "T5",
+    "timm ViT",
+    "DINOv2",
+    "Swin",
+    "timm Swin",
+    "DiT",
+    "PixArt",
+    "SD3 (MMDiT)",
+)
 FAST = ("BLOOM", "Mixtral", "Whisper", "SD3 (MMDiT)")
-NEEDS = {"timm": "timm", "DiT": "diffusers", "PixArt": "diffusers", "SD3": "diffusers", "SD3.5": "diffusers"}
+NEEDS = {
+    "timm": "timm",
+    "DiT": "diffusers",
+    "PixArt": "diffusers",
+    "SD3": "diffusers",
+    "SD3.5": "diffusers",
+}
 
 
 def test_the_table_has_every_family_and_the_promised_ones_pass():
@@ -29,12 +55,19 @@ def test_the_table_has_every_family_and_the_promised_ones_pass():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("data")
-    return {"text": pico.text(folder, "calibration.txt", 1), "pictures": small.labelled(folder / "pictures")}
+    return {
+        "text": pico.text(folder, "calibration.txt", 1),
+        "pictures": small.labelled(folder / "pictures"),
+    }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.matrix) for n in FAMILIES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.matrix) for n in FAMILIES]
+)
 def test_a_family_does_what_the_table_says(name, data, tmp_path):
     if name.partition(" ")[0] in NEEDS:
         pytest.importorskip(NEEDS[name.partition(" ")[0]])
     row = check(name, tmp_path, data)
-    assert {column: row[column] == YES for column in COLUMNS} == {column: TABLE[name][column] == YES for column in COLUMNS}, row
+    assert {column: row[column] == YES for column in COLUMNS} == {
+        column: TABLE[name][column] == YES for column in COLUMNS
+    }, row

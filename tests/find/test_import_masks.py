@@ -32,8 +32,11 @@ def dense(tmp_path_factory):
 def truth():
     """A random 2:4 mask for every linear layer of the blocks."""
     generator = torch.Generator().manual_seed(1)
-    return {name: project(torch.rand(p.shape, generator=generator), TWO_FOUR)
-            for name, p in pico.llama().named_parameters() if "proj" in name}
+    return {
+        name: project(torch.rand(p.shape, generator=generator), TWO_FOUR)
+        for name, p in pico.llama().named_parameters()
+        if "proj" in name
+    }
 
 
 def pack(mask):
@@ -46,13 +49,22 @@ def save_masks(folder, truth, kind):
     if kind == "npz":
         np.savez_compressed(path, **{f"{name}.mask": pack(mask) for name, mask in truth.items()})
     elif kind == "pt":
-        torch.save({f"{name.removesuffix('.weight')}.mask": mask.float() for name, mask in truth.items()}, path)
+        torch.save(
+            {f"{name.removesuffix('.weight')}.mask": mask.float() for name, mask in truth.items()},
+            path,
+        )
     elif kind == "safetensors":
         save_file({name: mask.to(torch.uint8) for name, mask in truth.items()}, path)
-    elif kind == "pth":  # as ModelOpt saves a model that it has not exported: dense weights beside their masks
-        state = {f"{name.removesuffix('.weight')}._weight_mask": mask for name, mask in truth.items()}
+    elif (
+        kind == "pth"
+    ):  # as ModelOpt saves a model that it has not exported: dense weights beside their masks
+        state = {
+            f"{name.removesuffix('.weight')}._weight_mask": mask for name, mask in truth.items()
+        }
         state |= {name: torch.randn(mask.shape) for name, mask in truth.items()}
-        torch.save({"modelopt_state": {"modelopt_version": "0.47.0"}, "model_state_dict": state}, path)
+        torch.save(
+            {"modelopt_state": {"modelopt_version": "0.47.0"}, "model_state_dict": state}, path
+        )
     else:
         path = folder / "masks"
         path.mkdir()
@@ -67,7 +79,10 @@ def test_every_form_of_a_mask_gives_the_same_run(dense, truth, tmp_path, kind):
     stored = MaskSet.load(done.run / "masks.safetensors").masks
     assert stored.keys() == truth.keys()
     assert all(torch.equal(stored[name].unpack(), mask) for name, mask in truth.items())
-    before, after = dict(pico.llama().named_parameters()), dict(models.load(str(done.run / "model")).module.named_parameters())
+    before, after = (
+        dict(pico.llama().named_parameters()),
+        dict(models.load(str(done.run / "model")).module.named_parameters()),
+    )
     for name, mask in truth.items():
         assert torch.equal(after[name], torch.where(mask, before[name], torch.zeros(())))
     assert (done.layers, done.ambiguous, done.partial) == (14, 0, 0)
@@ -89,26 +104,36 @@ def sparse_copy(dense, truth, folder, change=lambda name, weight: weight):
     return pico.save(module, folder)
 
 
-def test_a_sparse_checkpoint_beside_its_dense_twin_gives_the_mask_and_keeps_its_weights(dense, truth, tmp_path):
+def test_a_sparse_checkpoint_beside_its_dense_twin_gives_the_mask_and_keeps_its_weights(
+    dense, truth, tmp_path
+):
     sparse = sparse_copy(dense, truth, tmp_path / "sparse", lambda name, weight: weight * 1.5)
     done = import_result(str(dense), sparse=str(sparse), out=tmp_path / "run")
     stored = MaskSet.load(done.run / "masks.safetensors").masks
     assert all(torch.equal(stored[name].unpack(), mask) for name, mask in truth.items())
     after = dict(models.load(str(done.run / "model")).module.named_parameters())
-    assert all(torch.equal(after[n], p) for n, p in models.load(str(sparse)).module.named_parameters())
+    assert all(
+        torch.equal(after[n], p) for n, p in models.load(str(sparse)).module.named_parameters()
+    )
     assert load_dense(done.run).module is not None
 
 
 def test_a_sparse_checkpoint_alone_has_no_dense_twin(dense, truth, tmp_path):
-    run = import_result(str(sparse_copy(dense, truth, tmp_path / "sparse")), out=tmp_path / "run").run
+    run = import_result(
+        str(sparse_copy(dense, truth, tmp_path / "sparse")), out=tmp_path / "run"
+    ).run
     assert all(report.ok for report in nms.verify(run))
     with pytest.raises(NmsparseError, match="dense twin is not known"):
         load_dense(run)
 
 
-def test_a_layer_that_stayed_dense_is_not_a_mask_and_its_fusion_group_is_told(dense, truth, tmp_path):
+def test_a_layer_that_stayed_dense_is_not_a_mask_and_its_fusion_group_is_told(
+    dense, truth, tmp_path
+):
     some = {name: mask for name, mask in truth.items() if "q_proj" not in name}
-    done = import_result(str(dense), sparse=str(sparse_copy(dense, some, tmp_path / "sparse")), out=tmp_path / "run")
+    done = import_result(
+        str(dense), sparse=str(sparse_copy(dense, some, tmp_path / "sparse")), out=tmp_path / "run"
+    )
     assert (done.layers, done.partial) == (12, 2)
     assert "only partly sparse" in done.summary()
 
@@ -159,8 +184,13 @@ def hostile(folder, truth):
     name, mask = next(iter(truth.items()))
     good = io.BytesIO()
     np.savez_compressed(good, **{name: pack(mask)})
-    files = {"truncated.npz": good.getvalue()[:-40], "text.npz": b"not an archive", "empty.pt": b"",
-             "text.pt": b"not a pickle", "pickle.pt": pickle.dumps({name: Trap()})}
+    files = {
+        "truncated.npz": good.getvalue()[:-40],
+        "text.npz": b"not an archive",
+        "empty.pt": b"",
+        "text.pt": b"not a pickle",
+        "pickle.pt": pickle.dumps({name: Trap()}),
+    }
     for file, data in files.items():
         (folder / file).write_bytes(data)
     np.savez(folder / "object.npz", **{name: np.array([Trap()], dtype=object)})
@@ -175,14 +205,27 @@ def hostile(folder, truth):
     return folder
 
 
-CASES = {"truncated.npz": "damaged or truncated", "text.npz": "damaged or truncated", "object.npz": "damaged or truncated",
-         "short.npz": "has shape", "values.npz": "other values than 0 and 1", "name.npz": "no prunable parameter",
-         "none.npz": "holds no masks", "empty.pt": "damaged|holds", "text.pt": "damaged|holds more", "pickle.pt": "never run",
-         "bare.pt": "no table of tensors", "masks.txt": "no kind of mask file", "gone.npz": "There is no mask file"}
+CASES = {
+    "truncated.npz": "damaged or truncated",
+    "text.npz": "damaged or truncated",
+    "object.npz": "damaged or truncated",
+    "short.npz": "has shape",
+    "values.npz": "other values than 0 and 1",
+    "name.npz": "no prunable parameter",
+    "none.npz": "holds no masks",
+    "empty.pt": "damaged|holds",
+    "text.pt": "damaged|holds more",
+    "pickle.pt": "never run",
+    "bare.pt": "no table of tensors",
+    "masks.txt": "no kind of mask file",
+    "gone.npz": "There is no mask file",
+}
 
 
 @pytest.mark.parametrize(("file", "says"), CASES.items())
-def test_hostile_files_are_one_sentence_and_leave_nothing(dense, truth, tmp_path, capfd, file, says):
+def test_hostile_files_are_one_sentence_and_leave_nothing(
+    dense, truth, tmp_path, capfd, file, says
+):
     with pytest.raises(UsageError, match=says) as caught:
         import_result(str(dense), hostile(tmp_path, truth) / file, out=tmp_path / "run")
     assert "\n" not in caught.value.message
@@ -190,7 +233,9 @@ def test_hostile_files_are_one_sentence_and_leave_nothing(dense, truth, tmp_path
     assert "stranger" not in capfd.readouterr().out
 
 
-def test_an_archive_that_unpacks_to_more_than_any_model_is_refused_unread(dense, truth, tmp_path, monkeypatch):
+def test_an_archive_that_unpacks_to_more_than_any_model_is_refused_unread(
+    dense, truth, tmp_path, monkeypatch
+):
     bomb = hostile(tmp_path, truth) / "bomb.npz"
     monkeypatch.setattr("nmsparse_deploy.find.mask_files.MAX_BYTES", 100)
     monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_, **__: pytest.fail("unpacked"))
@@ -202,7 +247,9 @@ def test_a_mask_of_another_pattern_is_a_failed_check(dense, truth, tmp_path):
     with pytest.raises(CheckFailed, match="is not 2:4"):
         import_result(str(dense), hostile(tmp_path, truth) / "other.npz", out=tmp_path / "run")
     with pytest.raises(CheckFailed, match="is not 1:4"):
-        import_result(str(dense), save_masks(tmp_path, truth, "npz"), pattern="1:4", out=tmp_path / "run")
+        import_result(
+            str(dense), save_masks(tmp_path, truth, "npz"), pattern="1:4", out=tmp_path / "run"
+        )
 
 
 def test_dense_and_foreign_checkpoints_are_refused(dense, tmp_path):

@@ -1,4 +1,5 @@
-"""Minus zeros in kept places, from other pruning tools or from rounding, are baked as +0.0 and counted."""
+"""Minus zeros in kept places, from other pruning tools or from rounding, are baked as +0.0 and
+counted."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def negative_zeros(values: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module", params=DTYPES, ids=["fp32", "bf16"])
 def dense(request, tmp_path_factory):
-    """A model with -0.0 in whole groups and in groups that have two other values, in a norm, a bias and the head."""
+    """A model with -0.0 in whole groups and in groups that have two other values, in a norm, a bias
+    and the head."""
     module = pico.llama(attention_bias=True).to(request.param)
     with torch.no_grad():
         weight = module.get_parameter(f"{LAYER}.weight")
@@ -53,25 +55,33 @@ def spec(texts, method="magnitude", refine=()):
 
 
 def agrees(run, dense, kept_negative=None):
-    """The run verifies, holds no minus zero in its pruned weights, and says how many there were in each layer."""
+    """The run verifies, holds no minus zero in its pruned weights, and says how many there were in
+    each layer."""
     masks = MaskSet.load(run / "masks.safetensors")
     before, after = weights_of(dense), weights_of(run / "model")
     assert verify_checkpoint(run / "model", masks).ok
-    assert all(check(after[name], mask.pattern, mask.axis).negative_zeros == 0 for name, mask in masks.masks.items())
+    assert all(
+        check(after[name], mask.pattern, mask.axis).negative_zeros == 0
+        for name, mask in masks.masks.items()
+    )
     for name in UNTOUCHED:
         assert after[name].dtype == before[name].dtype
         assert torch.equal(after[name].view(torch.uint8), before[name].view(torch.uint8))
     counts = {row["name"]: row["negative_zeros_normalised"] for row in run.read_json("layers.json")}
     assert run.manifest().stages["prune"].negative_zeros_normalised == sum(counts.values())
     if kept_negative is None:
-        kept_negative = {name: int((negative_zeros(before[name]) & mask.unpack()).sum())
-                         for name, mask in masks.masks.items()}
+        kept_negative = {
+            name: int((negative_zeros(before[name]) & mask.unpack()).sum())
+            for name, mask in masks.masks.items()
+        }
     assert counts == kept_negative and sum(counts.values()) > 0
     return masks
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_minus_zeros_of_the_dense_weight_are_normalised_where_they_are_kept(method, dense, texts, tmp_path):
+def test_minus_zeros_of_the_dense_weight_are_normalised_where_they_are_kept(
+    method, dense, texts, tmp_path
+):
     masks = agrees(prune(str(dense), spec(texts, method), tmp_path / "run"), dense)
     kept = masks.masks[f"{LAYER}.weight"].unpack()
     assert kept[:8, :4].sum() == 16 and not kept[8:16, 1:3].any()  # both kinds of place were there
@@ -84,15 +94,19 @@ def test_the_method_that_sweeps_ends_verified(dense, texts, tmp_path):
 
 
 def _shrink(layer: PrunedLayer, step) -> LayerResult:
-    """A refinement that leaves -0.0 in the first kept column, and in the second what bf16 rounds to it."""
+    """A refinement that leaves -0.0 in the first kept column, and in the second what bf16 rounds to
+    it."""
     weight = layer.weight.clone()
     weight[:, 0], weight[:, 1] = -0.0, -1e-45
     return LayerResult(layer.result.mask, weight)
 
 
 def test_minus_zeros_of_a_refinement_are_normalised(dense, texts, tmp_path, monkeypatch):
-    monkeypatch.setitem(REFINEMENTS.own, "refit", replace(REFINEMENTS.own["refit"], code=f"{__name__}:_shrink",
-                                                          needs="none"))
+    monkeypatch.setitem(
+        REFINEMENTS.own,
+        "refit",
+        replace(REFINEMENTS.own["refit"], code=f"{__name__}:_shrink", needs="none"),
+    )
     run = prune(str(dense), spec(texts, refine=[{"name": "refit"}]), tmp_path / "run")
     masks = MaskSet.load(run / "masks.safetensors").masks
     rounded = 2 if weights_of(dense)[UNTOUCHED[0]].dtype == torch.bfloat16 else 1
@@ -123,12 +137,18 @@ def test_minus_zeros_of_fine_tuning_are_normalised(llama_dir, texts, tmp_path, m
 
 @pytest.mark.parametrize("source", ["masks", "sparse", "own zeros"])
 def test_imported_results_are_normalised(source, dense, texts, tmp_path):
-    """`torch.nn.utils.prune` multiplies by the mask, which leaves -0.0 for every negative weight it prunes."""
-    found = MaskSet.load(prune(str(dense), spec(texts), tmp_path / "found") / "masks.safetensors").masks
+    """`torch.nn.utils.prune` multiplies by the mask, which leaves -0.0 for every negative weight it
+    prunes."""
+    found = MaskSet.load(
+        prune(str(dense), spec(texts), tmp_path / "found") / "masks.safetensors"
+    ).masks
     bits = {name: mask.unpack() for name, mask in found.items()}
     options = {}
     if source == "masks":
-        save_file({name: mask.to(torch.uint8) for name, mask in bits.items()}, tmp_path / "masks.safetensors")
+        save_file(
+            {name: mask.to(torch.uint8) for name, mask in bits.items()},
+            tmp_path / "masks.safetensors",
+        )
         options, base = {"masks": tmp_path / "masks.safetensors"}, dense
     else:
         module = pico.llama(attention_bias=True).to(weights_of(dense)[UNTOUCHED[0]].dtype)
@@ -139,13 +159,17 @@ def test_imported_results_are_normalised(source, dense, texts, tmp_path):
                 weight.copy_(weight * mask)
         base = pico.save(module, tmp_path / "sparse")
         options = {"sparse": str(base)} if source == "sparse" else {}
-    run = import_result(str(base if source == "own zeros" else dense), out=tmp_path / "run", **options).run
+    run = import_result(
+        str(base if source == "own zeros" else dense), out=tmp_path / "run", **options
+    ).run
     agrees(run, base)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_only_minus_zeros_change(dtype):
-    weight = torch.tensor([0.0, -0.0, 1.0, -1.0, -0.0, torch.finfo(dtype).smallest_normal], dtype=dtype)
+    weight = torch.tensor(
+        [0.0, -0.0, 1.0, -1.0, -0.0, torch.finfo(dtype).smallest_normal], dtype=dtype
+    )
     wanted = weight.abs().where(weight == 0, weight)
     assert normalise_zeros(weight) == 2 and normalise_zeros(weight) == 0
     assert torch.equal(weight, wanted) and not torch.signbit(weight[[0, 1, 4]]).any()

@@ -1,4 +1,5 @@
-"""The prune stage end to end on two-block models: exactness on disk, resume, refusal, damaged input."""
+"""The prune stage end to end on two-block models: exactness on disk, resume, refusal, damaged
+input."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def mask_bytes(run) -> bytes:
 
 
 @pytest.mark.parametrize("name", METHODS_HERE)
-def test_every_method_ends_verified_and_loads_in_the_stock_library(name, llama_dir, texts, tmp_path):
+def test_every_method_ends_verified_and_loads_in_the_stock_library(
+    name, llama_dir, texts, tmp_path
+):
     run = prune(str(llama_dir), spec(texts, name), tmp_path / "run")
     masks = MaskSet.load(run / "masks.safetensors")
     dense = dict(AutoModelForCausalLM.from_pretrained(llama_dir).named_parameters())
@@ -58,7 +61,9 @@ def test_every_method_ends_verified_and_loads_in_the_stock_library(name, llama_d
     assert record.layers == 14 and not (run / "blocks").exists()
     layers = run.read_json("layers.json")
     assert all(0 < row["peak_memory_mb"] <= record.peak_memory_mb for row in layers)
-    assert all((row["relative_error"] is not None) == (METHODS[name].needs == "gram") for row in layers)
+    assert all(
+        (row["relative_error"] is not None) == (METHODS[name].needs == "gram") for row in layers
+    )
 
 
 def test_conv1d_groups_along_its_first_axis(texts, tmp_path):
@@ -74,7 +79,9 @@ def test_conv1d_groups_along_its_first_axis(texts, tmp_path):
 def test_bf16_checkpoints_stay_bf16(texts, tmp_path):
     folder = pico.save(pico.llama().to(torch.bfloat16), tmp_path / "bf16")
     run = prune(str(folder), spec(texts), tmp_path / "run")
-    assert {t.dtype for t in load_file(run / "model" / "model.safetensors").values()} == {torch.bfloat16}
+    assert {t.dtype for t in load_file(run / "model" / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
 
 
 class Stop(Exception):
@@ -85,6 +92,7 @@ def stop_at(block: int):
     def progress(text: str, done: int = 0, total: int = 0) -> None:
         if f"block {block}" in text:
             raise Stop
+
     return progress
 
 
@@ -117,7 +125,9 @@ def test_killed_process_resumes_to_the_same_bits(llama_dir, texts, tmp_path):
     """)
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert [f.name for f in (tmp_path / "run" / "blocks").glob("*.safetensors")] == ["000.safetensors"]
+    assert [f.name for f in (tmp_path / "run" / "blocks").glob("*.safetensors")] == [
+        "000.safetensors"
+    ]
     resumed = prune(str(llama_dir), spec(texts), tmp_path / "run")
     whole = prune(str(llama_dir), spec(texts), tmp_path / "whole")
     assert mask_bytes(resumed) == mask_bytes(whole)
@@ -127,7 +137,9 @@ def test_a_finished_run_is_kept_and_another_recipe_refused(llama_dir, texts, tmp
     run = prune(str(llama_dir), spec(texts), tmp_path / "run")
     stamp = os.stat(run / "masks.safetensors").st_mtime_ns
     said = []
-    prune(str(llama_dir), spec(texts), tmp_path / "run", progress=lambda text, *_: said.append(text))
+    prune(
+        str(llama_dir), spec(texts), tmp_path / "run", progress=lambda text, *_: said.append(text)
+    )
     assert os.stat(run / "masks.safetensors").st_mtime_ns == stamp and "finished" in said[0]
     with pytest.raises(UsageError, match=r"method \('sparsegpt' there, 'wanda' now\)"):
         prune(str(llama_dir), spec(texts, "wanda"), tmp_path / "run")
@@ -139,7 +151,9 @@ def test_default_folders_of_two_recipes_differ(llama_dir, texts, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     one = prune(str(llama_dir), spec(texts, "wanda"))
     two = prune(str(llama_dir), spec(texts, "wanda", exclude=["*down_proj*"]))
-    assert one.path == Path("runs/pico-llama-wanda-2-4") and two.path.name.startswith("pico-llama-wanda-2-4-")
+    assert one.path == Path("runs/pico-llama-wanda-2-4") and two.path.name.startswith(
+        "pico-llama-wanda-2-4-"
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -161,7 +175,11 @@ def test_data_problems_leave_no_folder_behind(llama_dir, texts, tmp_path):
 
 
 def test_models_that_cannot_be_loaded(texts, tmp_path):
-    for name, files in {"empty": {}, "junk": {"config.json": "{"}, "odd": {"config.json": '{"model_type": "nope"}'}}.items():
+    for name, files in {
+        "empty": {},
+        "junk": {"config.json": "{"},
+        "odd": {"config.json": '{"model_type": "nope"}'},
+    }.items():
         (tmp_path / name).mkdir()
         for file, text in files.items():
             (tmp_path / name / file).write_text(text)
@@ -193,7 +211,8 @@ def test_truncated_and_lying_weights(llama_dir, texts, tmp_path):
 
 
 def test_a_damaged_result_is_not_called_done(llama_dir, texts, tmp_path, monkeypatch):
-    """If what was saved does not hold the pattern, the stage fails and is not marked as finished."""
+    """If what was saved does not hold the pattern, the stage fails and is not marked as
+    finished."""
     real = LoadedModel.save
 
     def spoil(model, folder, changed):
@@ -221,7 +240,9 @@ def test_conv1d_is_its_transposed_linear():
     stats = LayerStats(64, x.square().sum(0), x.T @ x)
     for name in METHODS_HERE:
         method = Method.load(name)
-        stored = from_rows(method.prune_layer(to_rows(weight, 0), stats, TWO_FOUR).mask, weight.shape, 0)
+        stored = from_rows(
+            method.prune_layer(to_rows(weight, 0), stats, TWO_FOUR).mask, weight.shape, 0
+        )
         linear = method.prune_layer(to_rows(weight.T.contiguous(), 1), stats, TWO_FOUR).mask
         assert torch.equal(stored, linear.T)
 
@@ -231,6 +252,8 @@ def test_the_pattern_survives_saving_and_casting(dtype, llama_dir, texts, tmp_pa
     """Property 24; the ONNX part is in tests/ship/onnx."""
     run = prune(str(llama_dir), spec(texts), tmp_path / "run")
     masks = MaskSet.load(run / "masks.safetensors")
-    AutoModelForCausalLM.from_pretrained(run / "model", dtype=dtype).save_pretrained(tmp_path / "again")
+    AutoModelForCausalLM.from_pretrained(run / "model", dtype=dtype).save_pretrained(
+        tmp_path / "again"
+    )
     report = verify_checkpoint(tmp_path / "again", masks)
     assert report.ok and report.checked == 14

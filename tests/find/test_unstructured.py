@@ -1,4 +1,5 @@
-"""Unstructured masks: exact counts, the sweep, and every stage of a run from pruning to the report."""
+"""Unstructured masks: exact counts, the sweep, and every stage of a run from pruning to the
+report."""
 
 from __future__ import annotations
 
@@ -41,16 +42,29 @@ scopes = st.sampled_from(["layer", "row", "columns"])
 
 
 def contests(rows: int, width: int, scope: str) -> list[list[tuple[int, int]]]:
-    """Coordinates of the values that compete, row after row: the independent reading of the scopes."""
+    """Coordinates of the values that compete, row after row: the independent reading of the
+    scopes."""
     if scope == "row":
         return [[(r, c) for c in range(width)] for r in range(rows)]
     step = 128 if scope == "columns" else width
-    return [[(r, c) for r in range(rows) for c in range(start, min(start + step, width))]
-            for start in range(0, width, step)]
+    return [
+        [(r, c) for r in range(rows) for c in range(start, min(start + step, width))]
+        for start in range(0, width, step)
+    ]
 
 
-@given(ratios, scopes, st.integers(1, 5), st.integers(1, 300), seeds, st.sampled_from([0, 1]), st.integers(1, 40))
-def test_exact_counts_of_the_highest_and_ties_by_lowest_index(ratio, scope, rows, width, seed, axis, values):
+@given(
+    ratios,
+    scopes,
+    st.integers(1, 5),
+    st.integers(1, 300),
+    seeds,
+    st.sampled_from([0, 1]),
+    st.integers(1, 40),
+)
+def test_exact_counts_of_the_highest_and_ties_by_lowest_index(
+    ratio, scope, rows, width, seed, axis, values
+):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(-values, values + 1, (rows, width), generator=generator).float()
     pattern = Unstructured(ratio)
@@ -58,7 +72,9 @@ def test_exact_counts_of_the_highest_and_ties_by_lowest_index(ratio, scope, rows
     mask = mask.T if axis == 0 else mask
     expected = torch.zeros(rows, width, dtype=torch.bool)
     for contest in contests(rows, width, scope):
-        ranked = sorted(contest, key=lambda place: -float(scores[place]))  # stable: equal ones stay in order
+        ranked = sorted(
+            contest, key=lambda place: -float(scores[place])
+        )  # stable: equal ones stay in order
         for place in ranked[: round((1 - ratio) * len(contest))]:
             expected[place] = True
     assert mask.dtype == torch.bool and torch.equal(mask, expected)
@@ -71,12 +87,16 @@ def test_the_projection_has_the_best_sum_of_all(seed, ratio):
     mask = project(scores, Unstructured(ratio))
     keep = int(mask.sum())
     best = max(sum(pick) for pick in combinations(scores.flatten().tolist(), keep))
-    assert keep == round((1 - ratio) * 10) and float(scores[mask].sum()) == pytest.approx(best, abs=1e-5)
+    assert keep == round((1 - ratio) * 10) and float(scores[mask].sum()) == pytest.approx(
+        best, abs=1e-5
+    )
 
 
 @given(scopes, seeds)
 def test_a_moved_or_added_place_is_noticed(scope, seed):
-    mask = project(torch.rand(4, 260, generator=torch.Generator().manual_seed(seed)), HALF, scope=scope)
+    mask = project(
+        torch.rand(4, 260, generator=torch.Generator().manual_seed(seed)), HALF, scope=scope
+    )
     more = mask.clone()
     more[~mask] = torch.arange(int((~mask).sum())) < 1
     assert not mask_follows(more, HALF, scope=scope)
@@ -89,23 +109,48 @@ def test_a_moved_or_added_place_is_noticed(scope, seed):
 
 
 def test_minus_zero_ties_with_zero_infinities_are_ranked_and_nan_refused():
-    assert project(torch.tensor([[0.0, -0.0, 0.0, -0.0]]), HALF)[0].tolist() == [True, True, False, False]
+    assert project(torch.tensor([[0.0, -0.0, 0.0, -0.0]]), HALF)[0].tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]
     odd = torch.tensor([[float("-inf"), 1.0, float("inf"), 0.0]])
     assert project(odd, HALF)[0].tolist() == [False, True, True, False]
     with pytest.raises(ValueError, match="NaN"):
         project(torch.tensor([[1.0, float("nan")]]), HALF)
 
 
-@pytest.mark.parametrize("text,pattern", [("2:4", TWO_FOUR), ("unstructured:0.5", HALF), (" unstructured : .50 ", HALF),
-                                          ("unstructured:0.123456789", Unstructured(0.123456789)),
-                                          ("unstructured:1e-05", Unstructured(1e-5))])
+@pytest.mark.parametrize(
+    "text,pattern",
+    [
+        ("2:4", TWO_FOUR),
+        ("unstructured:0.5", HALF),
+        (" unstructured : .50 ", HALF),
+        ("unstructured:0.123456789", Unstructured(0.123456789)),
+        ("unstructured:1e-05", Unstructured(1e-5)),
+    ],
+)
 def test_text_form(text, pattern):
     assert parse_pattern(text) == pattern == parse_pattern(str(pattern))
     assert 0 < pattern.density < 1
 
 
-@pytest.mark.parametrize("text", ["unstructured", "unstructured:", "unstructured:0", "unstructured:1", "unstructured:50%",
-                                  "unstructured:-0.5", "unstructured:nan", "unstructured:2:4", "unstructured0.5", "0.5"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "unstructured",
+        "unstructured:",
+        "unstructured:0",
+        "unstructured:1",
+        "unstructured:50%",
+        "unstructured:-0.5",
+        "unstructured:nan",
+        "unstructured:2:4",
+        "unstructured0.5",
+        "0.5",
+    ],
+)
 def test_bad_patterns_are_usage_errors(text):
     with pytest.raises(UsageError):
         parse_pattern(text)
@@ -132,7 +177,11 @@ def test_every_method_that_declares_it_is_exact(name, ratio):
 
 def test_what_the_papers_compare():
     scopes = {name: METHODS[name].scope for name in METHODS.names()}
-    assert scopes["magnitude"] == "layer" and scopes["wanda"] == "row" and scopes["sparsegpt"] == "columns"
+    assert (
+        scopes["magnitude"] == "layer"
+        and scopes["wanda"] == "row"
+        and scopes["sparsegpt"] == "columns"
+    )
     assert scopes["group-obs"] is None
 
 
@@ -143,7 +192,11 @@ def reference_sweep(weight, factor, ratio, block_size):
     mask = torch.ones(rows, n, dtype=torch.bool)
     for j in range(n):
         if j % block_size == 0:
-            block = [(float(w[r, c] ** 2 / u[c, c] ** 2), r, c) for r in range(rows) for c in range(j, min(j + block_size, n))]
+            block = [
+                (float(w[r, c] ** 2 / u[c, c] ** 2), r, c)
+                for r in range(rows)
+                for c in range(j, min(j + block_size, n))
+            ]
             for _, r, c in sorted(block)[: len(block) - round((1 - ratio) * len(block))]:
                 mask[r, c] = False
         for r in range(rows):
@@ -154,12 +207,16 @@ def reference_sweep(weight, factor, ratio, block_size):
     return w, mask
 
 
-@pytest.mark.parametrize("seed,block_size,width", [(0, 16, 40), (1, 16, 48), (2, BLOCK_SIZE, BLOCK_SIZE + 11)])
+@pytest.mark.parametrize(
+    "seed,block_size,width", [(0, 16, 40), (1, 16, 48), (2, BLOCK_SIZE, BLOCK_SIZE + 11)]
+)
 def test_the_sweep_is_the_plain_loop(seed, block_size, width):
     weight, stats = layer(seed, rows=4, width=width, tokens=3 * width)
     for ratio in (0.5, 0.7):
         result = prune_layer(weight, stats, Unstructured(ratio), block_size=block_size)
-        expected, mask = reference_sweep(weight, inverse_factor(stats.gram, 0.01), ratio, block_size)
+        expected, mask = reference_sweep(
+            weight, inverse_factor(stats.gram, 0.01), ratio, block_size
+        )
         assert torch.equal(result.mask, mask)
         torch.testing.assert_close(result.weight.double(), expected, rtol=1e-3, atol=1e-3)
 
@@ -181,8 +238,14 @@ def energy(weight, gram):
 
 
 def test_a_method_that_needs_groups_refuses_in_one_sentence(llama_dir, capfd):
-    code, out, err = command(capfd, "prune", llama_dir, "--method", "group-obs", "--pattern", "unstructured:0.5")
-    assert code == 2 and out == "" and "The method 'group-obs' works in N:M groups only; for unstructured:0.5 take" in err
+    code, out, err = command(
+        capfd, "prune", llama_dir, "--method", "group-obs", "--pattern", "unstructured:0.5"
+    )
+    assert (
+        code == 2
+        and out == ""
+        and "The method 'group-obs' works in N:M groups only; for unstructured:0.5 take" in err
+    )
     assert all(name in err for name in ABLE) and err.count("\n") == 1
 
 
@@ -191,14 +254,18 @@ def test_a_refinement_that_chooses_masks_has_to_declare_it(monkeypatch):
     asked = {"method": "wanda", "pattern": "unstructured:0.5", "refine": [{"name": "refit"}]}
     assert validate(Prune, asked).pattern == "unstructured:0.5"
     monkeypatch.setitem(REFINEMENTS.own, "refit", replace(REFINEMENTS.own["refit"], changes="both"))
-    with pytest.raises(UsageError, match=r"The refinement 'refit' works in N:M groups only; .* take .*reconstruct"):
+    with pytest.raises(
+        UsageError, match=r"The refinement 'refit' works in N:M groups only; .* take .*reconstruct"
+    ):
         validate(Prune, asked)
     assert validate(Prune, {**asked, "pattern": "2:4"})
 
 
 def test_files_without_a_run_cannot_show_it(runs, capfd, tmp_path):
     for name in ("model", "onnx/fp32/model.onnx"):
-        code, _, err = command(capfd, "verify", runs["wanda"] / name, "--pattern", "unstructured:0.5")
+        code, _, err = command(
+            capfd, "verify", runs["wanda"] / name, "--pattern", "unstructured:0.5"
+        )
         assert code == 2 and "zeros alone cannot show that it is unstructured:0.5" in err
 
 
@@ -215,8 +282,10 @@ def odd_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(odd_dir, texts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unstructured")
-    return {name: prune(str(odd_dir), spec(texts, name, pattern="unstructured:0.5"), folder / name)
-            for name in ("magnitude", "wanda", "sparsegpt")}
+    return {
+        name: prune(str(odd_dir), spec(texts, name, pattern="unstructured:0.5"), folder / name)
+        for name in ("magnitude", "wanda", "sparsegpt")
+    }
 
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
@@ -230,13 +299,20 @@ def test_pruned_and_verified(name, runs, odd_dir):
     for key, mask in masks.masks.items():
         weight = model.get_parameter(key)
         assert mask.pattern == HALF and mask_follows(mask.unpack(), HALF, mask.axis, scope)
-        assert torch.equal(weight == 0, ~mask.unpack()) and not torch.signbit(weight[weight == 0]).any()
+        assert (
+            torch.equal(weight == 0, ~mask.unpack())
+            and not torch.signbit(weight[weight == 0]).any()
+        )
         if name != "sparsegpt":
             assert torch.equal(weight, mask.apply(dense[key]))
     for report in (*nms.verify(run), verify_module(model, masks)):
-        assert report.ok and report.checked == 14 and report.zero_share == pytest.approx(0.5, abs=0.01)
+        assert (
+            report.ok and report.checked == 14 and report.zero_share == pytest.approx(0.5, abs=0.01)
+        )
         assert "50.0% zeros" in report.summary() and "groups" not in report.summary()
-    assert {row["shape_verdict"] for row in run.read_json("plan.json")["rows"]} == {"sparse tensor cores cannot run it"}
+    assert {row["shape_verdict"] for row in run.read_json("plan.json")["rows"]} == {
+        "sparse tensor cores cannot run it"
+    }
 
 
 def spoil(tmp_path, run, change):
@@ -250,8 +326,14 @@ def spoil(tmp_path, run, change):
     return verify_checkpoint(folder, MaskSet.load(run / "masks.safetensors"))
 
 
-@pytest.mark.parametrize("value,sentence", [(1e-30, "1 values outside its mask are not zero"), (-0.0, "minus zero"),
-                                            (float("nan"), "NaN")])
+@pytest.mark.parametrize(
+    "value,sentence",
+    [
+        (1e-30, "1 values outside its mask are not zero"),
+        (-0.0, "minus zero"),
+        (float("nan"), "NaN"),
+    ],
+)
 def test_one_changed_value_fails_verification(value, sentence, runs, tmp_path):
     report = spoil(tmp_path, runs["sparsegpt"], value)
     assert report.failed == 1 and sentence in " ".join(report.failures())
@@ -261,9 +343,15 @@ def test_a_mask_that_keeps_too_much_fails_verification(runs):
     """A mask file that was opened up would let any weight pass."""
     masks = MaskSet.load(runs["wanda"] / "masks.safetensors")
     key, mask = next(iter(masks.masks.items()))
-    masks.masks[key] = Mask.pack(torch.ones(mask.shape, dtype=torch.bool), mask.axis, HALF, mask.dense_hash)
+    masks.masks[key] = Mask.pack(
+        torch.ones(mask.shape, dtype=torch.bool), mask.axis, HALF, mask.dense_hash
+    )
     report = verify_checkpoint(runs["wanda"] / "model", masks)
-    assert report.failed == 1 and "its mask keeps 3,600 of 3,600 values, which is not unstructured:0.5" in report.summary()
+    assert (
+        report.failed == 1
+        and "its mask keeps 3,600 of 3,600 values, which is not unstructured:0.5"
+        in report.summary()
+    )
 
 
 def test_every_later_stage(runs, texts, capfd):
@@ -271,15 +359,30 @@ def test_every_later_stage(runs, texts, capfd):
     run = runs["wanda"]
     rows = nms.export(run, Export(precisions=("fp32",)))
     assert rows[0].links == 14 and nms.verify(run)[1].ok and nms.verify(run)[1].checked == 14
-    code, out, _ = command(capfd, "--json", "evaluate", run.path, "--data", texts["held_out"], "--tokens", 128, "--context",
-                           64, "--continuation", 0)
+    code, out, _ = command(
+        capfd,
+        "--json",
+        "evaluate",
+        run.path,
+        "--data",
+        texts["held_out"],
+        "--tokens",
+        128,
+        "--context",
+        64,
+        "--continuation",
+        0,
+    )
     assert code == 0 and json.loads(out)["ratio"]
     code, out, _ = command(capfd, "--json", "bench", run.path, "--rounds", 3, "--length", 16)
     assert code == 0 and json.loads(out)["predicted"] == []
     page = nms.report(run)
     html, markdown = page.read_text(), page.with_name("report.md").read_text()
     facts = json.loads(page.with_name("report.json").read_text())
-    assert "unstructured:0.5, which no sparse tensor core runs, with wanda" in facts["headline"]["verdict"]
+    assert (
+        "unstructured:0.5, which no sparse tensor core runs, with wanda"
+        in facts["headline"]["verdict"]
+    )
     assert facts["masks"]["positions"] == [] and facts["compliance"]["ok"]
     for text in (html, markdown):
         assert "50.0 % zeros" in text and "14 sparse tensor cores cannot run it" in text
@@ -296,7 +399,10 @@ def test_spoiled_graphs_are_noticed(runs, tmp_path):
     if not source.exists():
         nms.export(runs["wanda"], Export(precisions=("fp32",)))
     model = onnx.load(source / "model.onnx")
-    link, masks = LinkMap.load(source / "model.link.json").by_parameter(), MaskSet.load(runs["wanda"] / "masks.safetensors")
+    link, masks = (
+        LinkMap.load(source / "model.link.json").by_parameter(),
+        MaskSet.load(runs["wanda"] / "masks.safetensors"),
+    )
     row = link["model.layers.0.mlp.up_proj.weight"][0]
     tensor = next(t for t in model.graph.initializer if t.name == row.tensor)
     values = onnx.numpy_helper.to_array(tensor).copy()
@@ -307,24 +413,35 @@ def test_spoiled_graphs_are_noticed(runs, tmp_path):
     assert report.failed == 1 and "1 values outside its mask" in report.summary()
 
 
-@pytest.mark.parametrize("refine", [[{"name": "refit"}], [{"name": "reconstruct", "epochs": 1}]], ids=["refit", "reconstruct"])
+@pytest.mark.parametrize(
+    "refine",
+    [[{"name": "refit"}], [{"name": "reconstruct", "epochs": 1}]],
+    ids=["refit", "reconstruct"],
+)
 def test_refinements_of_weights_and_resume(refine, odd_dir, texts, tmp_path, runs):
     asked = spec(texts, "sparsegpt", pattern="unstructured:0.5", refine=refine)
     whole = prune(str(odd_dir), asked, tmp_path / "whole")
     first = "model.layers.0.mlp.up_proj.weight"
-    masks = [MaskSet.load(run / "masks.safetensors").masks[first].unpack() for run in (whole, runs["sparsegpt"])]
+    masks = [
+        MaskSet.load(run / "masks.safetensors").masks[first].unpack()
+        for run in (whole, runs["sparsegpt"])
+    ]
     assert torch.equal(*masks)
     with pytest.raises(Stop):
         prune(str(odd_dir), asked, tmp_path / "broken", progress=stop_at(1))
     resumed = prune(str(odd_dir), asked, tmp_path / "broken")
     assert mask_bytes(resumed) == mask_bytes(whole)
-    assert (resumed / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert (resumed / "model/model.safetensors").read_bytes() == (
+        whole / "model/model.safetensors"
+    ).read_bytes()
 
 
 def test_conv1d_competes_per_output(texts, tmp_path):
     folder = pico.save(pico.gpt2(), tmp_path / "gpt2")
     run = prune(str(folder), spec(texts, "wanda", pattern="unstructured:0.75"), tmp_path / "run")
-    mask = MaskSet.load(run / "masks.safetensors").masks["transformer.h.0.mlp.c_fc.weight"].unpack()  # [in, out]
+    mask = (
+        MaskSet.load(run / "masks.safetensors").masks["transformer.h.0.mlp.c_fc.weight"].unpack()
+    )  # [in, out]
     assert (mask.sum(0) == 8).all()
 
 
@@ -348,7 +465,12 @@ def test_an_empty_tensor_is_no_crash():
 def test_inspect_needs_no_group(odd_dir, capfd):
     code, out, _ = command(capfd, "inspect", odd_dir, "--pattern", "unstructured:0.5")
     assert code == 0 and "14 of 14" in out and "sparse tensor cores cannot run it" in out
-    code, out, _ = command(capfd, "inspect", odd_dir, "--pattern", "unstructured:0.5", "--cost", "--method", "wanda")
+    code, out, _ = command(
+        capfd, "inspect", odd_dir, "--pattern", "unstructured:0.5", "--cost", "--method", "wanda"
+    )
     assert code == 0 and "memory mb" in out
-    found = discover(AutoModelForCausalLM.from_pretrained(odd_dir), {"input_ids": torch.zeros(1, 8, dtype=torch.long)})
+    found = discover(
+        AutoModelForCausalLM.from_pretrained(odd_dir),
+        {"input_ids": torch.zeros(1, 8, dtype=torch.long)},
+    )
     assert len(make_plan(found, NMPattern(2, 4)).pruned()) == 12  # 90 is no multiple

@@ -1,4 +1,5 @@
-"""cuSPARSELt itself: right numbers, the promised size, graphs, compilers, and kernels that are sparse by name."""
+"""cuSPARSELt itself: right numbers, the promised size, graphs, compilers, and kernels that are
+sparse by name."""
 
 from __future__ import annotations
 
@@ -25,7 +26,10 @@ def able(precision: str) -> None:
 
 def both(pair, x):
     with torch.inference_mode():
-        return [one.multiply(x) if hasattr(one, "multiply") else one.rows(x) for one in (pair.dense, pair.sparse)]
+        return [
+            one.multiply(x) if hasattr(one, "multiply") else one.rows(x)
+            for one in (pair.dense, pair.sparse)
+        ]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -34,7 +38,10 @@ def test_sparse_and_dense_multiply_alike(device, precision, rows):
     able(precision)
     pair = twins(256, 128, precision, device, biased=True)
     dense, sparse = both(pair, pair.reads(rows))
-    assert sparse.shape == (rows, 128) and (dense - sparse).float().norm() / dense.float().norm() < 0.01
+    assert (
+        sparse.shape == (rows, 128)
+        and (dense - sparse).float().norm() / dense.float().norm() < 0.01
+    )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -44,7 +51,9 @@ def test_every_setting_of_the_search_is_right(device, precision):
     x = pair.reads(64)
     wanted = both(pair, x)[0]
     eight = hasattr(pair.sparse, "alpha")
-    settings = kernels().search(x, pair.sparse.weight, 256, None, pair.sparse.alpha if eight else None, pair.out)
+    settings = kernels().search(
+        x, pair.sparse.weight, 256, None, pair.sparse.alpha if eight else None, pair.out
+    )
     assert settings
     for setting in settings:
         pair.sparse.settings[64] = setting

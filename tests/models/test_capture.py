@@ -13,8 +13,11 @@ def chain() -> nn.Sequential:
 
 def test_inputs_and_outputs_go_to_the_callbacks_of_their_paths():
     model, x, inputs, outputs = chain(), torch.randn(2, 4), [], []
-    with capture(model, {"1": lambda args, named: inputs.append(args[0])},
-                 {"0": lambda args, output: outputs.append(output)}):
+    with capture(
+        model,
+        {"1": lambda args, named: inputs.append(args[0])},
+        {"0": lambda args, output: outputs.append(output)},
+    ):
         model(x)
     model(x)
     assert len(inputs) == len(outputs) == 1
@@ -30,8 +33,11 @@ def test_what_a_callback_returns_replaces_the_output():
 
 def test_stop_leaves_the_pass_and_the_hooks_are_gone_afterwards():
     model, ran = chain(), []
-    with capture(model, {str(number): lambda args, named, number=number: ran.append(number) for number in range(3)},
-                 stop=lambda: ran == [0, 1]):
+    with capture(
+        model,
+        {str(number): lambda args, named, number=number: ran.append(number) for number in range(3)},
+        stop=lambda: ran == [0, 1],
+    ):
         model(torch.randn(2, 4))
         raise AssertionError("the pass went on")
     assert ran == [0, 1]

@@ -23,7 +23,10 @@ HIDDEN = "hidden_states"
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return {name: models.load(str(small.family(name, folder / str(number)))) for number, name in enumerate(NAMES)}
+    return {
+        name: models.load(str(small.family(name, folder / str(number))))
+        for number, name in enumerate(NAMES)
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -34,12 +37,17 @@ def test_a_forward_pass_is_fed_from_signature_and_settings(loaded, name):
     assert {len(value) for value in inputs.values()} == {3}
     with torch.no_grad():
         assert model.module(**inputs).sample.shape[0] == 3
-    assert (model.family, model.adapter.library, model.input_name) == ("diffusion", "diffusers", HIDDEN)
+    assert (model.family, model.adapter.library, model.input_name) == (
+        "diffusion",
+        "diffusers",
+        HIDDEN,
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_reads_one_row_a_sample_stays_dense(loaded, name):
-    """Modulation, timestep and label embedding have one row a sample; final projection and patches are outside."""
+    """Modulation, timestep and label embedding have one row a sample; final projection and patches
+    are outside."""
     found = discover(loaded[name].module, loaded[name].sample_inputs())
     assert len(found.blocks) == 2
     kinds = {target.name.split(".", 2)[2] for target in found.targets}
@@ -66,7 +74,8 @@ def test_the_stream_is_what_the_last_block_reads(loaded, name):
     inputs = model.sample_inputs(4, 7)
     blocks = discover(model.module, inputs).blocks
     handle = model.module.get_submodule(blocks[-1]).register_forward_pre_hook(
-        lambda _m, args, named: seen.append(args[0] if args else named[HIDDEN]), with_kwargs=True)
+        lambda _m, args, named: seen.append(args[0] if args else named[HIDDEN]), with_kwargs=True
+    )
     model.module(**inputs)
     handle.remove()
     walk = BlockWalk(model.module, blocks, [inputs])
@@ -79,15 +88,20 @@ def test_the_stream_is_what_the_last_block_reads(loaded, name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 def test_statistics_are_those_of_the_whole_model(loaded, name):
-    """Every fusion group of the last block, of both streams, against hooks in a plain forward pass."""
+    """Every fusion group of the last block, of both streams, against hooks in a plain forward
+    pass."""
     model = loaded[name]
     inputs = model.sample_inputs(4, 7)
     found = discover(model.module, inputs)
     targets = found.of_block(1)
     totals = {target.fusion: StatsAccumulator("gram") for target in targets}
     readers = {target.fusion: target for target in targets}
-    handles = [model.module.get_submodule(target.module).register_forward_pre_hook(
-        lambda layer, args, fusion=fusion: totals[fusion].update(layer, args[0])) for fusion, target in readers.items()]
+    handles = [
+        model.module.get_submodule(target.module).register_forward_pre_hook(
+            lambda layer, args, fusion=fusion: totals[fusion].update(layer, args[0])
+        )
+        for fusion, target in readers.items()
+    ]
     model.module(**inputs)
     for handle in handles:
         handle.remove()
@@ -120,11 +134,18 @@ def test_only_the_last_block_of_two_streams_can_be_finished(loaded):
 def test_a_pipeline_brings_scheduler_and_autoencoder(tmp_path):
     folder = small.pipeline(tmp_path / "pipeline")
     model = models.load(f"diffusers:{folder}", torch.bfloat16)
-    assert type(model.module).__name__ == "DiTTransformer2DModel" and model.module.dtype == torch.bfloat16
-    assert type(model.processor.scheduler).__name__ == "DDIMScheduler" and not model.processor.assumed
+    assert (
+        type(model.module).__name__ == "DiTTransformer2DModel"
+        and model.module.dtype == torch.bfloat16
+    )
+    assert (
+        type(model.processor.scheduler).__name__ == "DDIMScheduler" and not model.processor.assumed
+    )
     assert model.name == "pipeline" and models.short_name(model.source) == "pipeline"
     assert "a local folder" in models.described(model.source, model)
-    alone = models.load(f"{folder}/transformer?vae={folder}/vae".replace(str(folder), f"diffusers:{folder}", 1))
+    alone = models.load(
+        f"{folder}/transformer?vae={folder}/vae".replace(str(folder), f"diffusers:{folder}", 1)
+    )
     assert alone.processor.assumed and alone.processor.preprocess == model.processor.preprocess
 
 
@@ -135,15 +156,24 @@ def test_the_stored_dtype_is_kept_and_saving_keeps_every_bit(tmp_path):
     model = models.load(str(tmp_path / "half"))
     assert model.module.dtype == torch.float16 and model.processor.assumed
     model.save(tmp_path / "saved")
-    again = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "saved", torch_dtype=torch.float16)
-    assert all(torch.equal(a, b) for a, b in zip(model.module.state_dict().values(), again.state_dict().values()))
+    again = diffusers.DiTTransformer2DModel.from_pretrained(
+        tmp_path / "saved", torch_dtype=torch.float16
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.module.state_dict().values(), again.state_dict().values())
+    )
     assert not (tmp_path / "saved/scheduler").exists()
 
 
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch):
     folder = small.family("DiT", tmp_path / "dit")
-    cases = [(f"diffusers:{tmp_path}/nowhere", "no diffusion model"), (f"diffusers:{tmp_path}", "no config.json"),
-             (f"diffusers:{folder}?vae={tmp_path}", "no autoencoder"), (f"diffusers:{folder}?size=3", "not understood")]
+    cases = [
+        (f"diffusers:{tmp_path}/nowhere", "no diffusion model"),
+        (f"diffusers:{tmp_path}", "no config.json"),
+        (f"diffusers:{folder}?vae={tmp_path}", "no autoencoder"),
+        (f"diffusers:{folder}?size=3", "not understood"),
+    ]
     for source, said in cases:
         with pytest.raises(UsageError, match=said):
             models.load(source)
@@ -164,8 +194,15 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch):
 
 def test_arguments_that_nothing_can_fill_in_are_named(tmp_path):
     torch.manual_seed(0)
-    diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=16,
-                                     joint_attention_dim=8, pooled_projection_dim=8, in_channels=4,
-                                     axes_dims_rope=(4, 4, 8)).save_pretrained(tmp_path / "flux")
+    diffusers.FluxTransformer2DModel(
+        num_layers=1,
+        num_single_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        in_channels=4,
+        axes_dims_rope=(4, 4, 8),
+    ).save_pretrained(tmp_path / "flux")
     with pytest.raises(NmsparseError, match="img_ids"):
         models.load(str(tmp_path / "flux"))

@@ -24,9 +24,17 @@ from tests.fixtures import pico
 IDS = {"input_ids": torch.arange(32).view(2, 16)}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 FAMILIES = {
-    "opt": (OPTConfig, {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64}, 6),
+    "opt": (
+        OPTConfig,
+        {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+        6,
+    ),
     "qwen2": (Qwen2Config, {"intermediate_size": 64, "num_key_value_heads": 1}, 7),
-    "gemma2": (Gemma2Config, {"intermediate_size": 64, "num_key_value_heads": 1, "head_dim": 16}, 7),
+    "gemma2": (
+        Gemma2Config,
+        {"intermediate_size": 64, "num_key_value_heads": 1, "head_dim": 16},
+        7,
+    ),
     "gpt_neox": (GPTNeoXConfig, {"intermediate_size": 64}, 4),
     "bloom": (BloomConfig, {"n_layer": 2, "n_head": 2}, 4),
 }
@@ -42,17 +50,23 @@ def groups(found):
 def test_llama():
     found = discover(pico.llama(), IDS)
     assert found.blocks == ("model.layers.0", "model.layers.1")
-    assert groups(found) == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
+    assert (
+        groups(found)
+        == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
+    )
     down = next(t for t in found.targets if t.name == "model.layers.1.mlp.down_proj.weight")
     assert (down.block, down.axis, down.k, down.n) == (1, 1, 128, 64)
     assert {s.name: s.reason for s in found.skipped} == {
         "model.embed_tokens.weight": "embedding table",
-        "lm_head.weight": "head or projection outside the repeated blocks"}
+        "lm_head.weight": "head or projection outside the repeated blocks",
+    }
 
 
 def test_tied_head_is_said_to_be_tied():
     found = discover(pico.llama(tie_word_embeddings=True), IDS)
-    assert {s.name: s.reason for s in found.skipped}["lm_head.weight"] == "tied to model.embed_tokens.weight"
+    assert {s.name: s.reason for s in found.skipped}[
+        "lm_head.weight"
+    ] == "tied to model.embed_tokens.weight"
 
 
 def test_gpt2_groups_along_the_first_axis():
@@ -73,8 +87,15 @@ def test_families_need_no_code(name):
 
 
 def test_routers_stay_dense():
-    module = AutoModelForCausalLM.from_config(MixtralConfig(
-        **SMALL, intermediate_size=64, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2))
+    module = AutoModelForCausalLM.from_config(
+        MixtralConfig(
+            **SMALL,
+            intermediate_size=64,
+            num_key_value_heads=1,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+        )
+    )
     reasons = {s.name: s.reason for s in discover(module, IDS).skipped}
     router = [name for name in reasons if name.endswith("gate.weight")]
     assert len(router) == 2
@@ -114,17 +135,26 @@ def test_modulation_and_widths_that_do_not_divide():
     plan = make_plan(found, TWO_FOUR)
     rows = {row.target.name: row for row in plan.rows}
     assert rows["blocks.0.outer.weight"].reason == "reduction length 6 is not divisible by 4"
-    assert [row.target.name for row in plan.pruned()] == ["blocks.0.inner.weight", "blocks.1.inner.weight"]
+    assert [row.target.name for row in plan.pruned()] == [
+        "blocks.0.inner.weight",
+        "blocks.1.inner.weight",
+    ]
 
 
 def test_fusion_groups_are_all_or_nothing():
     found = discover(pico.llama(), IDS)
     plan = make_plan(found, TWO_FOUR, exclude=["*layers.0*k_proj*"])
-    rows = {row.target.name.removeprefix("model.layers.0.self_attn."): row for row in plan.rows if row.target.block == 0}
+    rows = {
+        row.target.name.removeprefix("model.layers.0.self_attn."): row
+        for row in plan.rows
+        if row.target.block == 0
+    }
     assert rows["k_proj.weight"].reason == "excluded by '*layers.0*k_proj*'"
     for name in ("q_proj.weight", "v_proj.weight"):
         assert rows[name].pattern is None
-        assert rows[name].reason.startswith("reads the same input as model.layers.0.self_attn.k_proj.weight")
+        assert rows[name].reason.startswith(
+            "reads the same input as model.layers.0.self_attn.k_proj.weight"
+        )
     assert rows["o_proj.weight"].pattern == TWO_FOUR
     assert len(plan.pruned()) == 11
 

@@ -1,4 +1,5 @@
-"""GGUF in, safetensors out: a two-block file written here comes back as a folder that the stock library loads."""
+"""GGUF in, safetensors out: a two-block file written here comes back as a folder that the stock
+library loads."""
 
 from __future__ import annotations
 
@@ -14,11 +15,22 @@ from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.recipe import Prune
 from tests.fixtures import pico
 
-NAMES = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-         "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-         "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-OUTER = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
-         "lm_head.weight": "output.weight"}
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+OUTER = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
 
 
 def stored_name(name: str) -> str:
@@ -29,7 +41,8 @@ def stored_name(name: str) -> str:
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """The order of rows in which GGUF keeps rotary queries and keys: the two halves of a head alternate."""
+    """The order of rows in which GGUF keeps rotary queries and keys: the two halves of a head
+    alternate."""
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -49,13 +62,21 @@ def write(path, module) -> None:
     tokens += [f"<unused{n}>" for n in range(config.vocab_size - len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * (len(tokens) - 257))
+    writer.add_token_types(
+        [gguf.TokenType.NORMAL] * 256
+        + [gguf.TokenType.CONTROL]
+        + [gguf.TokenType.NORMAL] * (len(tokens) - 257)
+    )
     writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(256)  # transformers 5.17 wants one
     writer.add_eos_token_id(256)
     for name, value in module.state_dict().items():
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        writer.add_tensor(stored_name(name), (interleaved(value, heads) if heads else value).contiguous().numpy())
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
+            name.split(".")[-2]
+        )
+        writer.add_tensor(
+            stored_name(name), (interleaved(value, heads) if heads else value).contiguous().numpy()
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -30,15 +30,22 @@ def wrapped(cause: Exception) -> OSError:
         return outer
 
 
-@pytest.mark.parametrize("cause,sentence,code", [
-    (hub.GatedRepoError("gated", response=response(403)), "is gated", 1),
-    (hub.RepositoryNotFoundError("no such", response=response(404)), "There is no model 'a/b' on the hub", 2),
-    (hub.LocalEntryNotFoundError("offline"), "hub cannot be reached", 1),
-    (hub.OfflineModeIsEnabled("offline"), "hub cannot be reached", 1),
-    (ConnectError("Name or service not known"), "hub cannot be reached", 1),
-    (URLError("Name or service not known"), "hub cannot be reached", 1),
-    (ValueError("bad config\nmore"), "cannot be loaded as a model: ", 2),
-])
+@pytest.mark.parametrize(
+    "cause,sentence,code",
+    [
+        (hub.GatedRepoError("gated", response=response(403)), "is gated", 1),
+        (
+            hub.RepositoryNotFoundError("no such", response=response(404)),
+            "There is no model 'a/b' on the hub",
+            2,
+        ),
+        (hub.LocalEntryNotFoundError("offline"), "hub cannot be reached", 1),
+        (hub.OfflineModeIsEnabled("offline"), "hub cannot be reached", 1),
+        (ConnectError("Name or service not known"), "hub cannot be reached", 1),
+        (URLError("Name or service not known"), "hub cannot be reached", 1),
+        (ValueError("bad config\nmore"), "cannot be loaded as a model: ", 2),
+    ],
+)
 def test_hub_answers_become_sentences(cause, sentence, code):
     error = explain(wrapped(cause), "a/b")
     assert sentence in error.message and "\n" not in error.message and error.exit_code == code

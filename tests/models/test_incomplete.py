@@ -1,4 +1,5 @@
-"""A tensor that is in no file is refused: the library would fill it at random, and it would be pruned and verified."""
+"""A tensor that is in no file is refused: the library would fill it at random, and it would be
+pruned and verified."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from nmsparse_deploy.cli import app, invoke
 from tests.fixtures import pico
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"]
+)
 def test_a_tensor_that_is_in_no_file_is_refused(name, tmp_path, capfd):
     folder = pico.save(pico.llama(), tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
@@ -21,7 +24,11 @@ def test_a_tensor_that_is_in_no_file_is_refused(name, tmp_path, capfd):
     words = ["prune", str(folder), "--method", "magnitude", "--out", str(tmp_path / "run")]
     assert invoke(lambda: app(words)) == 2
     err = " ".join(capfd.readouterr().err.split())
-    assert f"is incomplete: '{name}'" in err and "1 missing in all" in err and not (tmp_path / "run").exists()
+    assert (
+        f"is incomplete: '{name}'" in err
+        and "1 missing in all" in err
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_a_model_without_its_head_is_loaded_and_the_record_names_what_was_left_out(tmp_path):

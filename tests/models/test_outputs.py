@@ -13,11 +13,16 @@ from nmsparse_deploy.models.outputs import primary_output
 A, B = torch.zeros(1), torch.ones(1)
 
 
-@pytest.mark.parametrize(("outputs", "name", "value", "kind"), [
-    (A, "output", A, "features"), ((B, A), "output", B, "features"),
-    (SimpleNamespace(last_hidden_state=B, logits=A), "logits", A, "logits"),
-    (SimpleNamespace(logits=None, last_hidden_state=B), "last_hidden_state", B, "features"),
-    ({"sample": A}, "sample", A, "features")])
+@pytest.mark.parametrize(
+    ("outputs", "name", "value", "kind"),
+    [
+        (A, "output", A, "features"),
+        ((B, A), "output", B, "features"),
+        (SimpleNamespace(last_hidden_state=B, logits=A), "logits", A, "logits"),
+        (SimpleNamespace(logits=None, last_hidden_state=B), "last_hidden_state", B, "features"),
+        ({"sample": A}, "sample", A, "features"),
+    ],
+)
 def test_the_output_is_found_in_what_a_library_returns(outputs, name, value, kind):
     found = primary_output(outputs)
     assert found.name == name and found.value is value and found.kind == kind

@@ -1,4 +1,5 @@
-"""Code that comes with a model is never run: not when its files ask for it, and not when somebody types `y`."""
+"""Code that comes with a model is never run: not when its files ask for it, and not when somebody
+types `y`."""
 
 from __future__ import annotations
 
@@ -16,13 +17,21 @@ from tests.fixtures import pico, zoo
 MODEL = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
 CONFIG = {"AutoConfig": "configuration_own.OwnConfig"}
 TOKENIZER = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
-FILES = ("configuration_own.py", "modeling_own.py", "tokenization_own.py", "custom_generate/generate.py", "own.py")
+FILES = (
+    "configuration_own.py",
+    "modeling_own.py",
+    "tokenization_own.py",
+    "custom_generate/generate.py",
+    "own.py",
+)
 
 
 def change(file: Path, **entries: object) -> None:
     """Change entries of a JSON file; None takes one away."""
     settings = (json.loads(file.read_text()) if file.is_file() else {}) | entries
-    file.write_text(json.dumps({name: value for name, value in settings.items() if value is not None}))
+    file.write_text(
+        json.dumps({name: value for name, value in settings.items() if value is not None})
+    )
 
 
 @pytest.fixture
@@ -36,19 +45,27 @@ def folder(tmp_path, witness) -> Path:
     place = pico.save(pico.llama(), tmp_path / "model")
     for name in FILES:
         (place / name).parent.mkdir(exist_ok=True)
-        (place / name).write_text(f"open({str(witness)!r}, 'a').write(__name__)\n"
-                                  "class OwnConfig: pass\nclass OwnForCausalLM: pass\nclass OwnTokenizer: pass\n"
-                                  "def generate(*args, **kwargs): pass\n")
+        (place / name).write_text(
+            f"open({str(witness)!r}, 'a').write(__name__)\n"
+            "class OwnConfig: pass\nclass OwnForCausalLM: pass\nclass OwnTokenizer: pass\n"
+            "def generate(*args, **kwargs): pass\n"
+        )
     return place
 
 
-COMMANDS = {"inspect": ["inspect"], "inspect --json": ["--json", "inspect"], "prune": ["prune", "--method", "magnitude"],
-            "inspect --cost": ["inspect", "--cost"]}
+COMMANDS = {
+    "inspect": ["inspect"],
+    "inspect --json": ["--json", "inspect"],
+    "prune": ["prune", "--method", "magnitude"],
+    "inspect --cost": ["inspect", "--cost"],
+}
 
 
 @pytest.fixture(params=COMMANDS)
 def typed(request, tmp_path, monkeypatch, capfd):
-    """Type a command, then `y` for whatever is asked; the exit code, and what was written to stdout and stderr."""
+    """Type a command, then `y` for whatever is asked; the exit code, and what was written to stdout
+    and stderr."""
+
     def run(source: Path) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
         words = [*COMMANDS[request.param], str(source)]
@@ -58,21 +75,36 @@ def typed(request, tmp_path, monkeypatch, capfd):
         if request.param.endswith("--json") and captured.out:
             json.loads(captured.out)
         return code, captured.out, " ".join(captured.err.split())
+
     return run
 
 
 def refused(typed, source: Path, file: str, witness: Path) -> None:
     code, out, err = typed(source)
-    assert code == 2 and (out == "" or json.loads(out)["exit_code"] == 2) and f"'{file}'" in err and "never run" in err, (code, out, err)
+    assert (
+        code == 2
+        and (out == "" or json.loads(out)["exit_code"] == 2)
+        and f"'{file}'" in err
+        and "never run" in err
+    ), (code, out, err)
     assert "Traceback" not in err and not witness.exists() and not (source.parent / "run").exists()
 
 
-@pytest.mark.parametrize("entries, file", [
-    ({"model_type": "own", "auto_map": CONFIG | MODEL}, "configuration_own.py"),
-    ({"model_type": "own", "architectures": None, "auto_map": CONFIG}, "configuration_own.py"),
-    ({"architectures": ["OwnForCausalLM"], "auto_map": CONFIG | MODEL}, "modeling_own.py"),
-    ({"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModelForCausalLM": "some/one--modeling_own.Own"}},
-     "some/one/modeling_own.py")])
+@pytest.mark.parametrize(
+    "entries, file",
+    [
+        ({"model_type": "own", "auto_map": CONFIG | MODEL}, "configuration_own.py"),
+        ({"model_type": "own", "architectures": None, "auto_map": CONFIG}, "configuration_own.py"),
+        ({"architectures": ["OwnForCausalLM"], "auto_map": CONFIG | MODEL}, "modeling_own.py"),
+        (
+            {
+                "architectures": ["OwnForCausalLM"],
+                "auto_map": {"AutoModelForCausalLM": "some/one--modeling_own.Own"},
+            },
+            "some/one/modeling_own.py",
+        ),
+    ],
+)
 def test_an_architecture_that_only_the_folder_has_is_refused(entries, file, folder, typed, witness):
     change(folder / "config.json", **entries)
     refused(typed, folder, file, witness)
@@ -80,7 +112,8 @@ def test_an_architecture_that_only_the_folder_has_is_refused(entries, file, fold
 
 @pytest.mark.parametrize("form", [TOKENIZER, TOKENIZER["AutoTokenizer"]])
 def test_a_tokenizer_that_only_the_folder_has_is_refused(form, folder, typed, witness):
-    """The library has a tokenizer for each model that it knows, so only a model that it was taught has none."""
+    """The library has a tokenizer for each model that it knows, so only a model that it was taught
+    has none."""
     zoo.FAMILIES["Baichuan-style"].build(folder)
     change(folder / "tokenizer_config.json", auto_map=form, tokenizer_class="OwnTokenizer")
     refused(typed, folder, "tokenization_own.py", witness)
@@ -105,21 +138,38 @@ class TestDiffusers:
         """A pipeline with a witness in each of its folders."""
         place = tmp_path / "pipeline"
         zoo.FAMILIES["DiT"].build(place / "transformer")
-        (place / "model_index.json").write_text(json.dumps(
-            {"_class_name": ["pipeline", "OwnPipeline"], "transformer": ["own", "OwnTransformer"]}))
+        (place / "model_index.json").write_text(
+            json.dumps(
+                {
+                    "_class_name": ["pipeline", "OwnPipeline"],
+                    "transformer": ["own", "OwnTransformer"],
+                }
+            )
+        )
         for name in ("pipeline.py", "transformer/own.py", "transformer/scheduler/own.py"):
-            (place / name).write_text(f"open({str(witness)!r}, 'a').write(__name__)\nclass OwnTransformer: pass\n")
+            (place / name).write_text(
+                f"open({str(witness)!r}, 'a').write(__name__)\nclass OwnTransformer: pass\n"
+            )
         return place
 
-    @pytest.mark.parametrize("entries", [
-        {"_class_name": ["own", "OwnTransformer"]}, {"_class_name": "OwnTransformer"},
-        {"_class_name": "AutoModel", "auto_map": {"AutoModel": "own.OwnTransformer"}}])
-    def test_a_transformer_that_only_the_folder_has_is_refused(self, entries, whole, typed, witness):
+    @pytest.mark.parametrize(
+        "entries",
+        [
+            {"_class_name": ["own", "OwnTransformer"]},
+            {"_class_name": "OwnTransformer"},
+            {"_class_name": "AutoModel", "auto_map": {"AutoModel": "own.OwnTransformer"}},
+        ],
+    )
+    def test_a_transformer_that_only_the_folder_has_is_refused(
+        self, entries, whole, typed, witness
+    ):
         change(whole / "transformer/config.json", **entries)
         refused(typed, whole, "own.py", witness)
 
     @pytest.mark.parametrize("name", [["own", "OwnTransformer"], "DiffusionPipeline", "AutoModel"])
-    def test_a_scheduler_that_is_none_of_the_library_s_is_refused(self, name, whole, typed, witness):
+    def test_a_scheduler_that_is_none_of_the_library_s_is_refused(
+        self, name, whole, typed, witness
+    ):
         change(whole / "transformer/scheduler/scheduler_config.json", _class_name=name)
         refused(typed, whole, "own.py", witness)
 

@@ -14,14 +14,39 @@ from tests.fixtures import small_vision as small
 
 CONFIG = SimpleNamespace(image_size=40, num_channels=3)
 FILES = {
-    "crop": {"image_processor_type": "BitImageProcessor", "do_resize": True, "size": {"shortest_edge": 48}, "resample": 3,
-             "do_center_crop": True, "crop_size": {"height": 40, "width": 40}, "do_rescale": True, "rescale_factor": 1 / 255,
-             "do_normalize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]},
-    "squeeze": {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": 32, "width": 24},
-                "resample": 2, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-                "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
-    "plain": {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": 32, "width": 32},
-              "resample": 2, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": False},
+    "crop": {
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": 48},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": 40, "width": 40},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.2, 0.3, 0.4],
+    },
+    "squeeze": {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": 32, "width": 24},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    },
+    "plain": {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": 32, "width": 32},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": False,
+    },
 }
 
 
@@ -32,10 +57,14 @@ def test_equal_to_the_image_processor_of_transformers(name, tmp_path):
     theirs = AutoImageProcessor.from_pretrained(tmp_path)
     for width, height in ((60, 45), (45, 60), (200, 50)):
         image = small.picture("red", 3, 64).resize((width, height))
-        expected = torch.as_tensor(np.asarray(theirs(image, return_tensors="np")["pixel_values"][0]))
+        expected = torch.as_tensor(
+            np.asarray(theirs(image, return_tensors="np")["pixel_values"][0])
+        )
         got = ours(image)
         assert got.shape == expected.shape
-        assert (got - expected).abs().mean() < 2e-2  # the side that is rounded may differ by a pixel
+        assert (
+            got - expected
+        ).abs().mean() < 2e-2  # the side that is rounded may differ by a pixel
 
 
 def test_without_a_file_the_config_decides(tmp_path):

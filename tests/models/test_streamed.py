@@ -1,4 +1,5 @@
-"""Weights that stay in their files: the same bits as with the whole model in memory, and no more than a part of it."""
+"""Weights that stay in their files: the same bits as with the whole model in memory, and no more
+than a part of it."""
 
 from __future__ import annotations
 
@@ -28,27 +29,52 @@ from tests.find.test_prune import mask_bytes, spec
 from tests.fixtures import pico
 from tests.fixtures.zoo import FAMILIES
 
-RECIPES = {"wanda": {"method": "wanda"}, "magnitude": {"method": "magnitude"},
-           "closed form": {"method": "group-obs", "refine": [{"name": "refit"}], "sequential": True},
-           "permuted": {"method": "wanda", "permute": True},
-           "reconstructed": {"method": "wanda", "refine": [{"name": "reconstruct", "epochs": 1, "holdout": 0}]}}
-LANGUAGE = ["OPT-350M", "LLaMA 3", "Qwen3", "Gemma 3", "Phi-3", "GPT-2", "GPT-NeoX", "BLOOM", "Falcon (ALiBi)", "Mixtral",
-            "GPT-OSS"]
+RECIPES = {
+    "wanda": {"method": "wanda"},
+    "magnitude": {"method": "magnitude"},
+    "closed form": {"method": "group-obs", "refine": [{"name": "refit"}], "sequential": True},
+    "permuted": {"method": "wanda", "permute": True},
+    "reconstructed": {
+        "method": "wanda",
+        "refine": [{"name": "reconstruct", "epochs": 1, "holdout": 0}],
+    },
+}
+LANGUAGE = [
+    "OPT-350M",
+    "LLaMA 3",
+    "Qwen3",
+    "Gemma 3",
+    "Phi-3",
+    "GPT-2",
+    "GPT-NeoX",
+    "BLOOM",
+    "Falcon (ALiBi)",
+    "Mixtral",
+    "GPT-OSS",
+]
 
 
 @pytest.fixture
 def streaming(monkeypatch):
-    """Whatever the size of the model, its weights are streamed; `hold(on_disk)` says where hidden states are."""
+    """Whatever the size of the model, its weights are streamed; `hold(on_disk)` says where hidden
+    states are."""
+
     def hold(on_disk: bool = False) -> None:
         def footprint(*_args) -> Footprint:
             return Footprint(10**15, 10**15 if on_disk else 0, 0)
+
         monkeypatch.setattr(opening, "footprint", footprint)
         monkeypatch.setattr(memory, "free_memory", lambda: 1)
+
     return hold
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+    return {
+        name: value
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
 
 
 def same_model(one: Path, two: Path) -> None:
@@ -56,7 +82,12 @@ def same_model(one: Path, two: Path) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
-    for file in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+    for file in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ):
         assert (one / file).is_file() == (two / file).is_file(), file
         if (one / file).is_file():
             assert (one / file).read_text() == (two / file).read_text(), file
@@ -69,7 +100,9 @@ def held(run) -> tuple[str, str]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_same_bits_with_and_without_streaming(name, dtype, texts, tmp_path, streaming, monkeypatch):
+def test_the_same_bits_with_and_without_streaming(
+    name, dtype, texts, tmp_path, streaming, monkeypatch
+):
     folder = pico.save(pico.llama(num_hidden_layers=3).to(dtype), tmp_path / "model")
     recipe = spec(texts, **{"compute": "fp32", **RECIPES[name]})
     whole = prune(str(folder), recipe, tmp_path / "whole")
@@ -81,8 +114,13 @@ def test_the_same_bits_with_and_without_streaming(name, dtype, texts, tmp_path, 
     same_model(whole / "model", streamed / "model")
     assert (streamed / "model/model.safetensors.index.json").is_file()
     assert not (streamed / "activations").exists()
-    rows = [[{k: v for k, v in row.items() if k not in ("seconds", "peak_memory_mb")} for row in run.read_json("layers.json")]
-            for run in (whole, streamed)]
+    rows = [
+        [
+            {k: v for k, v in row.items() if k not in ("seconds", "peak_memory_mb")}
+            for row in run.read_json("layers.json")
+        ]
+        for run in (whole, streamed)
+    ]
     assert rows[0] == rows[1]
 
 
@@ -102,7 +140,9 @@ def test_families_give_the_same_bits(name, texts, tmp_path, streaming):
 @pytest.mark.parametrize("name", ["BERT", "T5", "ViT", "DINOv2"])
 def test_encoders_and_pictures_give_the_same_plan(name, tmp_path):
     FAMILIES[name].build(tmp_path / "model")
-    whole, streamed = (models.load(str(tmp_path / "model"), stream=stream) for stream in (False, True))
+    whole, streamed = (
+        models.load(str(tmp_path / "model"), stream=stream) for stream in (False, True)
+    )
     one, two = (m.discover() for m in (whole, streamed))
     assert one == two
 
@@ -126,9 +166,13 @@ def test_only_the_parts_that_run_have_weights(llama_dir):
     with torch.no_grad():
         assert torch.equal(out.logits, whole.module(**whole.sample_inputs()).logits)
     with loaded.weights.materialise(blocks[1]):
-        assert present() == {name for name, _ in module.named_parameters() if name.startswith(blocks[1] + ".")}
-        assert torch.equal(module.get_parameter(f"{blocks[1]}.mlp.up_proj.weight"),
-                           whole.module.get_parameter(f"{blocks[1]}.mlp.up_proj.weight"))
+        assert present() == {
+            name for name, _ in module.named_parameters() if name.startswith(blocks[1] + ".")
+        }
+        assert torch.equal(
+            module.get_parameter(f"{blocks[1]}.mlp.up_proj.weight"),
+            whole.module.get_parameter(f"{blocks[1]}.mlp.up_proj.weight"),
+        )
     assert not present()
 
 
@@ -142,7 +186,8 @@ def test_tied_embeddings_are_one_tensor(tmp_path, texts, streaming):
 
 
 def test_killed_in_the_middle_and_resumed(texts, tmp_path, streaming):
-    """A real SIGKILL while the second of three blocks is written, with weights and hidden states on disk."""
+    """A real SIGKILL while the second of three blocks is written, with weights and hidden states on
+    disk."""
     folder = pico.save(pico.llama(num_hidden_layers=3).to(torch.bfloat16), tmp_path / "model")
     recipe = spec(texts, "sparsegpt", refine=[{"name": "refit"}])
     script = textwrap.dedent(f"""
@@ -166,7 +211,9 @@ def test_killed_in_the_middle_and_resumed(texts, tmp_path, streaming):
     """)
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert [f.name for f in (tmp_path / "run" / "blocks").glob("*.safetensors")] == ["000.safetensors"]
+    assert [f.name for f in (tmp_path / "run" / "blocks").glob("*.safetensors")] == [
+        "000.safetensors"
+    ]
     assert any((tmp_path / "run" / "activations").rglob("0"))
     whole = prune(str(folder), recipe, tmp_path / "whole")
     streaming(on_disk=True)
@@ -177,7 +224,9 @@ def test_killed_in_the_middle_and_resumed(texts, tmp_path, streaming):
 
 
 def test_a_limit_is_predicted_and_refused(llama_dir, texts, tmp_path):
-    with pytest.raises(NmsparseError, match=r"predicted to take .*--max-memory allows 1 MB") as caught:
+    with pytest.raises(
+        NmsparseError, match=r"predicted to take .*--max-memory allows 1 MB"
+    ) as caught:
         prune(str(llama_dir), spec(texts), tmp_path / "run", max_memory=10**6)
     assert "wanda" in caught.value.hint and not (tmp_path / "run").exists()
 
@@ -189,7 +238,9 @@ def test_a_limit_that_the_whole_model_fits_changes_nothing(llama_dir, texts, tmp
     assert 0 < memory.peak_bytes < 10**12
 
 
-def test_a_limit_that_is_passed_stops_the_run_and_a_larger_one_resumes(llama_dir, texts, tmp_path, streaming):
+def test_a_limit_that_is_passed_stops_the_run_and_a_larger_one_resumes(
+    llama_dir, texts, tmp_path, streaming
+):
     streaming()
     with pytest.raises(NmsparseError, match=r"Block 0 took .*finished blocks are kept"):
         prune(str(llama_dir), spec(texts), tmp_path / "run", max_memory=10**6)
@@ -201,8 +252,12 @@ def test_a_limit_that_is_passed_stops_the_run_and_a_larger_one_resumes(llama_dir
 def test_what_needs_the_whole_model_says_so(llama_dir, texts, tmp_path, streaming):
     streaming()
     with pytest.raises(NmsparseError, match="finetune needs the whole model in memory"):
-        prune(str(llama_dir), spec(texts, refine=[{"name": "finetune", "steps": 2}]), tmp_path / "run")
-    looks_on = validate(Prune, {**spec(texts).model_dump(), "refine": [{"name": "reconstruct", "through": 1}]})
+        prune(
+            str(llama_dir), spec(texts, refine=[{"name": "finetune", "steps": 2}]), tmp_path / "run"
+        )
+    looks_on = validate(
+        Prune, {**spec(texts).model_dump(), "refine": [{"name": "reconstruct", "through": 1}]}
+    )
     with pytest.raises(NmsparseError, match="reconstruct with an outlook"):
         prune(str(llama_dir), looks_on, tmp_path / "run")
 
@@ -219,7 +274,10 @@ def test_checkpoints_that_cannot_be_streamed(llama_dir, tmp_path):
     state["model.norm.weight"] = torch.ones(3)
     save_file(state, tmp_path / "cut/model.safetensors", {"format": "pt"})
     loaded = models.load(str(tmp_path / "cut"), stream=True)
-    with pytest.raises(UsageError, match=r"'model.norm.weight'.*does not fit"), loaded.weights.materialise("model.norm"):
+    with (
+        pytest.raises(UsageError, match=r"'model.norm.weight'.*does not fit"),
+        loaded.weights.materialise("model.norm"),
+    ):
         pass
 
 
@@ -227,7 +285,9 @@ def test_the_prediction_follows_the_block_and_not_the_depth(tmp_path, texts):
     recipe = spec(texts, "wanda")
     found = []
     for layers in (2, 6):
-        folder = pico.save(pico.llama(num_hidden_layers=layers, hidden_size=128), tmp_path / str(layers))
+        folder = pico.save(
+            pico.llama(num_hidden_layers=layers, hidden_size=128), tmp_path / str(layers)
+        )
         loaded = models.load(str(folder), stream=True)
         plan = opening.planned(loaded, recipe)
         found.append(opening.footprint(loaded, plan, recipe, torch.float32))
@@ -235,7 +295,10 @@ def test_the_prediction_follows_the_block_and_not_the_depth(tmp_path, texts):
     assert found[1].whole > found[0].whole and found[0].on_disk <= found[0].streamed
 
 
-@pytest.mark.parametrize("text, size", [("3GB", 3 * 10**9), ("512 MiB", 512 << 20), ("1.5gb", 15 * 10**8), ("1e6", 10**6)])
+@pytest.mark.parametrize(
+    "text, size",
+    [("3GB", 3 * 10**9), ("512 MiB", 512 << 20), ("1.5gb", 15 * 10**8), ("1e6", 10**6)],
+)
 def test_sizes(text, size):
     assert memory.parse_size(text) == size
 

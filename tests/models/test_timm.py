@@ -1,4 +1,5 @@
-"""timm models: loaded from a checkpoint, pruned, saved so that timm loads them; strangers' files are refused."""
+"""timm models: loaded from a checkpoint, pruned, saved so that timm loads them; strangers' files
+are refused."""
 
 from __future__ import annotations
 
@@ -29,7 +30,10 @@ def test_without_timm_the_extra_is_named(monkeypatch):
 
 def test_names():
     assert models.short_name("timm:vit_tiny?checkpoint=/a/b.safetensors") == "vit_tiny"
-    assert models.adapter_for("timm:x").library == "timm" and models.adapter_for("x").library == "transformers"
+    assert (
+        models.adapter_for("timm:x").library == "timm"
+        and models.adapter_for("x").library == "transformers"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +53,15 @@ def checkpoint(timm, tmp_path_factory) -> Path:
 def folder(timm, tmp_path_factory) -> Path:
     """Two blocks, another input size: what save_for_hf has to remember."""
     torch.manual_seed(0)
-    module = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=64, num_heads=2, img_size=32, patch_size=8,
-                               num_classes=0)
+    module = timm.create_model(
+        "vit_tiny_patch16_224",
+        depth=2,
+        embed_dim=64,
+        num_heads=2,
+        img_size=32,
+        patch_size=8,
+        num_classes=0,
+    )
     place = tmp_path_factory.mktemp("timm") / "tiny"
     timm.models.save_for_hf(module, str(place), safe_serialization=True)
     return place
@@ -70,8 +81,13 @@ def test_a_checkpoint_is_pruned_and_timm_loads_the_run(timm, checkpoint, picture
     assert names == {"attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
     for name, mask in masks.items():
         assert check(module.get_parameter(name), mask.pattern, mask.axis).bad == 0
-    again = timm.create_model("test_vit", num_classes=7, checkpoint_path=str(run / "model/model.safetensors"))
-    assert torch.equal(again.get_parameter("blocks.0.attn.qkv.weight"), module.get_parameter("blocks.0.attn.qkv.weight"))
+    again = timm.create_model(
+        "test_vit", num_classes=7, checkpoint_path=str(run / "model/model.safetensors")
+    )
+    assert torch.equal(
+        again.get_parameter("blocks.0.attn.qkv.weight"),
+        module.get_parameter("blocks.0.attn.qkv.weight"),
+    )
     assert json.loads((run / "model/config.json").read_text())["architecture"] == "test_vit"
 
 
@@ -79,11 +95,17 @@ def test_a_folder_through_the_whole_chain(folder, pictures, photos, tmp_path):
     run = prune(str(folder), spec(pictures), tmp_path / "run")
     (row,) = nms.export(run, Export(precisions=("fp32",)))
     assert row.agreement.max_abs < 1e-3 and all(report.ok for report in nms.verify(run))
-    data = nms.evaluate(run, Evaluate(data=str(pictures), images=9, probe=12, photos=str(photos), onnx=True))
+    data = nms.evaluate(
+        run, Evaluate(data=str(pictures), images=9, probe=12, photos=str(photos), onnx=True)
+    )
     found = {r["metric"]: r["value"] for r in data["results"]["pruned"]}
     graph = {r["metric"]: r["value"] for r in data["results"]["pruned, ONNX fp32"]}
-    assert "token_cosine@photos-32px" in found and graph.keys() == found.keys() - {"token_cosine@photos-32px"}
-    assert graph["pooled_cosine@photos-32px"] == pytest.approx(found["pooled_cosine@photos-32px"], abs=1e-4)
+    assert "token_cosine@photos-32px" in found and graph.keys() == found.keys() - {
+        "token_cosine@photos-32px"
+    }
+    assert graph["pooled_cosine@photos-32px"] == pytest.approx(
+        found["pooled_cosine@photos-32px"], abs=1e-4
+    )
 
 
 def test_convolutions_of_timm(timm, pictures, tmp_path):
@@ -112,8 +134,12 @@ class Evil:
 
 
 def test_checkpoints_of_strangers(timm, checkpoint, tmp_path):
-    cases = {"evil.pth": pickle.dumps({"model": Evil()}), "cut.safetensors": checkpoint.read_bytes()[:-50],
-             "text.pth": b"hello", "empty.safetensors": b""}
+    cases = {
+        "evil.pth": pickle.dumps({"model": Evil()}),
+        "cut.safetensors": checkpoint.read_bytes()[:-50],
+        "text.pth": b"hello",
+        "empty.safetensors": b"",
+    }
     for name, data in cases.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UsageError, match=name) as caught:

@@ -12,7 +12,13 @@ from nmsparse_deploy.prove.agreement import agreement
 def test_agreement_of_equal_outputs_is_perfect():
     x = torch.randn(2, 3, 10)
     same = agreement(x, x.numpy())
-    assert (same.positions, same.max_abs, same.relative, same.argmax_share, same.mean_kl) == (6, 0, 0, 1, 0)
+    assert (same.positions, same.max_abs, same.relative, same.argmax_share, same.mean_kl) == (
+        6,
+        0,
+        0,
+        1,
+        0,
+    )
     assert agreement(x, x, "features").cosine == pytest.approx(1)
 
 

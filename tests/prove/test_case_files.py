@@ -1,4 +1,5 @@
-"""Files that mislead a verifier, or bring it down: the verdict that tests/hostile and tests/golden give for each."""
+"""Files that mislead a verifier, or bring it down: the verdict that tests/hostile and tests/golden
+give for each."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def rows(report: VerifyReport) -> dict[str, TensorCheck]:
     return {check.tensor: check for check in report.checks}
 
 
-@pytest.mark.parametrize("name, words", [("perm-as-int", "'perm'.*no list of numbers"), ("function-bomb", "unfold to")])
+@pytest.mark.parametrize(
+    "name, words", [("perm-as-int", "'perm'.*no list of numbers"), ("function-bomb", "unfold to")]
+)
 def test_damage_and_bombs_are_refused_within_a_second(name, words):
     verify_onnx(GOLDEN / "sibling-branches.onnx")  # the imports of onnx are not what is timed
     start = time.perf_counter()
@@ -41,12 +44,20 @@ def test_sibling_branches_have_names_of_their_own():
 
 def test_functions_that_call_themselves_or_too_deep_are_refused(tmp_path):
     def calls(name, callee):
-        return helper.make_function("local", name, ["a"], ["c"], [node(callee, "a", "c", domain="local")],
-                                    [helper.make_opsetid("", 23), helper.make_opsetid("local", 1)])
+        return helper.make_function(
+            "local",
+            name,
+            ["a"],
+            ["c"],
+            [node(callee, "a", "c", domain="local")],
+            [helper.make_opsetid("", 23), helper.make_opsetid("local", 1)],
+        )
 
     nodes = [node("F0", "x", "y", domain="local")]
-    for functions, words in (([calls("F0", "F0")], "calls itself"),
-                             ([calls(f"F{i}", f"F{i + 1}") for i in range(2000)], "deep")):
+    for functions, words in (
+        ([calls("F0", "F0")], "calls itself"),
+        ([calls(f"F{i}", f"F{i + 1}") for i in range(2000)], "deep"),
+    ):
         with pytest.raises(UsageError, match=words):
             verify_onnx(saved(tmp_path, nodes, [], functions=functions))
 
@@ -67,7 +78,9 @@ def test_data_of_the_hubs_cache_is_read_through_its_links_and_no_further(tmp_pat
     for folder in (repo / "blobs", tmp_path / "elsewhere"):
         (folder / "b").write_bytes(KN.tobytes())
     (repo / "snapshots" / "rev" / "w.bin").symlink_to(blob)
-    path = saved(repo / "snapshots" / "rev", [node("MatMul", "x w", "y")], [external("w", KN, "w.bin")])
+    path = saved(
+        repo / "snapshots" / "rev", [node("MatMul", "x w", "y")], [external("w", KN, "w.bin")]
+    )
     if reads:
         assert verify_onnx(path).ok
     else:

@@ -13,11 +13,22 @@ from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.prove import scan, verify_checkpoint
 from tests.fixtures.tensor_files import dense, mask_set, plant, row, sparse, write_raw
 
-FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+FLOATS = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+]
 
 
 def saved(folder, name="model.safetensors", metadata=None, **tensors):
-    save_file({key.replace("__", "."): value.contiguous() for key, value in tensors.items()}, folder / name, metadata)
+    save_file(
+        {key.replace("__", "."): value.contiguous() for key, value in tensors.items()},
+        folder / name,
+        metadata,
+    )
     return folder / name
 
 
@@ -47,7 +58,11 @@ def test_a_missing_masked_tensor_fails(tmp_path):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(0, 3 * 5 * 24 - 1), st.sampled_from([0, 1, 2]), st.sampled_from([NMPattern(2, 4), NMPattern(2, 3)]))
+@given(
+    st.integers(0, 3 * 5 * 24 - 1),
+    st.sampled_from([0, 1, 2]),
+    st.sampled_from([NMPattern(2, 4), NMPattern(2, 3)]),
+)
 def test_any_single_value_outside_the_mask_is_found(tmp_path_factory, place, axis, pattern):
     shape = [3, 5, 24] if axis == 2 else [3, 24, 5] if axis == 1 else [24, 3, 5]
     weight, mask = sparse(*shape, axis=axis, pattern=pattern)
@@ -58,7 +73,9 @@ def test_any_single_value_outside_the_mask_is_found(tmp_path_factory, place, axi
     assert check.mask_mismatch == check.bad == int(pruned)
     assert check.ok is not pruned
     if pruned:
-        assert check.first_bad == tuple(n - n % pattern.group if i == axis else n for i, n in enumerate(at))
+        assert check.first_bad == tuple(
+            n - n % pattern.group if i == axis else n for i, n in enumerate(at)
+        )
 
 
 def test_a_tensor_of_many_chunks_is_checked_to_its_last_value(tmp_path, monkeypatch):
@@ -73,8 +90,11 @@ def test_a_tensor_of_many_chunks_is_checked_to_its_last_value(tmp_path, monkeypa
 def test_minus_zero_nan_and_wrong_shapes_fail_under_a_mask(tmp_path):
     weight, mask = sparse(32, 24)
     keep = mask.unpack()
-    for broken, word in ((torch.where(keep, weight, -0.0), "minus zero"), (torch.where(keep, torch.inf, 0.0), "NaN"),
-                         (weight.T, "shape")):
+    for broken, word in (
+        (torch.where(keep, weight, -0.0), "minus zero"),
+        (torch.where(keep, torch.inf, 0.0), "NaN"),
+        (weight.T, "shape"),
+    ):
         report = verify_checkpoint(saved(tmp_path, w=broken), mask_set(w=mask))
         assert not report.ok and word in report.summary()
 
@@ -89,11 +109,22 @@ def test_a_masked_tensor_of_an_unreadable_type_fails(tmp_path):
 # --- without masks ---
 
 
-@pytest.mark.parametrize("shape, axis", [((32, 64), 1), ((32, 64), 0), ((2, 32, 64), 2), ((2, 32, 64), 1),
-                                         ((32, 16, 3, 3), 1), ((48, 50), 0)])
+@pytest.mark.parametrize(
+    "shape, axis",
+    [
+        ((32, 64), 1),
+        ((32, 64), 0),
+        ((2, 32, 64), 2),
+        ((2, 32, 64), 1),
+        ((32, 16, 3, 3), 1),
+        ((48, 50), 0),
+    ],
+)
 def test_the_sparse_axis_is_found(tmp_path, shape, axis):
     weight, _ = sparse(*shape, axis=axis, dtype=torch.bfloat16)
-    report = verify_checkpoint(saved(tmp_path, w=weight, embedding=dense(100, 64), bias=torch.zeros(64)))
+    report = verify_checkpoint(
+        saved(tmp_path, w=weight, embedding=dense(100, 64), bias=torch.zeros(64))
+    )
     assert report.ok and report.checked == 1, report.summary()
     assert by_name(report)["w"].axis == axis
     assert by_name(report)["w"].groups == math.prod(shape) // 4
@@ -101,7 +132,9 @@ def test_the_sparse_axis_is_found(tmp_path, shape, axis):
     assert by_name(report)["bias"].skipped == "not a weight matrix"
 
 
-@pytest.mark.parametrize("pattern", [NMPattern(1, 4), NMPattern(4, 8), NMPattern(2, 8), NMPattern(1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [NMPattern(1, 4), NMPattern(4, 8), NMPattern(2, 8), NMPattern(1, 2)], ids=str
+)
 def test_other_patterns_without_masks(tmp_path, pattern):
     weight, _ = sparse(64, 64, pattern=pattern)
     assert verify_checkpoint(saved(tmp_path, w=weight), pattern=pattern).ok
@@ -131,7 +164,9 @@ def test_a_near_miss_after_the_first_chunk_is_found(tmp_path, monkeypatch):
 
 
 def test_an_unstructured_checkpoint_fails_because_nothing_is_sparse(tmp_path):
-    weight = torch.where(torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) < 0.5, dense(64, 64), 0.0)
+    weight = torch.where(
+        torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) < 0.5, dense(64, 64), 0.0
+    )
     report = verify_checkpoint(saved(tmp_path, w=weight))
     assert not report.ok and report.failed == 0 and "Nothing" in report.summary()
 
@@ -155,7 +190,9 @@ def test_expected_tensors_have_to_be_sparse(tmp_path):
 def test_quantised_weights_are_examined(tmp_path, dtype):
     weight, _ = sparse(64, 64)
     values = (weight * 20).clamp(-127, 127)
-    report = verify_checkpoint(saved(tmp_path, w=(values.abs() if dtype == torch.uint8 else values).to(dtype)))
+    report = verify_checkpoint(
+        saved(tmp_path, w=(values.abs() if dtype == torch.uint8 else values).to(dtype))
+    )
     assert report.ok and report.checked == 1
 
 
@@ -185,7 +222,9 @@ def test_the_masks_in_a_run_folder_are_not_weights(tmp_path):
 def test_progress_ends_at_the_whole(tmp_path):
     weight, _ = sparse(64, 64)
     seen = []
-    report = verify_checkpoint(saved(tmp_path, a=weight, b=weight.clone()), progress=lambda *step: seen.append(step))
+    report = verify_checkpoint(
+        saved(tmp_path, a=weight, b=weight.clone()), progress=lambda *step: seen.append(step)
+    )
     assert [done for _, done, _ in seen] == [0, 64 * 64 * 4, 2 * 64 * 64 * 4]
     assert {total for *_, total in seen} == {report.bytes_read} and str(tmp_path) in seen[0][0]
 

@@ -11,7 +11,8 @@ pytest.importorskip("onnxscript")
 
 
 class Block(nn.Module):
-    """A linear layer on three axes (stored transposed, its name lost), and one whose mask was not baked."""
+    """A linear layer on three axes (stored transposed, its name lost), and one whose mask was not
+    baked."""
 
     def __init__(self, weight, unbaked, keep):
         super().__init__()
@@ -28,7 +29,9 @@ def test_a_real_export_is_followed(tmp_path):
     weight, mask = sparse(640, 64)
     block = Block(weight, dense(640, 640), sparse(640, 640)[1].unpack()).eval()
     path = tmp_path / "block.onnx"
-    torch.onnx.export(block, (torch.zeros(1, 5, 64),), path, dynamo=True, opset_version=20, verbose=False)
+    torch.onnx.export(
+        block, (torch.zeros(1, 5, 64),), path, dynamo=True, opset_version=20, verbose=False
+    )
     graph = OnnxGraph(path)
     up, down = graph.uses
     assert up.axis == 0 and up.shape == (64, 640) and "up" in up.scopes

@@ -30,10 +30,14 @@ def tensors(draw):
     axis = draw(st.integers(0, len(shape) - 1))
     shape[axis] = pattern.group * draw(st.integers(1, 4))
     pool = VALUES if dtype.is_floating_point else [0, 0, 0, 1, 2, 127]
-    values = draw(st.lists(st.sampled_from(pool), min_size=math.prod(shape), max_size=math.prod(shape)))
+    values = draw(
+        st.lists(st.sampled_from(pool), min_size=math.prod(shape), max_size=math.prod(shape))
+    )
     tensor = torch.tensor(values, dtype=torch.float64).to(dtype).reshape(shape)
     if not dtype.is_floating_point and dtype != torch.uint8:
-        tensor = torch.where(tensor == 127, torch.iinfo(dtype).min, tensor)  # only the top bit is set
+        tensor = torch.where(
+            tensor == 127, torch.iinfo(dtype).min, tensor
+        )  # only the top bit is set
     return tensor, pattern, axis - len(shape) if draw(st.booleans()) else axis
 
 
@@ -46,9 +50,14 @@ def count_by_hand(tensor, pattern, axis):
         nonzeros = sum(1 for value in groups[index] if value != 0)
         bad += nonzeros > pattern.keep
         sparser += nonzeros < pattern.keep
-    return {"groups": math.prod(groups.shape[:-1]), "bad": bad, "sparser": sparser,
-            "nonzeros": int((wide != 0).sum()), "negative_zeros": int(((wide == 0) & np.signbit(wide)).sum()),
-            "nonfinite": int((~np.isfinite(wide)).sum())}
+    return {
+        "groups": math.prod(groups.shape[:-1]),
+        "bad": bad,
+        "sparser": sparser,
+        "nonzeros": int((wide != 0).sum()),
+        "negative_zeros": int(((wide == 0) & np.signbit(wide)).sum()),
+        "nonfinite": int((~np.isfinite(wide)).sum()),
+    }
 
 
 def first_bad_by_hand(tensor, pattern, axis):
@@ -68,7 +77,11 @@ def test_the_counter_counts_what_a_person_counts(case):
     tensor, pattern, axis = case
     count = check(tensor, pattern, axis)
     assert {key: getattr(count, key) for key in count_by_hand(*case)} == count_by_hand(*case)
-    first = None if count.first_bad is None else group_origin(count.first_bad, tuple(tensor.shape), axis, pattern)
+    first = (
+        None
+        if count.first_bad is None
+        else group_origin(count.first_bad, tuple(tensor.shape), axis, pattern)
+    )
     assert first == first_bad_by_hand(*case)
 
 
@@ -98,7 +111,10 @@ def test_every_bit_pattern_of_a_float_type_is_classified(name, inner):
     if element.bits <= 16:
         bits = np.arange(1 << element.bits, dtype=np.uint64)
     else:
-        borders = np.array([0, 1, element.inf - 1, element.inf, element.inf + 1, element.sign - 1, 12345, 2], np.uint64)
+        borders = np.array(
+            [0, 1, element.inf - 1, element.inf, element.inf + 1, element.sign - 1, 12345, 2],
+            np.uint64,
+        )
         bits = np.tile(np.concatenate([borders, borders | np.uint64(element.sign)]), 4)
     raw = bits.astype(f"u{element.bits // 8}").view(np.uint8)
     values = torch.from_numpy(raw.copy()).view(kind).double()
@@ -113,9 +129,15 @@ def test_every_bit_pattern_of_a_float_type_is_classified(name, inner):
 def test_counts_of_chunks_add_up_to_the_count_of_the_whole(case, groups_per_chunk):
     tensor, pattern, axis = case
     axis %= tensor.ndim
-    element, inner = ELEMENT_TYPES[TORCH_ELEMENTS[tensor.dtype]], math.prod(tensor.shape[axis + 1 :])
+    element, inner = (
+        ELEMENT_TYPES[TORCH_ELEMENTS[tensor.dtype]],
+        math.prod(tensor.shape[axis + 1 :]),
+    )
     raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    counter, step = GroupCounter(pattern, element, inner), pattern.group * inner * element.bits // 8 * groups_per_chunk
+    counter, step = (
+        GroupCounter(pattern, element, inner),
+        pattern.group * inner * element.bits // 8 * groups_per_chunk,
+    )
     parts = (counter.count(raw[i : i + step]) for i in range(0, raw.size, step))
     assert sum(parts, GroupCount()) == check(tensor, pattern, axis)
 

@@ -1,4 +1,5 @@
-"""Damaged and lying checkpoint files: one sentence that names the file (and the tensor), never a traceback."""
+"""Damaged and lying checkpoint files: one sentence that names the file (and the tensor), never a
+traceback."""
 
 import json
 
@@ -16,7 +17,11 @@ LIES = {
     "not UTF-8": (b"\xff\xfe{}", b"", "JSON"),
     "a list": (b"[]", b"", "not a table"),
     "nested too deep": (b"[" * 100_000, b"", "JSON"),
-    "same name twice": (b'{"w": %s, "w": %s}' % ((json.dumps(W).encode(),) * 2), bytes(32), "'w' twice"),
+    "same name twice": (
+        b'{"w": %s, "w": %s}' % ((json.dumps(W).encode(),) * 2),
+        bytes(32),
+        "'w' twice",
+    ),
     "metadata is no text": ({"__metadata__": {"a": 1}, "w": W}, bytes(32), "metadata"),
     "row is no table": ({"w": 3}, b"", "'w'.*no dtype"),
     "no dtype": ({"w": {"shape": [1], "data_offsets": [0, 4]}}, bytes(4), "'w'.*no dtype"),
@@ -32,7 +37,11 @@ LIES = {
     "size does not fit": ({"w": row("F32", [2, 4], 0, 16)}, bytes(16), "'w'.*does not fit"),
     "size wraps 64 bits": ({"w": row("F32", [1 << 62, 4], 0, 0)}, b"", "'w'.*does not fit"),
     "half a byte": ({"w": row("F4", [3], 0, 1)}, bytes(1), "'w'.*does not fit"),
-    "overlap": ({"v": row("F32", [2, 4], 0, 32), "w": row("F32", [2, 4], 16, 48)}, bytes(48), "'w'.*overlaps 'v'"),
+    "overlap": (
+        {"v": row("F32", [2, 4], 0, 32), "w": row("F32", [2, 4], 16, 48)},
+        bytes(48),
+        "'w'.*overlaps 'v'",
+    ),
     "same bytes twice": ({"v": W, "w": W}, bytes(32), "overlaps"),
     "gap": ({"w": row("F32", [2, 4], 16, 48)}, bytes(48), "'w'.*gap"),
     "beyond the file": ({"w": row("F32", [2, 4], 0, 32)}, bytes(31), "truncated.*'w'"),
@@ -84,8 +93,11 @@ def test_a_file_that_shrinks_while_it_is_read_is_one_sentence(tmp_path):
 
 def test_an_unknown_dtype_is_skipped_and_said(tmp_path):
     weight = sparse(64, 64)[0].numpy().tobytes()
-    path = write_raw(tmp_path / "new.safetensors", {"w": row("F32", [64, 64], 0, 16384),
-                                                    "x": row("Q3_NEW", [4, 4], 16384, 16390)}, weight + bytes(6))
+    path = write_raw(
+        tmp_path / "new.safetensors",
+        {"w": row("F32", [64, 64], 0, 16384), "x": row("Q3_NEW", [4, 4], 16384, 16390)},
+        weight + bytes(6),
+    )
     report = verify_checkpoint(path)
     assert report.ok and "Q3_NEW" in report.checks[1].skipped
 
@@ -109,11 +121,21 @@ def shards(folder, weight_map):
     return folder
 
 
-@pytest.mark.parametrize("shard, words", [
-    ("gone.safetensors", "'w'.*not there"), ("../a.safetensors", "'w'.*outside"), ("x/../../a.safetensors", "outside"),
-    ("/etc/a.safetensors", "outside"), ("C:\\a.safetensors", "outside"), ("..\\a.safetensors", "outside"),
-    ("", "outside"), ("a\0b", "outside"), (7, "outside"), (["a.safetensors"], "outside"),
-])
+@pytest.mark.parametrize(
+    "shard, words",
+    [
+        ("gone.safetensors", "'w'.*not there"),
+        ("../a.safetensors", "'w'.*outside"),
+        ("x/../../a.safetensors", "outside"),
+        ("/etc/a.safetensors", "outside"),
+        ("C:\\a.safetensors", "outside"),
+        ("..\\a.safetensors", "outside"),
+        ("", "outside"),
+        ("a\0b", "outside"),
+        (7, "outside"),
+        (["a.safetensors"], "outside"),
+    ],
+)
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path, shard, words):
     (tmp_path / "inner").mkdir()
     save_file({"w": sparse(64, 64)[0]}, tmp_path / "a.safetensors")

@@ -21,7 +21,9 @@ def refused(path, words):
     return caught.value
 
 
-@pytest.mark.parametrize("content", [b"", b"not an onnx model", b"\x08\x08", bytes(100), b"\xff" * 100])
+@pytest.mark.parametrize(
+    "content", [b"", b"not an onnx model", b"\x08\x08", bytes(100), b"\xff" * 100]
+)
 def test_what_is_no_model_is_refused(tmp_path, content):
     (tmp_path / "m.onnx").write_bytes(content)
     refused(tmp_path / "m.onnx", "not an ONNX model")
@@ -52,11 +54,15 @@ def test_without_onnx_the_missing_extra_is_named(tmp_path, monkeypatch):
     assert "nmsparse-deploy[onnx]" in caught.value.hint
 
 
-@pytest.mark.parametrize("location", ["../w.bin", "/tmp/w.bin", "a/../../w.bin", "C:\\w.bin", "..\\w.bin", "", "w\0.bin"])
+@pytest.mark.parametrize(
+    "location", ["../w.bin", "/tmp/w.bin", "a/../../w.bin", "C:\\w.bin", "..\\w.bin", "", "w\0.bin"]
+)
 def test_external_data_cannot_climb(tmp_path, location):
     (tmp_path / "w.bin").write_bytes(KN.tobytes())
     (tmp_path / "inner").mkdir()
-    refused(saved(tmp_path / "inner", NODES, [external("w", KN, location)]), "'w'.*outside the folder")
+    refused(
+        saved(tmp_path / "inner", NODES, [external("w", KN, location)]), "'w'.*outside the folder"
+    )
 
 
 @pytest.mark.parametrize("link", ["file", "folder"])
@@ -69,18 +75,33 @@ def test_external_data_cannot_climb_through_a_link(tmp_path, link):
     else:
         (tmp_path / "inner" / "data").symlink_to("../secret")
     location = "w.bin" if link == "file" else "data/w.bin"
-    refused(saved(tmp_path / "inner", NODES, [external("w", KN, location)]), "'w'.*link that leads out")
+    refused(
+        saved(tmp_path / "inner", NODES, [external("w", KN, location)]), "'w'.*link that leads out"
+    )
 
 
-@pytest.mark.parametrize("given, words", [
-    ({"location": "gone.bin"}, "not there"), ({"location": "."}, "not there"), ({"location": None}, "outside"),
-    ({"offset": 4}, "ends at byte"), ({"offset": 1 << 62}, "ends at byte"), ({"offset": -4}, "bad offset"),
-    ({"offset": "0x0"}, "bad offset"), ({"offset": "9" * 5000}, "bad offset"), ({"length": KN.nbytes - 4}, "takes"),
-    ({"length": KN.nbytes + 4}, "takes"), ({"length": "many"}, "bad offset"),
-])
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"location": "gone.bin"}, "not there"),
+        ({"location": "."}, "not there"),
+        ({"location": None}, "outside"),
+        ({"offset": 4}, "ends at byte"),
+        ({"offset": 1 << 62}, "ends at byte"),
+        ({"offset": -4}, "bad offset"),
+        ({"offset": "0x0"}, "bad offset"),
+        ({"offset": "9" * 5000}, "bad offset"),
+        ({"length": KN.nbytes - 4}, "takes"),
+        ({"length": KN.nbytes + 4}, "takes"),
+        ({"length": "many"}, "bad offset"),
+    ],
+)
 def test_a_range_of_external_data_must_fit(tmp_path, given, words):
     (tmp_path / "w.bin").write_bytes(KN.tobytes())
-    refused(saved(tmp_path, NODES, [external("w", KN, **{"location": "w.bin", **given})]), f"'w'.*{words}")
+    refused(
+        saved(tmp_path, NODES, [external("w", KN, **{"location": "w.bin", **given})]),
+        f"'w'.*{words}",
+    )
 
 
 def test_external_data_that_is_short_is_refused(tmp_path):
@@ -96,7 +117,11 @@ def test_values_that_do_not_fit_their_shape_are_refused(tmp_path, change):
     elif change == "huge":
         stored.dims[0] = 1 << 62
     else:
-        stored.raw_data = {"short": stored.raw_data[:-1], "long": stored.raw_data + b"1", "empty": b""}[change]
+        stored.raw_data = {
+            "short": stored.raw_data[:-1],
+            "long": stored.raw_data + b"1",
+            "empty": b"",
+        }[change]
     words = "bad shape" if change == "negative" else "takes"
     refused(saved(tmp_path, NODES, [stored]), f"'w'.*{words}")
 
@@ -110,30 +135,48 @@ def test_typed_values_must_fit_their_type_and_shape(tmp_path):
 
 def test_a_name_with_two_meanings_is_refused(tmp_path):
     refused(saved(tmp_path, NODES, [tensor("w", KN), tensor("w", KN)]), "defines 'w' twice")
-    refused(saved(tmp_path, [node("Identity", "x", "w"), *NODES], [tensor("w", KN)]), "defines 'w' twice")
+    refused(
+        saved(tmp_path, [node("Identity", "x", "w"), *NODES], [tensor("w", KN)]),
+        "defines 'w' twice",
+    )
 
 
 def test_an_unknown_type_claims_nothing(tmp_path):
     for kind in (TensorProto.STRING, TensorProto.COMPLEX64, 999):
         odd = onnx.TensorProto(name="w", data_type=kind, dims=[48, 32], raw_data=bytes(48 * 32 * 8))
         report = verify_onnx(saved(tmp_path, NODES, [odd]))
-        assert not report.ok and report.checked == 0 and "cannot be checked" in report.checks[0].skipped
+        assert (
+            not report.ok
+            and report.checked == 0
+            and "cannot be checked" in report.checks[0].skipped
+        )
 
 
 def test_sparse_initializers_are_said_not_to_be_followed(tmp_path):
     made = model(NODES, [])
-    made.graph.sparse_initializer.append(helper.make_sparse_tensor(tensor("w", [1.0]), ints("", 3), [48, 32]))
+    made.graph.sparse_initializer.append(
+        helper.make_sparse_tensor(tensor("w", [1.0]), ints("", 3), [48, 32])
+    )
     (tmp_path / "m.onnx").write_bytes(made.SerializeToString())
     report = verify_onnx(tmp_path / "m.onnx")
     assert not report.ok and "sparse format" in report.checks[0].skipped
 
 
-@pytest.mark.parametrize("nodes", [
-    [node("Transpose", "", "t"), node("MatMul", "x t", "y")], [node("MatMul", "w", "y")], [node("Gemm", "", "y")],
-    [node("Mul", "w", "t"), node("MatMul", "x t", "y")], [node("DequantizeLinear", "w", "t"), node("Conv", "x t", "y")],
-    [node("Reshape", "w", "t"), node("MatMul", "x t", "y")], [node("MatMul", "a a", "y"), node("Identity", "y", "a")],
-    [node("Mul", "w v", "t"), node("MatMul", "x t", "y")], [helper.make_node("Constant", [], []), *NODES],
-], ids=lambda nodes: f"{nodes[0].op_type}({', '.join(nodes[0].input)})")
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [node("Transpose", "", "t"), node("MatMul", "x t", "y")],
+        [node("MatMul", "w", "y")],
+        [node("Gemm", "", "y")],
+        [node("Mul", "w", "t"), node("MatMul", "x t", "y")],
+        [node("DequantizeLinear", "w", "t"), node("Conv", "x t", "y")],
+        [node("Reshape", "w", "t"), node("MatMul", "x t", "y")],
+        [node("MatMul", "a a", "y"), node("Identity", "y", "a")],
+        [node("Mul", "w v", "t"), node("MatMul", "x t", "y")],
+        [helper.make_node("Constant", [], []), *NODES],
+    ],
+    ids=lambda nodes: f"{nodes[0].op_type}({', '.join(nodes[0].input)})",
+)
 def test_malformed_nodes_never_end_in_a_traceback(tmp_path, nodes):
     path = saved(tmp_path, nodes, [tensor("w", KN), tensor("v", np.ones(7))])
     verify_onnx(path).to_json()

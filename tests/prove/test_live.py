@@ -16,7 +16,9 @@ def model(weight):
     return module
 
 
-@pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(2, 3)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_baked_model_holds(pattern, dtype, axis):

@@ -23,52 +23,176 @@ SCALE = np.linspace(1, 2, N).astype(np.float32)
 # name -> (nodes, initializers, axis in the stored tensor, K, N, path)
 GRAPHS = {
     "MatMul": ([node("MatMul", "x w", "y")], [tensor("w", KN)], 0, K, N, ()),
-    "MatMul batched": ([node("MatMul", "x w", "y")], [tensor("w", np.stack([KN] * 2))], 1, K, N, ()),
+    "MatMul batched": (
+        [node("MatMul", "x w", "y")],
+        [tensor("w", np.stack([KN] * 2))],
+        1,
+        K,
+        N,
+        (),
+    ),
     "MatMul from the left": ([node("MatMul", "w x", "y")], [tensor("w", NK)], 1, K, N, ()),
-    "MatMul vector": ([node("MatMul", "x w", "y")], [tensor("w", np.tile(KN[:, 0], 8))], 0, K * 8, 1, ()),
+    "MatMul vector": (
+        [node("MatMul", "x w", "y")],
+        [tensor("w", np.tile(KN[:, 0], 8))],
+        0,
+        K * 8,
+        1,
+        (),
+    ),
     "Gemm": ([node("Gemm", "x w", "y")], [tensor("w", KN)], 0, K, N, ()),
     "Gemm transB": ([node("Gemm", "x w", "y", transB=1)], [tensor("w", NK)], 1, K, N, ()),
     "Gemm from the left": ([node("Gemm", "w x", "y")], [tensor("w", NK)], 1, K, N, ()),
     "Gemm transA": ([node("Gemm", "w x", "y", transA=1)], [tensor("w", KN)], 0, K, N, ()),
-    "Conv": ([node("Conv", "x w", "y")], [tensor("w", sparse(16, 8, 3, 3, axis=1)[0].numpy())], 1, 8, 16, ()),
-    "Transpose": ([node("Transpose", "w", "t", perm=[1, 0]), node("MatMul", "x t", "y")], [tensor("w", NK)],
-                  1, K, N, ("Transpose",)),
-    "Transpose by default": ([node("Transpose", "w", "t"), node("MatMul", "x t", "y")], [tensor("w", NK)],
-                             1, K, N, ("Transpose",)),
+    "Conv": (
+        [node("Conv", "x w", "y")],
+        [tensor("w", sparse(16, 8, 3, 3, axis=1)[0].numpy())],
+        1,
+        8,
+        16,
+        (),
+    ),
+    "Transpose": (
+        [node("Transpose", "w", "t", perm=[1, 0]), node("MatMul", "x t", "y")],
+        [tensor("w", NK)],
+        1,
+        K,
+        N,
+        ("Transpose",),
+    ),
+    "Transpose by default": (
+        [node("Transpose", "w", "t"), node("MatMul", "x t", "y")],
+        [tensor("w", NK)],
+        1,
+        K,
+        N,
+        ("Transpose",),
+    ),
     # a permutation that is not its own inverse: [N, 1, K] -> [1, K, N]
-    "Transpose rank 3": ([node("Transpose", "w", "t", perm=[1, 2, 0]), node("MatMul", "x t", "y")],
-                         [tensor("w", NK[:, None])], 2, K, N, ("Transpose",)),
-    "Cast, Identity": ([node("Cast", "w", "c", to=10), node("Identity", "c", "i"), node("MatMul", "x i", "y")],
-                       [tensor("w", KN)], 0, K, N, ("Cast", "Identity")),
-    "DQ per channel": ([node("DequantizeLinear", "w s z", "d", axis=1), node("MatMul", "x d", "y")],
-                       [tensor("w", KN * 20, "I8"), tensor("s", SCALE), tensor("z", np.zeros(N), "I8")],
-                       0, K, N, ("DequantizeLinear",)),
-    "DQ blocked int4": ([node("DequantizeLinear", "w s", "d", axis=0, block_size=16), node("MatMul", "x d", "y")],
-                        [tensor("w", np.sign(KN) * 3, "I4"), tensor("s", np.ones((3, N)))],
-                        0, K, N, ("DequantizeLinear",)),
-    "DQ, Transpose": ([node("DequantizeLinear", "w s", "d", axis=0), node("Transpose", "d", "t", perm=[1, 0]),
-                       node("MatMul", "x t", "y")], [tensor("w", NK * 20, "I8"), tensor("s", SCALE)],
-                      1, K, N, ("DequantizeLinear", "Transpose")),
-    "Q, DQ of a float": ([node("QuantizeLinear", "w s", "q"), node("DequantizeLinear", "q s", "d"),
-                          node("MatMul", "x d", "y")], [tensor("w", KN), tensor("s", 0.1)],
-                         0, K, N, ("QuantizeLinear", "DequantizeLinear")),
-    "Reshape of N": ([node("Reshape", "w r", "v"), node("MatMul", "x v", "y")],
-                     [tensor("w", KN.reshape(K, 4, 8)), ints("r", 0, -1)], 0, K, N, ("Reshape",)),
-    "Reshape adds an axis": ([node("Reshape", "w r", "v"), node("MatMul", "x v", "y")],
-                             [tensor("w", KN), ints("r", 1, K, N)], 0, K, N, ("Reshape",)),
-    "Reshape after Transpose": ([node("Transpose", "w", "t"), node("Reshape", "t r", "v"), node("MatMul", "x v", "y")],
-                                [tensor("w", NK), ints("r", 1, K, N)], 1, K, N, ("Transpose", "Reshape")),
-    "Mul per channel": ([node("Mul", "w s", "m"), node("MatMul", "x m", "y")], [tensor("w", KN), tensor("s", SCALE)],
-                        0, K, N, ("Mul",)),
-    "Mul from the left": ([node("Mul", "s w", "m"), node("MatMul", "x m", "y")], [tensor("w", KN), tensor("s", 2.0)],
-                          0, K, N, ("Mul",)),
-    "Div by a vector": ([node("Div", "w s", "m"), node("MatMul", "x m", "y")],
-                        [tensor("w", KN), tensor("s", np.ones((K, 1)))], 0, K, N, ("Div",)),
-    "Constant node": ([helper.make_node("Constant", [], ["w"], value=tensor("", KN)), node("MatMul", "x w", "y")], [],
-                      0, K, N, ()),
-    "Reshape by plain ints": ([helper.make_node("Constant", [], ["r"], value_ints=[1, K, N]),
-                               node("Reshape", "w r", "v"), node("MatMul", "x v", "y")], [tensor("w", KN)],
-                              0, K, N, ("Reshape",)),
+    "Transpose rank 3": (
+        [node("Transpose", "w", "t", perm=[1, 2, 0]), node("MatMul", "x t", "y")],
+        [tensor("w", NK[:, None])],
+        2,
+        K,
+        N,
+        ("Transpose",),
+    ),
+    "Cast, Identity": (
+        [node("Cast", "w", "c", to=10), node("Identity", "c", "i"), node("MatMul", "x i", "y")],
+        [tensor("w", KN)],
+        0,
+        K,
+        N,
+        ("Cast", "Identity"),
+    ),
+    "DQ per channel": (
+        [node("DequantizeLinear", "w s z", "d", axis=1), node("MatMul", "x d", "y")],
+        [tensor("w", KN * 20, "I8"), tensor("s", SCALE), tensor("z", np.zeros(N), "I8")],
+        0,
+        K,
+        N,
+        ("DequantizeLinear",),
+    ),
+    "DQ blocked int4": (
+        [node("DequantizeLinear", "w s", "d", axis=0, block_size=16), node("MatMul", "x d", "y")],
+        [tensor("w", np.sign(KN) * 3, "I4"), tensor("s", np.ones((3, N)))],
+        0,
+        K,
+        N,
+        ("DequantizeLinear",),
+    ),
+    "DQ, Transpose": (
+        [
+            node("DequantizeLinear", "w s", "d", axis=0),
+            node("Transpose", "d", "t", perm=[1, 0]),
+            node("MatMul", "x t", "y"),
+        ],
+        [tensor("w", NK * 20, "I8"), tensor("s", SCALE)],
+        1,
+        K,
+        N,
+        ("DequantizeLinear", "Transpose"),
+    ),
+    "Q, DQ of a float": (
+        [
+            node("QuantizeLinear", "w s", "q"),
+            node("DequantizeLinear", "q s", "d"),
+            node("MatMul", "x d", "y"),
+        ],
+        [tensor("w", KN), tensor("s", 0.1)],
+        0,
+        K,
+        N,
+        ("QuantizeLinear", "DequantizeLinear"),
+    ),
+    "Reshape of N": (
+        [node("Reshape", "w r", "v"), node("MatMul", "x v", "y")],
+        [tensor("w", KN.reshape(K, 4, 8)), ints("r", 0, -1)],
+        0,
+        K,
+        N,
+        ("Reshape",),
+    ),
+    "Reshape adds an axis": (
+        [node("Reshape", "w r", "v"), node("MatMul", "x v", "y")],
+        [tensor("w", KN), ints("r", 1, K, N)],
+        0,
+        K,
+        N,
+        ("Reshape",),
+    ),
+    "Reshape after Transpose": (
+        [node("Transpose", "w", "t"), node("Reshape", "t r", "v"), node("MatMul", "x v", "y")],
+        [tensor("w", NK), ints("r", 1, K, N)],
+        1,
+        K,
+        N,
+        ("Transpose", "Reshape"),
+    ),
+    "Mul per channel": (
+        [node("Mul", "w s", "m"), node("MatMul", "x m", "y")],
+        [tensor("w", KN), tensor("s", SCALE)],
+        0,
+        K,
+        N,
+        ("Mul",),
+    ),
+    "Mul from the left": (
+        [node("Mul", "s w", "m"), node("MatMul", "x m", "y")],
+        [tensor("w", KN), tensor("s", 2.0)],
+        0,
+        K,
+        N,
+        ("Mul",),
+    ),
+    "Div by a vector": (
+        [node("Div", "w s", "m"), node("MatMul", "x m", "y")],
+        [tensor("w", KN), tensor("s", np.ones((K, 1)))],
+        0,
+        K,
+        N,
+        ("Div",),
+    ),
+    "Constant node": (
+        [helper.make_node("Constant", [], ["w"], value=tensor("", KN)), node("MatMul", "x w", "y")],
+        [],
+        0,
+        K,
+        N,
+        (),
+    ),
+    "Reshape by plain ints": (
+        [
+            helper.make_node("Constant", [], ["r"], value_ints=[1, K, N]),
+            node("Reshape", "w r", "v"),
+            node("MatMul", "x v", "y"),
+        ],
+        [tensor("w", KN)],
+        0,
+        K,
+        N,
+        ("Reshape",),
+    ),
 }
 
 
@@ -97,7 +221,10 @@ def test_one_planted_value_is_found_behind_every_path(tmp_path, nodes, tensors, 
     first = tuple(place)
     values[tuple(slice(4, 8) if i == axis else n for i, n in enumerate(place))] = 1
     broken = tensor("w", values, use.dtype)
-    nodes = [helper.make_node("Constant", [], ["w"], value=broken) if step.output[0] == "w" else step for step in nodes]
+    nodes = [
+        helper.make_node("Constant", [], ["w"], value=broken) if step.output[0] == "w" else step
+        for step in nodes
+    ]
     report = verify_onnx(saved(tmp_path, nodes, [broken if t.name == "w" else t for t in tensors]))
     assert not report.ok
     assert by_tensor(report)["w"].bad == 1 and by_tensor(report)["w"].first_bad == first
@@ -125,40 +252,87 @@ def test_the_padding_of_an_odd_number_of_half_bytes_is_dropped(tmp_path, dtype):
 
 
 def test_scopes_of_the_exporter_are_read_and_nothing_else_is_run(tmp_path):
-    nodes = [node("MatMul", "x w", "a", scopes="['', 'model.layers.0', 'model.layers.0.mlp.up_proj']"),
-             node("MatMul", "a v", "b", scopes="__import__('os').getcwd()"), node("MatMul", "b u", "y", scopes="['cut")]
+    nodes = [
+        node("MatMul", "x w", "a", scopes="['', 'model.layers.0', 'model.layers.0.mlp.up_proj']"),
+        node("MatMul", "a v", "b", scopes="__import__('os').getcwd()"),
+        node("MatMul", "b u", "y", scopes="['cut"),
+    ]
     file = saved(tmp_path, nodes, [tensor(name, KN) for name in "wvu"])
-    assert [use.scopes for use in weight_uses(file)] == [("", "model.layers.0", "model.layers.0.mlp.up_proj"), (), ()]
+    assert [use.scopes for use in weight_uses(file)] == [
+        ("", "model.layers.0", "model.layers.0.mlp.up_proj"),
+        (),
+        (),
+    ]
     assert verify_onnx(file, expect=["*.up_proj.weight"]).ok
     assert "Nothing is called" in verify_onnx(file, expect=["*.down_proj.weight"]).summary()
 
 
 def test_activations_and_embeddings_are_not_weights(tmp_path):
-    nodes = [node("Gather", "e x", "a"), node("MatMul", "a a", "b"), node("Mul", "b s", "c"), node("MatMul", "c w", "y")]
-    graph = OnnxGraph(saved(tmp_path, nodes, [tensor("e", dense(9, K)), tensor("s", SCALE), tensor("w", KN)]))
+    nodes = [
+        node("Gather", "e x", "a"),
+        node("MatMul", "a a", "b"),
+        node("Mul", "b s", "c"),
+        node("MatMul", "c w", "y"),
+    ]
+    graph = OnnxGraph(
+        saved(tmp_path, nodes, [tensor("e", dense(9, K)), tensor("s", SCALE), tensor("w", KN)])
+    )
     assert [use.tensor for use in graph.uses] == ["w"] and not graph.untraced
 
 
 def test_weights_in_branches_and_in_functions_are_found(tmp_path):
-    branch = helper.make_graph([node("MatMul", "x w", "inner")], "b", [], [helper.make_tensor_value_info("inner", 1, None)],
-                               initializer=[tensor("w", KN)])
-    other = helper.make_graph([node("Identity", "x", "same")], "c", [], [helper.make_tensor_value_info("same", 1, None)])
+    branch = helper.make_graph(
+        [node("MatMul", "x w", "inner")],
+        "b",
+        [],
+        [helper.make_tensor_value_info("inner", 1, None)],
+        initializer=[tensor("w", KN)],
+    )
+    other = helper.make_graph(
+        [node("Identity", "x", "same")], "c", [], [helper.make_tensor_value_info("same", 1, None)]
+    )
     file = saved(tmp_path, [node("If", "x", "y", then_branch=branch, else_branch=other)], [])
     assert verify_onnx(file).checked == 1
-    function = helper.make_function("local", "Layer", ["a", "b"], ["c"], [node("MatMul", "a b", "c")],
-                                    [helper.make_opsetid("", 23)])
-    file = saved(tmp_path, [helper.make_node("Layer", ["x", "w"], ["y"], domain="local")], [tensor("w", KN)],
-                 functions=[function])
+    function = helper.make_function(
+        "local",
+        "Layer",
+        ["a", "b"],
+        ["c"],
+        [node("MatMul", "a b", "c")],
+        [helper.make_opsetid("", 23)],
+    )
+    file = saved(
+        tmp_path,
+        [helper.make_node("Layer", ["x", "w"], ["y"], domain="local")],
+        [tensor("w", KN)],
+        functions=[function],
+    )
     assert [(use.tensor, use.axis) for use in weight_uses(file)] == [("w", 0)]
 
 
-@pytest.mark.parametrize("nodes, tensors", [
-    ([node("Mul", "w k", "m"), node("MatMul", "x m", "y")], [tensor("w", dense(K, N)), tensor("k", KN != 0)]),
-    ([node("Cast", "k", "f", to=1), node("Mul", "f w", "m"), node("Transpose", "m", "t"), node("MatMul", "x t", "y")],
-     [tensor("w", dense(N, K)), tensor("k", NK != 0, "U8")]),
-    ([node("Where", "k w z", "m"), node("MatMul", "x m", "y")],
-     [tensor("w", dense(K, N)), tensor("k", KN != 0, "U8"), tensor("z", 0.0)]),
-], ids=["Mul", "Cast, Mul, Transpose", "Where"])
+@pytest.mark.parametrize(
+    "nodes, tensors",
+    [
+        (
+            [node("Mul", "w k", "m"), node("MatMul", "x m", "y")],
+            [tensor("w", dense(K, N)), tensor("k", KN != 0)],
+        ),
+        (
+            [
+                node("Cast", "k", "f", to=1),
+                node("Mul", "f w", "m"),
+                node("Transpose", "m", "t"),
+                node("MatMul", "x t", "y"),
+            ],
+            [tensor("w", dense(N, K)), tensor("k", NK != 0, "U8")],
+        ),
+        (
+            [node("Where", "k w z", "m"), node("MatMul", "x m", "y")],
+            [tensor("w", dense(K, N)), tensor("k", KN != 0, "U8"), tensor("z", 0.0)],
+        ),
+    ],
+    ids=["Mul", "Cast, Mul, Transpose", "Where"],
+)
 def test_a_mask_that_was_not_baked_fails(tmp_path, nodes, tensors):
     report = verify_onnx(saved(tmp_path, nodes, tensors))
     assert not report.ok and any("mask was not baked" in line for line in report.failures())
@@ -170,20 +344,48 @@ def test_an_asymmetric_zero_point_fails(tmp_path, op):
     points[-1] = 3
     nodes = [node(op, "w s z", "d", axis=1), node("MatMul", "x d", "y")]
     stored = tensor("w", KN * 20, "I8") if op == "DequantizeLinear" else tensor("w", KN)
-    report = verify_onnx(saved(tmp_path, nodes, [stored, tensor("s", SCALE), tensor("z", points, "I8")]))
+    report = verify_onnx(
+        saved(tmp_path, nodes, [stored, tensor("s", SCALE), tensor("z", points, "I8")])
+    )
     assert not report.ok and "zero point 'z' is not zero" in report.summary()
-    report = verify_onnx(saved(tmp_path, [node(op, "w s x", "d"), nodes[1]], [stored, tensor("s", SCALE)]))
+    report = verify_onnx(
+        saved(tmp_path, [node(op, "w s x", "d"), nodes[1]], [stored, tensor("s", SCALE)])
+    )
     assert "not a stored constant" in report.summary()
 
 
-@pytest.mark.parametrize("nodes, tensors, words", [
-    ([node("Reshape", "w r", "v"), node("MatMul", "x v", "y")], [tensor("w", KN), ints("r", K // 2, N * 2)], "mixed"),
-    ([node("Reshape", "w x", "v"), node("MatMul", "x v", "y")], [tensor("w", KN)], "run time"),
-    ([node("Reshape", "w r", "v"), node("MatMul", "x v", "y")], [tensor("w", KN), ints("r", 7, -1)], "bad shape"),
-    ([node("Transpose", "w", "v", perm=[0, 5]), node("MatMul", "x v", "y")], [tensor("w", KN)], "bad perm"),
-    ([node("Add", "w d", "v"), node("MatMul", "x v", "y")], [tensor("w", KN), tensor("d", KN)], "Add"),
-    ([node("Mul", "w d", "v"), node("MatMul", "x v", "y")], [tensor("w", KN[:1]), tensor("d", KN[:, :1])], "enlarges"),
-], ids=["mixes K", "unknown shape", "bad shape", "bad perm", "Add", "outer product"])
+@pytest.mark.parametrize(
+    "nodes, tensors, words",
+    [
+        (
+            [node("Reshape", "w r", "v"), node("MatMul", "x v", "y")],
+            [tensor("w", KN), ints("r", K // 2, N * 2)],
+            "mixed",
+        ),
+        ([node("Reshape", "w x", "v"), node("MatMul", "x v", "y")], [tensor("w", KN)], "run time"),
+        (
+            [node("Reshape", "w r", "v"), node("MatMul", "x v", "y")],
+            [tensor("w", KN), ints("r", 7, -1)],
+            "bad shape",
+        ),
+        (
+            [node("Transpose", "w", "v", perm=[0, 5]), node("MatMul", "x v", "y")],
+            [tensor("w", KN)],
+            "bad perm",
+        ),
+        (
+            [node("Add", "w d", "v"), node("MatMul", "x v", "y")],
+            [tensor("w", KN), tensor("d", KN)],
+            "Add",
+        ),
+        (
+            [node("Mul", "w d", "v"), node("MatMul", "x v", "y")],
+            [tensor("w", KN[:1]), tensor("d", KN[:, :1])],
+            "enlarges",
+        ),
+    ],
+    ids=["mixes K", "unknown shape", "bad shape", "bad perm", "Add", "outer product"],
+)
 def test_what_cannot_be_followed_is_said_and_claims_nothing(tmp_path, nodes, tensors, words):
     file = saved(tmp_path, nodes, tensors)
     (item,) = OnnxGraph(file).untraced
@@ -197,16 +399,29 @@ def test_a_shared_weight_that_is_sparse_along_one_of_its_two_axes_is_a_conflict(
     nodes = [node("MatMul", "x w", "a"), node("Gemm", "a w", "y", transB=1)]
     report = verify_onnx(saved(tmp_path, nodes, [tensor("w", KN)]))
     assert not report.ok and report.failed == 1 and "conflict" in report.summary()
-    assert verify_onnx(saved(tmp_path, [nodes[0], node("MatMul", "a w", "y")], [tensor("w", KN)])).checked == 2
+    assert (
+        verify_onnx(
+            saved(tmp_path, [nodes[0], node("MatMul", "a w", "y")], [tensor("w", KN)])
+        ).checked
+        == 2
+    )
 
 
 def test_foreign_rules_hold_for_graphs(tmp_path):
     nodes = [node("MatMul", "x w", "a"), node("MatMul", "a h", "b"), node("MatMul", "b o", "y")]
-    file = saved(tmp_path, nodes, [tensor("w", KN), tensor("h", dense(K, N)), tensor("o", dense(K + 2, N))])
+    file = saved(
+        tmp_path, nodes, [tensor("w", KN), tensor("h", dense(K, N)), tensor("o", dense(K + 2, N))]
+    )
     report = verify_onnx(file)
-    assert report.ok and by_tensor(report)["h"].skipped == "dense" and "axis 0" in by_tensor(report)["o"].skipped
+    assert (
+        report.ok
+        and by_tensor(report)["h"].skipped == "dense"
+        and "axis 0" in by_tensor(report)["o"].skipped
+    )
     assert not verify_onnx(file, expect=["MatMul_b"]).ok
-    assert "Nothing" in verify_onnx(saved(tmp_path, nodes[1:2], [tensor("h", dense(K, N))])).summary()
+    assert (
+        "Nothing" in verify_onnx(saved(tmp_path, nodes[1:2], [tensor("h", dense(K, N))])).summary()
+    )
     assert json.loads(json.dumps(report.to_json()))["checks"][0]["node"] == "MatMul_a"
     assert verify_onnx(file, pattern=NMPattern(2, 8)).ok is False
 
@@ -244,8 +459,11 @@ def test_a_linked_weight_with_another_mask_fails(linked):
 
 
 def test_a_mask_in_the_stored_layout_needs_no_turning(tmp_path):
-    for shape, axis, op, more in (((N, K), 1, "Gemm", {"transB": 1}), ((K, N), 0, "MatMul", {}),
-                                  ((16, 8, 3, 3), 1, "Conv", {})):
+    for shape, axis, op, more in (
+        ((N, K), 1, "Gemm", {"transB": 1}),
+        ((K, N), 0, "MatMul", {}),
+        ((16, 8, 3, 3), 1, "Conv", {}),
+    ):
         weight, mask = sparse(*shape, axis=axis)
         file = saved(tmp_path, [node(op, "x w", "y", **more)], [tensor("w", weight)])
         assert verify_onnx(file, mask_set(w=mask), {"w": [link_row("w", axis)]}).ok
@@ -259,14 +477,19 @@ def test_a_stored_leading_axis_of_one_is_no_obstacle(tmp_path):
 
 def test_a_link_map_is_not_believed_against_the_graph(linked):
     file, _, masks, _, _ = linked
-    for link, words in (({}, "gives it no place"), ({"p": [link_row("gone", 0)]}, "no such tensor"),
-                        ({"p": [link_row("val_1", 1)]}, "says axis 1"),
-                        ({"p": [link_row("val_1", 0, "other")]}, "does not multiply")):
+    for link, words in (
+        ({}, "gives it no place"),
+        ({"p": [link_row("gone", 0)]}, "no such tensor"),
+        ({"p": [link_row("val_1", 1)]}, "says axis 1"),
+        ({"p": [link_row("val_1", 0, "other")]}, "does not multiply"),
+    ):
         report = verify_onnx(file, masks, link)
         assert not report.ok and any(words in line for line in report.failures()), report.failures()
     assert not verify_onnx(file, MaskSet({}), {}).ok
     wide = sparse(64, 32)[1]
-    assert "do not fit" in verify_onnx(file, mask_set(p=wide), {"p": [link_row("val_1", 0)]}).summary()
+    assert (
+        "do not fit" in verify_onnx(file, mask_set(p=wide), {"p": [link_row("val_1", 0)]}).summary()
+    )
     with pytest.raises(UsageError, match="link map is needed"):
         verify_onnx(file, masks)
 
@@ -284,8 +507,11 @@ def test_a_second_use_of_a_linked_weight(linked, tmp_path):
     first = node("MatMul", "x val_1", "a", "mm")
     along = [first, node("MatMul", "a val_1", "b"), node("MatMul", "b head", "y")]
     report = verify_onnx(saved(tmp_path, along, stored), masks, link)
-    assert report.ok and {check.skipped for check in report.checks} == {None, "verified at another node",
-                                                                        "not in the link map"}
+    assert report.ok and {check.skipped for check in report.checks} == {
+        None,
+        "verified at another node",
+        "not in the link map",
+    }
     across = [first, node("Gemm", "a val_1", "y", transB=1)]
     assert "conflict" in verify_onnx(saved(tmp_path, across, stored), masks, link).summary()
 
@@ -295,7 +521,9 @@ def test_an_unbaked_mask_fails_although_the_link_map_names_the_weight(tmp_path):
     nodes = [node("Mul", "w k", "m"), node("MatMul", "x m", "y")]
     file = saved(tmp_path, nodes, [tensor("w", dense(K, N)), tensor("k", weight != 0)])
     report = verify_onnx(file, mask_set(w=mask), {"w": [link_row("w", 0)]})
-    assert any("mask was not baked" in line for line in report.failures()) and report.checks[0].bad > 0
+    assert (
+        any("mask was not baked" in line for line in report.failures()) and report.checks[0].bad > 0
+    )
 
 
 # --- external data ---
@@ -308,7 +536,9 @@ def test_external_data_is_streamed_from_its_offset(tmp_path, monkeypatch):
     where = external("w", KN, "data/w.bin", offset=12, length=KN.nbytes)
     file = saved(tmp_path, [node("MatMul", "x w", "y")], [where])
     report = verify_onnx(file)
-    assert report.ok and report.checks[0].nonzeros == KN.size // 2 and report.bytes_read == KN.nbytes
+    assert (
+        report.ok and report.checks[0].nonzeros == KN.size // 2 and report.bytes_read == KN.nbytes
+    )
     np.testing.assert_array_equal(read_weight(file, weight_uses(file)[0]), KN)
 
 

@@ -56,6 +56,7 @@ def test_newest_run_is_the_default(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="no run here yet"):
         RunDir.open(None)
     import os
+
     for age, name in ((20, "a"), (10, "b")):
         run = RunDir.create(Path("runs") / name, RECIPE, name, force=False)
         stamp = run.path.stat().st_mtime - age
@@ -101,12 +102,19 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
 
 def test_another_process_is_kept_out_until_it_is_killed(tmp_path):
     run = RunDir.create(tmp_path / "r", RECIPE, "aaaa", force=False)
-    script = ("import sys, time; from pathlib import Path; from nmsparse_deploy.runs.run_dir import RunDir\n"
-              "with RunDir(Path(sys.argv[1])).lock():\n    print('held', flush=True); time.sleep(60)")
-    with subprocess.Popen([sys.executable, "-c", script, run.path], stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+    script = (
+        "import sys, time; from pathlib import Path; from nmsparse_deploy.runs.run_dir import RunDir\n"
+        "with RunDir(Path(sys.argv[1])).lock():\n    print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, run.path], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as other:
         try:
             assert other.stdout.readline() == "held\n"
-            with pytest.raises(NmsparseError, match=f"Another process is working on '{run.path}'"), run.lock():
+            with (
+                pytest.raises(NmsparseError, match=f"Another process is working on '{run.path}'"),
+                run.lock(),
+            ):
                 pass
         finally:
             other.kill()
@@ -120,9 +128,17 @@ def test_read_only_place():
     assert "No permission" in from_os_error(caught.value).message
 
 
-@pytest.mark.parametrize("number,sentence,code", [
-    (errno.ENOSPC, "disk is full", 1), (errno.EDQUOT, "disk is full", 1), (errno.EROFS, "No permission", 1),
-    (errno.EACCES, "No permission", 1), (errno.ENOENT, "no file or folder", 2), (errno.EIO, "failed", 1)])
+@pytest.mark.parametrize(
+    "number,sentence,code",
+    [
+        (errno.ENOSPC, "disk is full", 1),
+        (errno.EDQUOT, "disk is full", 1),
+        (errno.EROFS, "No permission", 1),
+        (errno.EACCES, "No permission", 1),
+        (errno.ENOENT, "no file or folder", 2),
+        (errno.EIO, "failed", 1),
+    ],
+)
 def test_os_errors_become_sentences(number, sentence, code):
     error = from_os_error(OSError(number, "reason", "/some/file"))
     assert sentence in error.message and "/some/file" in error.message and error.exit_code == code

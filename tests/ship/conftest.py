@@ -24,10 +24,16 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
     stream = type("Stream", (), {"cuda_stream": 0, "synchronize": lambda self: None})
     properties = SimpleNamespace(name="Fake GPU", major=9, minor=0)
-    for name, value in {"is_available": lambda: True, "current_device": lambda: 0, "Stream": stream,
-                        "get_device_properties": lambda device: properties, "stream": lambda s: nullcontext(),
-                        "CUDAGraph": Graph, "graph": lambda graph, stream: nullcontext(),
-                        "get_device_name": lambda *a: "Fake GPU"}.items():
+    for name, value in {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "Stream": stream,
+        "get_device_properties": lambda device: properties,
+        "stream": lambda s: nullcontext(),
+        "CUDAGraph": Graph,
+        "graph": lambda graph, stream: nullcontext(),
+        "get_device_name": lambda *a: "Fake GPU",
+    }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(runtime, "DEVICE", "cpu")
 
@@ -52,7 +58,10 @@ def install(monkeypatch: pytest.MonkeyPatch, cuda: None) -> Callable[..., Module
 
             def events(self):
                 device = torch.autograd.DeviceType
-                seen = [SimpleNamespace(name=name, device_type=device.CUDA) for name in trt.ran[self.start:]]
+                seen = [
+                    SimpleNamespace(name=name, device_type=device.CUDA)
+                    for name in trt.ran[self.start :]
+                ]
                 return [*seen, SimpleNamespace(name="cudaLaunchKernel", device_type=device.CPU)]
 
         monkeypatch.setattr(torch.profiler, "profile", Recorded)

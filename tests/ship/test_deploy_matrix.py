@@ -1,4 +1,5 @@
-"""Six families through export, verification, ONNX Runtime and TensorRT-RTX's compiler, as the documentation shows it."""
+"""Six families through export, verification, ONNX Runtime and TensorRT-RTX's compiler, as the
+documentation shows it."""
 
 from __future__ import annotations
 
@@ -15,10 +16,14 @@ pytestmark = pytest.mark.matrix
 
 def test_the_deployment_table_is_what_the_script_writes(tmp_path):
     out = tmp_path / "deploy.json"
-    subprocess.run([sys.executable, str(ROOT / "benchmarks/deploy.py"), str(out)], check=True, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/deploy.py"), str(out)], check=True, cwd=ROOT
+    )
     found = json.loads(out.read_text())
-    published = {(r["family"], r["opset"], r["precision"], r["scales"]): r
-                 for r in json.loads((ROOT / "results/deploy-cpu.json").read_text())["rows"]}
+    published = {
+        (r["family"], r["opset"], r["precision"], r["scales"]): r
+        for r in json.loads((ROOT / "results/deploy-cpu.json").read_text())["rows"]
+    }
     assert found["rows"]
     for row in found["rows"]:
         told = published[row["family"], row["opset"], row["precision"], row["scales"]]

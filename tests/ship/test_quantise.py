@@ -19,18 +19,26 @@ EVERY = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 
 def sparse(seed, shape=(16, 32), axis=1, spread=1.0):
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(shape, generator=generator) * spread ** torch.randn(shape, generator=generator)
-    return torch.where(project(weight.abs(), TWO_FOUR, axis), weight, torch.zeros(())).half().numpy()
+    weight = torch.randn(shape, generator=generator) * spread ** torch.randn(
+        shape, generator=generator
+    )
+    return (
+        torch.where(project(weight.abs(), TWO_FOUR, axis), weight, torch.zeros(())).half().numpy()
+    )
 
 
 def values(result, axis):
     """What the codes stand for."""
     scales = result.scales.astype(np.float32)
-    return result.codes.astype(np.float32) * (scales if result.axis is None else np.expand_dims(scales, axis))
+    return result.codes.astype(np.float32) * (
+        scales if result.axis is None else np.expand_dims(scales, axis)
+    )
 
 
 @EVERY
-@given(seed=st.integers(0, 10**6), axis=st.sampled_from([0, 1]), spread=st.sampled_from([1.0, 10.0]))
+@given(
+    seed=st.integers(0, 10**6), axis=st.sampled_from([0, 1]), spread=st.sampled_from([1.0, 10.0])
+)
 def test_no_zero_moves_and_the_pattern_lives_on_in_the_codes(form, seed, axis, spread):
     weight = sparse(seed, axis=axis, spread=spread)
     result = quantise_weight(weight, axis, form)
@@ -96,7 +104,9 @@ def test_ranges_are_those_of_what_a_layer_reads_and_writes():
     with torch.no_grad():
         module[0].weight.copy_(torch.eye(4) * -2)
         module[1].weight.copy_(torch.eye(4) * 3)
-    found = calibrate(module, [target("0"), target("1")], [{"input": torch.eye(4)}, {"input": -5 * torch.eye(4)}])
+    found = calibrate(
+        module, [target("0"), target("1")], [{"input": torch.eye(4)}, {"input": -5 * torch.eye(4)}]
+    )
     assert [(found[p].read, found[p].wrote) for p in "01"] == [(5, 10), (10, 30)]
     assert not module[0]._forward_hooks
 

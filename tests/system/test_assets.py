@@ -24,11 +24,15 @@ def wheel(tmp_path, monkeypatch):
             for name, text in members.items():
                 archive.writestr(name, text)
         digest = pinned or hashlib.sha256(source.read_bytes()).hexdigest()
-        toy = Asset("toy", "text", "a toy", "toy", "1", source.name, digest, ("toy/*.txt", "*/evil.txt"))
+        toy = Asset(
+            "toy", "text", "a toy", "toy", "1", source.name, digest, ("toy/*.txt", "*/evil.txt")
+        )
         monkeypatch.setattr(assets, "assets", lambda: {"toy": toy})
 
         def download(command, **_):
-            (__import__("pathlib").Path(command[command.index("--dest") + 1]) / source.name).write_bytes(source.read_bytes())
+            (
+                __import__("pathlib").Path(command[command.index("--dest") + 1]) / source.name
+            ).write_bytes(source.read_bytes())
             return subprocess.CompletedProcess(command, 0, "", "")
 
         monkeypatch.setattr(assets.subprocess, "run", download)
@@ -41,7 +45,9 @@ def test_only_the_named_files_are_taken(wheel):
     folder = fetch("toy")
     assert [f.name for f in folder.rglob("*.*")] == ["a.txt"]
     wheel({"toy/b.txt": "other"})
-    assert fetch("toy") == folder and [f.name for f in folder.rglob("*.*")] == ["a.txt"]  # from the cache
+    assert fetch("toy") == folder and [f.name for f in folder.rglob("*.*")] == [
+        "a.txt"
+    ]  # from the cache
 
 
 def test_wrong_bytes_are_refused(wheel, tmp_path):
@@ -66,8 +72,13 @@ def test_missing_members(wheel):
 
 def test_no_network_is_one_sentence(wheel, monkeypatch):
     wheel({})
-    monkeypatch.setattr(assets.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(
-        command, 1, "", "WARNING: x\nERROR: No matching distribution found for toy==1\n"))
+    monkeypatch.setattr(
+        assets.subprocess,
+        "run",
+        lambda command, **_: subprocess.CompletedProcess(
+            command, 1, "", "WARNING: x\nERROR: No matching distribution found for toy==1\n"
+        ),
+    )
     with pytest.raises(NmsparseError, match=r"Could not get 'toy'.*No matching distribution"):
         fetch("toy")
 

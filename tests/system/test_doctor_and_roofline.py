@@ -26,7 +26,9 @@ def test_roofline_limits():
 
 def test_amdahl():
     half = predict(TARGETS, 65536, 2 * (2 * 65536 * 4096 * 14336))[0]
-    assert half.flop_share == pytest.approx(0.5) and half.model_speedup == pytest.approx(1 / (0.5 + 0.5 / 2))
+    assert half.flop_share == pytest.approx(0.5) and half.model_speedup == pytest.approx(
+        1 / (0.5 + 0.5 / 2)
+    )
 
 
 def test_flops_are_counted():
@@ -34,25 +36,41 @@ def test_flops_are_counted():
     import torch
 
     flops = count_flops(module, {"input_ids": torch.zeros(1, 16, dtype=torch.long)})
-    gemms = sum(2 * 16 * p.numel() for n, p in module.named_parameters() if p.ndim == 2 and "embed" not in n)
+    gemms = sum(
+        2 * 16 * p.numel() for n, p in module.named_parameters() if p.ndim == 2 and "embed" not in n
+    )
     assert gemms <= flops <= 1.5 * gemms
 
 
 def test_cost_is_predicted_from_shapes(llama_dir, capfd):
-    assert invoke(lambda: app(["--json", "inspect", str(llama_dir), "--cost", "--samples", "8", "--length", "16"])) == 0
+    assert (
+        invoke(
+            lambda: app(
+                ["--json", "inspect", str(llama_dir), "--cost", "--samples", "8", "--length", "16"]
+            )
+        )
+        == 0
+    )
     cost = json.loads(capfd.readouterr().out)
     inside = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
     assert cost["status"] == "predicted" and cost["tokens"] == 128
     assert cost["forward_gflop"] == pytest.approx(2 * 2 * 128 * inside / 1e9)
     assert cost["gram_gflop"] == pytest.approx(2 * 128 * 2 * (3 * 64**2 + 128**2) / 1e9)
-    assert invoke(lambda: app(["--json", "inspect", str(llama_dir), "--cost", "--method", "magnitude"])) == 0
+    assert (
+        invoke(
+            lambda: app(["--json", "inspect", str(llama_dir), "--cost", "--method", "magnitude"])
+        )
+        == 0
+    )
     assert json.loads(capfd.readouterr().out)["gram_gflop"] == 0
 
 
 def test_doctor_never_raises_and_names_a_command(capfd):
     invoke(lambda: app(["--json", "doctor"]))
     result = json.loads(capfd.readouterr().out)
-    assert {"torch", "GPU", "TensorRT", "disk", "memory"} <= {f["subject"] for f in result["findings"]}
+    assert {"torch", "GPU", "TensorRT", "disk", "memory"} <= {
+        f["subject"] for f in result["findings"]
+    }
     assert result["next"]
 
 
@@ -60,7 +78,12 @@ def test_doctor_names_clashes(monkeypatch):
     have = {"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1", "tensorrt": "11.4.0"}
     monkeypatch.setattr(doctor, "installed", have.get)
     problems = {f.subject: f for f in doctor._clashes()}
-    assert "overwrite" in problems["onnxruntime"].found and "loads TensorRT 10, not 11.4.0" in problems["TensorRT"].found
+    assert (
+        "overwrite" in problems["onnxruntime"].found
+        and "loads TensorRT 10, not 11.4.0" in problems["TensorRT"].found
+    )
     assert doctor.next_command(doctor._clashes()) == "pip uninstall onnxruntime"
-    monkeypatch.setattr(doctor, "installed", {"onnxruntime-gpu": "1.31.1", "tensorrt": "10.3.0"}.get)
+    monkeypatch.setattr(
+        doctor, "installed", {"onnxruntime-gpu": "1.31.1", "tensorrt": "10.3.0"}.get
+    )
     assert not doctor._clashes()

@@ -1,4 +1,5 @@
-"""The peak since a reset counts anew, the life's peak forgets nothing; what is used and free is what the system says."""
+"""The peak since a reset counts anew, the life's peak forgets nothing; what is used and free is
+what the system says."""
 
 from __future__ import annotations
 
@@ -8,10 +9,19 @@ import pytest
 import torch
 
 from nmsparse_deploy.system.hardware import compute_dtype, cpu_name
-from nmsparse_deploy.system.memory import free_memory, peak_memory_mb, peak_since_reset_mb, reset_peak, used_memory
+from nmsparse_deploy.system.memory import (
+    free_memory,
+    peak_memory_mb,
+    peak_since_reset_mb,
+    reset_peak,
+    used_memory,
+)
 
 
-@pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="the mark can be reset on Linux only")
+@pytest.mark.skipif(
+    sys.platform != "linux" or torch.cuda.is_available(),
+    reason="the mark can be reset on Linux only",
+)
 def test_a_reset_counts_anew():
     def use(megabytes: int) -> None:
         torch.ones(megabytes << 18).sum()

@@ -1,4 +1,5 @@
-"""Corpora that a package carries, and the development data that none does: for demonstration and for measurements."""
+"""Corpora that a package carries, and the development data that none does: for demonstration and
+for measurements."""
 
 from __future__ import annotations
 
@@ -32,9 +33,12 @@ def development_path(name: str) -> Path | None:
 
 
 def development_file(source: str, name: str, instead: str) -> Path:
-    """Return a file of the development data. Raises `UsageError`, with what to use `instead`, when it is not here."""
+    """Return a file of the development data. Raises `UsageError`, with what to use `instead`, when
+    it is not here."""
     path = development_path(name)
     if path is None:
-        raise UsageError(f"'{source}' is not in any package, and {VARIABLE} names no folder that holds {name}.",
-                         instead)
+        raise UsageError(
+            f"'{source}' is not in any package, and {VARIABLE} names no folder that holds {name}.",
+            instead,
+        )
     return path

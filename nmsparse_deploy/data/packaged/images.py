@@ -18,6 +18,9 @@ def names() -> list[str]:
 def packaged_images(source: str, split: str) -> Path | None:
     """Return the folder or archive of a set of images; None for any other name."""
     if source in DEVELOPMENT:
-        return development_file(source, DEVELOPMENT[source].format(split=split),
-                                "give a folder of images, or fashion-mnist")
+        return development_file(
+            source,
+            DEVELOPMENT[source].format(split=split),
+            "give a folder of images, or fashion-mnist",
+        )
     return corpus_folder(source, "images")

@@ -8,7 +8,8 @@ from nmsparse_deploy.data.packaged.wikitext import detokenised
 from nmsparse_deploy.data.table_rows import read_plain
 
 DEVELOPMENT = {"wikitext2": "wikitext-2/test.txt", "wikitext2-valid": "wikitext-2/valid.txt"}
-"""Texts of the development data; `wikitext2-valid` is for choosing settings, never for reporting."""
+"""Texts of the development data; `wikitext2-valid` is for choosing settings, never for
+reporting."""
 
 
 def packaged_documents(source: str) -> tuple[str, ...] | None:

@@ -8,14 +8,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _PAGE = re.compile(r"<title>(.*?)</title>.*?<text[^>]*>(.*?)</text>", re.S)
-_NOT_PROSE = [re.compile(p, re.S) for p in (r"<!--.*?-->", r"<ref[^>/]*/>", r"<ref.*?</ref>", r"<math.*?</math>",
-                                            r"\{\|.*?\|\}")]
+_NOT_PROSE = [
+    re.compile(p, re.S)
+    for p in (r"<!--.*?-->", r"<ref[^>/]*/>", r"<ref.*?</ref>", r"<math.*?</math>", r"\{\|.*?\|\}")
+]
 _TAG = re.compile(r"<[^>]+>")
 _TEMPLATE = re.compile(r"\{\{[^{}]*\}\}")
 _FILE = re.compile(r"\[\[(?:File|Image|Category):[^\[\]]*(?:\[\[[^\]]*\]\][^\[\]]*)*\]\]", re.I)
 _LINK = re.compile(r"\[\[(?:[^|\]]*\|)?([^\]]*)\]\]")
 _URL = re.compile(r"\[https?://\S+ ?([^\]]*)\]")
-_ENTITIES = {"&lt;": "<", "&gt;": ">", "&quot;": '"', "&amp;": "&", "&nbsp;": " ", "&ndash;": "–", "&mdash;": "—"}
+_ENTITIES = {
+    "&lt;": "<",
+    "&gt;": ">",
+    "&quot;": '"',
+    "&amp;": "&",
+    "&nbsp;": " ",
+    "&ndash;": "–",
+    "&mdash;": "—",
+}
 PARAGRAPH = 150
 """Shorter lines are captions, lists and headings."""
 
@@ -45,4 +55,6 @@ def _prose(markup: str) -> str:
     markup = _URL.sub(r"\1", _LINK.sub(r"\1", _FILE.sub("", markup)))
     markup = _TAG.sub("", markup).replace("'''", "").replace("''", "")
     lines = (line.strip() for line in markup.splitlines())
-    return "\n\n".join(line for line in lines if len(line) > PARAGRAPH and line[0] not in "=*#:;|!{}")
+    return "\n\n".join(
+        line for line in lines if len(line) > PARAGRAPH and line[0] not in "=*#:;|!{}"
+    )

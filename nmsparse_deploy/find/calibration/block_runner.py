@@ -1,4 +1,5 @@
-"""Run a model with a report at the entrance of each block; blocks that were passed already need not run again."""
+"""Run a model with a report at the entrance of each block; blocks that were passed already need not
+run again."""
 
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ from nmsparse_deploy.models.weight_store import IN_MEMORY, WeightStore
 from nmsparse_deploy.system.hardware import autocast_for
 
 Output = Any
-"""Whatever a block returns; the hidden states are it, or one of its items (the first in most families)."""
+"""Whatever a block returns; the hidden states are it, or one of its items (the first in most
+families)."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of a block beside its hidden states, which come first unless `keyword` names them."""
+    """The arguments of a block beside its hidden states, which come first unless `keyword` names
+    them."""
 
     rest: tuple[Any, ...]
     named: dict[str, Any]
@@ -37,9 +40,12 @@ class Call:
 
     def same(self, other: Call) -> bool:
         """Tell whether the arguments are identical objects, or equal plain values and tensors."""
-        return (len(self.rest) == len(other.rest) and self.named.keys() == other.named.keys()
-                and _equal(self.rest, other.rest)
-                and all(_equal(self.named[name], other.named[name]) for name in self.named))
+        return (
+            len(self.rest) == len(other.rest)
+            and self.named.keys() == other.named.keys()
+            and _equal(self.rest, other.rest)
+            and all(_equal(self.named[name], other.named[name]) for name in self.named)
+        )
 
     def cast(self, dtype: torch.dtype) -> Call:
         return Call(cast(self.rest, dtype), cast(self.named, dtype), self.keyword)
@@ -55,18 +61,32 @@ OnEntrance = Callable[[int, torch.Tensor, Call], None]
 
 
 class BlockRunner:
-    """A model and the paths of its blocks, in the order in which they run; `compute` is the stream's dtype."""
+    """A model and the paths of its blocks, in the order in which they run; `compute` is the
+    stream's dtype."""
 
-    def __init__(self, module: nn.Module, blocks: Sequence[str], compute: torch.dtype,
-                 weights: WeightStore = IN_MEMORY) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        blocks: Sequence[str],
+        compute: torch.dtype,
+        weights: WeightStore = IN_MEMORY,
+    ) -> None:
         self.module, self.weights = module, weights
         self.blocks = list(blocks)
         self.compute = compute
 
     @torch.no_grad()
-    def forward(self, batch: Batch, entered: OnEntrance, last: int, answer: Callable[[int], Output] | None = None,
-                answered: int = 0, left: Callable[[int, Output], None] | None = None) -> None:
-        """Run one pass up to the entrance of block `last`, and report how each block is entered and what leaves it.
+    def forward(
+        self,
+        batch: Batch,
+        entered: OnEntrance,
+        last: int,
+        answer: Callable[[int], Output] | None = None,
+        answered: int = 0,
+        left: Callable[[int, Output], None] | None = None,
+    ) -> None:
+        """Run one pass up to the entrance of block `last`, and report how each block is entered and
+        what leaves it.
 
         The first `answered` blocks do not run; `answer(index)` stands for what they return.
         """
@@ -79,13 +99,21 @@ class BlockRunner:
             reached = index
 
         inputs = {path: partial(enters, index) for index, path in enumerate(self.blocks)}
-        outputs = {path: partial(_leaves, left, index) for index, path in enumerate(self.blocks)} if left else {}
-        with (self.weights.on_demand(), answering(layers[:answered], answer or (lambda _index: None)),
-              capture(self.module, inputs, outputs, stop=lambda: reached == last)):
+        outputs = (
+            {path: partial(_leaves, left, index) for index, path in enumerate(self.blocks)}
+            if left
+            else {}
+        )
+        with (
+            self.weights.on_demand(),
+            answering(layers[:answered], answer or (lambda _index: None)),
+            capture(self.module, inputs, outputs, stop=lambda: reached == last),
+        ):
             self._run(batch)
 
     def finish(self, batch: Batch, index: int, output: Output) -> Any:
-        """Return what the model makes of a batch when block `index` returns `output`, with its gradient."""
+        """Return what the model makes of a batch when block `index` returns `output`, with its
+        gradient."""
         layers = [self.module.get_submodule(path) for path in self.blocks[: index + 1]]
         with answering(layers, lambda _index: output):
             return self._run(batch)
@@ -95,7 +123,9 @@ class BlockRunner:
         with autocast_for(self.compute, device):
             return self.module(**batch)
 
-    def entrance(self, batch: Batch, index: int, answer: Callable[[int], Output]) -> tuple[torch.Tensor, Call]:
+    def entrance(
+        self, batch: Batch, index: int, answer: Callable[[int], Output]
+    ) -> tuple[torch.Tensor, Call]:
         """Return how block `index` is entered when `answer` stands for the blocks before it."""
         entrances: list[tuple[torch.Tensor, Call]] = []
         dtype = next(self.module.parameters()).dtype
@@ -110,8 +140,8 @@ class BlockRunner:
         return entrances[0]
 
     def calls(self, batch: Batch, last: int) -> tuple[torch.Tensor, list[Call], list[torch.Size]]:
-        """Return the hidden states at the first block, and for blocks 0 to `last` of a dense pass the calls and the
-        shapes of the hidden states."""
+        """Return the hidden states at the first block, and for blocks 0 to `last` of a dense pass
+        the calls and the shapes of the hidden states."""
         hidden: list[torch.Tensor] = []
         calls: list[Call] = []
         shapes: list[torch.Size] = []
@@ -126,7 +156,9 @@ class BlockRunner:
         return hidden[0], calls, shapes
 
 
-def answering(layers: Sequence[nn.Module], answer: Callable[[int], Output]) -> AbstractContextManager[None]:
+def answering(
+    layers: Sequence[nn.Module], answer: Callable[[int], Output]
+) -> AbstractContextManager[None]:
     """Let layers return `answer(index)` instead of computing."""
     return replaced(layers, lambda index, _forward: partial(_instead, answer, index))
 
@@ -135,16 +167,21 @@ def _instead(answer: Callable[[int], Output], index: int, /, *_args: Any, **_nam
     return answer(index)
 
 
-def _leaves(left: Callable[[int, Output], None], index: int, _args: tuple[Any, ...], output: Output) -> None:
+def _leaves(
+    left: Callable[[int, Output], None], index: int, _args: tuple[Any, ...], output: Output
+) -> None:
     left(index, output)
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Call]:
-    """Separate the hidden states (the first argument, or the first tensor among the named ones) from the rest."""
+    """Separate the hidden states (the first argument, or the first tensor among the named ones)
+    from the rest."""
     if args:
         return args[0], Call(args[1:], kwargs)
     first = next(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
-    return kwargs[first], Call((), {name: value for name, value in kwargs.items() if name != first}, first)
+    return kwargs[first], Call(
+        (), {name: value for name, value in kwargs.items() if name != first}, first
+    )
 
 
 def _equal(x: Any, y: Any) -> bool:

@@ -1,8 +1,10 @@
-"""Find out, once, what lies between the blocks of a model: nothing, or something that has to be computed again.
+"""Find out, once, what lies between the blocks of a model: nothing, or something that has to be
+computed again.
 
-A block is entered *straight* when the very tensor that left the block before comes in, and no other argument depends on
-it. In a first pass the dense model shows how it calls its blocks; in a second every block answers noise, and whatever
-then changes depends on the blocks. Runs of straight blocks are tried out before they are believed.
+A block is entered *straight* when the very tensor that left the block before comes in, and no other
+argument depends on it. In a first pass the dense model shows how it calls its blocks; in a second
+every block answers noise, and whatever then changes depends on the blocks. Runs of straight blocks
+are tried out before they are believed.
 """
 
 from __future__ import annotations
@@ -15,14 +17,21 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nmsparse_deploy.errors import NmsparseError
-from nmsparse_deploy.find.calibration.block_runner import BlockRunner, Call, Output, cast, hidden_states_of
+from nmsparse_deploy.find.calibration.block_runner import (
+    BlockRunner,
+    Call,
+    Output,
+    cast,
+    hidden_states_of,
+)
 from nmsparse_deploy.models.loaded import Batch
 
 
 @dataclass(frozen=True)
 class BlockWiring:
-    """`starts`: blocks whose entrance the model has to be asked for; `follows`: those called as the block before;
-    `place`: which item of what a block returns enters the next one as hidden states."""
+    """`starts`: blocks whose entrance the model has to be asked for; `follows`: those called as the
+    block before; `place`: which item of what a block returns enters the next one as hidden
+    states."""
 
     starts: frozenset[int]
     follows: frozenset[int]
@@ -55,13 +64,22 @@ def find_wiring(runner: BlockRunner, batch: Batch) -> BlockWiring:
         return wiring
     every_block = BlockWiring(frozenset(range(last + 1)), frozenset(), place)
     if not _holds(runner, batch, every_block):
-        raise NmsparseError("The hidden states cannot be followed through this model block by block.")
+        raise NmsparseError(
+            "The hidden states cannot be followed through this model block by block."
+        )
     return every_block
 
 
-def _starts(runner: BlockRunner, batch: Batch, templates: Sequence[Output], calls: Sequence[Call],
-            follows: frozenset[int], place: int) -> frozenset[int]:
-    """Find blocks that are not entered by the very tensor that left the one before, or whose arguments depend on it."""
+def _starts(
+    runner: BlockRunner,
+    batch: Batch,
+    templates: Sequence[Output],
+    calls: Sequence[Call],
+    follows: frozenset[int],
+    place: int,
+) -> frozenset[int]:
+    """Find blocks that are not entered by the very tensor that left the one before, or whose
+    arguments depend on it."""
     generator = torch.Generator().manual_seed(0)
     starts = {0}
     before: Call | None = None
@@ -75,7 +93,9 @@ def _starts(runner: BlockRunner, batch: Batch, templates: Sequence[Output], call
     def entered(index: int, x: torch.Tensor, call: Call) -> None:
         nonlocal before
         alike = before is not None and index in follows and call.same(before)
-        if index and (x is not hidden_states_of(answered, place) or not (alike or call.same(calls[index]))):
+        if index and (
+            x is not hidden_states_of(answered, place) or not (alike or call.same(calls[index]))
+        ):
             starts.add(index)
         before = call
 
@@ -87,7 +107,8 @@ def _starts(runner: BlockRunner, batch: Batch, templates: Sequence[Output], call
 
 
 def _holds(runner: BlockRunner, batch: Batch, wiring: BlockWiring) -> bool:
-    """Tell whether the dense outputs at the ends of the runs lead to the entrances that a dense pass has."""
+    """Tell whether the dense outputs at the ends of the runs lead to the entrances that a dense
+    pass has."""
     ends = ends_of(wiring, len(runner.blocks))
     outputs: dict[int, Output] = {}
     entrances: dict[int, tuple[torch.Tensor, Call]] = {}
@@ -116,6 +137,7 @@ def ends_of(wiring: BlockWiring, count: int) -> list[int]:
 
 def _alike(call: Call, other: Call) -> bool:
     """Compare tensors and plain values; other objects are new in every pass and say nothing."""
+
     def plain(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
             return tuple(plain(item) for item in value)
@@ -135,13 +157,21 @@ class _HandedOn:
 
 
 def _template(output: Output, call: Call) -> Output:
-    """Keep the structure of what a block returned, without the memory and without what it only handed on."""
-    given = [id(leaf) if isinstance(leaf, torch.Tensor) else None for leaf in tree_leaves((call.rest, call.named))]
+    """Keep the structure of what a block returned, without the memory and without what it only
+    handed on."""
+    given = [
+        id(leaf) if isinstance(leaf, torch.Tensor) else None
+        for leaf in tree_leaves((call.rest, call.named))
+    ]
 
     def emptied(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        return _HandedOn(given.index(id(leaf))) if id(leaf) in given else leaf.new_zeros(()).expand(leaf.shape)
+        return (
+            _HandedOn(given.index(id(leaf)))
+            if id(leaf) in given
+            else leaf.new_zeros(()).expand(leaf.shape)
+        )
 
     return tree_map(emptied, output)
 

@@ -1,4 +1,5 @@
-"""Buffers for the hidden states of a calibration stream: in memory, or on disk, mapped one batch at a time."""
+"""Buffers for the hidden states of a calibration stream: in memory, or on disk, mapped one batch at
+a time."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class DiskBuffers:
 
 
 class DiskBuffer(Sequence[torch.Tensor]):
-    """Tensors in files, read through a private mapping that goes with the tensor; the files go with the buffer."""
+    """Tensors in files, read through a private mapping that goes with the tensor; the files go with
+    the buffer."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
@@ -44,7 +46,11 @@ class DiskBuffer(Sequence[torch.Tensor]):
     def __getitem__(self, number: int) -> torch.Tensor:  # type: ignore[override]
         shape, dtype, device = self._specs[number]
         file = self._folder / str(number % len(self._specs))
-        return torch.from_file(str(file), shared=False, size=shape.numel(), dtype=dtype).view(shape).to(device)
+        return (
+            torch.from_file(str(file), shared=False, size=shape.numel(), dtype=dtype)
+            .view(shape)
+            .to(device)
+        )
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (self[number] for number in range(len(self)))

@@ -1,8 +1,9 @@
 """Statistics of experts: each from the tokens that were routed to it, in the pruned stream.
 
-An expert that fewer than `MIN_TOKENS` calibration tokens reach is pruned by magnitude: its statistics are white (unit
-second moments, no correlation), under which every criterion ranks by the weight alone and no weight is compensated.
-The dense and the pruned model route differently, so there is no pairing of tokens: the dense stream is not used.
+An expert that fewer than `MIN_TOKENS` calibration tokens reach is pruned by magnitude: its
+statistics are white (unit second moments, no correlation), under which every criterion ranks by the
+weight alone and no weight is compensated. The dense and the pruned model route differently, so
+there is no pairing of tokens: the dense stream is not used.
 """
 
 from __future__ import annotations
@@ -21,12 +22,20 @@ MIN_TOKENS = 16
 class ExpertAccumulator:
     """Sums per expert of a stack, or for one matrix that only some tokens reach."""
 
-    def __init__(self, need: Need, target: Target, device: torch.device, twin: bool = False) -> None:
+    def __init__(
+        self, need: Need, target: Target, device: torch.device, twin: bool = False
+    ) -> None:
         self._need, self._target, self._device, self._twin = need, target, device, twin
         self._sums = [StatsAccumulator(need) for _ in range(target.experts)]
 
-    def update(self, layer: nn.Module, x: torch.Tensor, dense: torch.Tensor | None = None,
-               drift: torch.Tensor | None = None, expert: int = 0) -> None:
+    def update(
+        self,
+        layer: nn.Module,
+        x: torch.Tensor,
+        dense: torch.Tensor | None = None,
+        drift: torch.Tensor | None = None,
+        expert: int = 0,
+    ) -> None:
         if x.numel():
             self._sums[expert].update(layer, x)
 
@@ -35,14 +44,17 @@ class ExpertAccumulator:
         return self._sums
 
     def finish(self) -> LayerStats:
-        """Return the statistics of one matrix, or of a stack with those of its matrices in `experts`.
+        """Return the statistics of one matrix, or of a stack with those of its matrices in
+        `experts`.
 
         Raises `NmsparseError` when the model's activations have overflowed.
         """
         experts = [self._finished(total) for total in self._sums]
         if self._target.experts == 1:
             return experts[0]
-        return LayerStats(sum(stats.tokens for stats in experts), torch.zeros(0), experts=tuple(experts))
+        return LayerStats(
+            sum(stats.tokens for stats in experts), torch.zeros(0), experts=tuple(experts)
+        )
 
     def _finished(self, total: StatsAccumulator) -> LayerStats:
         stats = total.finish()
@@ -51,10 +63,13 @@ class ExpertAccumulator:
         return replace(stats, cross=stats.gram) if self._twin else stats
 
 
-def accumulator(need: Need, target: Target, device: torch.device,
-                twin: bool = False) -> StatsAccumulator | ExpertAccumulator:
+def accumulator(
+    need: Need, target: Target, device: torch.device, twin: bool = False
+) -> StatsAccumulator | ExpertAccumulator:
     """Make the accumulator that suits a target: per expert where tokens are routed."""
-    return ExpertAccumulator(need, target, device, twin) if target.routed else StatsAccumulator(need)
+    return (
+        ExpertAccumulator(need, target, device, twin) if target.routed else StatsAccumulator(need)
+    )
 
 
 def white(width: int, tokens: int, need: Need, device: torch.device) -> LayerStats:

@@ -1,9 +1,10 @@
-"""The calibration stream: hidden states at the entrance of one block, and how the model calls that block.
+"""The calibration stream: hidden states at the entrance of one block, and how the model calls that
+block.
 
-Mostly what leaves a block enters the next as it is, and the other arguments do not depend on it. Where something lies
-between two blocks (a change of resolution, a norm, the way from an encoder into its decoder), or a block hands more
-than hidden states on, the model itself is run again with every block that the stream has passed answering what
-it is known to have answered.
+Mostly what leaves a block enters the next as it is, and the other arguments do not depend on it.
+Where something lies between two blocks (a change of resolution, a norm, the way from an encoder
+into its decoder), or a block hands more than hidden states on, the model itself is run again with
+every block that the stream has passed answering what it is known to have answered.
 """
 
 from __future__ import annotations
@@ -11,7 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-from nmsparse_deploy.find.calibration.block_runner import BlockRunner, Call, Output, hidden_states_of
+from nmsparse_deploy.find.calibration.block_runner import (
+    BlockRunner,
+    Call,
+    Output,
+    hidden_states_of,
+)
 from nmsparse_deploy.find.calibration.block_wiring import BlockWiring, ends_of
 from nmsparse_deploy.find.calibration.buffers import Buffer, MakeBuffer
 from nmsparse_deploy.models.loaded import Batch
@@ -20,8 +26,15 @@ from nmsparse_deploy.models.loaded import Batch
 class CalibrationStream:
     """Hidden states at the entrance of a block for every batch, and the calls that go with them."""
 
-    def __init__(self, runner: BlockRunner, wiring: BlockWiring, batches: Sequence[Batch], hidden: Buffer,
-                 calls: Sequence[Sequence[Call]], buffer: MakeBuffer = list) -> None:
+    def __init__(
+        self,
+        runner: BlockRunner,
+        wiring: BlockWiring,
+        batches: Sequence[Batch],
+        hidden: Buffer,
+        calls: Sequence[Sequence[Call]],
+        buffer: MakeBuffer = list,
+    ) -> None:
         self.runner, self.wiring, self.batches = runner, wiring, batches
         self.hidden = hidden
         self.calls = [list(row) for row in calls]
@@ -31,7 +44,9 @@ class CalibrationStream:
 
     def twin(self) -> CalibrationStream:
         """Make another stream that starts at the same place."""
-        return CalibrationStream(self.runner, self.wiring, self.batches, self.hidden, self.calls, self._buffer)
+        return CalibrationStream(
+            self.runner, self.wiring, self.batches, self.hidden, self.calls, self._buffer
+        )
 
     def call(self, index: int, number: int) -> Call:
         """Return how block `index` is called for batch `number`."""
@@ -40,7 +55,8 @@ class CalibrationStream:
         return self.calls[number][index]
 
     def move(self, index: int, outputs: Iterable[Output]) -> None:
-        """Move from the entrance of block `index`, which returns `outputs`, to the entrance of the next."""
+        """Move from the entrance of block `index`, which returns `outputs`, to the entrance of the
+        next."""
         after = self._buffer()
         if index + 1 not in self.wiring.starts or index + 1 == len(self.runner.blocks):
             for output in outputs:
@@ -49,10 +65,13 @@ class CalibrationStream:
             return
         self._passed[index] = list(outputs)
         for number, batch in enumerate(self.batches):
-            x, self.calls[number][index + 1] = self.runner.entrance(batch, index + 1, partial(self._answer, number))
+            x, self.calls[number][index + 1] = self.runner.entrance(
+                batch, index + 1, partial(self._answer, number)
+            )
             after.append(x)
         self.hidden = after
 
     def _answer(self, number: int, block: int) -> Output:
-        """Return what the run of blocks with `block` in it, which the stream has passed, came to."""
+        """Return what the run of blocks with `block` in it, which the stream has passed, came
+        to."""
         return self._passed[self._ends[block]][number]

@@ -1,8 +1,10 @@
-"""Statistics of a layer's inputs, from which methods choose: token count, column norms, Gram matrix."""
+"""Statistics of a layer's inputs, from which methods choose: token count, column norms, Gram
+matrix."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +15,8 @@ from nmsparse_deploy.registry import Need
 
 @dataclass(frozen=True)
 class ExpertTokens:
-    """The numbers of calibration tokens that reached each expert of a matrix, and the experts that too few reached."""
+    """The numbers of calibration tokens that reached each expert of a matrix, and the experts that
+    too few reached."""
 
     tokens: tuple[int, ...]
     by_magnitude: tuple[int, ...]
@@ -23,13 +26,15 @@ class ExpertTokens:
 class LayerStats:
     """Statistics of the inputs `X` (`n` columns, `tokens` rows) that one or more layers read.
 
-    `square_sum[j]` is the sum of squares of column j and `total[j]` its sum (fp32); `gram` is `XᵀX` (fp32, symmetric)
-    or None; `cross` is `X_dᵀX` with `X_d` the inputs that the dense model gives the same layer for the same tokens, or
-    None. `drift` is `(R_d - R)ᵀX` `[outputs, n]` for a layer that writes to the residual stream, with `R` what its
-    output is added to and `R_d` the same in the dense model; None for other layers.
+    `square_sum[j]` is the sum of squares of column j and `total[j]` its sum (fp32); `gram` is `XᵀX`
+    (fp32, symmetric) or None; `cross` is `X_dᵀX` with `X_d` the inputs that the dense model gives
+    the same layer for the same tokens, or None. `drift` is `(R_d - R)ᵀX` `[outputs, n]` for a layer
+    that writes to the residual stream, with `R` what its output is added to and `R_d` the same in
+    the dense model; None for other layers.
 
-    A stack of matrices has the statistics of each in `experts`. Those of an expert that hardly any token reached are
-    `white` instead: as if its inputs were uncorrelated and of equal size, so that every method ranks by magnitude.
+    A stack of matrices has the statistics of each in `experts`. Those of an expert that hardly any
+    token reached are `white` instead: as if its inputs were uncorrelated and of equal size, so that
+    every method ranks by magnitude.
     """
 
     tokens: int
@@ -54,30 +59,43 @@ class LayerStats:
     @property
     def mean(self) -> torch.Tensor:
         """Return the mean of every input column."""
-        return torch.zeros_like(self.square_sum) if self.total is None else self.total / max(self.tokens, 1)
+        return (
+            torch.zeros_like(self.square_sum)
+            if self.total is None
+            else self.total / max(self.tokens, 1)
+        )
 
     def expert_tokens(self) -> ExpertTokens | None:
         """Count the tokens of each expert; None for a matrix that all tokens reach."""
         if not self.experts and not self.white:
             return None
         experts = self.experts or (self,)
-        return ExpertTokens(tuple(own.tokens for own in experts),
-                            tuple(number for number, own in enumerate(experts) if own.white))
+        return ExpertTokens(
+            tuple(own.tokens for own in experts),
+            tuple(number for number, own in enumerate(experts) if own.white),
+        )
 
     def reordered(self, order: torch.Tensor) -> LayerStats:
-        """Return the statistics of the same inputs with column `order[j]` in the place of column j."""
+        """Return the statistics of the same inputs with column `order[j]` in the place of column
+        j."""
         order = order.to(self.square_sum.device)
 
         def both(matrix: torch.Tensor | None) -> torch.Tensor | None:
             return None if matrix is None else matrix[order][:, order]
 
-        return replace(self, square_sum=self.square_sum[order], gram=both(self.gram), cross=both(self.cross),
-                       total=None if self.total is None else self.total[order],
-                       drift=None if self.drift is None else self.drift[:, order])
+        return replace(
+            self,
+            square_sum=self.square_sum[order],
+            gram=both(self.gram),
+            cross=both(self.cross),
+            total=None if self.total is None else self.total[order],
+            drift=None if self.drift is None else self.drift[:, order],
+        )
 
 
 class StatsAccumulator:
-    """Sums of statistics over batches, in fp32 and outside autocast whatever dtype the forward pass runs in."""
+    """Sums of statistics over batches, in fp32 and outside autocast whatever dtype the forward pass
+    runs in."""
 
     def __init__(self, need: Need) -> None:
         self.need = need
@@ -89,10 +107,16 @@ class StatsAccumulator:
         self.drift: torch.Tensor | None = None
 
     @torch.no_grad()
-    def update(self, layer: nn.Module, x: torch.Tensor, dense: torch.Tensor | None = None,
-               drift: torch.Tensor | None = None, expert: int = 0) -> None:
-        """Add one batch of a layer's inputs, what the dense model feeds it for the same tokens, and by how much the
-        residual stream beside it has drifted away from the dense model's.
+    def update(
+        self,
+        layer: nn.Module,
+        x: torch.Tensor,
+        dense: torch.Tensor | None = None,
+        drift: torch.Tensor | None = None,
+        expert: int = 0,
+    ) -> None:
+        """Add one batch of a layer's inputs, what the dense model feeds it for the same tokens, and
+        by how much the residual stream beside it has drifted away from the dense model's.
 
         Convolutions are unfolded in the order of `to_rows`.
         """
@@ -104,36 +128,53 @@ class StatsAccumulator:
                 self.gram = rows.T @ rows if self.gram is None else self.gram.addmm_(rows.T, rows)
                 if dense is not None:
                     other = as_rows(layer, dense)
-                    self.cross = other.T @ rows if self.cross is None else self.cross.addmm_(other.T, rows)
+                    self.cross = (
+                        other.T @ rows if self.cross is None else self.cross.addmm_(other.T, rows)
+                    )
                 if drift is not None:
                     away = drift.float().reshape(-1, drift.shape[-1])
-                    self.drift = away.T @ rows if self.drift is None else self.drift.addmm_(away.T, rows)
+                    self.drift = (
+                        away.T @ rows if self.drift is None else self.drift.addmm_(away.T, rows)
+                    )
             else:
                 squares = rows.square().sum(0)
-                self.square_sum = squares if self.square_sum is None else self.square_sum.add_(squares)
+                self.square_sum = (
+                    squares if self.square_sum is None else self.square_sum.add_(squares)
+                )
 
     def parts(self) -> list[StatsAccumulator]:
         """Return the accumulators of single matrices: this one alone."""
         return [self]
 
     def finish(self) -> LayerStats:
-        """Return everything summed so far. Raises `NmsparseError` when the model's activations have overflowed."""
+        """Return everything summed so far. Raises `NmsparseError` when the model's activations have
+        overflowed."""
         for total in (self.gram, self.cross, self.drift, self.square_sum):
             if total is not None and not torch.isfinite(total).all():
-                raise NmsparseError("The calibration statistics contain NaN or Inf: the model's activations overflow.",
-                                    "set compute to fp32 in the recipe, or look at the model's outputs first")
+                raise NmsparseError(
+                    "The calibration statistics contain NaN or Inf: the model's activations overflow.",
+                    "set compute to fp32 in the recipe, or look at the model's outputs first",
+                )
         if self.gram is not None:
             gram = (self.gram + self.gram.T).mul_(0.5)
-            return LayerStats(self.tokens, gram.diagonal().clone(), gram, self.cross, self.total, self.drift)
+            return LayerStats(
+                self.tokens, gram.diagonal().clone(), gram, self.cross, self.total, self.drift
+            )
         square_sum = self.square_sum if self.square_sum is not None else torch.zeros(0)
         return LayerStats(self.tokens, square_sum, total=self.total)
 
 
 def as_rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return a layer's inputs as the fp32 matrix `[tokens, reduction]` that `to_rows` of its weight multiplies."""
+    """Return a layer's inputs as the fp32 matrix `[tokens, reduction]` that `to_rows` of its weight
+    multiplies."""
     x = x.float()
     if not isinstance(layer, nn.Conv2d):
         return x.reshape(-1, x.shape[-1])
-    columns = nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+    padding: Any = layer.padding
+    columns = nn.functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
     batch, _, places = columns.shape
-    return columns.view(batch, layer.in_channels, -1, places).permute(0, 3, 2, 1).reshape(batch * places, -1)
+    return (
+        columns.view(batch, layer.in_channels, -1, places)
+        .permute(0, 3, 2, 1)
+        .reshape(batch * places, -1)
+    )

@@ -1,9 +1,10 @@
-"""Run forward passes that start at a block: what the dense model computes before it is remembered, not repeated.
+"""Run forward passes that start at a block: what the dense model computes before it is remembered,
+not repeated.
 
-While the blocks before number `b` keep their weights, their outputs are known. They are replaced by stubs: block
-`b - 1` returns its recorded output, the earlier ones hollow tensors of the right shape that nothing reads. Only one
-block boundary is kept. A model that does read them (a skip connection over several blocks) is found out by a trial, and
-then every pass is a whole one.
+While the blocks before number `b` keep their weights, their outputs are known. They are replaced by
+stubs: block `b - 1` returns its recorded output, the earlier ones hollow tensors of the right shape
+that nothing reads. Only one block boundary is kept. A model that does read them (a skip connection
+over several blocks) is found out by a trial, and then every pass is a whole one.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ from nmsparse_deploy.models.loaded import Batch
 from nmsparse_deploy.models.matmul_observer import MatmulObserver, Product
 
 Reduce = Callable[[int, Output], torch.Tensor]
-"""Turns the output of batch `number` into what is wanted of it, so that outputs need not be kept."""
+"""Turns the output of batch `number` into what is wanted of it, so that outputs need not be
+kept."""
 
 
 class SuffixReplay:
     """Passes over `batches` that start at block `start`, with everything before it dense."""
 
-    def __init__(self, module: nn.Module, blocks: Sequence[str], batches: Sequence[Batch], reduce: Reduce) -> None:
+    def __init__(
+        self, module: nn.Module, blocks: Sequence[str], batches: Sequence[Batch], reduce: Reduce
+    ) -> None:
         self.module = module.eval()
         self.blocks = list(blocks)
         self.layers = [module.get_submodule(path) for path in blocks]
@@ -46,14 +50,17 @@ class SuffixReplay:
 
     @torch.no_grad()
     def run(self) -> list[torch.Tensor]:
-        """Return `reduce` of every batch under the present weights of block `start` and those after it."""
+        """Return `reduce` of every batch under the present weights of block `start` and those after
+        it."""
         return [self._pass(number) for number in range(len(self.batches))]
 
     @torch.no_grad()
     def advance(self) -> None:
         """Move the start past the (dense) block `start`."""
         if self.resumes:
-            self._boundary = [self._output_of(number, self.start) for number in range(len(self.batches))]
+            self._boundary = [
+                self._output_of(number, self.start) for number in range(len(self.batches))
+            ]
         self.start += 1
 
     def start_over(self) -> None:
@@ -62,7 +69,8 @@ class SuffixReplay:
 
     @torch.no_grad()
     def statistics(self, targets: Sequence[Target], need: Need) -> dict[str, LayerStats]:
-        """Return what the targets of block `start` read in the dense model, one entry a fusion group."""
+        """Return what the targets of block `start` read in the dense model, one entry a fusion
+        group."""
         readers = {target.fusion: target for target in reversed(targets)}
         device = next(self.module.parameters()).device
         sums = {fusion: accumulator(need, target, device) for fusion, target in readers.items()}
@@ -73,12 +81,20 @@ class SuffixReplay:
 
         def multiplied(product: Product) -> None:
             target = observed[product.weight]
-            sums[target.fusion].update(self.module.get_submodule(target.module), product.rows, expert=product.expert)
+            sums[target.fusion].update(
+                self.module.get_submodule(target.module), product.rows, expert=product.expert
+            )
 
-        inputs: dict[str, OnInput] = {target.module: partial(reads, target) for target in readers.values()
-                                      if not target.watched}
+        inputs: dict[str, OnInput] = {
+            target.module: partial(reads, target)
+            for target in readers.values()
+            if not target.watched
+        }
         weights = {name: self.module.get_parameter(name) for name in observed}
-        with capture(self.module, inputs), MatmulObserver(weights, multiplied) if observed else nullcontext():
+        with (
+            capture(self.module, inputs),
+            MatmulObserver(weights, multiplied) if observed else nullcontext(),
+        ):
             for number in range(len(self.batches)):
                 self._output_of(number, self.start)
         return {fusion: total.finish() for fusion, total in sums.items()}
@@ -89,7 +105,9 @@ class SuffixReplay:
         for number, batch in enumerate(self.batches):
             outputs: list[Output] = []
 
-            def leaves(_args: tuple[Any, ...], output: Output, into: list[Output] = outputs) -> None:
+            def leaves(
+                _args: tuple[Any, ...], output: Output, into: list[Output] = outputs
+            ) -> None:
                 into.append(_hollow(output))
 
             with capture(self.module, outputs=dict.fromkeys(self.blocks, leaves)):
@@ -99,7 +117,8 @@ class SuffixReplay:
 
     @torch.no_grad()
     def _trial(self) -> bool:
-        """Tell whether a pass over the first batch that starts at the last block gives the same as a whole one."""
+        """Tell whether a pass over the first batch that starts at the last block gives the same as
+        a whole one."""
         last = len(self.layers) - 1
         if any(len(outputs) != len(self.layers) for outputs in self._hollow) or last == 0:
             return False
@@ -126,8 +145,11 @@ class SuffixReplay:
 
     def _stubs(self, number: int) -> AbstractContextManager[None]:
         """Let the blocks before `start` answer what they are known to answer for a batch."""
+
         def answer(index: int) -> Output:
-            return self._boundary[number] if index == self.start - 1 else self._hollow[number][index]
+            return (
+                self._boundary[number] if index == self.start - 1 else self._hollow[number][index]
+            )
 
         return answering(self.layers[: self.start] if self._boundary else [], answer)
 

@@ -1,17 +1,18 @@
 """AdamW whose two moments take a byte each, for models whose logits would not fit otherwise.
 
-A moment is kept in blocks of `BLOCK` numbers as one scale `c`, the largest magnitude, and a code `k` per number:
+A moment is kept in blocks of `BLOCK` numbers as one scale `c`, the largest magnitude, and a code
+`k` per number:
 
     m = c sgn(k) (|k| / 127)²,    √v = c (k / 255)⁴
 
-Powers reach far down: to 6e-5 and 2e-10 of the largest of a block. A moment moves by a few percent a step, less than
-codes lie apart, so codes are rounded up or down by chance, in proportion; rounded to the nearest they would never fall.
-The update is in fp32:
+Powers reach far down: to 6e-5 and 2e-10 of the largest of a block. A moment moves by a few percent
+a step, less than codes lie apart, so codes are rounded up or down by chance, in proportion; rounded
+to the nearest they would never fall. The update is in fp32:
 
     m <- β₁ m + (1-β₁) g,   v <- β₂ v + (1-β₂) g²,   w <- w (1 - η λ) - η m̂ / (√v̂ + ε)
 
-Block-wise 8-bit states: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, ICLR 2022, arXiv:2110.02861. The
-powers and the rounding are this project's.
+Block-wise 8-bit states: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, ICLR 2022,
+arXiv:2110.02861. The powers and the rounding are this project's.
 """
 
 from __future__ import annotations
@@ -37,8 +38,13 @@ _HALVINGS = {"m": 1, "root": 2}
 class AdamW8(torch.optim.Optimizer):
     """AdamW with moments of eight bits; parameters and gradients are fp32."""
 
-    def __init__(self, parameters: Iterable[torch.Tensor], rate: float, betas: tuple[float, float],
-                 decay: float) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[torch.Tensor],
+        rate: float,
+        betas: tuple[float, float],
+        decay: float,
+    ) -> None:
         super().__init__(parameters, {"lr": rate, "betas": betas, "weight_decay": decay})
 
     @torch.no_grad()
@@ -51,12 +57,20 @@ class AdamW8(torch.optim.Optimizer):
                 if value.grad is not None:
                     self._update(index, value, value.grad, group)
 
-    def _update(self, index: int, value: torch.Tensor, gradient: torch.Tensor, group: Mapping[str, Any]) -> None:
+    def _update(
+        self, index: int, value: torch.Tensor, gradient: torch.Tensor, group: Mapping[str, Any]
+    ) -> None:
         state, (first, second) = self.state[value], group["betas"]
         state["step"] = state.get("step", torch.zeros(())) + 1
         count = int(state["step"])
         m = read(state, "m", value).mul_(first).add_(gradient, alpha=1 - first)
-        root = read(state, "root", value).square_().mul_(second).addcmul_(gradient, gradient, value=1 - second).sqrt_()
+        root = (
+            read(state, "root", value)
+            .square_()
+            .mul_(second)
+            .addcmul_(gradient, gradient, value=1 - second)
+            .sqrt_()
+        )
         value.mul_(1 - group["lr"] * group["weight_decay"])
         step = m / (root / (1 - second**count) ** 0.5 + EPSILON)
         value.add_(step, alpha=-group["lr"] / (1 - first**count))
@@ -65,8 +79,8 @@ class AdamW8(torch.optim.Optimizer):
         write(state, "root", root, chance)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state with the codes in their own dtypes; the base class turns every state into the parameters'
-        dtype."""
+        """Restore the state with the codes in their own dtypes; the base class turns every state
+        into the parameters' dtype."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
             for name, dtype in CODES.items():
@@ -96,6 +110,8 @@ def write(state: dict[str, Any], name: str, moment: torch.Tensor, chance: torch.
     drawn = torch.rand(share.shape, generator=chance, device=share.device)
     codes = (share * _MOST[name] + drawn).floor_().clamp_(max=_MOST[name])
     if name == "root":
-        codes = torch.where(blocks > 0, codes.clamp(min=1), 0.0)  # nothing that moved is divided by nothing
+        codes = torch.where(
+            blocks > 0, codes.clamp(min=1), 0.0
+        )  # nothing that moved is divided by nothing
     state[name] = codes.copysign(blocks).to(CODES[name]) if name == "m" else codes.to(CODES[name])
     state[f"{name}-scale"] = scale

@@ -1,4 +1,5 @@
-"""Checkpoints of a training run: one safetensors file, replaced by rename. No pickle, no half-written file."""
+"""Checkpoints of a training run: one safetensors file, replaced by rename. No pickle, no
+half-written file."""
 
 from __future__ import annotations
 
@@ -58,18 +59,27 @@ class Checkpoints:
                 so_far = TrainingProgress(**json.loads(file.metadata()[RECORD]))
                 return so_far, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"The checkpoint '{path}' is damaged: {error}.",
-                             "delete it; the run then goes on from what was finished before it") from error
+            raise UsageError(
+                f"The checkpoint '{path}' is damaged: {error}.",
+                "delete it; the run then goes on from what was finished before it",
+            ) from error
 
 
 def flat_optimiser(optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Return an optimiser's state as named tensors."""
-    return {f"{index}/{key}": whole(value) for index, state in optimiser.state_dict()["state"].items()
-            for key, value in state.items() if isinstance(value, torch.Tensor)}
+    return {
+        f"{index}/{key}": whole(value)
+        for index, state in optimiser.state_dict()["state"].items()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
-def restore_optimiser(optimiser: torch.optim.Optimizer, trained: Sequence[torch.Tensor],
-                      flat: Mapping[str, torch.Tensor]) -> None:
+def restore_optimiser(
+    optimiser: torch.optim.Optimizer,
+    trained: Sequence[torch.Tensor],
+    flat: Mapping[str, torch.Tensor],
+) -> None:
     """Put `flat` back; `trained` are the optimiser's parameters in order."""
     state: dict[int, dict[str, Any]] = {}
     for name, value in flat.items():
@@ -83,7 +93,11 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, trained: Sequence[torch.
 def flat_masks(learned: Mapping[str, LearnedMask]) -> dict[str, torch.Tensor]:
     """Return learned masks and weights as named tensors."""
     masks = {f"{name}/mask": result.mask for name, result in learned.items()}
-    return masks | {f"{name}/weight": result.weight for name, result in learned.items() if result.weight is not None}
+    return masks | {
+        f"{name}/weight": result.weight
+        for name, result in learned.items()
+        if result.weight is not None
+    }
 
 
 def unflat_masks(flat: Mapping[str, torch.Tensor]) -> dict[str, LearnedMask]:
@@ -99,4 +113,8 @@ def with_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, t
 
 def without_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the tensors that `with_prefix` named, by their own names."""
-    return {key.removeprefix(f"{prefix}:"): value for key, value in tensors.items() if key.startswith(f"{prefix}:")}
+    return {
+        key.removeprefix(f"{prefix}:"): value
+        for key, value in tensors.items()
+        if key.startswith(f"{prefix}:")
+    }

@@ -1,4 +1,5 @@
-"""The refinement of a whole pruned model: its dense twin is loaded beside it, what comes back is written into it."""
+"""The refinement of a whole pruned model: its dense twin is loaded beside it, what comes back is
+written into it."""
 
 from __future__ import annotations
 
@@ -46,23 +47,42 @@ class TaughtSubject(BatchSubject):
             return self.objective.signal(self.teacher(**batch))
 
 
-def refine_model(checkpoints: Checkpoints, loaded: LoadedModel, plan: Plan, spec: Prune, masks: Mapping[str, Mask],
-                 inputs: dict[str, torch.Tensor], compute: torch.dtype,
-                 progress: Progress) -> tuple[dict[str, torch.Tensor], RefinementRecord]:
-    """Refine `loaded` in place by the recipe's last step; return its masks as rows, by parameter name, and the record.
+def refine_model(
+    checkpoints: Checkpoints,
+    loaded: LoadedModel,
+    plan: Plan,
+    spec: Prune,
+    masks: Mapping[str, Mask],
+    inputs: dict[str, torch.Tensor],
+    compute: torch.dtype,
+    progress: Progress,
+) -> tuple[dict[str, torch.Tensor], RefinementRecord]:
+    """Refine `loaded` in place by the recipe's last step; return its masks as rows, by parameter
+    name, and the record.
 
     Raises `CheckFailed` when a mask that comes back does not follow its pattern.
     """
     step = spec.finetune
     assert step is not None
-    sites = {name: MaskSite(name, name, mask.axis, cast(NMPattern, mask.pattern)) for name, mask in masks.items()}
+    sites = {
+        name: MaskSite(name, name, mask.axis, cast(NMPattern, mask.pattern))
+        for name, mask in masks.items()
+    }
     rows = {name: to_rows(mask.unpack(), mask.axis) for name, mask in masks.items()}
     device = next(loaded.module.parameters()).device
     batches = loaded.batches(inputs, spec.calibration.batch)
     with in_fp32(loaded.module):
         objective, signal = objective_of(loaded, batches[0], compute)
         subject = TaughtSubject(loaded.module, sites, batches, objective, step, compute)
-        _check_memory(sites, loaded.module, signal, subject.samples, compute, step.gradient_checkpointing, device)
+        _check_memory(
+            sites,
+            loaded.module,
+            signal,
+            subject.samples,
+            compute,
+            step.gradient_checkpointing,
+            device,
+        )
         if step.distill or step.moves_mask or objective.kind != "cross-entropy":
             progress(f"loading {loaded.source} as the teacher", 0, 0)
             subject.teacher = models.load(loaded.source).module.to(device, compute).eval()
@@ -75,19 +95,30 @@ def refine_model(checkpoints: Checkpoints, loaded: LoadedModel, plan: Plan, spec
         with recomputed(loaded.module, plan.blocks if step.gradient_checkpointing else ()):
             refine: RefineModel = REFINEMENTS.load(step.name)
             outcome = refine(pruned, step)
-        better = outcome.facts.best_step > 0  # norms and biases were trained in place: they are written in any case
-        trained = {name: mask for name, mask in outcome.masks.items() if better or name not in sites}
+        better = (
+            outcome.facts.best_step > 0
+        )  # norms and biases were trained in place: they are written in any case
+        trained = {
+            name: mask for name, mask in outcome.masks.items() if better or name not in sites
+        }
         _write(loaded.module, trained, sites)
-        rows = {name: trained[name].mask if name in trained else mask for name, mask in rows.items()}
+        rows = {
+            name: trained[name].mask if name in trained else mask for name, mask in rows.items()
+        }
     for name, kept in rows.items():
-        if isinstance(masks[name].pattern, NMPattern) and not mask_follows(kept, masks[name].pattern):
-            raise CheckFailed(f"The step {step.name} broke the pattern {masks[name].pattern} on '{name}'.")
+        if isinstance(masks[name].pattern, NMPattern) and not mask_follows(
+            kept, masks[name].pattern
+        ):
+            raise CheckFailed(
+                f"The step {step.name} broke the pattern {masks[name].pattern} on '{name}'."
+            )
     return rows, RefinementRecord(None, step.name, outcome.facts.to_json())
 
 
 @contextmanager
 def in_fp32(module: nn.Module) -> Iterator[None]:
-    """Hold every parameter and buffer in fp32 inside the block; afterwards they have their own dtypes again."""
+    """Hold every parameter and buffer in fp32 inside the block; afterwards they have their own
+    dtypes again."""
     tensors = list(chain(module.parameters(), module.buffers()))
     before = [tensor.dtype for tensor in tensors]
     module.float()
@@ -98,19 +129,37 @@ def in_fp32(module: nn.Module) -> Iterator[None]:
             tensor.data = tensor.data.to(dtype)
 
 
-def _check_memory(sites: Mapping[str, MaskSite], module: nn.Module, signal: torch.Tensor, samples: int,
-                  compute: torch.dtype, recompute: bool, device: torch.device) -> None:
+def _check_memory(
+    sites: Mapping[str, MaskSite],
+    module: nn.Module,
+    signal: torch.Tensor,
+    samples: int,
+    compute: torch.dtype,
+    recompute: bool,
+    device: torch.device,
+) -> None:
     """Raise `NmsparseError` when the training state will not fit."""
-    shapes = [(to_rows(module.get_parameter(name), site.axis).shape, site.pattern) for name, site in sites.items()]
+    shapes = [
+        (to_rows(module.get_parameter(name), site.axis).shape, site.pattern)
+        for name, site in sites.items()
+    ]
     weights = [TrainedMatrix(n * k, k, n, pattern) for (n, k), pattern in shapes]
     tokens = signal.numel() // signal.shape[-1] * samples
-    budget = memory_budget(weights, lambda pattern: ADAM_BYTES + MASK_BYTES + WEIGHT, tokens, compute,
-                           recomputed=recompute, outputs=signal.shape[-1])
+    budget = memory_budget(
+        weights,
+        lambda pattern: ADAM_BYTES + MASK_BYTES + WEIGHT,
+        tokens,
+        compute,
+        recomputed=recompute,
+        outputs=signal.shape[-1],
+    )
     budget.check(device, ADVICE)
 
 
 @torch.no_grad()
-def _write(module: nn.Module, trained: Mapping[str, LearnedMask], sites: Mapping[str, MaskSite]) -> None:
+def _write(
+    module: nn.Module, trained: Mapping[str, LearnedMask], sites: Mapping[str, MaskSite]
+) -> None:
     """Put trained values into the module, pruned ones exactly +0.0."""
     for name, result in trained.items():
         assert result.weight is not None

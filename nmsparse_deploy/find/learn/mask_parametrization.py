@@ -1,7 +1,8 @@
 """A learnable mask on a module's weight, put there with `torch.nn.utils.parametrize`.
 
-The weight itself stays where it is, frozen and untouched, as `parametrizations.NAME.original`; what the module sees is
-computed from it and from trained values, which are ordinary parameters of the module. One mask has three modes:
+The weight itself stays where it is, frozen and untouched, as `parametrizations.NAME.original`; what
+the module sees is computed from it and from trained values, which are ordinary parameters of the
+module. One mask has three modes:
 
 * soft: the relaxed or sampled mask of the present step, differentiable in the trained values
 * hard: the mask that would be handed over now, always computed anew from the values
@@ -28,9 +29,11 @@ Mode = Literal["soft", "hard", "dense"]
 
 @dataclass(frozen=True)
 class MaskSite:
-    """A weight that gets a mask. `name` is unique in the whole model, `path` is its name in the module at hand.
+    """A weight that gets a mask. `name` is unique in the whole model, `path` is its name in the
+    module at hand.
 
-    `slices` are the numbers of rows that belong together where several matrices are stored as one (fused q/k/v).
+    `slices` are the numbers of rows that belong together where several matrices are stored as one
+    (fused q/k/v).
     """
 
     name: str
@@ -43,18 +46,22 @@ class MaskSite:
 class MaskParametrization:
     """The rule by which the mask of one weight follows from trained values.
 
-    Matrices are rows `[R, K]` with the groups along K. `rows` is the original weight in its own dtype, which a subclass
-    raises to fp32 where it computes with it; the values are fp32, in any shape.
+    Matrices are rows `[R, K]` with the groups along K. `rows` is the original weight in its own
+    dtype, which a subclass raises to fp32 where it computes with it; the values are fp32, in any
+    shape.
     """
 
     def start(self, rows: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
-        """Return the trained values before the first step; `hard` of them has to be the bool mask `prior`
-        everywhere."""
+        """Return the trained values before the first step; `hard` of them has to be the bool mask
+        `prior` everywhere."""
         raise NotImplementedError
 
-    def soft(self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
-        """Return what stands for `rows` while training, differentiable in `values`. Random numbers come from
-        `context.generator(name)` alone, so that a recomputed forward pass sees the same ones."""
+    def soft(
+        self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str
+    ) -> torch.Tensor:
+        """Return what stands for `rows` while training, differentiable in `values`. Random numbers
+        come from `context.generator(name)` alone, so that a recomputed forward pass sees the same
+        ones."""
         raise NotImplementedError
 
     def hard(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -62,7 +69,8 @@ class MaskParametrization:
         raise NotImplementedError
 
     def kept(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Return the weights under the hard mask; the original ones unless the parametrisation trains weights."""
+        """Return the weights under the hard mask; the original ones unless the parametrisation
+        trains weights."""
         return rows
 
 
@@ -72,13 +80,20 @@ P = TypeVar("P", bound=MaskParametrization)
 class LearnableMask(nn.Module):
     """The parametrisation of one weight. `values` are fp32 and stay so."""
 
-    def __init__(self, site: MaskSite, parametrization: MaskParametrization, weight: torch.Tensor,
-                 prior: torch.Tensor) -> None:
+    def __init__(
+        self,
+        site: MaskSite,
+        parametrization: MaskParametrization,
+        weight: torch.Tensor,
+        prior: torch.Tensor,
+    ) -> None:
         super().__init__()
         self.site = site
         self.parametrization = parametrization
         rows = to_rows(weight.detach(), site.axis)
-        self.values = nn.Parameter(parametrization.start(rows, prior.to(rows.device)).float().contiguous())
+        self.values = nn.Parameter(
+            parametrization.start(rows, prior.to(rows.device)).float().contiguous()
+        )
         self.mode: Mode = "hard"
         self.context = StepContext()
         self.order: list[str] = []
@@ -106,9 +121,14 @@ MakeParametrization = Callable[[MaskSite], MaskParametrization]
 """The parametrisation of a weight; patterns may differ from weight to weight."""
 
 
-def attach(module: nn.Module, sites: Mapping[str, MaskSite], parametrization: MakeParametrization,
-           priors: Mapping[str, torch.Tensor]) -> dict[str, LearnableMask]:
-    """Freeze `module` and put a mask on the weight of every site; `priors` are bool rows by `MaskSite.name`."""
+def attach(
+    module: nn.Module,
+    sites: Mapping[str, MaskSite],
+    parametrization: MakeParametrization,
+    priors: Mapping[str, torch.Tensor],
+) -> dict[str, LearnableMask]:
+    """Freeze `module` and put a mask on the weight of every site; `priors` are bool rows by
+    `MaskSite.name`."""
     module.requires_grad_(False)
     attached = {}
     for path, site in sites.items():
@@ -123,7 +143,8 @@ def attach(module: nn.Module, sites: Mapping[str, MaskSite], parametrization: Ma
 
 
 def detach(module: nn.Module) -> None:
-    """Take every learnable mask off again; the original tensors, not copies of them, are the weights again."""
+    """Take every learnable mask off again; the original tensors, not copies of them, are the
+    weights again."""
     for layer in list(module.modules()):
         parametrizations: Any = getattr(layer, "parametrizations", {})
         order: list[str] = []
@@ -162,7 +183,7 @@ def showing(module: nn.Module, mode: Mode) -> Iterator[None]:
 
 
 def set_step(module: nn.Module, context: StepContext) -> None:
-    """Tell every mask where the run is, and put it into soft mode, also after the forward pass: blocks that are
-    computed again in the backward pass have to see the same."""
+    """Tell every mask where the run is, and put it into soft mode, also after the forward pass:
+    blocks that are computed again in the backward pass have to see the same."""
     for mask in learnable_masks(module):
         mask.mode, mask.context = "soft", context

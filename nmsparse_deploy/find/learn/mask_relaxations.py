@@ -1,23 +1,24 @@
 """Three forms of a learnable mask: a logit per candidate, a logit per weight, a score per weight.
 
-A group of M weights `w` has the candidates `S_i`, all binary rows with N ones. With logits `pi`, scale `kappa`,
-temperature `tau` and Gumbel noise `g_i = -log(-log u_i)`:
+A group of M weights `w` has the candidates `S_i`, all binary rows with N ones. With logits `pi`,
+scale `kappa`, temperature `tau` and Gumbel noise `g_i = -log(-log u_i)`:
 
     y  = softmax((kappa*pi + g) / tau)          relaxed choice of a candidate
     m~ = y S                                    relaxed mask, entries in [0, 1] that sum to N
     m* = S[argmax pi]                           the mask
 
-Either `pi` is trained itself (`candidates`), or `pi = S a` with one number per weight (`compact`), the log-linear law
-on the same candidates; `m*` then keeps the N largest `a`. For the loss `L(w*m~) - lambda*sum (w*m~)^2` with
-`G = dL/d(w*m~)` the backward pass is
+Either `pi` is trained itself (`candidates`), or `pi = S a` with one number per weight (`compact`),
+the log-linear law on the same candidates; `m*` then keeps the N largest `a`. For the loss
+`L(w*m~) - lambda*sum (w*m~)^2` with `G = dL/d(w*m~)` the backward pass is
 
     c = w*G - 2*lambda*w^2*m~,   dpi = kappa/tau * y*(S c - <y, S c>),   da = S^T dpi
 
-and needs nothing but the seed of `u` from the forward pass. `scores` keep the N largest in the forward pass and hand
-`w*G - 2*lambda*w^2*m` through to the scores as if the choice were the identity.
+and needs nothing but the seed of `u` from the forward pass. `scores` keep the N largest in the
+forward pass and hand `w*G - 2*lambda*w^2*m` through to the scores as if the choice were the
+identity.
 
-Fang et al., MaskLLM, NeurIPS 2024, arXiv:2409.17481, sections 3.2 and 3.3 (`candidates`); Bengio et al. 2013,
-arXiv:1308.3432 (straight-through). Written from the papers' formulas.
+Fang et al., MaskLLM, NeurIPS 2024, arXiv:2409.17481, sections 3.2 and 3.3 (`candidates`); Bengio et
+al. 2013, arXiv:1308.3432 (straight-through). Written from the papers' formulas.
 """
 
 from __future__ import annotations
@@ -46,13 +47,14 @@ MAX_DISTRIBUTION = 1000
 """Candidates that a distribution is kept over at most; beyond, only scores fit."""
 
 CHUNK, LARGE = 1 << 17, 1 << 24
-"""Numbers of a temporary at a time: on a CPU what its cache holds, elsewhere what is worth a kernel."""
+"""Numbers of a temporary at a time: on a CPU what its cache holds, elsewhere what is worth a
+kernel."""
 
 
 @dataclass(frozen=True)
 class Annealing:
-    """Settings that the parametrisations of this file share; `confidence` is the probability of the prior's candidate
-    at the first step."""
+    """Settings that the parametrisations of this file share; `confidence` is the probability of the
+    prior's candidate at the first step."""
 
     kappa: LinearSchedule
     tau: LinearSchedule
@@ -61,7 +63,8 @@ class Annealing:
     regulariser: float = 0.0
 
     def margin(self, pattern: NMPattern) -> float:
-        """Return by how much a weight of the prior is ahead of the others at the start, in units of the logits."""
+        """Return by how much a weight of the prior is ahead of the others at the start, in units of
+        the logits."""
         return margin(pattern, self.confidence) / self.kappa.start
 
 
@@ -75,18 +78,23 @@ def candidates(pattern: NMPattern) -> torch.Tensor:
 
 
 def margin(pattern: NMPattern, confidence: float) -> float:
-    """Return the `x` for which candidates of weight `exp(x * overlap with the prior)` give the prior `confidence`.
+    """Return the `x` for which candidates of weight `exp(x * overlap with the prior)` give the
+    prior `confidence`.
 
     Raises `UsageError` when chance alone gives more.
     """
     keep, count = pattern.keep, math.comb(pattern.group, pattern.keep)
     if confidence <= 1 / count:
-        raise UsageError(f"confidence {confidence:g} is no more than chance, which gives each of the {count} masks of "
-                         f"a {pattern} group {1 / count:.2g}.")
+        raise UsageError(
+            f"confidence {confidence:g} is no more than chance, which gives each of the {count} masks of "
+            f"a {pattern} group {1 / count:.2g}."
+        )
 
     def probability(x: float) -> float:
-        weights = [math.comb(keep, o) * math.comb(pattern.zeros, keep - o) * math.exp(x * (o - keep))
-                   for o in range(keep + 1)]
+        weights = [
+            math.comb(keep, o) * math.comb(pattern.zeros, keep - o) * math.exp(x * (o - keep))
+            for o in range(keep + 1)
+        ]
         return 1 / sum(weights)
 
     low, high = 0.0, 1.0
@@ -101,23 +109,37 @@ def margin(pattern: NMPattern, confidence: float) -> float:
 def form_for(pattern: NMPattern) -> str:
     """Return what `auto` means for a pattern."""
     count = math.comb(pattern.group, pattern.keep)
-    return "candidates" if count <= MAX_CANDIDATES else "compact" if count <= MAX_DISTRIBUTION else "scores"
+    return (
+        "candidates"
+        if count <= MAX_CANDIDATES
+        else "compact"
+        if count <= MAX_DISTRIBUTION
+        else "scores"
+    )
 
 
 class CandidateDistribution(MaskParametrization):
-    """A distribution over the candidates of every group; logits `[groups, C]`, or `[groups, M]` when compact."""
+    """A distribution over the candidates of every group; logits `[groups, C]`, or `[groups, M]`
+    when compact."""
 
     def __init__(self, pattern: NMPattern, annealing: Annealing, compact: bool) -> None:
         if (count := math.comb(pattern.group, pattern.keep)) > MAX_DISTRIBUTION:
-            raise UsageError(f"A {pattern} group has {count:,} masks, too many for a distribution.", "form: scores")
+            raise UsageError(
+                f"A {pattern} group has {count:,} masks, too many for a distribution.",
+                "form: scores",
+            )
         self.pattern, self.annealing, self.compact = pattern, annealing, compact
 
     def start(self, rows: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
-        """Put every weight shared with the prior ahead by the same margin; candidates sum to zero in every group."""
+        """Put every weight shared with the prior ahead by the same margin; candidates sum to zero
+        in every group."""
         groups = prior.reshape(-1, self.pattern.group).float()
         shared, mean = groups, self.pattern.density
         if not self.compact:
-            shared, mean = groups @ candidates(self.pattern).to(groups.device).T, self.pattern.keep * mean
+            shared, mean = (
+                groups @ candidates(self.pattern).to(groups.device).T,
+                self.pattern.keep * mean,
+            )
         return self.annealing.margin(self.pattern) * (shared - mean)
 
     def hard(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -126,13 +148,26 @@ class CandidateDistribution(MaskParametrization):
         table = candidates(self.pattern).to(values.device).bool()
         return table[values.argmax(-1)].reshape(rows.shape)
 
-    def soft(self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
-        point = AnnealingPoint(self.annealing.kappa.at(context.progress), self.annealing.tau.at(context.progress),
-                      self.annealing.regulariser / context.parts, self.compact)
+    def soft(
+        self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str
+    ) -> torch.Tensor:
+        point = AnnealingPoint(
+            self.annealing.kappa.at(context.progress),
+            self.annealing.tau.at(context.progress),
+            self.annealing.regulariser / context.parts,
+            self.compact,
+        )
         if self.annealing.noise:
-            point = AnnealingPoint(point.kappa, point.tau, point.regulariser, point.compact,
-                          lambda: context.generator(name, values.device))
-        seen = relaxed(values, rows.reshape(-1, self.pattern.group), candidates(self.pattern).to(values), point)
+            point = AnnealingPoint(
+                point.kappa,
+                point.tau,
+                point.regulariser,
+                point.compact,
+                lambda: context.generator(name, values.device),
+            )
+        seen = relaxed(
+            values, rows.reshape(-1, self.pattern.group), candidates(self.pattern).to(values), point
+        )
         return seen.reshape(rows.shape)
 
 
@@ -148,16 +183,19 @@ class StraightThroughScores(MaskParametrization):
     def hard(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return project(values.detach(), self.pattern)
 
-    def soft(self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
-        seen: torch.Tensor = _StraightThrough.apply(values, rows, self.hard(values, rows),
-                                                    self.annealing.regulariser / context.parts)
+    def soft(
+        self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str
+    ) -> torch.Tensor:
+        seen: torch.Tensor = _StraightThrough.apply(
+            values, rows, self.hard(values, rows), self.annealing.regulariser / context.parts
+        )
         return seen
 
 
 @dataclass(frozen=True)
 class AnnealingPoint:
-    """A point on the schedules of a relaxation. `noise` makes the generator of the uniform draws, the same at every
-    call; None: no noise."""
+    """A point on the schedules of a relaxation. `noise` makes the generator of the uniform draws,
+    the same at every call; None: no noise."""
 
     kappa: float
     tau: float
@@ -166,16 +204,22 @@ class AnnealingPoint:
     noise: Callable[[], torch.Generator] | None = None
 
 
-def relaxed(values: torch.Tensor, groups: torch.Tensor, table: torch.Tensor, point: AnnealingPoint) -> torch.Tensor:
-    """Return `w * m~` for groups `[B, M]`, differentiable in the values `[B, C]` (`[B, M]` when compact)."""
+def relaxed(
+    values: torch.Tensor, groups: torch.Tensor, table: torch.Tensor, point: AnnealingPoint
+) -> torch.Tensor:
+    """Return `w * m~` for groups `[B, M]`, differentiable in the values `[B, C]` (`[B, M]` when
+    compact)."""
     seen: torch.Tensor = _Relaxed.apply(values, groups, table, point)
     return seen
 
 
-def _choices(values: torch.Tensor, table: torch.Tensor, point: AnnealingPoint) -> Iterator[tuple[slice, torch.Tensor]]:
+def _choices(
+    values: torch.Tensor, table: torch.Tensor, point: AnnealingPoint
+) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield `yᵀ` `[C, groups]` for chunks of the groups; the same numbers whenever it is called.
 
-    Candidates come first here: a softmax over six neighbours in memory takes twenty times as long on a CPU.
+    Candidates come first here: a softmax over six neighbours in memory takes twenty times as long
+    on a CPU.
     """
     generator = point.noise() if point.noise else None
     length = max(1, (CHUNK if values.device.type == "cpu" else LARGE) // len(table))
@@ -185,15 +229,29 @@ def _choices(values: torch.Tensor, table: torch.Tensor, point: AnnealingPoint) -
         if generator is None:
             arguments = logits * (point.kappa / point.tau)
         else:
-            drawn = torch.rand(logits.shape, generator=generator, device=values.device).clamp_(MIN_UNIFORM, MAX_UNIFORM)
-            arguments = drawn.log_().neg_().log_().to(logits.dtype).sub_(logits, alpha=point.kappa).div_(-point.tau)
+            drawn = torch.rand(logits.shape, generator=generator, device=values.device).clamp_(
+                MIN_UNIFORM, MAX_UNIFORM
+            )
+            arguments = (
+                drawn.log_()
+                .neg_()
+                .log_()
+                .to(logits.dtype)
+                .sub_(logits, alpha=point.kappa)
+                .div_(-point.tau)
+            )
         yield part, arguments.softmax(0)
 
 
 class _Relaxed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, groups: torch.Tensor, table: torch.Tensor,
-                point: AnnealingPoint) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        values: torch.Tensor,
+        groups: torch.Tensor,
+        table: torch.Tensor,
+        point: AnnealingPoint,
+    ) -> torch.Tensor:
         ctx.save_for_backward(values, groups)
         ctx.table, ctx.point = table, point
         seen = torch.empty(groups.shape, dtype=values.dtype, device=values.device)
@@ -220,8 +278,9 @@ class _Relaxed(torch.autograd.Function):
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor,
-                regulariser: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, values: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor, regulariser: float
+    ) -> torch.Tensor:
         ctx.save_for_backward(rows, mask)
         ctx.regulariser = regulariser
         return torch.where(mask, rows, 0.0)

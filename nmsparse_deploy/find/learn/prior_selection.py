@@ -20,7 +20,9 @@ class GivenMask(MaskParametrization):
     def start(self, rows: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
         return prior.float()
 
-    def soft(self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
+    def soft(
+        self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str
+    ) -> torch.Tensor:
         return rows * values
 
     def hard(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -29,7 +31,8 @@ class GivenMask(MaskParametrization):
 
 @torch.no_grad()
 def held_out_loss(subject: Subject, masks: Masks) -> float:
-    """Return the mean score of the held-out batches under fixed masks; the module is left as it was."""
+    """Return the mean score of the held-out batches under fixed masks; the module is left as it
+    was."""
     try:
         attach(subject.module, subject.sites, lambda site: GivenMask(), masks)
         scores = [subject.score(number).double() for number in subject.held_out]
@@ -39,6 +42,7 @@ def held_out_loss(subject: Subject, masks: Masks) -> float:
 
 
 def best_prior(subject: Subject, priors: Mapping[str, Masks]) -> tuple[str, dict[str, float]]:
-    """Return the name of the best of some masks, the first among equals, and the loss under each."""
+    """Return the name of the best of some masks, the first among equals, and the loss under
+    each."""
     losses = {name: held_out_loss(subject, masks) for name, masks in priors.items()}
     return min(losses, key=lambda name: losses[name]), losses

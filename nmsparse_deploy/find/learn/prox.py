@@ -1,20 +1,22 @@
-"""The proximal operator of `λ e_{N+1}(|w|)`, the regulariser of ProxSparse, exact for every keep:group.
+"""The proximal operator of `λ e_{N+1}(|w|)`, the regulariser of ProxSparse, exact for every
+keep:group.
 
     prox(z) = argmin_w  ½ ‖w - z‖² + λ e_{N+1}(|w₁|, …, |w_M|)
 
-`e_k` is the elementary symmetric polynomial; `e_{N+1}` is zero exactly when at most N entries of the block are not.
-Signs and order factor out, so a block is sorted, `z₁ ≥ … ≥ z_M ≥ 0`. For every size of the support from N to M the
-first entries are found by exact coordinate updates
+`e_k` is the elementary symmetric polynomial; `e_{N+1}` is zero exactly when at most N entries of
+the block are not. Signs and order factor out, so a block is sorted, `z₁ ≥ … ≥ z_M ≥ 0`. For every
+size of the support from N to M the first entries are found by exact coordinate updates
 
     w_i <- max(z_i - λ e_N(the others), 0)
 
-and the cheapest of all is the answer. The updates start from zero, smallest entry first, and from two balanced points,
-one constant and one in proportion to `z`: near equal entries zero alone leads to a local minimum. A block is divided by
-its largest entry `c` first, `prox_λ(c z) = c prox_{λ c^(N-1)}(z)`, so that tolerances are relative.
+and the cheapest of all is the answer. The updates start from zero, smallest entry first, and from
+two balanced points, one constant and one in proportion to `z`: near equal entries zero alone leads
+to a local minimum. A block is divided by its largest entry `c` first,
+`prox_λ(c z) = c prox_{λ c^(N-1)}(z)`, so that tolerances are relative.
 
-Kübler et al., A Proximal Operator for Inducing 2:4-Sparsity, 2025, arXiv:2501.18015; Liu et al., ProxSparse, ICML 2025,
-arXiv:2502.00258, section 3 (both 2:4). The balanced starts, the general keep:group and the certificate are this
-project's.
+Kübler et al., A Proximal Operator for Inducing 2:4-Sparsity, 2025, arXiv:2501.18015; Liu et al.,
+ProxSparse, ICML 2025, arXiv:2502.00258, section 3 (both 2:4). The balanced starts, the general
+keep:group and the certificate are this project's.
 """
 
 from __future__ import annotations
@@ -29,17 +31,22 @@ import torch
 from nmsparse_deploy.pattern import NMPattern
 
 SWEEPS = 300
-"""Coordinate sweeps at most: most blocks rest after a few, and near the critical strength a hundred are needed."""
+"""Coordinate sweeps at most: most blocks rest after a few, and near the critical strength a hundred
+are needed."""
 CHUNK = 1 << 16
 """Blocks solved together: their vectors stay in the processor's cache."""
 NEWTON = 30
 
 
-def prox(weight: torch.Tensor, strength: float, pattern: NMPattern, sweeps: int = SWEEPS) -> torch.Tensor:
-    """Apply the operator to every group of `weight` `[..., n]`, groups along the last axis; `strength` is λ.
+def prox(
+    weight: torch.Tensor, strength: float, pattern: NMPattern, sweeps: int = SWEEPS
+) -> torch.Tensor:
+    """Apply the operator to every group of `weight` `[..., n]`, groups along the last axis;
+    `strength` is λ.
 
-    Works in fp32 at least. With fewer `sweeps` the answer near the critical strength is not quite at rest. Among equal
-    entries the lowest index is the largest afterwards. Raises `ValueError` for a negative strength.
+    Works in fp32 at least. With fewer `sweeps` the answer near the critical strength is not quite
+    at rest. Among equal entries the lowest index is the largest afterwards. Raises `ValueError` for
+    a negative strength.
     """
     if strength < 0:
         raise ValueError(f"the strength {strength} is negative")
@@ -52,21 +59,25 @@ def prox(weight: torch.Tensor, strength: float, pattern: NMPattern, sweeps: int 
 
 
 def _blocks(blocks: torch.Tensor, strength: float, keep: int, sweeps: int) -> torch.Tensor:
-    """Apply the operator to `[blocks, group]`: sort, scale, solve what is not settled, and restore order and signs."""
+    """Apply the operator to `[blocks, group]`: sort, scale, solve what is not settled, and restore
+    order and signs."""
     z, order = blocks.abs().sort(dim=-1, descending=True, stable=True)
     z = z.T.contiguous()  # one entry of all blocks is one vector
     largest = torch.where(z[0] > 0, z[0], 1.0)
     scaled, strengths = z / largest, strength * largest ** (keep - 1)
     solved = _quadratic(scaled, strength) if keep == 1 else _cases(scaled, strengths, keep, sweeps)
-    w = torch.where(solved == scaled, z, torch.minimum(solved * largest, z))  # what did not move keeps its bits
+    w = torch.where(
+        solved == scaled, z, torch.minimum(solved * largest, z)
+    )  # what did not move keeps its bits
     return torch.zeros_like(blocks).scatter_(-1, order, w.T).copysign(blocks)
 
 
 def _quadratic(z: torch.Tensor, strength: float) -> torch.Tensor:
-    """Solve N = 1, where `w_i + λ Σ_{j≠i} w_j = z_i` on the support is linear; from λ = 1 on only the largest entry
-    stays.
+    """Solve N = 1, where `w_i + λ Σ_{j≠i} w_j = z_i` on the support is linear; from λ = 1 on only
+    the largest entry stays.
 
-    With `S_s = Σ_{i≤s} z_i / (1 + λ(s-1))` the sum of a support of `s`, the right `s` is the last with `z_s > λ S_s`.
+    With `S_s = Σ_{i≤s} z_i / (1 + λ(s-1))` the sum of a support of `s`, the right `s` is the last
+    with `z_s > λ S_s`.
     """
     solved = torch.zeros_like(z)
     if strength >= 1:
@@ -92,8 +103,9 @@ def _cases(z: torch.Tensor, strength: torch.Tensor, keep: int, sweeps: int) -> t
 def _settled(z: torch.Tensor, strength: torch.Tensor, keep: int) -> torch.Tensor:
     """Find blocks whose answer is certainly to keep the N largest as they are.
 
-    A cheaper `w` has cost below `t²/2` with `t² = Σ_{j>N} z_j²`, so `w_i ≥ z_i - t`. Were `w_{N+1}` positive, it would
-    be stationary, `z_{N+1} > λ w₁⋯w_N`; a `λ Π (z_i - t)` above `z_{N+1}` contradicts it.
+    A cheaper `w` has cost below `t²/2` with `t² = Σ_{j>N} z_j²`, so `w_i ≥ z_i - t`. Were `w_{N+1}`
+    positive, it would be stationary, `z_{N+1} > λ w₁⋯w_N`; a `λ Π (z_i - t)` above `z_{N+1}`
+    contradicts it.
     """
     t = z[keep:].square().sum(0).sqrt()
     return strength * (z[:keep] - t).clamp(min=0).prod(0) > z[keep]
@@ -102,8 +114,9 @@ def _settled(z: torch.Tensor, strength: torch.Tensor, keep: int) -> torch.Tensor
 def _convex(z: torch.Tensor, strength: torch.Tensor, keep: int) -> torch.Tensor:
     """Find blocks whose objective is convex for `0 ≤ w ≤ z`: one start finds its only minimum.
 
-    The Hessian is one on the diagonal and `λ e_{N-1}(all but two)` off it, which is at most `λ C(M-2, N-1)` where the
-    largest entry is one; rows that sum to less than one off the diagonal make it positive definite.
+    The Hessian is one on the diagonal and `λ e_{N-1}(all but two)` off it, which is at most
+    `λ C(M-2, N-1)` where the largest entry is one; rows that sum to less than one off the diagonal
+    make it positive definite.
     """
     return strength * ((len(z) - 1) * comb(len(z) - 2, keep - 1)) < 1
 
@@ -114,11 +127,14 @@ def _only(z: torch.Tensor, strength: torch.Tensor, keep: int, sweeps: int) -> to
 
 
 def _cheapest(z: torch.Tensor, strength: torch.Tensor, keep: int, sweeps: int) -> torch.Tensor:
-    """Return the best of all cases, for sorted blocks `z` `[group, blocks]` with largest entry one."""
+    """Return the best of all cases, for sorted blocks `z` `[group, blocks]` with largest entry
+    one."""
     best = z.clone()
     best[keep:] = 0.0
     least = _cost(best, z, strength, keep)
-    margin = 1 - 2 * torch.finfo(z.dtype).eps  # equal up to rounding: the sparser case, which came first
+    margin = (
+        1 - 2 * torch.finfo(z.dtype).eps
+    )  # equal up to rounding: the sparser case, which came first
     for size in range(keep + 1, len(z) + 1):
         for start in _starts(z[:size], strength, keep):
             w = torch.zeros_like(z)
@@ -127,12 +143,14 @@ def _cheapest(z: torch.Tensor, strength: torch.Tensor, keep: int, sweeps: int) -
             better = cost < least * margin
             least = torch.where(better, cost, least)
             best = torch.where(better, w, best)
-    return best.sort(dim=0, descending=True).values  # rounding must not undo the order, which the minimiser keeps
+    return best.sort(
+        dim=0, descending=True
+    ).values  # rounding must not undo the order, which the minimiser keeps
 
 
 def _starts(z: torch.Tensor, strength: torch.Tensor, keep: int) -> Iterator[torch.Tensor]:
-    """Yield zero, and two balanced points: of `s` equal entries `z̄` each becomes the root of `w + λ C(s-1, N) w^N =
-    z̄`."""
+    """Yield zero, and two balanced points: of `s` equal entries `z̄` each becomes the root of
+    `w + λ C(s-1, N) w^N = z̄`."""
     yield torch.zeros_like(z)
     mean = z.mean(0)
     factor = strength * comb(len(z) - 1, keep)
@@ -143,11 +161,15 @@ def _starts(z: torch.Tensor, strength: torch.Tensor, keep: int) -> Iterator[torc
     yield z * (root / mean)
 
 
-def _descend(z: torch.Tensor, strength: torch.Tensor, keep: int, w: torch.Tensor, sweeps: int) -> torch.Tensor:
-    """Sweep over the coordinates from `w`, which is used up, until no entry moves; blocks that came to rest drop
-    out."""
+def _descend(
+    z: torch.Tensor, strength: torch.Tensor, keep: int, w: torch.Tensor, sweeps: int
+) -> torch.Tensor:
+    """Sweep over the coordinates from `w`, which is used up, until no entry moves; blocks that came
+    to rest drop out."""
     done, left = torch.empty_like(w), torch.arange(w.shape[1], device=w.device)
-    tolerance = 8 * torch.finfo(z.dtype).eps  # below, rounding keeps some blocks going round in circles
+    tolerance = (
+        8 * torch.finfo(z.dtype).eps
+    )  # below, rounding keeps some blocks going round in circles
     for _ in range(sweeps):
         moving = _sweep(z, strength, keep, w) > tolerance
         if int(moving.sum()) < 0.8 * len(moving):  # to copy them costs as much as a sweep
@@ -162,7 +184,8 @@ def _descend(z: torch.Tensor, strength: torch.Tensor, keep: int, w: torch.Tensor
 def _sweep(z: torch.Tensor, strength: torch.Tensor, keep: int, w: torch.Tensor) -> torch.Tensor:
     """Update every coordinate of `w` once, last first; returns how far the farthest moved.
 
-    `e_N` of the others comes from the polynomials of those before (still old) and of those after (already new).
+    `e_N` of the others comes from the polynomials of those before (still old) and of those after
+    (already new).
     """
     before = [_ones(strength, keep)]
     for entry in w[:-1]:

@@ -1,11 +1,12 @@
 """FSDP2: weights, trained values, gradients and optimiser state split over the processes of a run.
 
-Every process holds a share of each tensor's rows. A block is gathered when its forward or backward pass needs it and
-let go afterwards, so what is never whole is what takes most: the values, their gradients and the optimiser's moments.
-Inside a forward pass everything looks as in one process; outside, `whole` and `put` read and write what is split.
+Every process holds a share of each tensor's rows. A block is gathered when its forward or backward
+pass needs it and let go afterwards, so what is never whole is what takes most: the values, their
+gradients and the optimiser's moments. Inside a forward pass everything looks as in one process;
+outside, `whole` and `put` read and write what is split.
 
-Masks are attached to a shell of the model, a second structure around the same parameters, and the shell is what is
-split: nothing of FSDP is left on the model when it is thrown away.
+Masks are attached to a shell of the model, a second structure around the same parameters, and the
+shell is what is split: nothing of FSDP is left on the model when it is thrown away.
 
 Zhao et al., PyTorch FSDP, VLDB 2023, arXiv:2304.11277; `torch.distributed.fsdp.fully_shard`.
 """
@@ -22,12 +23,16 @@ from torch import nn
 
 def shell(module: nn.Module) -> nn.Module:
     """Make the same structure once more, around the same parameters and buffers."""
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
+    return copy.deepcopy(
+        module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    )
 
 
-def shard(module: nn.Module, blocks: Sequence[str], optimiser: torch.optim.Optimizer, world: int) -> None:
-    """Split every parameter over `world` processes, a group for every block and one for the rest; `optimiser`, which
-    has made no step yet, follows its parameters."""
+def shard(
+    module: nn.Module, blocks: Sequence[str], optimiser: torch.optim.Optimizer, world: int
+) -> None:
+    """Split every parameter over `world` processes, a group for every block and one for the rest;
+    `optimiser`, which has made no step yet, follows its parameters."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -56,7 +61,9 @@ def like(tensor: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     split: Any = tensor
-    return distribute_tensor(full.to(tensor.device), split.device_mesh, split.placements, src_data_rank=None)
+    return distribute_tensor(
+        full.to(tensor.device), split.device_mesh, split.placements, src_data_rank=None
+    )
 
 
 def put(tensor: torch.Tensor, full: torch.Tensor) -> None:

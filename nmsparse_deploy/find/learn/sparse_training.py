@@ -1,6 +1,7 @@
 """Training the weights under a mask: the mask stays, or follows the weights until it is frozen.
 
-With `W` the trained values, `m` the mask, `W₀` the incoming pruned weight and `top` the N largest of every group:
+With `W` the trained values, `m` the mask, `W₀` the incoming pruned weight and `top` the N largest
+of every group:
 
     fixed      forward W∘m, gradient G∘m; what is pruned has no gradient and no optimiser state, and stays zero
     SR-STE     forward W∘top(W), gradient G + β (1-m)∘W to all weights: pruned ones can come back, and fade otherwise
@@ -8,12 +9,13 @@ With `W` the trained values, `m` the mask, `W₀` the incoming pruned weight and
                Continuous: when two weights change ranks both are zero
     adapters   forward W₀∘m + m∘(B A), with B and A of low rank: merges without breaking the pattern
 
-SR-STE and S-STE were made for training from dense weights. Here they start at a mask that was found with care, so what
-is pruned starts at its dense value but below what is kept of its group, and S-STE adds `t` to what is kept: both start
-at the incoming weights, which is also why S-STE's scale `<w, s> / <s, s>` is one.
+SR-STE and S-STE were made for training from dense weights. Here they start at a mask that was found
+with care, so what is pruned starts at its dense value but below what is kept of its group, and
+S-STE adds `t` to what is kept: both start at the incoming weights, which is also why S-STE's scale
+`<w, s> / <s, s>` is one.
 
-Zhou et al., SR-STE, ICLR 2021, arXiv:2102.04010; Hu et al., S-STE, NeurIPS 2024, arXiv:2409.09099; masked low-rank
-updates as in Lu et al., SPP, ICML 2024, arXiv:2405.16057.
+Zhou et al., SR-STE, ICLR 2021, arXiv:2102.04010; Hu et al., S-STE, NeurIPS 2024, arXiv:2409.09099;
+masked low-rank updates as in Lu et al., SPP, ICML 2024, arXiv:2405.16057.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class FixedMask(MaskParametrization):
         self.mask = prior
         return torch.where(prior, rows.float(), 0.0)
 
-    def soft(self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
+    def soft(
+        self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str
+    ) -> torch.Tensor:
         return torch.where(self.mask, values, 0.0)
 
     def hard(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -66,7 +70,8 @@ class FixedMask(MaskParametrization):
 
 
 class MovingMask(FixedMask):
-    """The mask is that of the largest values, looked at every `refresh` steps until step `until`, and then fixed."""
+    """The mask is that of the largest values, looked at every `refresh` steps until step `until`,
+    and then fixed."""
 
     def __init__(self, pattern: NMPattern, dense: torch.Tensor, refresh: int, until: int) -> None:
         super().__init__()
@@ -89,18 +94,25 @@ class MovingMask(FixedMask):
         self.mask, self.frozen = state["mask"].to(self.mask.device), bool(state["frozen"])
 
     def pruned(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return where pruned weights start: the dense values, below the smallest kept one of the group. Zero where
-        kept."""
+        """Return where pruned weights start: the dense values, below the smallest kept one of the
+        group. Zero where kept."""
         kept = torch.where(self.mask, weight.abs(), torch.inf)
         limit = MAX_SHARE * kept.unflatten(-1, (-1, self.pattern.group)).amin(-1, keepdim=True)
-        dense = self.dense.to(weight).unflatten(-1, (-1, self.pattern.group)).clamp(-limit, limit).flatten(-2)
+        dense = (
+            self.dense.to(weight)
+            .unflatten(-1, (-1, self.pattern.group))
+            .clamp(-limit, limit)
+            .flatten(-2)
+        )
         return torch.where(self.mask, 0.0, dense)
 
 
 class SrSte(MovingMask):
     """Straight through the choice of the largest, with a decay on what is pruned."""
 
-    def __init__(self, pattern: NMPattern, dense: torch.Tensor, refresh: int, until: int, decay: float) -> None:
+    def __init__(
+        self, pattern: NMPattern, dense: torch.Tensor, refresh: int, until: int, decay: float
+    ) -> None:
         super().__init__(pattern, dense, refresh, until)
         self.decay = decay
 
@@ -108,7 +120,9 @@ class SrSte(MovingMask):
         weight = super().start(rows, prior)
         return weight + self.pruned(weight)
 
-    def soft(self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
+    def soft(
+        self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str
+    ) -> torch.Tensor:
         kept = torch.where(self.mask, values, 0.0)
         return kept if self.frozen else through(kept, values)
 
@@ -132,8 +146,14 @@ class SSte(MovingMask):
         lifted = weight.abs().unflatten(-1, (-1, self.pattern.group)) + t
         return torch.where(prior, lifted.flatten(-2).copysign(weight), pruned)
 
-    def soft(self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
-        return torch.where(self.mask, values, 0.0) if self.frozen else through(shrunk(values, self.pattern), values)
+    def soft(
+        self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str
+    ) -> torch.Tensor:
+        return (
+            torch.where(self.mask, values, 0.0)
+            if self.frozen
+            else through(shrunk(values, self.pattern), values)
+        )
 
     def kept(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return values.detach() if self.frozen else shrunk(values.detach(), self.pattern)
@@ -153,7 +173,9 @@ class Adapters(FixedMask):
         a = torch.randn(rows.shape[1], rank, generator=generator) / rank**0.5
         return torch.cat([torch.zeros(rows.shape[0], rank), a]).to(rows.device)
 
-    def soft(self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
+    def soft(
+        self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str
+    ) -> torch.Tensor:
         return torch.where(self.mask, self._merged(values, rows), 0.0)
 
     def kept(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The context of a training step: where the run is.
 
-Schedules, noise and data order are functions of this and of nothing else, so that a run that was killed and resumed
-draws what an unbroken one draws.
+Schedules, noise and data order are functions of this and of nothing else, so that a run that was
+killed and resumed draws what an unbroken one draws.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ class StepContext:
 
     @property
     def progress(self) -> float:
-        """Return 0 at the first optimiser step and exactly 1 at the last; accumulation does not advance it."""
+        """Return 0 at the first optimiser step and exactly 1 at the last; accumulation does not
+        advance it."""
         return self.step / (self.steps - 1) if self.steps > 1 else 0.0
 
     def generator(self, name: str, device: torch.device | str = "cpu") -> torch.Generator:
-        """Return the noise of the tensor `name` here: always the same here, another one anywhere else."""
-        return torch.Generator(device).manual_seed(digest(self.seed, name, self.step, self.part, self.rank))
+        """Return the noise of the tensor `name` here: always the same here, another one anywhere
+        else."""
+        return torch.Generator(device).manual_seed(
+            digest(self.seed, name, self.step, self.part, self.rank)
+        )
 
 
 def digest(*parts: object) -> int:
@@ -54,9 +58,11 @@ class LinearSchedule:
         return self.start * (1 - progress) + self.end * progress
 
 
-def rate_factor(step: int, steps: int, warmup: int, schedule: Literal["cosine", "linear"], floor: float) -> float:
-    """Return the learning rate at an optimiser step as a share of its peak: linear warm-up, then down to `floor` at the
-    last."""
+def rate_factor(
+    step: int, steps: int, warmup: int, schedule: Literal["cosine", "linear"], floor: float
+) -> float:
+    """Return the learning rate at an optimiser step as a share of its peak: linear warm-up, then
+    down to `floor` at the last."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     left = max(1, steps - 1 - warmup)
@@ -66,8 +72,8 @@ def rate_factor(step: int, steps: int, warmup: int, schedule: Literal["cosine", 
 
 
 def order(seed: int, count: int, start: int, length: int) -> list[int]:
-    """Return positions `start` to `start + length` of an endless stream over `count` batches, shuffled anew every
-    epoch."""
+    """Return positions `start` to `start + length` of an endless stream over `count` batches,
+    shuffled anew every epoch."""
     epochs: dict[int, list[int]] = {}
     for epoch in range(start // count, (start + length - 1) // count + 1):
         generator = torch.Generator().manual_seed(digest(seed, "order", epoch))

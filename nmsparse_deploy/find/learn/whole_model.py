@@ -1,4 +1,5 @@
-"""The global objective: one-shot priors for the whole model, then masks learned through all of it at once."""
+"""The global objective: one-shot priors for the whole model, then masks learned through all of it
+at once."""
 
 from __future__ import annotations
 
@@ -39,8 +40,9 @@ from nmsparse_deploy.system.hardware import autocast_for
 from nmsparse_deploy.system.progress import Progress
 
 
-def learn_model(session: LearningSession, loaded: LoadedModel, plan: Plan, spec: Prune,
-                sample: Sample) -> tuple[dict[str, LayerResult], RefinementRecord]:
+def learn_model(
+    session: LearningSession, loaded: LoadedModel, plan: Plan, spec: Prune, sample: Sample
+) -> tuple[dict[str, LayerResult], RefinementRecord]:
     """Learn masks for everything in the plan; return them by parameter name, and the record.
 
     The model is dense before and after.
@@ -55,32 +57,53 @@ def learn_model(session: LearningSession, loaded: LoadedModel, plan: Plan, spec:
         sites[name] = MaskSite(name, name, row.target.axis, row.pattern)
         weights.append((to_rows(loaded.module.get_parameter(name), row.target.axis), row.pattern))
     objective, signal = objective_of(loaded, batches[0], session.compute)
-    subject = _subject(session, loaded, sites, objective, sample, spec.calibration.batch, signal.shape[-1])
+    subject = _subject(
+        session, loaded, sites, objective, sample, spec.calibration.batch, signal.shape[-1]
+    )
     labelled = isinstance(subject, ImageSubject) and subject.labels is not None
     accuracy = subject.accuracy() if isinstance(subject, ImageSubject) and labelled else None
     states = signal.numel() // signal.shape[-1]
     budget = session.budget(weights, states * subject.samples, signal.shape[-1])
-    priors = {method: _prior(session, loaded.module, plan, spec, method, batches)
-              for method in session.spec.prior_methods} | dict(session.stored)
+    priors = {
+        method: _prior(session, loaded.module, plan, spec, method, batches)
+        for method in session.spec.prior_methods
+    } | dict(session.stored)
     with recomputed(loaded.module, plan.blocks if session.spec.gradient_checkpointing else ()):
-        masks, facts = session.learn(subject, priors, budget, "whole", f"{spec.method} {spec.pattern}")
+        masks, facts = session.learn(
+            subject, priors, budget, "whole", f"{spec.method} {spec.pattern}"
+        )
     facts = replace(facts, dense_accuracy=accuracy)
-    return ({name: LayerResult(learned.mask, learned.weight) for name, learned in masks.items()},
-            RefinementRecord(None, spec.method, facts.to_json()))
+    return (
+        {name: LayerResult(learned.mask, learned.weight) for name, learned in masks.items()},
+        RefinementRecord(None, spec.method, facts.to_json()),
+    )
 
 
 @torch.no_grad()
-def objective_of(loaded: LoadedModel, batch: Batch, compute: torch.dtype) -> tuple[Objective, torch.Tensor]:
+def objective_of(
+    loaded: LoadedModel, batch: Batch, compute: torch.dtype
+) -> tuple[Objective, torch.Tensor]:
     """Return the loss that suits the model, and what it looks at in the output for one sample."""
     with autocast_for(compute, next(loaded.module.parameters()).device):
-        output = loaded.module(**{name: value[:1] if isinstance(value, torch.Tensor) else value
-                                  for name, value in batch.items()})
+        output = loaded.module(
+            **{
+                name: value[:1] if isinstance(value, torch.Tensor) else value
+                for name, value in batch.items()
+            }
+        )
     suitable = objective(loaded, output)
     return suitable, suitable.signal(output)
 
 
-def _subject(session: LearningSession, loaded: LoadedModel, sites: Mapping[str, MaskSite], objective: Objective,
-             sample: Sample, batch: int, classes: int) -> Subject:
+def _subject(
+    session: LearningSession,
+    loaded: LoadedModel,
+    sites: Mapping[str, MaskSite],
+    objective: Objective,
+    sample: Sample,
+    batch: int,
+    classes: int,
+) -> Subject:
     """Make the subject that suits the sample and the settings."""
     spec = session.spec
     if isinstance(sample, NoisedSample) and not (spec.labels or spec.augment):
@@ -92,20 +115,30 @@ def _subject(session: LearningSession, loaded: LoadedModel, sites: Mapping[str, 
         raise UsageError(f"'{loaded.source}' has no classes to learn from.", "learn.labels: false")
     labels = class_numbers(sample, loaded.module, classes) if spec.labels else None
     augmentation = Augmentation(spec.augment, loaded.processor, classes) if spec.augment else None
-    return ImageSubject(loaded.module, sites, sample, batch, objective, spec, session.compute, labels, augmentation)
+    return ImageSubject(
+        loaded.module, sites, sample, batch, objective, spec, session.compute, labels, augmentation
+    )
 
 
 def _shuffled(sample: Sample, seed: int) -> ImageSample:
-    """Shuffle images: those of one class lie side by side in their folder. Raises `UsageError` for other data."""
+    """Shuffle images: those of one class lie side by side in their folder. Raises `UsageError` for
+    other data."""
     if not isinstance(sample, ImageSample):
         raise UsageError("learn.labels and learn.augment are for images.", "leave them out")
     order = torch.randperm(len(sample), generator=torch.Generator().manual_seed(seed)).tolist()
     return sample.at(order)
 
 
-def _prior(session: LearningSession, module: nn.Module, plan: Plan, spec: Prune, method: str,
-           batches: Sequence[Batch]) -> Masks:
-    """Return the masks of a one-shot method for the original weights, from an earlier process if it got that far."""
+def _prior(
+    session: LearningSession,
+    module: nn.Module,
+    plan: Plan,
+    spec: Prune,
+    method: str,
+    batches: Sequence[Batch],
+) -> Masks:
+    """Return the masks of a one-shot method for the original weights, from an earlier process if it
+    got that far."""
     name = f"{FOLDER}/prior-{method}.safetensors"
     team = distributed.current()
     if team.first and not (session.run / name).is_file():
@@ -116,24 +149,39 @@ def _prior(session: LearningSession, module: nn.Module, plan: Plan, spec: Prune,
     return load_file(session.run / name)
 
 
-def one_shot(module: nn.Module, plan: Plan, spec: Prune, name: str, batches: Sequence[Batch],
-             compute: torch.dtype, progress: Progress) -> dict[str, torch.Tensor]:
+def one_shot(
+    module: nn.Module,
+    plan: Plan,
+    spec: Prune,
+    name: str,
+    batches: Sequence[Batch],
+    compute: torch.dtype,
+    progress: Progress,
+) -> dict[str, torch.Tensor]:
     """Return bool rows by parameter name; weights stay as they are.
 
     The blocks are walked, and every block sees what the pruned ones before it make of the data.
     """
     method = Method.load(name)
     alone = spec.model_copy(update={"method": name, "learn": None, "refine": (), "permute": False})
-    walk = None if method.facts.needs == "none" else BlockWalk(module, plan.blocks, batches, compute)
+    walk = (
+        None if method.facts.needs == "none" else BlockWalk(module, plan.blocks, batches, compute)
+    )
     masks: dict[str, torch.Tensor] = {}
     for number in range(max(row.target.block for row in plan.pruned()) + 1):
         progress(f"prior {name}, block {number}", number, len(plan.blocks))
-        pruned = prune_block(module, plan, number, alone, method, walk) if plan.pruned(number) else None
-        layers = {key: replace(layer, result=LayerResult(layer.result.mask))
-                  for key, layer in (pruned.layers if pruned else {}).items()}
+        pruned = (
+            prune_block(module, plan, number, alone, method, walk) if plan.pruned(number) else None
+        )
+        layers = {
+            key: replace(layer, result=LayerResult(layer.result.mask))
+            for key, layer in (pruned.layers if pruned else {}).items()
+        }
         masks |= {key: layer.result.mask.cpu() for key, layer in layers.items()}
         if walk is not None:
-            walk.advance(number, {key: layer.stored(torch.float32) for key, layer in layers.items()})
+            walk.advance(
+                number, {key: layer.stored(torch.float32) for key, layer in layers.items()}
+            )
     return masks
 
 
@@ -142,7 +190,9 @@ def recomputed(module: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
     """Let the blocks keep nothing for the backward pass but their inputs."""
     layers = [module.get_submodule(path) for path in blocks]
     for block in layers:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
     try:
         yield
     finally:

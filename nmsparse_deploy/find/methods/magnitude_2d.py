@@ -1,18 +1,23 @@
-"""Two-dimensional magnitude: the mask follows keep:group along rows and along columns, so its transpose does too.
+"""Two-dimensional magnitude: the mask follows keep:group along rows and along columns, so its
+transpose does too.
 
-Every tile of `group x group` keeps exactly `keep` in each row and each column, with the largest sum of `|W|`:
+Every tile of `group x group` keeps exactly `keep` in each row and each column, with the largest sum
+of `|W|`:
 
     max Σ_ij M_ij |W_ij|   over 0/1 matrices M with row and column sums `keep`
 
-Where few such matrices exist (90 for 2:4) all are tried, and the best is exact. Otherwise pairs of rows are dealt
-anew until none gains: what only one of the two keeps is shared out in the best way, which leaves the sums of rows and
-columns as they were. Both directions are then still exact, and the total is a local optimum.
+Where few such matrices exist (90 for 2:4) all are tried, and the best is exact. Otherwise pairs of
+rows are dealt anew until none gains: what only one of the two keeps is shared out in the best way,
+which leaves the sums of rows and columns as they were. Both directions are then still exact, and
+the total is a local optimum.
 
-Rows beyond the last whole tile (an output count that is not a multiple of `group`) follow the pattern along the row
-only. A transposed mask pays when the backward pass is to be sparse too; for inference alone `magnitude` keeps more.
+Rows beyond the last whole tile (an output count that is not a multiple of `group`) follow the
+pattern along the row only. A transposed mask pays when the backward pass is to be sparse too; for
+inference alone `magnitude` keeps more.
 
-NVIDIA apex, `m4n2_2d_best`; Hubara et al., Accelerated Sparse Neural Training: A Provable and Efficient Method to Find
-N:M Transposable Masks, 2021, where the problem for any keep:group is stated as a flow.
+NVIDIA apex, `m4n2_2d_best`; Hubara et al., Accelerated Sparse Neural Training: A Provable and
+Efficient Method to Find N:M Transposable Masks, 2021, where the problem for any keep:group is
+stated as a flow.
 """
 
 from __future__ import annotations
@@ -35,12 +40,15 @@ CHUNK = 1 << 16
 ROUNDS = 20
 
 
-def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: NMPattern,
-                mask: torch.Tensor | None = None) -> LayerResult:
+def prune_layer(
+    weight: torch.Tensor, stats: LayerStats, pattern: NMPattern, mask: torch.Tensor | None = None
+) -> LayerResult:
     """Return the two-dimensional mask of `weight` `[R, n]`; needs no data."""
     group, scores = pattern.group, weight.abs()
     whole = len(scores) // group * group
-    tiles = scores[:whole].unflatten(1, (-1, group)).unflatten(0, (-1, group)).transpose(1, 2)  # [R/g, n/g, g, g]
+    tiles = (
+        scores[:whole].unflatten(1, (-1, group)).unflatten(0, (-1, group)).transpose(1, 2)
+    )  # [R/g, n/g, g, g]
     kept = torch.empty(tiles.shape, dtype=torch.bool, device=weight.device)
     for few, out in zip(tiles.flatten(0, 1).split(CHUNK), kept.flatten(0, 1).split(CHUNK)):
         out.copy_(transposable(few, pattern))
@@ -49,7 +57,8 @@ def prune_layer(weight: torch.Tensor, stats: LayerStats, pattern: NMPattern,
 
 
 def transposable(scores: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
-    """Return, for tiles `[count, group, group]` of scores, masks with `keep` in each row and column."""
+    """Return, for tiles `[count, group, group]` of scores, masks with `keep` in each row and
+    column."""
     if comb(pattern.group, pattern.keep) ** pattern.group > ENUMERATED:
         return exchanged(scores, pattern)
     shapes = all_tiles(pattern).to(scores.device)
@@ -59,7 +68,10 @@ def transposable(scores: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
 @cache
 def all_tiles(pattern: NMPattern) -> torch.Tensor:
     """Return every 0/1 tile with row and column sums `keep`, `[count, group, group]`."""
-    rows = [[i in kept for i in range(pattern.group)] for kept in combinations(range(pattern.group), pattern.keep)]
+    rows = [
+        [i in kept for i in range(pattern.group)]
+        for kept in combinations(range(pattern.group), pattern.keep)
+    ]
     candidates = torch.tensor(list(product(rows, repeat=pattern.group)))
     return candidates[(candidates.sum(1) == pattern.keep).all(1)]
 
@@ -79,9 +91,16 @@ def exchanged(scores: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
     return kept
 
 
-def _deal(first: torch.Tensor, second: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Share out what only one of two rows keeps: the places that gain most go to the first, as many as it had."""
+def _deal(
+    first: torch.Tensor, second: torch.Tensor, gain: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Share out what only one of two rows keeps: the places that gain most go to the first, as many
+    as it had."""
     both, single = first & second, first ^ second
-    ranks = gain.masked_fill(~single, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
+    ranks = (
+        gain.masked_fill(~single, -torch.inf)
+        .argsort(dim=1, descending=True, stable=True)
+        .argsort(1)
+    )
     share = single & (ranks < (first & single).sum(1, keepdim=True))
     return both | share, both | (single & ~share)

@@ -1,22 +1,25 @@
 """MaskPro: learn which weights of every group stay from forward passes alone.
 
-Every weight has a logit, and a mask is drawn without replacement (`learn/plackett_luce.py`). A step draws `m_t`,
-measures how much worse it is than the starting mask `m₀` on the same batch, and moves the logits along the score:
+Every weight has a logit, and a mask is drawn without replacement (`learn/plackett_luce.py`). A step
+draws `m_t`, measures how much worse it is than the starting mask `m₀` on the same batch, and moves
+the logits along the score:
 
     r_t  = f(m_t) - f(m₀)
     π   <- π - η (r_t - δ) ∂ log P(m_t) / ∂π
     δ   <- 0.99 δ + 0.01 r_t
 
-`f(m₀)` is computed here, on the same machine and in the same precision. No baseline that does not depend on `m_t` makes
-the estimate biased, so `δ` is updated after its use, and is divided by `1 - 0.99^t` while it is young. Logits start at
-`C` for what `m₀` keeps and zero elsewhere. With `C` fixed a small model draws nothing but `m₀`, so `C` is set such that
-`flips` groups differ from `m₀` in a draw:
+`f(m₀)` is computed here, on the same machine and in the same precision. No baseline that does not
+depend on `m_t` makes the estimate biased, so `δ` is updated after its use, and is divided by
+`1 - 0.99^t` while it is young. Logits start at `C` for what `m₀` keeps and zero elsewhere. With `C`
+fixed a small model draws nothing but `m₀`, so `C` is set such that `flips` groups differ from `m₀`
+in a draw:
 
     B (1 - Π_{j=1..N} j e^C / (j e^C + M - N)) = flips
 
-and `η = step_size · C / |r - δ|`, with a smoothed root mean square of `r - δ`; `magnitude` and `rate` set the raw `C`
-and `η` as published. All groups that flipped share one number, so what a single one is worth shows after hundreds of
-its flips: expect it to move small models, and use it where gradients cannot be had.
+and `η = step_size · C / |r - δ|`, with a smoothed root mean square of `r - δ`; `magnitude` and
+`rate` set the raw `C` and `η` as published. All groups that flipped share one number, so what a
+single one is worth shows after hundreds of its flips: expect it to move small models, and use it
+where gradients cannot be had.
 
 Sun et al., MaskPro, ICLR 2026, arXiv:2506.12876, sections 3 and 4. Written from the formulas; the
 published code has no licence.
@@ -63,11 +66,14 @@ class DrawnMask(MaskParametrization):
         return prior.float()
 
     def order(self, values: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
-        """Draw the places to keep in this step, `[groups, keep]`; the same whenever it is asked for."""
+        """Draw the places to keep in this step, `[groups, keep]`; the same whenever it is asked
+        for."""
         groups = values.detach().reshape(-1, self.site.pattern.group)
         return sample(groups, self.site.pattern.keep, context.generator(name, values.device))
 
-    def soft(self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
+    def soft(
+        self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str
+    ) -> torch.Tensor:
         if self.starting:
             return torch.where(self.prior, rows, 0.0)
         drawn = as_mask(self.order(values, context, name), self.site.pattern.group)
@@ -92,18 +98,26 @@ class PolicyGradient(MaskLearner):
         self.residuals: list[torch.Tensor] = []
         """Of this step's micro-batches."""
         self.tracked = torch.zeros(3, dtype=torch.float64)
-        """Smoothed residual, smoothed square of its distance from that, and the number of steps in them."""
+        """Smoothed residual, smoothed square of its distance from that, and the number of steps in
+        them."""
 
-    def prepare(self, subject: Subject, priors: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
+    def prepare(
+        self, subject: Subject, priors: Mapping[str, torch.Tensor]
+    ) -> torch.optim.Optimizer:
         super().prepare(subject, priors)
-        counts = [(mask.values.numel() // mask.site.pattern.group, mask.site.pattern) for mask in self.masks.values()]
+        counts = [
+            (mask.values.numel() // mask.site.pattern.group, mask.site.pattern)
+            for mask in self.masks.values()
+        ]
         self.magnitude = self.spec.magnitude or magnitude_for(counts, self.spec.flips)
         for mask in self.masks.values():
             mask.values.data.mul_(self.magnitude)
         rate = self.spec.rate or self.spec.step_size * self.magnitude
         return torch.optim.SGD([mask.values for mask in self.masks.values()], rate)
 
-    def loss_terms(self, subject: Subject, number: int, context: StepContext) -> dict[str, torch.Tensor]:
+    def loss_terms(
+        self, subject: Subject, number: int, context: StepContext
+    ) -> dict[str, torch.Tensor]:
         """Return the loss of a draw, with the policy gradient as its gradient."""
         set_step(subject.module, context)
         with torch.no_grad(), showing(subject.module, "soft"):
@@ -115,7 +129,10 @@ class PolicyGradient(MaskLearner):
         residual = loss - self.before[number]
         self.residuals.append(residual)
         factor = self._advantage(float(residual))
-        along = [(mask.values * factor * self._score(mask, context)).sum() for mask in self.masks.values()]
+        along = [
+            (mask.values * factor * self._score(mask, context)).sum()
+            for mask in self.masks.values()
+        ]
         surrogate = torch.stack(along).sum()
         return {"loss": loss + surrogate - surrogate.detach()}
 
@@ -130,7 +147,8 @@ class PolicyGradient(MaskLearner):
         return score(values.reshape(-1, site.pattern.group), order).reshape(values.shape)
 
     def _advantage(self, residual: float) -> float:
-        """Return `r - δ`, in units of its usual size unless the rate is given raw; zero while that is unknown."""
+        """Return `r - δ`, in units of its usual size unless the rate is given raw; zero while that
+        is unknown."""
         smoothed, square, count = self.tracked.tolist()
         young = 1 - SMOOTHING**count if count else 1.0
         away = residual - smoothed / young
@@ -139,12 +157,20 @@ class PolicyGradient(MaskLearner):
         return away / math.sqrt(square / young) if square else 0.0
 
     def after_step(self, context: StepContext) -> None:
-        residual = float(reduce(torch.stack(self.residuals).mean(), "mean"))  # every process tracks the same
+        residual = float(
+            reduce(torch.stack(self.residuals).mean(), "mean")
+        )  # every process tracks the same
         self.residuals = []
         smoothed, square, count = self.tracked.tolist()
         away = residual - (smoothed / (1 - SMOOTHING**count) if count else 0.0)
-        self.tracked = torch.tensor([SMOOTHING * smoothed + (1 - SMOOTHING) * residual,
-                                     SMOOTHING * square + (1 - SMOOTHING) * away**2, count + 1], dtype=torch.float64)
+        self.tracked = torch.tensor(
+            [
+                SMOOTHING * smoothed + (1 - SMOOTHING) * residual,
+                SMOOTHING * square + (1 - SMOOTHING) * away**2,
+                count + 1,
+            ],
+            dtype=torch.float64,
+        )
 
     def state(self) -> dict[str, torch.Tensor]:
         return {"tracked": self.tracked}
@@ -153,8 +179,8 @@ class PolicyGradient(MaskLearner):
         self.tracked = state["tracked"]
 
     def facts(self) -> dict[str, float]:
-        """Report C, and as `moved` the share of groups whose logits favour another mask than at the start, better or
-        not."""
+        """Report C, and as `moved` the share of groups whose logits favour another mask than at the
+        start, better or not."""
         moved = groups = 0
         for mask in self.masks.values():
             drawn = mask.parametrized_by(DrawnMask)
@@ -171,8 +197,8 @@ def stays(magnitude: float, pattern: NMPattern) -> float:
 
 
 def magnitude_for(groups: Sequence[tuple[int, NMPattern]], flips: float) -> float:
-    """Find the C at which `flips` of all groups, given as counts by pattern, differ from the start in a draw; zero when
-    even an even distribution flips fewer."""
+    """Find the C at which `flips` of all groups, given as counts by pattern, differ from the start
+    in a draw; zero when even an even distribution flips fewer."""
     low, high = 0.0, MAX_MAGNITUDE
     for _ in range(60):
         middle = (low + high) / 2

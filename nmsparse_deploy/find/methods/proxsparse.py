@@ -1,21 +1,23 @@
-"""ProxSparse: train a copy of the weights under a regulariser that is zero on N:M groups, and keep only its support.
+"""ProxSparse: train a copy of the weights under a regulariser that is zero on N:M groups, and keep
+only its support.
 
     min_W  L(W) + λ₁ Σ_groups e_{N+1}(|w|) + λ₂ ‖ W / (W₀ + ε sgn W₀) ∘ (W - W₀) ‖²_F
 
-A step of AdamW on `L` and the last term, then the proximal operator of the one before (`learn/prox.py`) on every
-matrix. In the end the N largest of every group of the copy stay, with their original values; the copy is thrown away.
-The last term holds back what changes much for its size.
+A step of AdamW on `L` and the last term, then the proximal operator of the one before
+(`learn/prox.py`) on every matrix. In the end the N largest of every group of the copy stay, with
+their original values; the copy is thrown away. The last term holds back what changes much for its
+size.
 
-Since `prox_λ(c z) = c prox_{λ c^(N-1)}(z)`, a strength means something only beside the size of the weights, which is
-why published values of λ₁ span 0.2 to 25. Here `pressure` is the strength of all steps together, relative to each
-matrix, and `reach` how far the optimiser can carry a weight over the run, both in units of the matrix's root mean
-square `s`:
+Since `prox_λ(c z) = c prox_{λ c^(N-1)}(z)`, a strength means something only beside the size of the
+weights, which is why published values of λ₁ span 0.2 to 25. Here `pressure` is the strength of all
+steps together, relative to each matrix, and `reach` how far the optimiser can carry a weight over
+the run, both in units of the matrix's root mean square `s`:
 
     λ₁ = pressure / (steps · s^(N-1)),   rate = reach · s / steps
 
-The published settings for Llama-2-7B (λ₁ 0.25, rate 1e-4, 400 steps) would be 2 and 2 if all its matrices had `s` 0.02;
-the defaults come from there. `lambda1` and `rate` set the raw numbers. The copy is fp32: in bf16 most of these steps
-round to nothing.
+The published settings for Llama-2-7B (λ₁ 0.25, rate 1e-4, 400 steps) would be 2 and 2 if all its
+matrices had `s` 0.02; the defaults come from there. `lambda1` and `rate` set the raw numbers. The
+copy is fp32: in bf16 most of these steps round to nothing.
 
 Liu et al., ProxSparse, ICML 2025, arXiv:2502.00258, sections 3 and 4. Written from the formulas.
 """
@@ -27,7 +29,11 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from nmsparse_deploy.find.learn.learner import LearnedMethod, MaskLearner, Subject
-from nmsparse_deploy.find.learn.mask_parametrization import MaskParametrization, MaskSite, original_weight
+from nmsparse_deploy.find.learn.mask_parametrization import (
+    MaskParametrization,
+    MaskSite,
+    original_weight,
+)
 from nmsparse_deploy.find.learn.prox import prox
 from nmsparse_deploy.find.learn.sharded import put, whole
 from nmsparse_deploy.find.learn.step_context import StepContext
@@ -36,7 +42,8 @@ from nmsparse_deploy.models.base import to_rows
 from nmsparse_deploy.recipe import ProxSparse
 
 FUSED = 3
-"""Query, key and value stored as one: three times as many outputs as inputs. Each has a size of its own."""
+"""Query, key and value stored as one: three times as many outputs as inputs. Each has a size of its
+own."""
 
 
 class SupportMask(MaskParametrization):
@@ -45,17 +52,22 @@ class SupportMask(MaskParametrization):
     def __init__(self, site: MaskSite) -> None:
         self.site = site
         self.prior: torch.Tensor | None = None
-        """What the mask is until the first step: training starts at the dense weights, whatever the prior."""
+        """What the mask is until the first step: training starts at the dense weights, whatever the
+        prior."""
 
     def start(self, rows: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
         self.prior = prior
         return rows.to(torch.float32, copy=True)  # the original must not move
 
-    def soft(self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str) -> torch.Tensor:
+    def soft(
+        self, values: torch.Tensor, rows: torch.Tensor, context: StepContext, name: str
+    ) -> torch.Tensor:
         return values
 
     def hard(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return project(values.detach().abs(), self.site.pattern) if self.prior is None else self.prior
+        return (
+            project(values.detach().abs(), self.site.pattern) if self.prior is None else self.prior
+        )
 
     def slices(self, rows: torch.Tensor) -> Iterator[slice]:
         """Yield the rows that make one matrix."""
@@ -77,22 +89,35 @@ class ProximalLearner(MaskLearner):
         self.sizes: dict[str, list[float]] = {}
         """Root mean square of every slice of the original weights, by `MaskSite.path`."""
 
-    def prepare(self, subject: Subject, priors: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
+    def prepare(
+        self, subject: Subject, priors: Mapping[str, torch.Tensor]
+    ) -> torch.optim.Optimizer:
         super().prepare(subject, priors)
         groups = []
         for path, mask in self.masks.items():
             rows = to_rows(original_weight(self.module, mask.site), mask.site.axis).float()
             slices = mask.parametrized_by(SupportMask).slices(rows)
             self.sizes[path] = [float(rows[part].square().mean().sqrt()) for part in slices]
-            rate = self.spec.rate or self.spec.reach * float(rows.square().mean().sqrt()) / self.spec.steps
+            rate = (
+                self.spec.rate
+                or self.spec.reach * float(rows.square().mean().sqrt()) / self.spec.steps
+            )
             groups.append({"params": [mask.values], "lr": rate})
         return torch.optim.AdamW(groups, 1.0, self.betas, weight_decay=0.0, fused=True)
 
-    def loss_terms(self, subject: Subject, number: int, context: StepContext) -> dict[str, torch.Tensor]:
+    def loss_terms(
+        self, subject: Subject, number: int, context: StepContext
+    ) -> dict[str, torch.Tensor]:
         terms = super().loss_terms(subject, number, context)
         if self.spec.lambda2:
-            distances = [frozen(mask.values, to_rows(original_weight(self.module, mask.site), mask.site.axis),
-                                self.spec.epsilon) for mask in self.masks.values()]
+            distances = [
+                frozen(
+                    mask.values,
+                    to_rows(original_weight(self.module, mask.site), mask.site.axis),
+                    self.spec.epsilon,
+                )
+                for mask in self.masks.values()
+            ]
             terms["frozen"] = self.spec.lambda2 * torch.stack(distances).sum()
         return terms
 

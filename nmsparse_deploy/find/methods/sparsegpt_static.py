@@ -1,8 +1,9 @@
-"""SparseGPT's score without its sweep: keep the largest `w²/d²` of the original weights, change nothing.
+"""SparseGPT's score without its sweep: keep the largest `w²/d²` of the original weights, change
+nothing.
 
-This is what some mask-learning codes call "SparseGPT without update". The price `1/d_j²` assumes that later columns
-will compensate, and here none does; expect no more than Wanda gives. Use it as a prior for mask learning.
-Score of Frantar & Alistarh 2023, section 3.2, with `d` as in `sparsegpt`.
+This is what some mask-learning codes call "SparseGPT without update". The price `1/d_j²` assumes
+that later columns will compensate, and here none does; expect no more than Wanda gives. Use it as a
+prior for mask learning. Score of Frantar & Alistarh 2023, section 3.2, with `d` as in `sparsegpt`.
 """
 
 from __future__ import annotations

@@ -1,1 +1,2 @@
-"""Choose which fusion groups get the pattern: what each costs, what each saves, and the best under a constraint."""
+"""Choose which fusion groups get the pattern: what each costs, what each saves, and the best under
+a constraint."""

@@ -33,7 +33,11 @@ def save(plan: Json, path: Path) -> None:
     """Write what `Allocation.to_json` gave; appears by rename."""
     check_name(path)
     json_wanted = path.suffix == ".json"
-    text = json.dumps(plan, indent=1) + "\n" if json_wanted else yaml.safe_dump(plan, sort_keys=False, width=120)
+    text = (
+        json.dumps(plan, indent=1) + "\n"
+        if json_wanted
+        else yaml.safe_dump(plan, sort_keys=False, width=120)
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -46,12 +50,20 @@ def save(plan: Json, path: Path) -> None:
 def load(path: Path) -> PlanFile:
     """Read a plan. Its patterns are checked where they are used. Raises `UsageError`."""
     if not path.is_file():
-        raise UsageError(f"There is no plan '{path}'.", "nmsparse-deploy plan --out FILE writes one")
+        raise UsageError(
+            f"There is no plan '{path}'.", "nmsparse-deploy plan --out FILE writes one"
+        )
     check_name(path)
     try:
-        data = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+        data = (
+            json.loads(path.read_text())
+            if path.suffix == ".json"
+            else yaml.safe_load(path.read_text())
+        )
         patterns = {str(name): str(text) for name, text in data["patterns"].items()}
         return PlanFile(str(data["model"]), str(data["pattern"]), patterns)
     except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = " ".join(f"{type(error).__name__} {error}".split())
-        raise UsageError(f"'{path}' is not a plan: {what}.", "nmsparse-deploy plan --out FILE writes one") from error
+        raise UsageError(
+            f"'{path}' is not a plan: {what}.", "nmsparse-deploy plan --out FILE writes one"
+        ) from error

@@ -23,8 +23,13 @@ class PlanRow:
     reason: str
 
     def shape_verdict(self) -> str | None:
-        """Tell whether sparse tensor cores have kernels for this shape; None where they cannot run the pattern."""
-        return shape_verdict(self.target.k, self.target.outputs, self.pattern) if self.pattern else None
+        """Tell whether sparse tensor cores have kernels for this shape; None where they cannot run
+        the pattern."""
+        return (
+            shape_verdict(self.target.k, self.target.outputs, self.pattern)
+            if self.pattern
+            else None
+        )
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,9 @@ class Plan:
 
     def pruned(self, block: int | None = None) -> list[PlanRow]:
         """Return the targets that get a pattern, of one block or of all."""
-        return [row for row in self.rows if row.pattern and (block is None or row.target.block == block)]
+        return [
+            row for row in self.rows if row.pattern and (block is None or row.target.block == block)
+        ]
 
     def summary(self) -> str:
         """Say in one sentence how many matrices and weights are selected."""
@@ -46,14 +53,27 @@ class Plan:
         values = sum(row.target.k * row.target.n for row in chosen)
         inside = sum(row.target.k * row.target.n for row in self.rows)
         left = len(self.rows) - len(chosen)
-        return (f"{len(chosen)} of {len(self.rows)} prunable matrices in {len(self.blocks)} blocks selected "
-                f"({values / 1e6:.1f} of {inside / 1e6:.1f} M weights); {left} stay dense, "
-                f"{len(self.skipped)} others are never pruned.")
+        return (
+            f"{len(chosen)} of {len(self.rows)} prunable matrices in {len(self.blocks)} blocks selected "
+            f"({values / 1e6:.1f} of {inside / 1e6:.1f} M weights); {left} stay dense, "
+            f"{len(self.skipped)} others are never pruned."
+        )
 
     def to_json(self) -> Json:
-        rows = [{**asdict(r.target), "pattern": str(r.pattern) if r.pattern else None, "reason": r.reason,
-                 "shape_verdict": r.shape_verdict()} for r in self.rows]
-        return {"blocks": list(self.blocks), "rows": rows, "skipped": [asdict(s) for s in self.skipped]}
+        rows = [
+            {
+                **asdict(r.target),
+                "pattern": str(r.pattern) if r.pattern else None,
+                "reason": r.reason,
+                "shape_verdict": r.shape_verdict(),
+            }
+            for r in self.rows
+        ]
+        return {
+            "blocks": list(self.blocks),
+            "rows": rows,
+            "skipped": [asdict(s) for s in self.skipped],
+        }
 
 
 def by_fusion(rows: Sequence[PlanRow]) -> dict[str, list[PlanRow]]:
@@ -64,21 +84,31 @@ def by_fusion(rows: Sequence[PlanRow]) -> dict[str, list[PlanRow]]:
     return parts
 
 
-def make_plan(discovery: Discovery, pattern: Pattern, include: Sequence[str] = (),
-              exclude: Sequence[str] = (), patterns: Mapping[str, str] | None = None) -> Plan:
+def make_plan(
+    discovery: Discovery,
+    pattern: Pattern,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    patterns: Mapping[str, str] | None = None,
+) -> Plan:
     """Apply shape and user rules, then make every fusion group all or nothing.
 
-    Compilers merge the layers of a fusion group (q/k/v, gate/up) into one GEMM; one dense member would make the merged
-    weight dense. `include` and `exclude` are globs on parameter names; `patterns` decides single parameters otherwise
-    than `pattern`. Raises `UsageError` when a glob or a name matches nothing or a named pattern cannot be had, and
-    `NmsparseError` when nothing is left to prune.
+    Compilers merge the layers of a fusion group (q/k/v, gate/up) into one GEMM; one dense member
+    would make the merged weight dense. `include` and `exclude` are globs on parameter names;
+    `patterns` decides single parameters otherwise than `pattern`. Raises `UsageError` when a glob
+    or a name matches nothing or a named pattern cannot be had, and `NmsparseError` when nothing is
+    left to prune.
     """
     for glob in (*include, *exclude):
         if not any(fnmatchcase(t.name, glob) for t in discovery.targets):
-            raise UsageError(f"'{glob}' matches no prunable parameter.", "nmsparse-deploy inspect lists them")
+            raise UsageError(
+                f"'{glob}' matches no prunable parameter.", "nmsparse-deploy inspect lists them"
+            )
     named = _named(discovery, patterns or {})
     wanted = {t.name: named.get(t.name, (pattern, ""))[0] or pattern for t in discovery.targets}
-    reasons = {t.name: _stays_dense(t, wanted[t.name], include, exclude, named) for t in discovery.targets}
+    reasons = {
+        t.name: _stays_dense(t, wanted[t.name], include, exclude, named) for t in discovery.targets
+    }
     dense_groups = {t.fusion: t for t in discovery.targets if reasons[t.name]}
     rows = []
     for target in discovery.targets:
@@ -87,7 +117,11 @@ def make_plan(discovery: Discovery, pattern: Pattern, include: Sequence[str] = (
         if reason is None and partner is not None:
             reason = f"reads the same input as {partner.name}, which stays dense"
         chosen = "selected by plan" if target.name in named else "selected"
-        rows.append(PlanRow(target, None, reason) if reason else PlanRow(target, wanted[target.name], chosen))
+        rows.append(
+            PlanRow(target, None, reason)
+            if reason
+            else PlanRow(target, wanted[target.name], chosen)
+        )
     plan = Plan(tuple(rows), discovery.skipped, discovery.blocks)
     _check_merged(plan)
     if not plan.pruned():
@@ -96,17 +130,23 @@ def make_plan(discovery: Discovery, pattern: Pattern, include: Sequence[str] = (
     return plan
 
 
-def _named(discovery: Discovery, patterns: Mapping[str, str]) -> dict[str, tuple[Pattern | None, str]]:
+def _named(
+    discovery: Discovery, patterns: Mapping[str, str]
+) -> dict[str, tuple[Pattern | None, str]]:
     """Return the decisions about single parameters, checked against the model."""
     targets = {target.name: target for target in discovery.targets}
     named = {name: decided(text) for name, text in patterns.items()}
     for name, (pattern, _) in named.items():
         if name not in targets:
-            raise UsageError(f"The plan names '{name}', which is no prunable parameter of this model.",
-                             "nmsparse-deploy inspect lists them")
+            raise UsageError(
+                f"The plan names '{name}', which is no prunable parameter of this model.",
+                "nmsparse-deploy inspect lists them",
+            )
         if pattern and targets[name].k % pattern.alignment:
-            raise UsageError(f"'{name}' cannot have {pattern}: its reduction length {targets[name].k} is not divisible "
-                             f"by {pattern.alignment}.")
+            raise UsageError(
+                f"'{name}' cannot have {pattern}: its reduction length {targets[name].k} is not divisible "
+                f"by {pattern.alignment}."
+            )
     return named
 
 
@@ -116,12 +156,19 @@ def _check_merged(plan: Plan) -> None:
     for row in plan.pruned():
         other = first.setdefault(row.target.fusion, row)
         if isinstance(row.pattern, NMPattern) and row.pattern != other.pattern:
-            raise UsageError(f"'{other.target.name}' and '{row.target.name}' read the same input and are merged into "
-                             f"one GEMM, but the plan gives them {other.pattern} and {row.pattern}.")
+            raise UsageError(
+                f"'{other.target.name}' and '{row.target.name}' read the same input and are merged into "
+                f"one GEMM, but the plan gives them {other.pattern} and {row.pattern}."
+            )
 
 
-def _stays_dense(target: Target, pattern: Pattern, include: Sequence[str], exclude: Sequence[str],
-                 named: Mapping[str, tuple[Pattern | None, str]]) -> str | None:
+def _stays_dense(
+    target: Target,
+    pattern: Pattern,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    named: Mapping[str, tuple[Pattern | None, str]],
+) -> str | None:
     if target.k % pattern.alignment:
         return f"reduction length {target.k} is not divisible by {pattern.alignment}"
     if include and not any(fnmatchcase(target.name, glob) for glob in include):

@@ -1,13 +1,16 @@
-"""The increase of the loss when a part of the model is pruned: tried out, or predicted from its curvature.
+"""The increase of the loss when a part of the model is pruned: tried out, or predicted from its
+curvature.
 
-* `direct`: prune one fusion group, leave everything else dense, and measure the increase of the loss on the
-  calibration samples. One pass over the samples a group, started at the group's block.
-* `hutchinson`: the mean diagonal of the Hessian, `tr(H) / n`, of every weight, estimated by `zᵀ H z` with Rademacher
-  `z` (Hutchinson 1990). MixGPT's sensitivity (Shao et al. 2024, arXiv:2310.09499). One `z` covers all weights at once:
-  with `v = H z`, `E[z_i · v_i] = tr(H_ii)` for the part `i` of a weight. Needs memory for a double backward pass.
+* `direct`: prune one fusion group, leave everything else dense, and measure the increase of the
+  loss on the calibration samples. One pass over the samples a group, started at the group's block.
+* `hutchinson`: the mean diagonal of the Hessian, `tr(H) / n`, of every weight, estimated by `zᵀ H
+  z` with Rademacher `z` (Hutchinson 1990). MixGPT's sensitivity (Shao et al. 2024,
+  arXiv:2310.09499). One `z` covers all weights at once: with `v = H z`, `E[z_i · v_i] = tr(H_ii)`
+  for the part `i` of a weight. Needs memory for a double backward pass.
 
-The trial prune of `direct` is a cheap method (Wanda unless told otherwise) on the dense stream, without what a later
-weight update or refinement repairs: figures are too high for a better method, and it is their ranking that counts.
+The trial prune of `direct` is a cheap method (Wanda unless told otherwise) on the dense stream,
+without what a later weight update or refinement repairs: figures are too high for a better method,
+and it is their ranking that counts.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ from nmsparse_deploy.system.progress import Progress, silent
 
 @dataclass(frozen=True)
 class LossIncrease:
-    """The mean increase of the loss over samples, and its standard error (the same samples, dense and pruned)."""
+    """The mean increase of the loss over samples, and its standard error (the same samples, dense
+    and pruned)."""
 
     mean: float
     error: float
@@ -49,12 +53,20 @@ class HessianTrace:
     size: int
 
 
-def direct(loaded: LoadedModel, blocks: Sequence[str], parts: Sequence[Sequence[PlanRow]], batches: Sequence[Batch],
-           measure: Objective, method: Method, progress: Progress = silent) -> list[LossIncrease]:
-    """Measure the increase of the loss when each of `parts` alone is pruned by `method` to its rows' patterns.
+def direct(
+    loaded: LoadedModel,
+    blocks: Sequence[str],
+    parts: Sequence[Sequence[PlanRow]],
+    batches: Sequence[Batch],
+    measure: Objective,
+    method: Method,
+    progress: Progress = silent,
+) -> list[LossIncrease]:
+    """Measure the increase of the loss when each of `parts` alone is pruned by `method` to its
+    rows' patterns.
 
-    A part is what is pruned together, within one block: a fusion group, or a single target. The model is left as it
-    was found.
+    A part is what is pruned together, within one block: a fusion group, or a single target. The
+    model is left as it was found.
     """
     increases: dict[int, LossIncrease] = {}
     replay = _replay(loaded, blocks, batches, measure)
@@ -65,46 +77,73 @@ def direct(loaded: LoadedModel, blocks: Sequence[str], parts: Sequence[Sequence[
     return [increases[index] for index in range(len(parts))]
 
 
-def from_curvature(loaded: LoadedModel, blocks: Sequence[str], parts: Sequence[Sequence[PlanRow]],
-                   batches: Sequence[Batch], measure: Objective, method: Method,
-                   traces: Mapping[str, HessianTrace]) -> list[LossIncrease]:
-    """Predict the increase of the loss that a curvature alike in all directions would give: `Σ ½ tr(H)/n · ‖W - Ŵ‖²`
-    over the part's weights.
+def from_curvature(
+    loaded: LoadedModel,
+    blocks: Sequence[str],
+    parts: Sequence[Sequence[PlanRow]],
+    batches: Sequence[Batch],
+    measure: Objective,
+    method: Method,
+    traces: Mapping[str, HessianTrace],
+) -> list[LossIncrease]:
+    """Predict the increase of the loss that a curvature alike in all directions would give:
+    `Σ ½ tr(H)/n · ‖W - Ŵ‖²` over the part's weights.
 
     Ranks groups of different sizes; not calibrated in the objective's unit.
     """
     increases: dict[int, LossIncrease] = {}
     for index, stats in _in_order(_replay(loaded, blocks, batches, measure), parts, method):
-        damage = {row.target.name: _damage(loaded.module, row, method, stats) / 2 for row in parts[index]}
+        damage = {
+            row.target.name: _damage(loaded.module, row, method, stats) / 2 for row in parts[index]
+        }
         error = math.sqrt(sum((traces[name].error * half) ** 2 for name, half in damage.items()))
-        increases[index] = LossIncrease(sum(traces[name].mean * half for name, half in damage.items()), error)
+        increases[index] = LossIncrease(
+            sum(traces[name].mean * half for name, half in damage.items()), error
+        )
     return [increases[index] for index in range(len(parts))]
 
 
-def _damage(module: nn.Module, row: PlanRow, method: Method, stats: Mapping[str, LayerStats]) -> float:
+def _damage(
+    module: nn.Module, row: PlanRow, method: Method, stats: Mapping[str, LayerStats]
+) -> float:
     """Return `‖W - Ŵ‖²`."""
     weight = module.get_parameter(row.target.name).detach()
     return float((weight.double() - trial(module, row, method, stats).double()).square().sum())
 
 
-def _in_order(replay: SuffixReplay, parts: Sequence[Sequence[PlanRow]],
-              method: Method) -> Iterator[tuple[int, dict[str, LayerStats]]]:
-    """Yield the number of every part, block by block, with the statistics of its block and the replay starting
-    there."""
+def _in_order(
+    replay: SuffixReplay, parts: Sequence[Sequence[PlanRow]], method: Method
+) -> Iterator[tuple[int, dict[str, LayerStats]]]:
+    """Yield the number of every part, block by block, with the statistics of its block and the
+    replay starting there."""
     for block in range(1 + max(part[0].target.block for part in parts)):
         here = [index for index, part in enumerate(parts) if part[0].target.block == block]
-        stats = _statistics(replay, [row for index in here for row in parts[index]], method) if here else {}
+        stats = (
+            _statistics(replay, [row for index in here for row in parts[index]], method)
+            if here
+            else {}
+        )
         for index in here:
             yield index, stats
         replay.advance()
 
 
-def together(loaded: LoadedModel, blocks: Sequence[str], rows: Sequence[PlanRow], batches: Sequence[Batch],
-             measure: Objective, method: Method, progress: Progress = silent) -> LossIncrease:
-    """Measure the increase of the loss when all `rows` are pruned at once: what the sum of single increases stands
-    for."""
+def together(
+    loaded: LoadedModel,
+    blocks: Sequence[str],
+    rows: Sequence[PlanRow],
+    batches: Sequence[Batch],
+    measure: Objective,
+    method: Method,
+    progress: Progress = silent,
+) -> LossIncrease:
+    """Measure the increase of the loss when all `rows` are pruned at once: what the sum of single
+    increases stands for."""
     replay = _replay(loaded, blocks, batches, measure)
-    dense = {row.target.name: loaded.module.get_parameter(row.target.name).detach().clone() for row in rows}
+    dense = {
+        row.target.name: loaded.module.get_parameter(row.target.name).detach().clone()
+        for row in rows
+    }
     changed: dict[str, torch.Tensor] = {}
     progress("trying the plan as a whole", 0, 0)
     for block in range(len(blocks)):
@@ -120,7 +159,9 @@ def together(loaded: LoadedModel, blocks: Sequence[str], rows: Sequence[PlanRow]
         _write(loaded.module, dense)
 
 
-def _replay(loaded: LoadedModel, blocks: Sequence[str], batches: Sequence[Batch], measure: Objective) -> SuffixReplay:
+def _replay(
+    loaded: LoadedModel, blocks: Sequence[str], batches: Sequence[Batch], measure: Objective
+) -> SuffixReplay:
     references: dict[int, torch.Tensor] = {}
 
     def see(number: int, output: Any) -> torch.Tensor:
@@ -131,8 +172,14 @@ def _replay(loaded: LoadedModel, blocks: Sequence[str], batches: Sequence[Batch]
     return SuffixReplay(loaded.module, blocks, batches, see)
 
 
-def _statistics(replay: SuffixReplay, rows: Sequence[PlanRow], method: Method) -> dict[str, LayerStats]:
-    return {} if method.facts.needs == "none" else replay.statistics([row.target for row in rows], method.facts.needs)
+def _statistics(
+    replay: SuffixReplay, rows: Sequence[PlanRow], method: Method
+) -> dict[str, LayerStats]:
+    return (
+        {}
+        if method.facts.needs == "none"
+        else replay.statistics([row.target for row in rows], method.facts.needs)
+    )
 
 
 def _increase(dense: Sequence[torch.Tensor], pruned: Sequence[torch.Tensor]) -> LossIncrease:
@@ -142,10 +189,13 @@ def _increase(dense: Sequence[torch.Tensor], pruned: Sequence[torch.Tensor]) -> 
 
 
 @contextmanager
-def pruned(module: nn.Module, rows: Sequence[PlanRow], method: Method,
-           stats: Mapping[str, LayerStats]) -> Iterator[None]:
+def pruned(
+    module: nn.Module, rows: Sequence[PlanRow], method: Method, stats: Mapping[str, LayerStats]
+) -> Iterator[None]:
     """Prune some targets inside the block; afterwards the model is as it was."""
-    dense = {row.target.name: module.get_parameter(row.target.name).detach().clone() for row in rows}
+    dense = {
+        row.target.name: module.get_parameter(row.target.name).detach().clone() for row in rows
+    }
     try:
         _write(module, {row.target.name: trial(module, row, method, stats) for row in rows})
         yield
@@ -153,14 +203,18 @@ def pruned(module: nn.Module, rows: Sequence[PlanRow], method: Method,
         _write(module, dense)
 
 
-def trial(module: nn.Module, row: PlanRow, method: Method, stats: Mapping[str, LayerStats]) -> torch.Tensor:
+def trial(
+    module: nn.Module, row: PlanRow, method: Method, stats: Mapping[str, LayerStats]
+) -> torch.Tensor:
     """Return the weight of a target as `method` prunes it, in the parameter's shape and dtype."""
     assert row.pattern is not None
     parameter = module.get_parameter(row.target.name).detach()
     weight = to_rows(parameter, row.target.axis).float()
     known = stats.get(row.target.fusion, LayerStats.none())
     result = prune_matrices(method, weight, known, row.pattern)
-    return PrunedLayer(weight, known, row.pattern, row.target.axis, parameter.shape, result).stored(parameter.dtype)
+    return PrunedLayer(weight, known, row.pattern, row.target.axis, parameter.shape, result).stored(
+        parameter.dtype
+    )
 
 
 @torch.no_grad()
@@ -169,9 +223,18 @@ def _write(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
         module.get_parameter(name).copy_(value)
 
 
-def hutchinson(loaded: LoadedModel, names: Sequence[str], batches: Sequence[Batch], measure: Objective,
-               *, probes: int, seed: int, progress: Progress = silent) -> dict[str, HessianTrace]:
-    """Estimate the average trace of the loss Hessian for every named parameter. The same seed gives the same figures.
+def hutchinson(
+    loaded: LoadedModel,
+    names: Sequence[str],
+    batches: Sequence[Batch],
+    measure: Objective,
+    *,
+    probes: int,
+    seed: int,
+    progress: Progress = silent,
+) -> dict[str, HessianTrace]:
+    """Estimate the average trace of the loss Hessian for every named parameter. The same seed gives
+    the same figures.
 
     The attention runs PyTorch's composed kernel, because the fused ones have no second derivative.
     """
@@ -186,22 +249,35 @@ def hutchinson(loaded: LoadedModel, names: Sequence[str], batches: Sequence[Batc
         for probe in range(probes):
             signs = [_rademacher(p, generator) for p in parameters]
             progress("Hutchinson probes", probe, probes)
-            forms_by_probe.append(_quadratic_forms(loaded.module, parameters, signs, batches, measure))
+            forms_by_probe.append(
+                _quadratic_forms(loaded.module, parameters, signs, batches, measure)
+            )
     finally:
         for parameter, flag in zip(loaded.module.parameters(), wanted):
             parameter.requires_grad_(flag)
-    forms = torch.stack(forms_by_probe) / torch.tensor([float(p.numel()) for p in parameters], dtype=torch.float64)
+    forms = torch.stack(forms_by_probe) / torch.tensor(
+        [float(p.numel()) for p in parameters], dtype=torch.float64
+    )
     errors = forms.std(0) / math.sqrt(probes) if probes > 1 else torch.zeros(len(names))
-    return {name: HessianTrace(float(mean), float(error), parameter.numel())
-            for name, parameter, mean, error in zip(names, parameters, forms.mean(0), errors)}
+    return {
+        name: HessianTrace(float(mean), float(error), parameter.numel())
+        for name, parameter, mean, error in zip(names, parameters, forms.mean(0), errors)
+    }
 
 
 def _rademacher(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return (torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(like.device, like.dtype)
+    return (torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(
+        like.device, like.dtype
+    )
 
 
-def _quadratic_forms(module: nn.Module, parameters: Sequence[nn.Parameter], signs: Sequence[torch.Tensor],
-                     batches: Sequence[Batch], measure: Objective) -> torch.Tensor:
+def _quadratic_forms(
+    module: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    signs: Sequence[torch.Tensor],
+    batches: Sequence[Batch],
+    measure: Objective,
+) -> torch.Tensor:
     """Return `z_i · (H z)_i` for every parameter, of the mean loss over all samples."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -214,6 +290,8 @@ def _quadratic_forms(module: nn.Module, parameters: Sequence[nn.Parameter], sign
             gradients = torch.autograd.grad(losses.sum(), parameters, create_graph=True)
             along = torch.stack([(g * z).sum() for g, z in zip(gradients, signs)]).sum()
             products = torch.autograd.grad(along, parameters, materialize_grads=True)
-        forms += torch.stack([(z.double() * v.double()).sum() for z, v in zip(signs, products)]).cpu()
+        forms += torch.stack(
+            [(z.double() * v.double()).sum() for z, v in zip(signs, products)]
+        ).cpu()
         samples += len(losses)
     return forms / samples

@@ -1,16 +1,19 @@
-"""ADMM: weights on a mask by the alternating direction method of multipliers, and the mask chosen on the way.
+"""ADMM: weights on a mask by the alternating direction method of multipliers, and the mask chosen
+on the way.
 
-Normalise the inputs, `s = √diag G`, `Ĝ = G/(s sᵀ)`, `Ŵ = W diag(s)`, so that magnitude is Wanda's score, and add the
-damping to `Ĝ`, which pulls towards `Ŵ`. With `C = Ŵ Ĝ` and `Q = (Ĝ + ρI)⁻¹`, starting from `X = Ŵ` and `U = 0`:
+Normalise the inputs, `s = √diag G`, `Ĝ = G/(s sᵀ)`, `Ŵ = W diag(s)`, so that magnitude is Wanda's
+score, and add the damping to `Ĝ`, which pulls towards `Ŵ`. With `C = Ŵ Ĝ` and `Q = (Ĝ + ρI)⁻¹`,
+starting from `X = Ŵ` and `U = 0`:
 
     Z = (X + U) ∘ M,    U = U + X - Z,    X = (C + ρ(Z - U)) Q
 
-`M` keeps the largest `|X + U|` of every group; during the first three quarters of the iterations it is chosen anew each
-time, first with `group - 1` kept, then one fewer in equal parts down to `keep`. (All kept would leave `X = Ŵ` where
-it is.) Without `gradual` the mask is the given one. `Z / s` is the answer.
+`M` keeps the largest `|X + U|` of every group; during the first three quarters of the iterations it
+is chosen anew each time, first with `group - 1` kept, then one fewer in equal parts down to `keep`.
+(All kept would leave `X = Ŵ` where it is.) Without `gradual` the mask is the given one. `Z / s` is
+the answer.
 
-Boža, Fast and Effective Weight Update for Pruned Large Language Models, 2024, section 3; there the soft masks are
-unstructured, and N:M jumps to the pattern at once.
+Boža, Fast and Effective Weight Update for Pruned Large Language Models, 2024, section 3; there the
+soft masks are unstructured, and N:M jumps to the pattern at once.
 """
 
 from __future__ import annotations
@@ -30,12 +33,22 @@ SOFT = 0.75
 """Share of the iterations in which the mask is still moving: 15 of the paper's 20."""
 
 FLOOR = 1e-8
-"""Scale of a dead column, relative to the largest: its weights are the first to go, and nothing is divided by zero."""
+"""Scale of a dead column, relative to the largest: its weights are the first to go, and nothing is
+divided by zero."""
 
 
-def solve(weight: torch.Tensor, gram: torch.Tensor, pattern: NMPattern, mask: torch.Tensor | None, *,
-          steps: int, damping: float, rho: float) -> LayerResult:
-    """Mask and weights `[R, n]` for the dense `weight`; `mask` is kept, None = chosen on the way."""
+def solve(
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    pattern: NMPattern,
+    mask: torch.Tensor | None,
+    *,
+    steps: int,
+    damping: float,
+    rho: float,
+) -> LayerResult:
+    """Mask and weights `[R, n]` for the dense `weight`; `mask` is kept, None = chosen on the
+    way."""
     scale = _scale(gram)
     target = weight * scale
     normal = gram / scale.outer(scale)
@@ -54,8 +67,8 @@ def solve(weight: torch.Tensor, gram: torch.Tensor, pattern: NMPattern, mask: to
 
 
 def level(pattern: NMPattern, step: int, moving: int) -> NMPattern:
-    """Return the pattern of a step: one more zero per group after each of `zeros` equal parts of `moving` steps, and
-    `pattern` itself in the last."""
+    """Return the pattern of a step: one more zero per group after each of `zeros` equal parts of
+    `moving` steps, and `pattern` itself in the last."""
     return NMPattern(pattern.group - math.ceil((step + 1) * pattern.zeros / moving), pattern.group)
 
 
@@ -66,7 +79,8 @@ def _scale(gram: torch.Tensor) -> torch.Tensor:
 
 
 def _inverse(normal: torch.Tensor, rho: float) -> torch.Tensor:
-    """Return `(Ĝ + ρI)⁻¹`: safe with any Gram, since ρ and the damping are large beside a unit diagonal."""
+    """Return `(Ĝ + ρI)⁻¹`: safe with any Gram, since ρ and the damping are large beside a unit
+    diagonal."""
     shifted = normal.to(torch.float64 if len(normal) <= FP64_WIDTH else torch.float32, copy=True)
     shifted.diagonal().add_(rho)
     return torch.linalg.inv(shifted).to(normal.dtype)
@@ -75,5 +89,12 @@ def _inverse(normal: torch.Tensor, rho: float) -> torch.Tensor:
 def refine(layer: PrunedLayer, step: Admm) -> LayerResult:
     assert layer.stats.gram is not None
     mask = None if step.gradual else layer.result.mask
-    return solve(layer.dense, layer.stats.gram, layer.groups, mask, steps=step.steps, damping=step.damping,
-                 rho=step.rho)
+    return solve(
+        layer.dense,
+        layer.stats.gram,
+        layer.groups,
+        mask,
+        steps=step.steps,
+        damping=step.damping,
+        rho=step.rho,
+    )

@@ -1,7 +1,9 @@
-"""Refinements: functions that take a pruned layer, a pruned block or a pruned model, and make it better.
+"""Refinements: functions that take a pruned layer, a pruned block or a pruned model, and make it
+better.
 
-A layer refinement sees one matrix and the statistics of its inputs. A block refinement sees the block as a module, the
-pruned model's stream at its entrance and the dense model's at its exit. Both may be chained in a recipe.
+A layer refinement sees one matrix and the statistics of its inputs. A block refinement sees the
+block as a module, the pruned model's stream at its entrance and the dense model's at its exit. Both
+may be chained in a recipe.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from nmsparse_deploy.system.progress import Progress
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """One target while its block is pruned: the dense weight as rows `[R, n]` in fp32, and what stands for it now."""
+    """One target while its block is pruned: the dense weight as rows `[R, n]` in fp32, and what
+    stands for it now."""
 
     dense: torch.Tensor
     stats: LayerStats
@@ -38,8 +41,8 @@ class PrunedLayer:
 
     @property
     def groups(self) -> NMPattern:
-        """Return the pattern, for refinements that work in groups; a recipe refuses to combine them with other
-        patterns."""
+        """Return the pattern, for refinements that work in groups; a recipe refuses to combine them
+        with other patterns."""
         assert isinstance(self.pattern, NMPattern)
         return self.pattern
 
@@ -50,17 +53,23 @@ class PrunedLayer:
         return torch.where(self.result.mask, kept, 0.0)
 
     def matrices(self) -> list[PrunedLayer]:
-        """Return the layer itself, or the matrices of a stack of experts, each with its own statistics."""
+        """Return the layer itself, or the matrices of a stack of experts, each with its own
+        statistics."""
         count = len(self.stats.experts)
         if not count:
             return [self]
         weights = [None] * count if self.result.weight is None else self.result.weight.chunk(count)
-        parts = zip(self.dense.chunk(count), self.stats.experts, self.result.mask.chunk(count), weights)
-        return [PrunedLayer(dense, stats, self.pattern, 1, dense.shape, LayerResult(mask, weight))
-                for dense, stats, mask, weight in parts]
+        parts = zip(
+            self.dense.chunk(count), self.stats.experts, self.result.mask.chunk(count), weights
+        )
+        return [
+            PrunedLayer(dense, stats, self.pattern, 1, dense.shape, LayerResult(mask, weight))
+            for dense, stats, mask, weight in parts
+        ]
 
     def error(self, weight: torch.Tensor) -> float | None:
-        """Return the relative output error of `weight` (rows) on the calibration data; None without a Gram."""
+        """Return the relative output error of `weight` (rows) on the calibration data; None without
+        a Gram."""
         parts = self.matrices()
         grams = [part.stats.gram for part in parts if part.stats.gram is not None]
         if len(grams) < len(parts):
@@ -68,7 +77,8 @@ class PrunedLayer:
         return error_over(zip([part.dense for part in parts], weight.chunk(len(parts)), grams))
 
     def stored(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the present weight in the shape and dtype of the parameter, every zero of it exactly +0.0."""
+        """Return the present weight in the shape and dtype of the parameter, every zero of it
+        exactly +0.0."""
         return self.baked(dtype)[0]
 
     def baked(self, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
@@ -79,14 +89,16 @@ class PrunedLayer:
 
 @dataclass(frozen=True)
 class BlockPair:
-    """A pruned block beside its dense twin, with what a refinement of its loss needs. Names are those inside the block.
+    """A pruned block beside its dense twin, with what a refinement of its loss needs. Names are
+    those inside the block.
 
-    `module` holds the pruned weights and `dense` the original ones, both fp32 and free to be used up. `inputs` are the
-    pruned model's hidden states at the entrance, one tensor per batch; `dense_inputs` those of the dense model for the
-    same samples (None unless the step asks for the dense stream).
-    `run(module, number, x)` calls a block on batch `number` as the model would, in the dtype of the stream.
-    `distance(number, x, dense)`: how far the model's output for that batch is from the dense model's when the block
-    puts out `x` instead of `dense`; None unless the step wants to know in this block.
+    `module` holds the pruned weights and `dense` the original ones, both fp32 and free to be used
+    up. `inputs` are the pruned model's hidden states at the entrance, one tensor per batch;
+    `dense_inputs` those of the dense model for the same samples (None unless the step asks for the
+    dense stream). `run(module, number, x)` calls a block on batch `number` as the model would, in
+    the dtype of the stream. `distance(number, x, dense)`: how far the model's output for that batch
+    is from the dense model's when the block puts out `x` instead of `dense`; None unless the step
+    wants to know in this block.
     """
 
     module: nn.Module
@@ -100,7 +112,8 @@ class BlockPair:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """New results by parameter name, facts for the record, and other parameters (norms, biases) that changed too."""
+    """New results by parameter name, facts for the record, and other parameters (norms, biases)
+    that changed too."""
 
     layers: dict[str, LayerResult]
     facts: RefinementFacts
@@ -117,9 +130,13 @@ def refine_matrices(refine: RefineLayer, layer: PrunedLayer, step: Any) -> Layer
         return refine(layer, step)
     parts = layer.matrices()
     results = [refine(part, step) for part in parts]
-    if any(result.weight is not None for result in results):  # a refinement may leave some matrices as they were
-        results = [replace(result, weight=part.dense if result.weight is None else result.weight)
-                 for part, result in zip(parts, results)]
+    if any(
+        result.weight is not None for result in results
+    ):  # a refinement may leave some matrices as they were
+        results = [
+            replace(result, weight=part.dense if result.weight is None else result.weight)
+            for part, result in zip(parts, results)
+        ]
     return stacked(results)
 
 
@@ -131,8 +148,8 @@ RefineBlock = Callable[[BlockPair, Any], BlockResult]
 class PrunedModel:
     """A pruned model with what it is trained on.
 
-    `subject.module` holds the pruned weights in fp32; its sites have the masks `masks`, bool rows by parameter name.
-    `dense(name)` are the rows of the dense weight.
+    `subject.module` holds the pruned weights in fp32; its sites have the masks `masks`, bool rows
+    by parameter name. `dense(name)` are the rows of the dense weight.
     """
 
     subject: Subject
@@ -144,4 +161,5 @@ class PrunedModel:
 
 
 RefineModel = Callable[[PrunedModel, Any], Outcome]
-"""`(pruned, step)`: what every parameter that changed is now, by name, and facts. The module is left as it was."""
+"""`(pruned, step)`: what every parameter that changed is now, by name, and facts. The module is
+left as it was."""

@@ -1,14 +1,16 @@
-"""Bias correction: what pruning takes from the mean of a layer's output is given back through its bias.
+"""Bias correction: what pruning takes from the mean of a layer's output is given back through its
+bias.
 
     b̂ = b + (W - Ŵ) E[X]
 
-This is the exact minimiser of `E‖W X + b - Ŵ X - b̂‖²` over `b̂` for any `Ŵ`: the mean error becomes zero, and the error
-can only fall. `b` is the original bias, so doing it twice changes nothing; a later change of the weights asks for it
-again, and a bias that `reconstruct` has trained is overwritten, so it goes before that. `X` is the pruned stream.
-Layers without a bias are left alone: giving them one would add an operation to the model.
+This is the exact minimiser of `E‖W X + b - Ŵ X - b̂‖²` over `b̂` for any `Ŵ`: the mean error
+becomes zero, and the error can only fall. `b` is the original bias, so doing it twice changes
+nothing; a later change of the weights asks for it again, and a bias that `reconstruct` has trained
+is overwritten, so it goes before that. `X` is the pruned stream. Layers without a bias are left
+alone: giving them one would add an operation to the model.
 
-Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, 2019, section 4.2 (the same
-correction, for rounding instead of pruning).
+Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, 2019, section
+4.2 (the same correction, for rounding instead of pruning).
 """
 
 from __future__ import annotations
@@ -31,7 +33,11 @@ class BiasFacts:
     largest: float
 
     def to_json(self) -> Json:
-        return {"corrected": self.corrected, "without a bias": self.without, "largest change": self.largest}
+        return {
+            "corrected": self.corrected,
+            "without a bias": self.without,
+            "largest change": self.largest,
+        }
 
 
 def corrected(bias: torch.Tensor, layer: PrunedLayer) -> torch.Tensor:
@@ -42,7 +48,9 @@ def corrected(bias: torch.Tensor, layer: PrunedLayer) -> torch.Tensor:
 
 def refine(block: BlockPair, step: Bias) -> BlockResult:
     """Correct the bias of every layer that has one."""
-    biases = {name: value.detach() for name, value in block.dense.named_parameters(remove_duplicate=False)}
+    biases = {
+        name: value.detach() for name, value in block.dense.named_parameters(remove_duplicate=False)
+    }
     others, without, moved = {}, 0, 0.0
     for name, layer in block.layers.items():
         place = f"{name.rpartition('.')[0]}.bias"

@@ -2,13 +2,13 @@
 
     loss = task · CE + distill · T² KL(dense ‖ pruned),    AdamW
 
-It comes after any mask. Surviving weights, norms and biases move; embeddings and heads stay. The four ways are in
-`learn/sparse_training.py`: the mask fixed, SR-STE and S-STE with a mask that follows the weights and is frozen towards
-the end, and low-rank adapters under the mask. Held-out batches decide which state is kept; when none beats the start,
-that is the start.
+It comes after any mask. Surviving weights, norms and biases move; embeddings and heads stay. The
+four ways are in `learn/sparse_training.py`: the mask fixed, SR-STE and S-STE with a mask that
+follows the weights and is frozen towards the end, and low-rank adapters under the mask. Held-out
+batches decide which state is kept; when none beats the start, that is the start.
 
-The weights of the loss are those of Huang et al., Pruning Large Language Models with Semi-Structural Adaptive Sparse
-Training (AST), AAAI 2025, arXiv:2407.20584.
+The weights of the loss are those of Huang et al., Pruning Large Language Models with
+Semi-Structural Adaptive Sparse Training (AST), AAAI 2025, arXiv:2407.20584.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from torch import nn
 
 from nmsparse_deploy.find.learn.learner import LearnedMask, MaskLearner, Subject
 from nmsparse_deploy.find.learn.loop import Outcome, fit
-from nmsparse_deploy.find.learn.mask_parametrization import MakeParametrization, MaskParametrization, MaskSite
+from nmsparse_deploy.find.learn.mask_parametrization import (
+    MakeParametrization,
+    MaskParametrization,
+    MaskSite,
+)
 from nmsparse_deploy.find.learn.sparse_training import Adapters, FixedMask, SrSte, SSte
 from nmsparse_deploy.find.learn.step_context import StepContext
 from nmsparse_deploy.find.refine.base import PrunedModel
@@ -38,8 +42,12 @@ class FinetuneLearner(MaskLearner):
         self.vectors: dict[str, nn.Parameter] = {}
         """Norms and biases by name."""
 
-    def prepare(self, subject: Subject, priors: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
-        self.vectors = {name: value for name, value in subject.module.named_parameters() if value.ndim < 2}
+    def prepare(
+        self, subject: Subject, priors: Mapping[str, torch.Tensor]
+    ) -> torch.optim.Optimizer:
+        self.vectors = {
+            name: value for name, value in subject.module.named_parameters() if value.ndim < 2
+        }
         optimiser = super().prepare(subject, priors)
         for value in self.vectors.values():
             value.requires_grad_(True)
@@ -47,9 +55,13 @@ class FinetuneLearner(MaskLearner):
             optimiser.add_param_group({"params": list(self.vectors.values())})
         return optimiser
 
-    def loss_terms(self, subject: Subject, number: int, context: StepContext) -> dict[str, torch.Tensor]:
+    def loss_terms(
+        self, subject: Subject, number: int, context: StepContext
+    ) -> dict[str, torch.Tensor]:
         terms = super().loss_terms(subject, number, context)
-        penalties = [mask.parametrized_by(FixedMask).penalty(mask.values) for mask in self.masks.values()]
+        penalties = [
+            mask.parametrized_by(FixedMask).penalty(mask.values) for mask in self.masks.values()
+        ]
         present = [term for term in penalties if term is not None]
         return {**terms, "decay": torch.stack(present).sum()} if present else terms
 
@@ -59,18 +71,29 @@ class FinetuneLearner(MaskLearner):
 
     def finish(self) -> dict[str, LearnedMask]:
         """Return weights, and norms and biases as if everything in them were kept."""
-        vectors = {name: LearnedMask(torch.ones(value.shape, dtype=torch.bool), value.detach().float().cpu().clone())
-                   for name, value in self.vectors.items()}
+        vectors = {
+            name: LearnedMask(
+                torch.ones(value.shape, dtype=torch.bool), value.detach().float().cpu().clone()
+            )
+            for name, value in self.vectors.items()
+        }
         return super().finish() | vectors
 
     def state(self) -> dict[str, torch.Tensor]:
-        return {f"{mask.site.name}/{key}": value for mask in self.masks.values()
-                for key, value in mask.parametrized_by(FixedMask).state().items()}
+        return {
+            f"{mask.site.name}/{key}": value
+            for mask in self.masks.values()
+            for key, value in mask.parametrized_by(FixedMask).state().items()
+        }
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         for mask in self.masks.values():
             prefix = f"{mask.site.name}/"
-            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            own = {
+                key.removeprefix(prefix): value
+                for key, value in state.items()
+                if key.startswith(prefix)
+            }
             if own:
                 mask.parametrized_by(FixedMask).restore(own)
 
@@ -86,5 +109,13 @@ def refine(pruned: PrunedModel, step: Finetune) -> Outcome:
             return SSte(site.pattern, pruned.dense(site.name), until)
         return Adapters(site.name, step.rank) if step.how == "adapters" else FixedMask()
 
-    return fit(pruned.subject, FinetuneLearner(parametrize, step.rate), pruned.masks, step, pruned.seed,
-               pruned.checkpoints, pruned.progress, "fine-tuning")
+    return fit(
+        pruned.subject,
+        FinetuneLearner(parametrize, step.rate),
+        pruned.masks,
+        step,
+        pruned.seed,
+        pruned.checkpoints,
+        pruned.progress,
+        "fine-tuning",
+    )

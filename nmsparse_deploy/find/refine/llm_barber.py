@@ -1,16 +1,20 @@
-"""LLM-Barber: rebuild a mask by swapping kept and pruned weights that a block's loss prices the other way round.
+"""LLM-Barber: rebuild a mask by swapping kept and pruned weights that a block's loss prices the
+other way round.
 
-First the attention half, then, after the rebuilt attention, the MLP half. With `x` what the pruned model feeds a half,
-`f_d` and `f_s` the half with its dense and with its present weights, and one gradient per calibration sample:
+First the attention half, then, after the rebuilt attention, the MLP half. With `x` what the pruned
+model feeds a half, `f_d` and `f_s` the half with its dense and with its present weights, and one
+gradient per calibration sample:
 
     L = MSE(f_d(x), f_s(x)),    g = ∂L/∂W_d at the dense weights,    S = |W_d| · sqrt(mean over samples of g²)
 
-In every group the best swap gains `max S of the pruned - min S of the kept`. Of a row's `K` groups with a positive gain
-the `⌊τK⌋` with the largest swap that one pair. So every group keeps its count and the summed score never falls; the
-rule with one threshold per row, which this replaces, breaks the pattern where scores are equal. Weights that stay keep
-the values they have; what grows back is dense. The residual is the same in `f_d` and `f_s` and drops out of the loss.
+In every group the best swap gains `max S of the pruned - min S of the kept`. Of a row's `K` groups
+with a positive gain the `⌊τK⌋` with the largest swap that one pair. So every group keeps its count
+and the summed score never falls; the rule with one threshold per row, which this replaces, breaks
+the pattern where scores are equal. Weights that stay keep the values they have; what grows back is
+dense. The residual is the same in `f_d` and `f_s` and drops out of the loss.
 
-Su et al., LLM-Barber: Block-Aware Rebuilder for Sparsity Mask in One-Shot for Large Language Models, 2024.
+Su et al., LLM-Barber: Block-Aware Rebuilder for Sparsity Mask in One-Shot for Large Language
+Models, 2024.
 """
 
 from __future__ import annotations
@@ -37,7 +41,8 @@ Call = tuple[nn.Module, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class RebuiltUnit:
-    """The mean loss of a sample before a unit's masks were rebuilt, and how many pairs of weights were swapped."""
+    """The mean loss of a sample before a unit's masks were rebuilt, and how many pairs of weights
+    were swapped."""
 
     before: float
     swaps: int
@@ -53,20 +58,35 @@ def refine(block: BlockPair, step: LlmBarber) -> BlockResult:
         squares, loss = squared_gradients(block, unit)
         for name, square in squares.items():
             scores = layers[name].dense.abs() * square.sqrt()
-            layers[name] = _swapped(layers[name], rebuild(scores, layers[name].result.mask, layers[name].pattern,
-                                                          step.share))
+            layers[name] = _swapped(
+                layers[name],
+                rebuild(scores, layers[name].result.mask, layers[name].pattern, step.share),
+            )
             block.module.get_parameter(name).copy_(layers[name].stored(torch.float32))
         for name in unit.parameters:  # the next half is compared after this one as it is now
             block.dense.get_parameter(name).copy_(block.module.get_parameter(name))
-        facts.append(RebuiltUnit(loss, sum(int((layers[name].result.mask & ~block.layers[name].result.mask).sum())
-                                           for name in squares)))
-    return BlockResult({name: layer.result for name, layer in layers.items()}, UnitFacts(tuple(facts)))
+        facts.append(
+            RebuiltUnit(
+                loss,
+                sum(
+                    int((layers[name].result.mask & ~block.layers[name].result.mask).sum())
+                    for name in squares
+                ),
+            )
+        )
+    return BlockResult(
+        {name: layer.result for name, layer in layers.items()}, UnitFacts(tuple(facts))
+    )
 
 
-def rebuild(scores: torch.Tensor, mask: torch.Tensor, pattern: Pattern, share: float) -> torch.Tensor:
-    """Swap one pair in the `share` of a row's improvable groups that gain most; `scores` and `mask` are `[R, n]`.
+def rebuild(
+    scores: torch.Tensor, mask: torch.Tensor, pattern: Pattern, share: float
+) -> torch.Tensor:
+    """Swap one pair in the `share` of a row's improvable groups that gain most; `scores` and `mask`
+    are `[R, n]`.
 
-    Without groups the pairs are those of the paper: the k-th best pruned weight of a row with its k-th worst kept one.
+    Without groups the pairs are those of the paper: the k-th best pruned weight of a row with its
+    k-th worst kept one.
     """
     if not isinstance(pattern, NMPattern):
         return _rebuild_rows(scores, mask, share)
@@ -96,11 +116,17 @@ def _swapped(layer: PrunedLayer, mask: torch.Tensor) -> PrunedLayer:
 
 
 def squared_gradients(block: BlockPair, unit: Unit) -> tuple[dict[str, torch.Tensor], float]:
-    """Return `mean over samples of g²` for the unit's targets, as rows `[R, n]`, and the mean loss of a sample.
+    """Return `mean over samples of g²` for the unit's targets, as rows `[R, n]`, and the mean loss
+    of a sample.
 
-    A layer that sees no batch axis (an expert with its share of the tokens) counts a calibration batch as one sample.
+    A layer that sees no batch axis (an expert with its share of the tokens) counts a calibration
+    batch as one sample.
     """
-    squares = {name: torch.zeros_like(layer.dense) for name, layer in block.layers.items() if name in unit.parameters}
+    squares = {
+        name: torch.zeros_like(layer.dense)
+        for name, layer in block.layers.items()
+        if name in unit.parameters
+    }
     samples = dict.fromkeys(squares, 0)
     calls: dict[str, list[Call]] = {}
     losses: list[float] = []
@@ -109,7 +135,9 @@ def squared_gradients(block: BlockPair, unit: Unit) -> tuple[dict[str, torch.Ten
         layer = block.dense.get_submodule(name.rpartition(".")[0])
         return _record(layer, args[0], output, calls.setdefault(name, []))
 
-    with capture(block.dense, outputs={name.rpartition(".")[0]: partial(record, name) for name in squares}):
+    with capture(
+        block.dense, outputs={name.rpartition(".")[0]: partial(record, name) for name in squares}
+    ):
         for number, x in enumerate(block.inputs if squares else ()):
             calls.clear()
             losses += _loss(block, unit, number, x.float())
@@ -117,13 +145,20 @@ def squared_gradients(block: BlockPair, unit: Unit) -> tuple[dict[str, torch.Ten
                 for gradient in _per_sample(batch_calls, len(x)):
                     squares[name].addcmul_(gradient, gradient)
                     samples[name] += 1
-    return {name: square / max(samples[name], 1) for name, square in squares.items()}, sum(losses) / max(len(losses), 1)
+    return {name: square / max(samples[name], 1) for name, square in squares.items()}, sum(
+        losses
+    ) / max(len(losses), 1)
 
 
-def _record(layer: nn.Module, x: torch.Tensor, output: torch.Tensor, calls: list[Call]) -> torch.Tensor:
-    """Report the gradient of the backward pass here; it starts at the unit's first targets and goes no further."""
+def _record(
+    layer: nn.Module, x: torch.Tensor, output: torch.Tensor, calls: list[Call]
+) -> torch.Tensor:
+    """Report the gradient of the backward pass here; it starts at the unit's first targets and goes
+    no further."""
     if not output.requires_grad:
-        output = output.requires_grad_().clone()  # a leaf could not be changed in place by what follows
+        output = (
+            output.requires_grad_().clone()
+        )  # a leaf could not be changed in place by what follows
     output.register_hook(lambda gradient: calls.append((layer, x.detach(), gradient)))
     return output
 
@@ -139,12 +174,18 @@ def _loss(block: BlockPair, unit: Unit, number: int, x: torch.Tensor) -> list[fl
 
 
 def _per_sample(calls: list[Call], batch: int) -> Iterator[torch.Tensor]:
-    """Yield `∂L/∂W` of every sample, `[R, n]`: the sum over its tokens of (gradient at the output) x (input)."""
+    """Yield `∂L/∂W` of every sample, `[R, n]`: the sum over its tokens of (gradient at the output)
+    x (input)."""
     parts = batch if all(x.ndim > 2 and len(x) == batch for _, x, _ in calls) else 1
     split = [(layer, x.chunk(parts), gradient.chunk(parts)) for layer, x, gradient in calls]
     for part in range(parts):
-        yield sum((_columns(layer, gradients[part]) @ as_rows(layer, xs[part]) for layer, xs, gradients in split),
-                  torch.zeros(()))
+        yield sum(
+            (
+                _columns(layer, gradients[part]) @ as_rows(layer, xs[part])
+                for layer, xs, gradients in split
+            ),
+            torch.zeros(()),
+        )
 
 
 def _columns(layer: nn.Module, gradient: torch.Tensor) -> torch.Tensor:

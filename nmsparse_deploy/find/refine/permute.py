@@ -5,13 +5,15 @@ With scores `S_ij = |W_ij| ‖X_j‖` and a permutation `π` of the channels tha
 
     Σ_rows Σ_groups  sum of the `keep` largest of S[row, π(group)]
 
-Groups are paired at random, and in every pair all swaps of one channel for another are priced at once: with `θ_i` the
-`keep`-th largest value of a row of the group without its channel `i`, the group with `x` in its place keeps
-`kept(group \\ i) + max(0, x - θ_i)`. The best swap of each pair is made when it gains. The block computes the same
-before and after, so the statistics are moved, not collected again, and the rows that write the channels move along.
+Groups are paired at random, and in every pair all swaps of one channel for another are priced at
+once: with `θ_i` the `keep`-th largest value of a row of the group without its channel `i`, the
+group with `x` in its place keeps `kept(group \\ i) + max(0, x - θ_i)`. The best swap of each pair
+is made when it gains. The block computes the same before and after, so the statistics are moved,
+not collected again, and the rows that write the channels move along.
 
-Pool & Yu, Channel Permutations for N:M Sparsity, 2021 (swaps, free sites of a network); scores as in Zhang et al.,
-Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models, 2024, section 4.2.
+Pool & Yu, Channel Permutations for N:M Sparsity, 2021 (swaps, free sites of a network); scores as
+in Zhang et al., Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models,
+2024, section 4.2.
 """
 
 from __future__ import annotations
@@ -27,7 +29,12 @@ from nmsparse_deploy.find.facts import Json
 from nmsparse_deploy.find.plan.make_plan import PlanRow, by_fusion
 from nmsparse_deploy.masks import project
 from nmsparse_deploy.models.base import to_rows
-from nmsparse_deploy.models.permutable_channels import PermutableChannels, Run, find_permutable_channels, reorder
+from nmsparse_deploy.models.permutable_channels import (
+    PermutableChannels,
+    Run,
+    find_permutable_channels,
+    reorder,
+)
 from nmsparse_deploy.pattern import NMPattern
 
 ROUNDS = 100
@@ -39,15 +46,17 @@ Orders = dict[tuple[str, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class ChannelOrder:
-    """Place `i` of segment `s` gets channel `order[s, i]` of that segment; what is kept before and after."""
+    """Place `i` of segment `s` gets channel `order[s, i]` of that segment; what is kept before and
+    after."""
 
     order: torch.Tensor
     before: float
     after: float
 
 
-def search(scores: torch.Tensor, segments: int, pattern: NMPattern, rounds: int = ROUNDS,
-           seed: int = 0) -> ChannelOrder:
+def search(
+    scores: torch.Tensor, segments: int, pattern: NMPattern, rounds: int = ROUNDS, seed: int = 0
+) -> ChannelOrder:
     """Find an order of the channels inside each segment that is never worse than none.
 
     `scores` are `[segments * length, rows]`.
@@ -68,7 +77,9 @@ def search(scores: torch.Tensor, segments: int, pattern: NMPattern, rounds: int 
     after = retained(scores[price.slots.flatten()], pattern)
     if after <= before:
         return ChannelOrder(torch.arange(length).repeat(segments, 1), before, before)
-    return ChannelOrder(price.slots.view(segments, length).cpu() - first * pattern.group, before, after)
+    return ChannelOrder(
+        price.slots.view(segments, length).cpu() - first * pattern.group, before, after
+    )
 
 
 def retained(scores: torch.Tensor, pattern: NMPattern) -> float:
@@ -77,7 +88,8 @@ def retained(scores: torch.Tensor, pattern: NMPattern) -> float:
 
 
 class _Prices:
-    """The sums that every group `slots` `[groups, group]` keeps, and would keep without each of its channels."""
+    """The sums that every group `slots` `[groups, group]` keeps, and would keep without each of its
+    channels."""
 
     def __init__(self, scores: torch.Tensor, pattern: NMPattern) -> None:
         slots = torch.arange(len(scores), device=scores.device).view(-1, pattern.group)
@@ -88,7 +100,8 @@ class _Prices:
         self._price(torch.arange(len(slots), device=scores.device))
 
     def _channels(self, groups: torch.Tensor) -> torch.Tensor:
-        """Return scores `[groups, group, rows]`; whole rows are copied, which plain indexing does value by value."""
+        """Return scores `[groups, group, rows]`; whole rows are copied, which plain indexing does
+        value by value."""
         chosen = self.slots.index_select(0, groups)
         return self.scores.index_select(0, chosen.flatten()).unflatten(0, chosen.shape)
 
@@ -105,11 +118,14 @@ class _Prices:
         self.threshold[groups] = threshold
 
     def swap(self, a: torch.Tensor, b: torch.Tensor) -> bool:
-        """Make the best swap of every pair of groups `(a, b)` that gains; no group may be in two pairs."""
+        """Make the best swap of every pair of groups `(a, b)` that gains; no group may be in two
+        pairs."""
         size = self.slots.shape[1]
         x, y = self._channels(a), self._channels(b)
         without_x, without_y = self.threshold.index_select(0, a), self.threshold.index_select(0, b)
-        price = self.base[a].unsqueeze(2) + self.base[b].unsqueeze(1)  # [pairs, channel of a, channel of b]
+        price = self.base[a].unsqueeze(2) + self.base[b].unsqueeze(
+            1
+        )  # [pairs, channel of a, channel of b]
         for i in range(size):
             price[:, i] += torch.maximum(y, without_x[:, i : i + 1]).sum(2)
             price[:, :, i] += torch.maximum(x, without_y[:, i : i + 1]).sum(2)
@@ -123,11 +139,15 @@ class _Prices:
 
 
 def _ranked(x: torch.Tensor) -> torch.Tensor:
-    """Sort `x` `[groups, group, rows]` downwards inside its groups, by exchanging whole slices: 15 times faster."""
+    """Sort `x` `[groups, group, rows]` downwards inside its groups, by exchanging whole slices: 15
+    times faster."""
     slices = list(x.unbind(1))
     for turn in range(len(slices)):
         for i in range(turn % 2, len(slices) - 1, 2):
-            slices[i], slices[i + 1] = torch.maximum(*slices[i : i + 2]), torch.minimum(*slices[i : i + 2])
+            slices[i], slices[i + 1] = (
+                torch.maximum(*slices[i : i + 2]),
+                torch.minimum(*slices[i : i + 2]),
+            )
     return torch.stack(slices, 1)
 
 
@@ -146,7 +166,8 @@ class PermutedSpace:
 
 @dataclass(frozen=True)
 class PermuteFacts:
-    """The report of a permutation. `not_free` says of the other layers why their channels stay in place."""
+    """The report of a permutation. `not_free` says of the other layers why their channels stay in
+    place."""
 
     spaces: tuple[PermutedSpace, ...]
     not_free: dict[str, str]
@@ -157,23 +178,32 @@ class PermuteFacts:
 
 @dataclass(frozen=True)
 class Permuted:
-    """The outcome of a permutation: where the entries of every moved axis come from, statistics by fusion group in the
-    new order, and the facts."""
+    """The outcome of a permutation: where the entries of every moved axis come from, statistics by
+    fusion group in the new order, and the facts."""
 
     orders: Orders
     stats: dict[str, LayerStats]
     facts: PermuteFacts
 
 
-def permute(module: nn.Module, block: str, rows: Sequence[PlanRow], stats: Mapping[str, LayerStats], run: Run,
-            x: torch.Tensor) -> Permuted:
+def permute(
+    module: nn.Module,
+    block: str,
+    rows: Sequence[PlanRow],
+    stats: Mapping[str, LayerStats],
+    run: Run,
+    x: torch.Tensor,
+) -> Permuted:
     """Reorder the free channels of the dense block at path `block` of `module`, in place.
 
-    `rows` are its targets that get a pattern, `stats` the statistics of their inputs; `run` and `x` are one call of the
-    block in fp32 (see `find_permutable_channels`).
+    `rows` are its targets that get a pattern, `stats` the statistics of their inputs; `run` and `x`
+    are one call of the block in fp32 (see `find_permutable_channels`).
     """
     prefix = block + "."
-    readers = [[row.target.module.removeprefix(prefix) for row in group] for group in by_fusion(rows).values()]
+    readers = [
+        [row.target.module.removeprefix(prefix) for row in group]
+        for group in by_fusion(rows).values()
+    ]
     spaces, reasons = find_permutable_channels(module.get_submodule(block), run, x, readers)
     shared = _shared(module)
     orders: Orders = {}
@@ -182,22 +212,42 @@ def permute(module: nn.Module, block: str, rows: Sequence[PlanRow], stats: Mappi
     for space in spaces:
         consumers = [by_name[prefix + side.parameter] for side in space.consumers]
         first = space.consumers[0].parameter.removesuffix(".weight")
-        reason = _not_free(space, consumers, {prefix + s.parameter for s in space.producers} & shared)
+        reason = _not_free(
+            space, consumers, {prefix + s.parameter for s in space.producers} & shared
+        )
         if reason is not None:
             reasons[first] = reason
             continue
         target, pattern = consumers[0].target, consumers[0].pattern
         assert isinstance(pattern, NMPattern)
-        channels = search(_scores(module, consumers, space, moved[target.fusion]), space.shape[1], pattern)
-        here = {(prefix + name, axis): order for (name, axis), order in space.orders(channels.order).items()}
+        channels = search(
+            _scores(module, consumers, space, moved[target.fusion]), space.shape[1], pattern
+        )
+        here = {
+            (prefix + name, axis): order
+            for (name, axis), order in space.orders(channels.order).items()
+        }
         reorder(module, here)
         moved[target.fusion] = moved[target.fusion].reordered(here[target.name, target.axis])
-        orders |= {key: orders[key][order] if key in orders else order for key, order in here.items()}
+        orders |= {
+            key: orders[key][order] if key in orders else order for key, order in here.items()
+        }
         copies, segments, length = space.shape
-        consumer_names, producer_names = (sorted({prefix + side.parameter for side in sides})
-                                          for sides in (space.consumers, space.producers))
-        permuted.append(PermutedSpace(consumer_names, producer_names, segments, length, copies, channels.before,
-                                      channels.after))
+        consumer_names, producer_names = (
+            sorted({prefix + side.parameter for side in sides})
+            for sides in (space.consumers, space.producers)
+        )
+        permuted.append(
+            PermutedSpace(
+                consumer_names,
+                producer_names,
+                segments,
+                length,
+                copies,
+                channels.before,
+                channels.after,
+            )
+        )
     not_free = {prefix + name: reason for name, reason in reasons.items()}
     return Permuted(orders, moved, PermuteFacts(tuple(permuted), not_free))
 
@@ -210,7 +260,9 @@ def _shared(module: nn.Module) -> set[str]:
     return {name for group in names.values() if len(group) > 1 for name in group}
 
 
-def _not_free(space: PermutableChannels, consumers: Sequence[PlanRow], tied: set[str]) -> str | None:
+def _not_free(
+    space: PermutableChannels, consumers: Sequence[PlanRow], tied: set[str]
+) -> str | None:
     """Say why the channels of a space stay in place; None when they may move."""
     if tied:
         return f"'{min(tied)}' is shared with another layer"
@@ -220,14 +272,20 @@ def _not_free(space: PermutableChannels, consumers: Sequence[PlanRow], tied: set
     assert isinstance(pattern, NMPattern)
     places, length = space.consumers[0].places, space.shape[2]
     run = places[..., :1] + torch.arange(length)
-    if length % pattern.group or (places[..., 0] % pattern.group).any() or not torch.equal(run, places):
+    if (
+        length % pattern.group
+        or (places[..., 0] % pattern.group).any()
+        or not torch.equal(run, places)
+    ):
         return f"its runs of {length} channels do not hold whole groups"
     return None
 
 
-def _scores(module: nn.Module, consumers: Sequence[PlanRow], space: PermutableChannels,
-            stats: LayerStats) -> torch.Tensor:
-    """Return Wanda's scores `[segments * length, rows]`; a row is an output of one consumer, once per copy."""
+def _scores(
+    module: nn.Module, consumers: Sequence[PlanRow], space: PermutableChannels, stats: LayerStats
+) -> torch.Tensor:
+    """Return Wanda's scores `[segments * length, rows]`; a row is an output of one consumer, once
+    per copy."""
     parts = []
     for row, side in zip(consumers, space.consumers):
         weight = to_rows(module.get_parameter(row.target.name).detach(), row.target.axis).float()

@@ -1,14 +1,18 @@
-"""Reconstruct: train what survives in one block so that the pruned stream comes out as the dense stream does.
+"""Reconstruct: train what survives in one block so that the pruned stream comes out as the dense
+stream does.
 
-The input is what the *pruned* model feeds the block, the target what the *dense* model has at its exit, residual
-included, so a block also repairs what those before it have shifted. Surviving weights, norms and biases move; the mask
-is applied to every gradient and the zeros stay. In halves, first what runs before the norm between attention and MLP is
-trained on the hidden states there, then the rest on the block's output. The error of a token is relative to the size of
-its target, which is how the next norm will see it. The last blocks (`through`) may be trained on what the model makes
-of their output instead: the Kullback-Leibler divergence from the dense model's predictions. A held-out share of the
-batches decides which epoch is kept; when none is better than the start, the start is.
+The input is what the *pruned* model feeds the block, the target what the *dense* model has at its
+exit, residual included, so a block also repairs what those before it have shifted. Surviving
+weights, norms and biases move; the mask is applied to every gradient and the zeros stay. In halves,
+first what runs before the norm between attention and MLP is trained on the hidden states there,
+then the rest on the block's output. The error of a token is relative to the size of its target,
+which is how the next norm will see it. The last blocks (`through`) may be trained on what the model
+makes of their output instead: the Kullback-Leibler divergence from the dense model's predictions. A
+held-out share of the batches decides which epoch is kept; when none is better than the start, the
+start is.
 
-Guo et al., EBFT, 2024, arXiv:2402.12419 (a block at a time); Zimmer et al., 2025, arXiv:2510.14444 (units of any size).
+Guo et al., EBFT, 2024, arXiv:2402.12419 (a block at a time); Zimmer et al., 2025, arXiv:2510.14444
+(units of any size).
 """
 
 from __future__ import annotations
@@ -46,19 +50,28 @@ def refine(block: BlockPair, step: Reconstruct) -> BlockResult:
             targets = [unit.forward(block.dense, i, x) for i, x in enumerate(block.dense_inputs)]
         facts.append(_train(block, unit, targets, held_out, step))
     trained = dict(block.module.named_parameters())
-    layers = {name: LayerResult(layer.result.mask, to_rows(trained[name].detach(), layer.axis))
-              for name, layer in block.layers.items()}
-    others = {name: value.detach() for name, value in trained.items()
-              if name not in layers and not torch.equal(value, block.dense.get_parameter(name))}
+    layers = {
+        name: LayerResult(layer.result.mask, to_rows(trained[name].detach(), layer.axis))
+        for name, layer in block.layers.items()
+    }
+    others = {
+        name: value.detach()
+        for name, value in trained.items()
+        if name not in layers and not torch.equal(value, block.dense.get_parameter(name))
+    }
     return BlockResult(layers, UnitFacts(tuple(facts)), others)
 
 
-def _train(block: BlockPair, unit: Unit, targets: Sequence[torch.Tensor], held_out: int,
-           step: Reconstruct) -> TrainedUnit:
+def _train(
+    block: BlockPair, unit: Unit, targets: Sequence[torch.Tensor], held_out: int, step: Reconstruct
+) -> TrainedUnit:
     """Train a unit by Adam with a cosine; leave the best weights in the module."""
     trained = {name: block.module.get_parameter(name) for name in unit.parameters}
-    masks = {name: from_rows(layer.result.mask, layer.shape, layer.axis) for name, layer in block.layers.items()
-             if name in trained}
+    masks = {
+        name: from_rows(layer.result.mask, layer.shape, layer.axis)
+        for name, layer in block.layers.items()
+        if name in trained
+    }
     for parameter in block.module.parameters():
         parameter.requires_grad_(False)
     for parameter in trained.values():
@@ -94,14 +107,16 @@ def _schedule(share: float, warm: float = 0.05) -> float:
 
 
 @torch.no_grad()
-def _loss(block: BlockPair, unit: Unit, targets: Sequence[torch.Tensor], numbers: Sequence[int]) -> float:
+def _loss(
+    block: BlockPair, unit: Unit, targets: Sequence[torch.Tensor], numbers: Sequence[int]
+) -> float:
     losses = [float(_error(block, unit, number, targets[number])) for number in numbers]
     return sum(losses) / len(losses)
 
 
 def _error(block: BlockPair, unit: Unit, number: int, target: torch.Tensor) -> torch.Tensor:
-    """Return the error of the unit's output, or of the model's where the unit ends the block and the block may look so
-    far."""
+    """Return the error of the unit's output, or of the model's where the unit ends the block and
+    the block may look so far."""
     output = unit.forward(block.module, number, block.inputs[number])
     if block.distance is None or not unit.leaves:
         return relative_error(output, target)

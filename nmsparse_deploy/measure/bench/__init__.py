@@ -1,4 +1,5 @@
-"""Timing: paired arms, one implementation for processors and GPUs; where sparse starts to win; what it was timed on."""
+"""Timing: paired arms, one implementation for processors and GPUs; where sparse starts to win; what
+it was timed on."""
 
 from nmsparse_deploy.measure.bench.result import BenchResult, GpuBenchResult
 from nmsparse_deploy.system.timing import (
@@ -13,5 +14,16 @@ from nmsparse_deploy.system.timing import (
     wall,
 )
 
-__all__ = ["CPU_SENTENCE", "BenchResult", "Call", "Clock", "GpuBenchResult", "SpeedUp", "TimedArm", "interleave",
-           "ratio", "summarise", "wall"]
+__all__ = [
+    "CPU_SENTENCE",
+    "BenchResult",
+    "Call",
+    "Clock",
+    "GpuBenchResult",
+    "SpeedUp",
+    "TimedArm",
+    "interleave",
+    "ratio",
+    "summarise",
+    "wall",
+]

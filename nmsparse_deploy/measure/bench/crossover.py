@@ -1,11 +1,12 @@
 """From how many rows on sparse kernels win, for every shape and precision, measured on one GPU.
 
-Rows are batch times tokens. A table is written for each precision; it is a latency table as `plan --latency-table`
-reads it, with more in every line:
+Rows are batch times tokens. A table is written for each precision; it is a latency table as
+`plan --latency-table` reads it, with more in every line:
 
     {"gpu": ..., "precision": "fp16", "rows": [{"k", "n", "rows", "dense_us", "sparse_us", "low", "high", ...}], ...}
 
-Where a fusion group becomes one GEMM its merged shape is looked up, where it does not its members are: both are timed.
+Where a fusion group becomes one GEMM its merged shape is looked up, where it does not its members
+are: both are timed.
 """
 
 from __future__ import annotations
@@ -46,12 +47,17 @@ class Line:
     @property
     def teraflops(self) -> float | None:
         """Return the rate of the sparse product, counted as if it were dense."""
-        return None if self.sparse_us is None else 2 * self.rows * self.k * self.n / self.sparse_us / 1e6
+        return (
+            None
+            if self.sparse_us is None
+            else 2 * self.rows * self.k * self.n / self.sparse_us / 1e6
+        )
 
 
 @dataclass(frozen=True)
 class ShapeWins:
-    """The number of rows from which on sparse wins for one shape, and the most that it gains; None: nowhere."""
+    """The number of rows from which on sparse wins for one shape, and the most that it gains; None:
+    nowhere."""
 
     k: int
     n: int
@@ -73,16 +79,37 @@ class CrossoverTable:
     environment: Mapping[str, object]
 
     def to_json(self) -> dict[str, object]:
-        timed = [{**{name: value for name, value in asdict(line).items() if name not in ("precision", "why_not")},
-                  "teraflops": line.teraflops} for line in self.lines if line.why_not is None]
-        missing = [{"k": line.k, "n": line.n, "rows": line.rows, "why_not": line.why_not}
-                   for line in self.lines if line.why_not]
-        return {"gpu": self.gpu, "precision": self.precision, "kernels": self.kernels, "rows": timed,
-                "missing": missing, "crossover": [asdict(row) for row in wins(self.lines)], **self.environment}
+        timed = [
+            {
+                **{
+                    name: value
+                    for name, value in asdict(line).items()
+                    if name not in ("precision", "why_not")
+                },
+                "teraflops": line.teraflops,
+            }
+            for line in self.lines
+            if line.why_not is None
+        ]
+        missing = [
+            {"k": line.k, "n": line.n, "rows": line.rows, "why_not": line.why_not}
+            for line in self.lines
+            if line.why_not
+        ]
+        return {
+            "gpu": self.gpu,
+            "precision": self.precision,
+            "kernels": self.kernels,
+            "rows": timed,
+            "missing": missing,
+            "crossover": [asdict(row) for row in wins(self.lines)],
+            **self.environment,
+        }
 
 
 def shapes_of(targets: Iterable[Target]) -> dict[Shape, list[str]]:
-    """Return the GEMM shapes `(k, n)` of matrices and of fusion groups, with the parameters that have them."""
+    """Return the GEMM shapes `(k, n)` of matrices and of fusion groups, with the parameters that
+    have them."""
     shapes: dict[Shape, list[str]] = {}
     groups: dict[str, list[Target]] = {}
     for target in targets:
@@ -91,7 +118,9 @@ def shapes_of(targets: Iterable[Target]) -> dict[Shape, list[str]]:
     for members in groups.values():
         if len(members) > 1 and not members[0].routed:
             merged = " + ".join(member.name for member in members)
-            shapes.setdefault((members[0].k, sum(member.n for member in members)), []).append(merged)
+            shapes.setdefault((members[0].k, sum(member.n for member in members)), []).append(
+                merged
+            )
     return shapes
 
 
@@ -103,10 +132,17 @@ def parse_shape(text: str) -> Shape:
     return int(k), int(n)
 
 
-def crossover(shapes: Iterable[Shape], rows: Sequence[int], precisions: Sequence[str], machine: Machine,
-              rounds: int = ROUNDS, progress: Progress = silent, until: float = float("inf")) -> list[Line]:
-    """Time dense against sparse everywhere; what cannot run says why, and so does what came after `until` (monotonic
-    seconds)."""
+def crossover(
+    shapes: Iterable[Shape],
+    rows: Sequence[int],
+    precisions: Sequence[str],
+    machine: Machine,
+    rounds: int = ROUNDS,
+    progress: Progress = silent,
+    until: float = float("inf"),
+) -> list[Line]:
+    """Time dense against sparse everywhere; what cannot run says why, and so does what came after
+    `until` (monotonic seconds)."""
     lines: list[Line] = []
     listed = [(precision, shape) for precision in precisions for shape in shapes]
     for number, (precision, shape) in enumerate(listed):
@@ -115,8 +151,9 @@ def crossover(shapes: Iterable[Shape], rows: Sequence[int], precisions: Sequence
     return lines
 
 
-def _shape(shape: Shape, rows: Sequence[int], precision: str, machine: Machine, rounds: int,
-           until: float) -> Iterator[Line]:
+def _shape(
+    shape: Shape, rows: Sequence[int], precision: str, machine: Machine, rounds: int, until: float
+) -> Iterator[Line]:
     """Yield the lines of one shape in one precision; its weight is made once."""
     try:
         pair = None if time.monotonic() > until else twins(*shape, precision, machine.device)
@@ -133,12 +170,22 @@ def _shape(shape: Shape, rows: Sequence[int], precision: str, machine: Machine, 
             yield Line(*shape, count, precision, why_not=first_line(error))
             continue
         verdict = judge(count, times)
-        yield Line(*shape, count, precision, verdict.dense_us, verdict.sparse_us, verdict.speedup, verdict.low,
-                   verdict.high, times.setting)
+        yield Line(
+            *shape,
+            count,
+            precision,
+            verdict.dense_us,
+            verdict.sparse_us,
+            verdict.speedup,
+            verdict.low,
+            verdict.high,
+            times.setting,
+        )
 
 
 def first_win(lines: Iterable[Line]) -> int | None:
-    """Return the smallest number of rows from which on sparse wins beyond noise wherever it was measured, or None."""
+    """Return the smallest number of rows from which on sparse wins beyond noise wherever it was
+    measured, or None."""
     rows = None
     for line in sorted(lines, key=lambda line: -line.rows):
         if line.low is None or line.low <= 1:
@@ -149,10 +196,16 @@ def first_win(lines: Iterable[Line]) -> int | None:
 
 def tables(lines: Sequence[Line], machine: Machine) -> dict[str, CrossoverTable]:
     """Return a latency table for every precision that ran, and what did not run."""
-    return {precision: CrossoverTable(machine.name, precision, kernels().name,
-                                      tuple(line for line in lines if line.precision == precision),
-                                      machine.environment())
-            for precision in dict.fromkeys(line.precision for line in lines)}
+    return {
+        precision: CrossoverTable(
+            machine.name,
+            precision,
+            kernels().name,
+            tuple(line for line in lines if line.precision == precision),
+            machine.environment(),
+        )
+        for precision in dict.fromkeys(line.precision for line in lines)
+    }
 
 
 def wins(lines: Sequence[Line]) -> list[ShapeWins]:
@@ -164,8 +217,16 @@ def wins(lines: Sequence[Line]) -> list[ShapeWins]:
     for (k, n), mine in shapes.items():
         timed = [line for line in mine if line.speedup is not None]
         best = max(timed, key=lambda line: line.speedup or 0, default=None)
-        rows.append(ShapeWins(k, n, first_win(timed), best.speedup if best else None, best.rows if best else None,
-                              None if timed else mine[0].why_not))
+        rows.append(
+            ShapeWins(
+                k,
+                n,
+                first_win(timed),
+                best.speedup if best else None,
+                best.rows if best else None,
+                None if timed else mine[0].why_not,
+            )
+        )
     return rows
 
 
@@ -174,14 +235,21 @@ def markdown(lines: Sequence[Line], machine: Machine) -> str:
     parts = [f"# Sparse against dense on {machine.name}", ""]
     if machine.dry:
         parts += ["**Dry run: nothing here was measured on a GPU.**", ""]
-    parts += ["Speed-up of the 2:4 kernel over the dense one of the same precision, CUDA graphs, 95 % interval in "
-              "brackets.", ""]
+    parts += [
+        "Speed-up of the 2:4 kernel over the dense one of the same precision, CUDA graphs, 95 % interval in "
+        "brackets.",
+        "",
+    ]
     for precision in dict.fromkeys(line.precision for line in lines):
         mine = [line for line in lines if line.precision == precision]
         counts = sorted({line.rows for line in mine})
         cells = {(line.k, line.n, line.rows): line for line in mine}
-        parts += [f"## {precision}", "", "| K x N | " + " | ".join(f"{count} rows" for count in counts)
-                  + " | wins from |", "|" + " --- |" * (len(counts) + 2)]
+        parts += [
+            f"## {precision}",
+            "",
+            "| K x N | " + " | ".join(f"{count} rows" for count in counts) + " | wins from |",
+            "|" + " --- |" * (len(counts) + 2),
+        ]
         for row in wins(mine):
             shown = [_cell(cells.get((row.k, row.n, count))) for count in counts]
             start = f"{row.from_rows} rows" if row.from_rows else "nowhere"
@@ -210,16 +278,32 @@ def plot(lines: Sequence[Line], machine: Machine) -> str | None:
     figure = Figure(figsize=(4.2 * len(precisions), 3.4), layout="constrained")
     panels = figure.subplots(1, len(precisions), sharey=True, squeeze=False)[0]
     for panel, precision in zip(panels, precisions):
-        for shape in dict.fromkeys((line.k, line.n) for line in timed if line.precision == precision):
-            mine = sorted((line for line in timed if line.precision == precision and (line.k, line.n) == shape),
-                          key=lambda line: line.rows)
-            panel.plot([line.rows for line in mine], [line.speedup or 0 for line in mine], marker="o", markersize=3,
-                       linewidth=1, label=f"{shape[0]} x {shape[1]}")
+        for shape in dict.fromkeys(
+            (line.k, line.n) for line in timed if line.precision == precision
+        ):
+            mine = sorted(
+                (
+                    line
+                    for line in timed
+                    if line.precision == precision and (line.k, line.n) == shape
+                ),
+                key=lambda line: line.rows,
+            )
+            panel.plot(
+                [line.rows for line in mine],
+                [line.speedup or 0 for line in mine],
+                marker="o",
+                markersize=3,
+                linewidth=1,
+                label=f"{shape[0]} x {shape[1]}",
+            )
         panel.axhline(1, color="black", linewidth=0.8)
         panel.set(xscale="log", title=precision, xlabel="rows")
         panel.legend(fontsize=6, frameon=False)
     panels[0].set_ylabel("speed-up of 2:4 over dense")
-    figure.suptitle(f"{machine.name}{' (dry run, no measurement)' if machine.dry else ''}", fontsize=9)
+    figure.suptitle(
+        f"{machine.name}{' (dry run, no measurement)' if machine.dry else ''}", fontsize=9
+    )
     text = StringIO()
     figure.savefig(text, format="svg")
     return text.getvalue()

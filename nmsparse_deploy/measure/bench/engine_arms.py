@@ -11,10 +11,16 @@ from nmsparse_deploy.system.progress import Progress, silent
 from nmsparse_deploy.system.timing import Call, interleave, ratio, summarise
 
 
-def engine_phases(engine: type[Engine], works: Mapping[str, Mapping[str, Case]], inputs: Mapping[str, Tensor],
-                  shape: dict[str, int], rounds: int,
-                  progress: Progress = silent) -> tuple[list[Phase], dict[str, str]]:
-    """Time every workload in the arms that run here; returns its phases, and by workload and arm why others do not run.
+def engine_phases(
+    engine: type[Engine],
+    works: Mapping[str, Mapping[str, Case]],
+    inputs: Mapping[str, Tensor],
+    shape: dict[str, int],
+    rounds: int,
+    progress: Progress = silent,
+) -> tuple[list[Phase], dict[str, str]]:
+    """Time every workload in the arms that run here; returns its phases, and by workload and arm
+    why others do not run.
 
     Arms are compared only with a twin that differs in sparse weights alone.
     """
@@ -31,6 +37,14 @@ def engine_phases(engine: type[Engine], works: Mapping[str, Mapping[str, Case]],
             continue
         times = interleave(calls, rounds)
         pairs = {arm: twin for arm, twin in engine.twins.items() if {arm, twin} <= calls.keys()}
-        phases.append(Phase(name, False, shape, tuple(summarise(arm, engine.title, times[arm]) for arm in calls), {},
-                            {arm: ratio(times[twin], times[arm]) for arm, twin in pairs.items()}))
+        phases.append(
+            Phase(
+                name,
+                False,
+                shape,
+                tuple(summarise(arm, engine.title, times[arm]) for arm in calls),
+                {},
+                {arm: ratio(times[twin], times[arm]) for arm, twin in pairs.items()},
+            )
+        )
     return phases, failed

@@ -1,7 +1,8 @@
-"""All arms of one model: what to time them on, their decisions, their evidence, and what may be concluded.
+"""All arms of one model: what to time them on, their decisions, their evidence, and what may be
+concluded.
 
-Every workload has an `auto` of its own: a prefill reads thousands of rows, a decoding step as many as there are
-sequences, and what is faster for one need not be for the other.
+Every workload has an `auto` of its own: a prefill reads thousands of rows, a decoding step as many
+as there are sequences, and what is faster for one need not be for the other.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Workload:
-    """One call in every arm; `auto` follows `decisions`, which were made at `rows`, by parameter."""
+    """One call in every arm; `auto` follows `decisions`, which were made at `rows`, by
+    parameter."""
 
     name: str
     modules: Mapping[str, nn.Module]
@@ -70,11 +72,14 @@ class Workload:
     rows: Mapping[str, int]
 
 
-def bench_arms(dense: LoadedModel, masks: MaskSet, job: Job, machine: Machine,
-               progress: Progress = silent) -> GpuBenchResult:
-    """Time all arms of a dense model and its masks: phases, decisions, memory, evidence and what may be concluded.
+def bench_arms(
+    dense: LoadedModel, masks: MaskSet, job: Job, machine: Machine, progress: Progress = silent
+) -> GpuBenchResult:
+    """Time all arms of a dense model and its masks: phases, decisions, memory, evidence and what
+    may be concluded.
 
-    The model stays on the machine's device. Raises `NmsparseError` where sparse kernels cannot run the precision.
+    The model stays on the machine's device. Raises `NmsparseError` where sparse kernels cannot run
+    the precision.
     """
     why = kernels().why_not(job.precision)
     if why is not None:
@@ -90,34 +95,76 @@ def bench_arms(dense: LoadedModel, masks: MaskSet, job: Job, machine: Machine,
     sparse = {name: mask for name, mask in masks.masks.items() if mask.pattern.implies(TWO_FOUR)}
     places = arm_layers(dense.module, discovery.targets, sparse, job.precision)
     if not places:
-        raise NmsparseError("No ordinary layer of this model has a 2:4 mask, so the arms would all be the same.")
+        raise NmsparseError(
+            "No ordinary layer of this model has a 2:4 mask, so the arms would all be the same."
+        )
     rows = {PREFILL: {site.parameter: traced[site.parameter].rows for site in places}}
     if dense.family == "llm":
         rows[DECODE] = {site.parameter: job.batch for site in places}
     decisions = {name: _decided(places, at, job, machine, progress) for name, at in rows.items()}
     wanted = {site.module for site in discovery.targets if site.name in rows[PREFILL]}
     # What the layers read on the very inputs that are timed: accuracy is not judged here.
-    ranges = calibrate(dense.module, [target for target in discovery.targets if target.module in wanted],
-                       [inputs]) if job.precision in FORMATS else {}
-    arms = make_arms(dense.module, places, {name: mask.unpack() for name, mask in sparse.items()}, job.precision,
-                     ranges, _settings(decisions))
+    ranges = (
+        calibrate(
+            dense.module,
+            [target for target in discovery.targets if target.module in wanted],
+            [inputs],
+        )
+        if job.precision in FORMATS
+        else {}
+    )
+    arms = make_arms(
+        dense.module,
+        places,
+        {name: mask.unpack() for name, mask in sparse.items()},
+        job.precision,
+        ranges,
+        _settings(decisions),
+    )
     works = [_workload(name, arms, places, decisions[name], rows[name], inputs) for name in rows]
-    phases, failed = _phases(works, {"batch": job.batch, "length": job.length}, machine, job.rounds, progress)
+    phases, failed = _phases(
+        works, {"batch": job.batch, "length": job.length}, machine, job.rounds, progress
+    )
     checks = _checks(arms[PRUNED], places, sparse)
-    seen = {work.name: {arm: _evidence(arm, work, places, job.precision, checks) for arm in (SPARSE, AUTO)}
-            for work in works}
+    seen = {
+        work.name: {
+            arm: _evidence(arm, work, places, job.precision, checks) for arm in (SPARSE, AUTO)
+        }
+        for work in works
+    }
     gemm_flops = sum(2 * rows[PREFILL][site.parameter] * site.k * site.n for site in places)
-    transients = {work.name: {arm: transient(call, machine) for arm, call in work.calls.items()} for work in works}
+    transients = {
+        work.name: {arm: transient(call, machine) for arm, call in work.calls.items()}
+        for work in works
+    }
     return GpuBenchResult(
-        "dry run" if machine.dry else "measured", job.precision, job.batch, job.length, len(places),
-        _weights(arms, places), transients, flops, gemm_flops / flops if flops else None,
+        "dry run" if machine.dry else "measured",
+        job.precision,
+        job.batch,
+        job.length,
+        len(places),
+        _weights(arms, places),
+        transients,
+        flops,
+        gemm_flops / flops if flops else None,
         {work.name: bound(work.decisions, work.rows, _median(phases, work.name)) for work in works},
-        {work.name: work.decisions for work in works}, tuple(phases), failed, seen,
-        verdict(phases, seen, machine.dry), before, state())
+        {work.name: work.decisions for work in works},
+        tuple(phases),
+        failed,
+        seen,
+        verdict(phases, seen, machine.dry),
+        before,
+        state(),
+    )
 
 
-def _decided(places: Sequence[ArmLayer], rows: Mapping[str, int], job: Job, machine: Machine,
-             progress: Progress) -> tuple[GemmDecision, ...]:
+def _decided(
+    places: Sequence[ArmLayer],
+    rows: Mapping[str, int],
+    job: Job,
+    machine: Machine,
+    progress: Progress,
+) -> tuple[GemmDecision, ...]:
     """Time every shape at the rows that this workload gives it."""
     decisions: list[GemmDecision] = []
     for count in sorted(set(rows.values())):
@@ -125,11 +172,15 @@ def _decided(places: Sequence[ArmLayer], rows: Mapping[str, int], job: Job, mach
         for site in places:
             if site.why_not is None and rows[site.parameter] == count:
                 shapes.setdefault((site.k, site.n, site.biased), []).append(site.parameter)
-        decisions += decide_all(shapes, job.precision, [count], machine, max(5, job.rounds), progress)
+        decisions += decide_all(
+            shapes, job.precision, [count], machine, max(5, job.rounds), progress
+        )
     return tuple(decisions)
 
 
-def _settings(decisions: Mapping[str, Sequence[GemmDecision]]) -> dict[str, dict[int, KernelSetting]]:
+def _settings(
+    decisions: Mapping[str, Sequence[GemmDecision]],
+) -> dict[str, dict[int, KernelSetting]]:
     settings: dict[str, dict[int, KernelSetting]] = {}
     for made in decisions.values():
         for decision in made:
@@ -138,16 +189,28 @@ def _settings(decisions: Mapping[str, Sequence[GemmDecision]]) -> dict[str, dict
     return settings
 
 
-def _workload(name: str, arms: Mapping[str, nn.Module], places: Sequence[ArmLayer], decisions: tuple[GemmDecision, ...],
-              rows: Mapping[str, int], inputs: Mapping[str, Any]) -> Workload:
+def _workload(
+    name: str,
+    arms: Mapping[str, nn.Module],
+    places: Sequence[ArmLayer],
+    decisions: tuple[GemmDecision, ...],
+    rows: Mapping[str, int],
+    inputs: Mapping[str, Any],
+) -> Workload:
     modules = {**arms, AUTO: make_auto(arms, places, decisions)}
     calls = prefill(modules, inputs) if name == PREFILL else decode(modules, inputs["input_ids"])
     return Workload(name, modules, calls, decisions, rows)
 
 
-def _phases(works: Sequence[Workload], shape: dict[str, int], machine: Machine, rounds: int,
-            progress: Progress) -> tuple[list[Phase], dict[str, str]]:
-    """Time every workload, enqueued plainly and then replayed; what cannot be recorded as a graph says why."""
+def _phases(
+    works: Sequence[Workload],
+    shape: dict[str, int],
+    machine: Machine,
+    rounds: int,
+    progress: Progress,
+) -> tuple[list[Phase], dict[str, str]]:
+    """Time every workload, enqueued plainly and then replayed; what cannot be recorded as a graph
+    says why."""
     phases, failed = [], {}
     for replayed in (False, True) if machine.graph is not None else (False,):
         for work in works:
@@ -158,11 +221,15 @@ def _phases(works: Sequence[Workload], shape: dict[str, int], machine: Machine, 
             except RuntimeError as error:
                 failed[how] = first_line(error)
     if not phases:
-        raise NmsparseError(f"No arm could be timed: {next(iter(failed.values()), 'there was nothing to run')}.")
+        raise NmsparseError(
+            f"No arm could be timed: {next(iter(failed.values()), 'there was nothing to run')}."
+        )
     return phases, failed
 
 
-def _checks(module: nn.Module, places: Sequence[ArmLayer], masked: Mapping[str, Any]) -> dict[str, TensorCheck]:
+def _checks(
+    module: nn.Module, places: Sequence[ArmLayer], masked: Mapping[str, Any]
+) -> dict[str, TensorCheck]:
     """Check the pattern of what the pruned arms hold."""
     held = {}
     for site in places:
@@ -172,13 +239,28 @@ def _checks(module: nn.Module, places: Sequence[ArmLayer], masked: Mapping[str, 
     return {check.tensor: check for check in verify_tensors(held, masks, PRUNED).checks}
 
 
-def _evidence(arm: str, work: Workload, places: Sequence[ArmLayer], precision: str,
-              checks: Mapping[str, TensorCheck]) -> EngineEvidence:
+def _evidence(
+    arm: str,
+    work: Workload,
+    places: Sequence[ArmLayer],
+    precision: str,
+    checks: Mapping[str, TensorCheck],
+) -> EngineEvidence:
     decided = {name: decision for decision in work.decisions for name in decision.weights}
-    kept_dense = {name: decision.why for name, decision in decided.items() if arm == AUTO and decision.keep == "dense"}
-    layers, every = profile_kernels(work.calls[arm], work.modules[arm], [site.layer for site in places])
-    gemms = [LayerGemm(site.parameter, site.layer, site.k, site.n, site.why_not, kept_dense.get(site.parameter))
-             for site in places]
+    kept_dense = {
+        name: decision.why
+        for name, decision in decided.items()
+        if arm == AUTO and decision.keep == "dense"
+    }
+    layers, every = profile_kernels(
+        work.calls[arm], work.modules[arm], [site.layer for site in places]
+    )
+    gemms = [
+        LayerGemm(
+            site.parameter, site.layer, site.k, site.n, site.why_not, kept_dense.get(site.parameter)
+        )
+        for site in places
+    ]
     rows = {site.layer: work.rows[site.parameter] for site in places}
     return evidence(f"{work.name}, {arm}", "torch", gemms, precision, rows, checks, layers, every)
 
@@ -194,18 +276,32 @@ def _weights(arms: Mapping[str, nn.Module], places: Sequence[ArmLayer]) -> dict[
 
 def _median(phases: Sequence[Phase], name: str) -> float:
     """Return the dense arm's median, replayed where it was; 0 where it was not timed."""
-    medians = [arm.median_ms for phase in phases if phase.name == name for arm in phase.arms if arm.name == DENSE]
+    medians = [
+        arm.median_ms
+        for phase in phases
+        if phase.name == name
+        for arm in phase.arms
+        if arm.name == DENSE
+    ]
     return medians[-1] if medians else 0.0
 
 
-def verdict(phases: Sequence[Phase], seen: Mapping[str, Mapping[str, EngineEvidence]], dry: bool) -> str:
+def verdict(
+    phases: Sequence[Phase], seen: Mapping[str, Mapping[str, EngineEvidence]], dry: bool
+) -> str:
     """Return what was won, in one sentence a workload, never without what was seen running."""
     parts = []
     for phase in phases:
         for arm in (SPARSE, AUTO):
             won, pruned = phase.over_dense[arm], phase.over_pruned[arm]
             label = "" if seen[phase.name][arm].sparse_seen else f", {NOT_SPARSE}"
-            parts.append(f"{phase.name} ({phase.how}), {arm}: {won.speedup:.2f}x over dense ({won.low:.2f} to "
-                         f"{won.high:.2f}), {pruned.speedup:.2f}x over the same weights on dense kernels{label}")
-    sentence = "; ".join(parts) + "." + "".join(f" {name}: {both[SPARSE].verdict}" for name, both in seen.items())
+            parts.append(
+                f"{phase.name} ({phase.how}), {arm}: {won.speedup:.2f}x over dense ({won.low:.2f} to "
+                f"{won.high:.2f}), {pruned.speedup:.2f}x over the same weights on dense kernels{label}"
+            )
+    sentence = (
+        "; ".join(parts)
+        + "."
+        + "".join(f" {name}: {both[SPARSE].verdict}" for name, both in seen.items())
+    )
     return f"DRY RUN, nothing was measured on a GPU. {sentence}" if dry else sentence

@@ -1,4 +1,5 @@
-"""What a benchmark measured, and what may be concluded from it: the content of `bench.json` and `bench-gpu.json`."""
+"""What a benchmark measured, and what may be concluded from it: the content of `bench.json` and
+`bench-gpu.json`."""
 
 from __future__ import annotations
 
@@ -85,9 +86,14 @@ class GpuBenchResult:
     after: Mapping[str, object] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
-        decisions = {name: [decision.to_json() for decision in made] for name, made in self.decisions.items()}
+        decisions = {
+            name: [decision.to_json() for decision in made] for name, made in self.decisions.items()
+        }
         return {**asdict(self), "decisions": decisions, "evidence": _to_json(self.evidence)}
 
 
 def _to_json(evidence: Mapping[str, Mapping[str, EngineEvidence]]) -> dict[str, object]:
-    return {name: {arm: proved.to_json() for arm, proved in arms.items()} for name, arms in evidence.items()}
+    return {
+        name: {arm: proved.to_json() for arm, proved in arms.items()}
+        for name, arms in evidence.items()
+    }

@@ -11,7 +11,16 @@ from pathlib import Path
 from nmsparse_deploy import models
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.masks import MaskSet
-from nmsparse_deploy.measure.bench.crossover import PRECISIONS, ROWS, Line, Shape, markdown, plot, shapes_of, tables
+from nmsparse_deploy.measure.bench.crossover import (
+    PRECISIONS,
+    ROWS,
+    Line,
+    Shape,
+    markdown,
+    plot,
+    shapes_of,
+    tables,
+)
 from nmsparse_deploy.measure.bench.crossover import crossover as timed
 from nmsparse_deploy.measure.bench.engine_arms import engine_phases
 from nmsparse_deploy.measure.bench.model_arms import Job, bench_arms
@@ -27,10 +36,18 @@ from nmsparse_deploy.system.progress import Progress, silent
 RECORD = "bench-gpu.json"
 
 
-def crossover(model: str | None, shapes: Sequence[Shape] = (), rows: Sequence[int] = ROWS,
-              precisions: Sequence[str] = PRECISIONS, out: Path = Path("crossover"), rounds: int = 21,
-              machine: Machine | None = None, progress: Progress = silent) -> list[Line]:
-    """Time the GEMM shapes of `model`, or `shapes`, dense against sparse, and write tables, a page and a plot to `out`.
+def crossover(
+    model: str | None,
+    shapes: Sequence[Shape] = (),
+    rows: Sequence[int] = ROWS,
+    precisions: Sequence[str] = PRECISIONS,
+    out: Path = Path("crossover"),
+    rounds: int = 21,
+    machine: Machine | None = None,
+    progress: Progress = silent,
+) -> list[Line]:
+    """Time the GEMM shapes of `model`, or `shapes`, dense against sparse, and write tables, a page
+    and a plot to `out`.
 
     Raises `NmsparseError` without a GPU, `UsageError` for a precision that there is not.
     """
@@ -45,10 +62,13 @@ def crossover(model: str | None, shapes: Sequence[Shape] = (), rows: Sequence[in
 
 
 def write_crossover(lines: Sequence[Line], out: Path, machine: Machine) -> None:
-    """Write `PRECISION.json` for every precision, `crossover.md` and `crossover.svg`, each by rename."""
+    """Write `PRECISION.json` for every precision, `crossover.md` and `crossover.svg`, each by
+    rename."""
     out.mkdir(parents=True, exist_ok=True)
-    texts = {f"{name}.json": json.dumps(table.to_json(), indent=1) + "\n"
-             for name, table in tables(lines, machine).items()}
+    texts = {
+        f"{name}.json": json.dumps(table.to_json(), indent=1) + "\n"
+        for name, table in tables(lines, machine).items()
+    }
     texts["crossover.md"] = markdown(lines, machine)
     picture = plot(lines, machine)
     for name, text in {**texts, **({"crossover.svg": picture} if picture else {})}.items():
@@ -68,8 +88,11 @@ def _shapes(model: str | None, progress: Progress) -> Sequence[Shape]:
     return list(shapes_of(discovery.targets))
 
 
-def bench_run(run: RunDir, job: Job, machine: Machine | None = None, progress: Progress = silent) -> GpuBenchResult:
-    """Time a run's model in all arms on a GPU, and what a runtime can run of it; also written to `bench-gpu.json`.
+def bench_run(
+    run: RunDir, job: Job, machine: Machine | None = None, progress: Progress = silent
+) -> GpuBenchResult:
+    """Time a run's model in all arms on a GPU, and what a runtime can run of it; also written to
+    `bench-gpu.json`.
 
     Raises `NmsparseError` without a GPU, or where sparse kernels cannot run the precision.
     """
@@ -78,8 +101,14 @@ def bench_run(run: RunDir, job: Job, machine: Machine | None = None, progress: P
     dense = load_dense(run)
     result = bench_arms(dense, MaskSet.load(run / "masks.safetensors"), job, machine, progress)
     engine: type[Engine] = ENGINES.load(job.engine)
-    phases, failed = engine_phases(engine, engine.arms(run), dense.sample_inputs(job.batch, job.length),
-                                   {"batch": job.batch, "length": job.length}, job.rounds, progress)
+    phases, failed = engine_phases(
+        engine,
+        engine.arms(run),
+        dense.sample_inputs(job.batch, job.length),
+        {"batch": job.batch, "length": job.length},
+        job.rounds,
+        progress,
+    )
     result = replace(result, phases=(*result.phases, *phases), failed=result.failed | failed)
     run.write_json(RECORD, result.to_json())
     run.finish("bench-gpu", time.perf_counter() - start, spec=asdict(job))

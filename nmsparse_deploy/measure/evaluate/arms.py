@@ -30,8 +30,14 @@ class Arm:
     dtype: str
     fixed: bool = False
 
-    def features(self, batches: Iterable[Mapping[str, torch.Tensor]], total: int, what: str, progress: Progress,
-                 keep_tokens: bool = False) -> Features:
+    def features(
+        self,
+        batches: Iterable[Mapping[str, torch.Tensor]],
+        total: int,
+        what: str,
+        progress: Progress,
+        keep_tokens: bool = False,
+    ) -> Features:
         """Run all batches; tokens come back only when asked for, because they are large."""
         parts, seen = [], 0
         for batch in batches:
@@ -40,12 +46,19 @@ class Arm:
             parts.append(part if keep_tokens else part._replace(tokens=None))
             seen += len(next(iter(batch.values())))
         progress(f"{what}, {self.label}", total, total)
-        return Features(*(torch.cat(values) if values[0] is not None else None for values in zip(*parts)))
+        return Features(
+            *(torch.cat(values) if values[0] is not None else None for values in zip(*parts))
+        )
 
 
 def torch_arm(label: str, model: LoadedModel) -> Arm:
     parameter = next(model.module.parameters())
-    return Arm(label, torch_runner(model), parameter.device.type, str(parameter.dtype).removeprefix("torch."))
+    return Arm(
+        label,
+        torch_runner(model),
+        parameter.device.type,
+        str(parameter.dtype).removeprefix("torch."),
+    )
 
 
 def onnx_arms(model: LoadedModel, paths: Sequence[Path]) -> tuple[list[Arm], list[NotChecked]]:
@@ -57,7 +70,13 @@ def onnx_arms(model: LoadedModel, paths: Sequence[Path]) -> tuple[list[Arm], lis
         except (MissingExtra, NmsparseError) as error:
             missing.append(NotChecked(f"ONNX {path.parent.name}", error.message))
             continue
-        arms.append(Arm(f"pruned, ONNX {path.parent.name}", onnx_runner(model, session), "onnxruntime",
-                        path.parent.name, fixed=model.family == "vision"))
+        arms.append(
+            Arm(
+                f"pruned, ONNX {path.parent.name}",
+                onnx_runner(model, session),
+                "onnxruntime",
+                path.parent.name,
+                fixed=model.family == "vision",
+            )
+        )
     return arms, missing
-

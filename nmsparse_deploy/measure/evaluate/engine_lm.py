@@ -1,7 +1,8 @@
-"""An engine as a language model of lm-evaluation-harness. Imports `lm_eval`, so only tasks import it.
+"""An engine as a language model of lm-evaluation-harness. Imports `lm_eval`, so only tasks import
+it.
 
-The engine takes `input_ids` and returns logits, without a cache: scoring is one pass a request, and a continuation is
-decoded greedily with one pass a token.
+The engine takes `input_ids` and returns logits, without a cache: scoring is one pass a request, and
+a continuation is decoded greedily with one pass a token.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ GENERATED = 256
 
 
 class EngineLM(TemplateLM):
-    """`run` maps token ids `[1, length]` to logits `[1, length, vocabulary]`; `longest` is the model's context."""
+    """`run` maps token ids `[1, length]` to logits `[1, length, vocabulary]`; `longest` is the
+    model's context."""
 
-    def __init__(self, run: Callable[[np.ndarray], np.ndarray], tokenizer: Any, longest: int) -> None:
+    def __init__(
+        self, run: Callable[[np.ndarray], np.ndarray], tokenizer: Any, longest: int
+    ) -> None:
         super().__init__()
         self.run = run
         self.tokenizer = tokenizer
@@ -38,38 +42,50 @@ class EngineLM(TemplateLM):
         first = self.tokenizer.bos_token_id
         return self.eot_token_id if first is None else int(first)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         first = self.tokenizer.decode(self.prefix_token_id)
         if add_special_tokens is None and first and string.startswith(first):
             options = {"add_special_tokens": False}
         return list(self.tokenizer.encode(string, **options))
 
-    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]],
-                              disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation in nats, and whether greedy decoding would have chosen it."""
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_: Any,
+    ) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation in nats, and whether greedy decoding would have
+        chosen it."""
         return [self._score(context, continuation) for _, context, continuation in requests]
 
     def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-        ids = [*context, *continuation][-(self.longest + 1):]
-        logits = self._logits(ids[:-1])[-len(continuation):]
-        wanted = torch.tensor(continuation[-len(logits):])
+        ids = [*context, *continuation][-(self.longest + 1) :]
+        logits = self._logits(ids[:-1])[-len(continuation) :]
+        wanted = torch.tensor(continuation[-len(logits) :])
         chosen = logits.log_softmax(-1).gather(-1, wanted.unsqueeze(-1)).sum()
         return float(chosen), bool((logits.argmax(-1) == wanted).all())
 
     def _logits(self, ids: list[int]) -> torch.Tensor:
         return torch.from_numpy(self.run(np.array([ids], dtype=np.int64))[0]).float()
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
         """Log-likelihood of whole texts: every token once, in windows of the model's context."""
         totals = []
         for request in requests:
-            windows = get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.longest, 1)
+            windows = get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.longest, 1
+            )
             totals.append(sum(self._score(*make_disjoint_window(window))[0] for window in windows))
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations, cut before the first stop text. Raises `ValueError` when a task asks for sampling."""
+        """Greedy continuations, cut before the first stop text. Raises `ValueError` when a task
+        asks for sampling."""
         return [self._generate(*request.args) for request in requests]
 
     def _generate(self, context: str, settings: dict[str, Any]) -> str:
@@ -79,8 +95,10 @@ class EngineLM(TemplateLM):
         stops = [text for text in ([stops] if isinstance(stops, str) else stops) if text]
         new_tokens = int(settings.get("max_gen_toks", GENERATED))
         if new_tokens >= self.longest:
-            raise ValueError(f"{new_tokens} new tokens are longer than the {self.longest} that the model takes")
-        ids, written = self.tok_encode(context)[new_tokens - self.longest:], list[int]()
+            raise ValueError(
+                f"{new_tokens} new tokens are longer than the {self.longest} that the model takes"
+            )
+        ids, written = self.tok_encode(context)[new_tokens - self.longest :], list[int]()
         text = ""
         while len(written) < new_tokens:
             token = int(self._logits([*ids, *written])[-1].argmax())

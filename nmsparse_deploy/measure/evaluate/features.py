@@ -19,8 +19,10 @@ def torch_runner(model: LoadedModel) -> Runner:
 
     @torch.inference_mode()
     def run(inputs: Mapping[str, torch.Tensor]) -> Features:
-        ready = {name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
-                 for name, value in inputs.items()}
+        ready = {
+            name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
         return _features(model, inputs, *model.adapter.features(model, ready))
 
     return run
@@ -28,29 +30,42 @@ def torch_runner(model: LoadedModel) -> Runner:
 
 def onnx_runner(model: LoadedModel, session: OnnxRuntime) -> Runner:
     """Run an exported graph of `model`."""
+
     def run(inputs: Mapping[str, torch.Tensor]) -> Features:
         name, array = next(iter(session.run(inputs).items()))
         value = torch.from_numpy(array)
         if name == "last_hidden_state":
             return _features(model, inputs, None, value, None)
         headless = name == UNNAMED and not model.adapter.class_labels(model).outputs
-        return _features(model, inputs, value if headless else None, None, None if headless else value)
+        return _features(
+            model, inputs, value if headless else None, None, None if headless else value
+        )
 
     return run
 
 
-def _features(model: LoadedModel, inputs: Mapping[str, torch.Tensor], pooled: torch.Tensor | None,
-              tokens: torch.Tensor | None, logits: torch.Tensor | None) -> Features:
+def _features(
+    model: LoadedModel,
+    inputs: Mapping[str, torch.Tensor],
+    pooled: torch.Tensor | None,
+    tokens: torch.Tensor | None,
+    logits: torch.Tensor | None,
+) -> Features:
     if tokens is not None:
         tokens = tokens.float().cpu()
         tokens = tokens.flatten(2).transpose(1, 2) if tokens.ndim == 4 else tokens
     if pooled is None and tokens is not None:
         pooled = _pool(model, inputs, tokens)
-    return Features(None if pooled is None else pooled.float().cpu(), tokens,
-                    None if logits is None or logits.ndim != 2 else logits.float().cpu())
+    return Features(
+        None if pooled is None else pooled.float().cpu(),
+        tokens,
+        None if logits is None or logits.ndim != 2 else logits.float().cpu(),
+    )
 
 
-def _pool(model: LoadedModel, inputs: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+def _pool(
+    model: LoadedModel, inputs: Mapping[str, torch.Tensor], tokens: torch.Tensor
+) -> torch.Tensor:
     if model.family == "vision":
         return tokens[:, 0] if has_class_token(model) else tokens.mean(1)
     if "attention_mask" not in inputs:
@@ -60,4 +75,6 @@ def _pool(model: LoadedModel, inputs: Mapping[str, torch.Tensor], tokens: torch.
 
 
 def has_class_token(model: LoadedModel) -> bool:
-    return any(name.rpartition(".")[2] == "cls_token" for name, _ in model.module.named_parameters())
+    return any(
+        name.rpartition(".")[2] == "cls_token" for name, _ in model.module.named_parameters()
+    )

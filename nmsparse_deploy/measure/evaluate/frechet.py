@@ -2,8 +2,9 @@
 
     d^2 = ‖m_a - m_b‖^2 + tr(A + B - 2 (A^½ B A^½)^½)
 
-Dowson and Landau 1982. On features of the Inception network it is called FID (Heusel et al. 2017, arXiv:1706.08500);
-on any other features it is not, and figures of different features, or of different numbers of samples, do not compare.
+Dowson and Landau 1982. On features of the Inception network it is called FID (Heusel et al. 2017,
+arXiv:1706.08500); on any other features it is not, and figures of different features, or of
+different numbers of samples, do not compare.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from nmsparse_deploy.errors import UsageError
 
 
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Of features `[samples, width]`, in float64. Raises `UsageError` for fewer than two samples."""
+    """Of features `[samples, width]`, in float64. Raises `UsageError` for fewer than two
+    samples."""
     if min(len(a), len(b)) < 2:
         raise UsageError("A Frechet distance needs at least two samples on each side.")
     a, b = a.double(), b.double()

@@ -35,7 +35,8 @@ def as_images(pixels: torch.Tensor) -> list[Image]:
 
 
 def sheet(rows: Sequence[torch.Tensor]) -> Image:
-    """Lay out images `[count, channels, height, width]` in -1 to 1, a row of the sheet for each entry of `rows`."""
+    """Lay out images `[count, channels, height, width]` in -1 to 1, a row of the sheet for each
+    entry of `rows`."""
     from PIL import Image as pil
 
     height, width = rows[0].shape[-2:]
@@ -44,12 +45,16 @@ def sheet(rows: Sequence[torch.Tensor]) -> Image:
     paper = pil.new("RGB", (step * len(rows[0]) - GAP, down * len(rows) - GAP), "white")
     for line, row in enumerate(rows):
         for place, image in enumerate(as_images(row)):
-            grown = image.convert("RGB").resize((width * scale, height * scale), pil.Resampling.NEAREST)
+            grown = image.convert("RGB").resize(
+                (width * scale, height * scale), pil.Resampling.NEAREST
+            )
             paper.paste(grown, (place * step, line * down))
     return paper
 
 
-def by_timestep_plot(rows: Sequence[Mapping[str, float]], lines: Sequence[str], ylabel: str) -> Image:
+def by_timestep_plot(
+    rows: Sequence[Mapping[str, float]], lines: Sequence[str], ylabel: str
+) -> Image:
     """Draw one line per name of `lines` over the schedule, whose parts are `rows`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -59,7 +64,14 @@ def by_timestep_plot(rows: Sequence[Mapping[str, float]], lines: Sequence[str], 
     axes = figure.add_subplot()
     middles = [(row["from"] + row["to"]) / 2 for row in rows]
     for marker, name in zip("os^Dvp<>" * len(lines), lines):
-        axes.plot(middles, [row[name] for row in rows], marker=marker, markersize=4, linewidth=1.3, label=name)
+        axes.plot(
+            middles,
+            [row[name] for row in rows],
+            marker=marker,
+            markersize=4,
+            linewidth=1.3,
+            label=name,
+        )
     axes.set_yscale("log")
     axes.set(xlabel="training step of the schedule (0 = almost clean)", ylabel=ylabel)
     axes.grid(alpha=0.3)

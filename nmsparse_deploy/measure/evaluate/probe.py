@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 PENALTY = 0.01
-"""Half the squared norm of the standardised weights is added to the mean cross-entropy with this factor."""
+"""Half the squared norm of the standardised weights is added to the mean cross-entropy with this
+factor."""
 STEPS = 200
 NEIGHBOURS = 20
 
@@ -37,11 +38,16 @@ def fit_probe(features: torch.Tensor, labels: torch.Tensor, classes: int) -> Pro
     x = (x - mean) / scale
     weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=STEPS, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS(
+        [weight, bias], max_iter=STEPS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> torch.Tensor:
         solver.zero_grad()
-        value = nn.functional.cross_entropy(x @ weight.T + bias, labels) + PENALTY / 2 * weight.square().sum()
+        value = (
+            nn.functional.cross_entropy(x @ weight.T + bias, labels)
+            + PENALTY / 2 * weight.square().sum()
+        )
         value.backward()
         return value
 
@@ -50,9 +56,15 @@ def fit_probe(features: torch.Tensor, labels: torch.Tensor, classes: int) -> Pro
     return Probe(mean, scale, weight.detach(), bias.detach())
 
 
-def nearest_classes(gallery: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, classes: int,
-                    neighbours: int = NEIGHBOURS) -> torch.Tensor:
-    """Votes [queries, classes] of the nearest gallery features by cosine, each vote weighing its similarity."""
+def nearest_classes(
+    gallery: torch.Tensor,
+    labels: torch.Tensor,
+    queries: torch.Tensor,
+    classes: int,
+    neighbours: int = NEIGHBOURS,
+) -> torch.Tensor:
+    """Votes [queries, classes] of the nearest gallery features by cosine, each vote weighing its
+    similarity."""
     gallery, queries = (nn.functional.normalize(x.double(), dim=1) for x in (gallery, queries))
     similarity, index = (queries @ gallery.T).topk(min(neighbours, len(gallery)), dim=1)
     votes = torch.zeros(len(queries), classes, dtype=torch.float64)

@@ -1,4 +1,5 @@
-"""What a measurement says: one number with its protocol, and how far chance alone could have moved it."""
+"""What a measurement says: one number with its protocol, and how far chance alone could have moved
+it."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ BOOTSTRAP = 2000
 
 @dataclass(frozen=True)
 class EvalResult:
-    """One metric with its protocol. `per_sample` holds what the value is the mean of, one number a sample.
+    """One metric with its protocol. `per_sample` holds what the value is the mean of, one number a
+    sample.
 
     For perplexity these are the mean negative log-likelihoods of the windows, in nats.
     """
@@ -107,7 +109,8 @@ Results = dict[str, list[EvalResult]]
 class Evaluation:
     """The content of an `evaluate.json`, without versions and hardware.
 
-    `held_out` counts what was compared with the calibration sample (None: there was none), and the overlaps.
+    `held_out` counts what was compared with the calibration sample (None: there was none), and the
+    overlaps.
     """
 
     results: dict[str, EvalResult | list[EvalResult]]
@@ -123,7 +126,9 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as it is written; models without a result are left out."""
-        return asdict(replace(self, results={label: rows for label, rows in self.results.items() if rows}))
+        return asdict(
+            replace(self, results={label: rows for label, rows in self.results.items() if rows})
+        )
 
 
 def mean_result(metric: str, values: Sequence[float], where: str, protocol: Protocol) -> EvalResult:
@@ -147,22 +152,37 @@ def _quantiles(values: torch.Tensor) -> tuple[float, float]:
     return low, high
 
 
-def bootstrap_error(statistic: Callable[[torch.Tensor], float], count: int, draws: int = 200, seed: int = 0) -> float:
-    """Return the standard error of a statistic that is no mean: its spread over `count` resampled indices."""
-    finite = [value for index in _draws(count, seed)[:draws] if math.isfinite(value := statistic(index))]
+def bootstrap_error(
+    statistic: Callable[[torch.Tensor], float], count: int, draws: int = 200, seed: int = 0
+) -> float:
+    """Return the standard error of a statistic that is no mean: its spread over `count` resampled
+    indices."""
+    finite = [
+        value for index in _draws(count, seed)[:draws] if math.isfinite(value := statistic(index))
+    ]
     return statistics.stdev(finite) if len(finite) > 1 else 0.0
 
 
 def paired_difference(dense: EvalResult, pruned: EvalResult, seed: int = 0) -> Difference:
-    """Return pruned minus dense on the same samples, with a 95 % bootstrap interval over samples."""
-    difference = torch.tensor([b - a for a, b in zip(dense.per_sample, pruned.per_sample)], dtype=torch.float64)
+    """Return pruned minus dense on the same samples, with a 95 % bootstrap interval over
+    samples."""
+    difference = torch.tensor(
+        [b - a for a, b in zip(dense.per_sample, pruned.per_sample)], dtype=torch.float64
+    )
     low, high = bootstrap_interval(difference, seed)
     return Difference(float(difference.mean()), low, high, pruned.metric)
 
 
-def bootstrap_pairs(dense: Callable[[torch.Tensor], float], pruned: Callable[[torch.Tensor], float], count: int,
-                    metric: str = "", draws: int = 400, seed: int = 0) -> Difference:
-    """Return pruned minus dense of a statistic that is no mean, on the same resampled indices, with a 95 % interval."""
+def bootstrap_pairs(
+    dense: Callable[[torch.Tensor], float],
+    pruned: Callable[[torch.Tensor], float],
+    count: int,
+    metric: str = "",
+    draws: int = 400,
+    seed: int = 0,
+) -> Difference:
+    """Return pruned minus dense of a statistic that is no mean, on the same resampled indices, with
+    a 95 % interval."""
     differences = [pruned(index) - dense(index) for index in _draws(count, seed)[:draws]]
     low, high = _quantiles(torch.tensor(differences, dtype=torch.float64))
     whole = torch.arange(count)

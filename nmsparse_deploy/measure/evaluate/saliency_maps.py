@@ -21,17 +21,21 @@ SIDE = 160
 """Pixels per side of each image in a strip."""
 GAP = 6
 LABELLED_SIZES = {visual_saliency.KEY: 112}
-"""The packaged ViT takes any size, and labelled images of 28 pixels gain nothing from more tokens."""
+"""The packaged ViT takes any size, and labelled images of 28 pixels gain nothing from more
+tokens."""
 
 
 def saliency_head(typed: str) -> visual_saliency.SaliencyHead | None:
-    """Load the head that belongs to a model, by what was typed for it; None for every model but one."""
+    """Load the head that belongs to a model, by what was typed for it; None for every model but
+    one."""
     return visual_saliency.load_head() if typed == visual_saliency.KEY else None
 
 
-def map_agreement(dense: torch.Tensor, other: torch.Tensor, where: str, suffix: str,
-                  protocol: Protocol) -> list[EvalResult]:
-    """Measure mean absolute error, correlation, and overlap above `THRESHOLD` of maps [samples, side, side].
+def map_agreement(
+    dense: torch.Tensor, other: torch.Tensor, where: str, suffix: str, protocol: Protocol
+) -> list[EvalResult]:
+    """Measure mean absolute error, correlation, and overlap above `THRESHOLD` of maps [samples,
+    side, side].
 
     Two empty objects agree: their intersection over union is 1.
     """
@@ -41,8 +45,10 @@ def map_agreement(dense: torch.Tensor, other: torch.Tensor, where: str, suffix: 
     correlation = (a0 * b0).sum(1) / (a0.norm(dim=1) * b0.norm(dim=1)).clamp(min=1e-12)
     iou = overlap(a, b)
     protocol = {**protocol, "threshold": THRESHOLD}
-    return [mean_result(f"saliency_{name}@{suffix}", values.tolist(), where, protocol)
-            for name, values in (("iou", iou), ("correlation", correlation), ("mae", mae))]
+    return [
+        mean_result(f"saliency_{name}@{suffix}", values.tolist(), where, protocol)
+        for name, values in (("iou", iou), ("correlation", correlation), ("mae", mae))
+    ]
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -52,8 +58,9 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.where(union > 0, (x & y).sum(1) / union.clamp(min=1), 1.0)
 
 
-def strips(images: Sequence[Image], names: Sequence[str], dense: torch.Tensor,
-           other: torch.Tensor) -> list[DrawnImage]:
+def strips(
+    images: Sequence[Image], names: Sequence[str], dense: torch.Tensor, other: torch.Tensor
+) -> list[DrawnImage]:
     """Draw a strip per image: the photograph, its dense map and its pruned map side by side."""
     rows = []
     shared = overlap(dense, other).tolist()
@@ -74,10 +81,13 @@ def _strip(image: Image, dense: torch.Tensor, other: torch.Tensor) -> Image:
 
 
 def _heat(saliency: torch.Tensor) -> Image:
-    """Colour a map from black over blue and orange to white, rising in lightness so that it also reads in grey."""
+    """Colour a map from black over blue and orange to white, rising in lightness so that it also
+    reads in grey."""
     from PIL import Image as pil
 
-    stops = np.array([[0, 0, 0], [20, 40, 110], [170, 60, 60], [245, 160, 40], [255, 255, 230]], dtype=np.float64)
+    stops = np.array(
+        [[0, 0, 0], [20, 40, 110], [170, 60, 60], [245, 160, 40], [255, 255, 230]], dtype=np.float64
+    )
     value = saliency.clamp(0, 1).numpy() * (len(stops) - 1)
     low = np.clip(value.astype(int), 0, len(stops) - 2)
     share = (value - low)[..., None]

@@ -1,4 +1,5 @@
-"""The file of a proof: what ran on which card, part by part. `results/gpu/` takes nothing that does not fit it."""
+"""The file of a proof: what ran on which card, part by part. `results/gpu/` takes nothing that does
+not fit it."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ class PartRecord(Record):
     reason: str | None = None
     seconds: float = Field(ge=0)
     data: dict[str, JsonValue] | None = None
-    output: str | None = Field(None, description="the end of what it printed, where it did not finish")
+    output: str | None = Field(
+        None, description="the end of what it printed, where it did not finish"
+    )
 
 
 class ProofRecord(Record):
@@ -35,9 +38,13 @@ class ProofRecord(Record):
 
     format: Literal["nmsparse-proof-1"] = "nmsparse-proof-1"
     command: str
-    dry: bool = Field(description="walked on a processor with stand-in kernels: nothing in it is a measurement")
+    dry: bool = Field(
+        description="walked on a processor with stand-in kernels: nothing in it is a measurement"
+    )
     gpu: str = Field(min_length=1)
-    machine: dict[str, JsonValue] = Field(description="versions, driver, libraries, clocks and power before the start")
+    machine: dict[str, JsonValue] = Field(
+        description="versions, driver, libraries, clocks and power before the start"
+    )
     started: datetime
     finished: datetime | None = None
     parts: dict[str, PartRecord] = {}
@@ -61,7 +68,8 @@ class ProofRecord(Record):
 
     @classmethod
     def load(cls, path: Path) -> ProofRecord:
-        """Read and check a file. Raises `UsageError` when it is not there, `CheckFailed` when it does not fit."""
+        """Read and check a file. Raises `UsageError` when it is not there, `CheckFailed` when it
+        does not fit."""
         if not path.is_file():
             raise UsageError(f"There is no file '{path}'.")
         try:
@@ -69,4 +77,6 @@ class ProofRecord(Record):
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise CheckFailed(f"'{path}' is no record of a proof: {field}: {first['msg']}.") from error
+            raise CheckFailed(
+                f"'{path}' is no record of a proof: {field}: {first['msg']}."
+            ) from error

@@ -1,4 +1,5 @@
-"""Write the report of everything a run holds: report.json is the source, the HTML page and the Markdown are views."""
+"""Write the report of everything a run holds: report.json is the source, the HTML page and the
+Markdown are views."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from nmsparse_deploy.runs.wording import clean
 def build_report(run: RunDir) -> Path:
     """Write `report/` into the run and return its HTML page.
 
-    Raises `UsageError` when nothing is pruned yet or a stage file is damaged; the previous report then stays.
+    Raises `UsageError` when nothing is pruned yet or a stage file is damaged; the previous report
+    then stays.
     """
     report = collect(run)
     text = json.dumps(clean(report.to_json()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -73,21 +73,49 @@ class Comparison:
 def compare_page(compared: Comparison) -> Page:
     """Make the page of a comparison."""
     metric, dense = compared.dense.metric, compared.dense
-    calibration = "the same calibration data for all" if compared.same_calibration else "their calibration data differ"
+    calibration = (
+        "the same calibration data for all"
+        if compared.same_calibration
+        else "their calibration data differ"
+    )
     rows = [("dense", with_error(dense.value, dense.standard_error), "", "", "")]
-    rows += [(row.recipe, with_error(row.value, row.standard_error),
-              f"{100 * row.gap_closed:.0f} %" if place else "reference", quantity(row.seconds, "s"),
-              megabytes(row.peak_memory_mb * 1_000_000)) for place, row in enumerate(compared.rows)]
+    rows += [
+        (
+            row.recipe,
+            with_error(row.value, row.standard_error),
+            f"{100 * row.gap_closed:.0f} %" if place else "reference",
+            quantity(row.seconds, "s"),
+            megabytes(row.peak_memory_mb * 1_000_000),
+        )
+        for place, row in enumerate(compared.rows)
+    ]
     of_log = ", of the logarithm of the perplexity" if "ppl" in metric else ""
-    body = Section("Accuracy and cost", (
-        Table("Recipes", columns("recipe", metric, "gap to dense closed", "prune time", "peak memory"), tuple(rows)),
-        Paragraph(f"{number(dense.samples)} samples, the same for every model. The gap is that between the first "
-                  f"recipe and the dense model{of_log}. ± is the standard error; it covers the choice of evaluation "
-                  "samples, not of calibration data.", "soft"),
-        Figure((_plot(compared.rows, dense, plots.WIDE),), narrow=(_plot(compared.rows, dense, plots.NARROW),))))
-    return Page(f"{compared.model}: {len(compared.rows)} recipes",
-                f"{len(compared.rows)} recipes side by side; {calibration}", (body,),
-                f"{moment(compared.date)} · {plain(compared.versions)}")
+    body = Section(
+        "Accuracy and cost",
+        (
+            Table(
+                "Recipes",
+                columns("recipe", metric, "gap to dense closed", "prune time", "peak memory"),
+                tuple(rows),
+            ),
+            Paragraph(
+                f"{number(dense.samples)} samples, the same for every model. The gap is that between the first "
+                f"recipe and the dense model{of_log}. ± is the standard error; it covers the choice of evaluation "
+                "samples, not of calibration data.",
+                "soft",
+            ),
+            Figure(
+                (_plot(compared.rows, dense, plots.WIDE),),
+                narrow=(_plot(compared.rows, dense, plots.NARROW),),
+            ),
+        ),
+    )
+    return Page(
+        f"{compared.model}: {len(compared.rows)} recipes",
+        f"{len(compared.rows)} recipes side by side; {calibration}",
+        (body,),
+        f"{moment(compared.date)} · {plain(compared.versions)}",
+    )
 
 
 def _plot(rows: Sequence[ComparedRecipe], dense: Score, width: float) -> plots.Graphic:

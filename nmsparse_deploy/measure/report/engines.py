@@ -11,9 +11,12 @@ NOTHING = "No inference engine was built in this run: which kernels would run wa
 
 
 def built(row: BuiltEngine) -> Section:
-    """Return what the runtime of an engine shows of it; where that is not installed any more, what is recorded."""
+    """Return what the runtime of an engine shows of it; where that is not installed any more, what
+    is recorded."""
     try:
         section: Section = ENGINES.load(row.engine).section(row)
     except NmsparseError as error:
-        return Section(row.path, (Paragraph(row.evidence.verdict, "callout"), Paragraph(error.message, "soft")))
+        return Section(
+            row.path, (Paragraph(row.evidence.verdict, "callout"), Paragraph(error.message, "soft"))
+        )
     return section

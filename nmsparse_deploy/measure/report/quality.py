@@ -1,4 +1,5 @@
-"""What pruning cost: every metric that `evaluate.json` holds, whatever its name, with its protocol."""
+"""What pruning cost: every metric that `evaluate.json` holds, whatever its name, with its
+protocol."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ MEANING = {
     "kl": "divergence from the dense model's class probabilities, in nats; 0 is the same",
     "mse": "squared error of the prediction; lower is better",
     "shift": "squared distance from the dense model's output, over its squared norm; 0 is the same",
-    "iou": "overlap with the dense model's saliency maps; 1 is the same"}
+    "iou": "overlap with the dense model's saliency maps; 1 is the same",
+}
 """What a metric is, by its name before the `@` or the last word of that."""
 
 
@@ -54,7 +56,8 @@ class MeasuredValue:
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """The paired ratio or difference, as the evaluation computed it; no interval where there was one sample."""
+    """The paired ratio or difference, as the evaluation computed it; no interval where there was
+    one sample."""
 
     kind: Literal["ratio", "difference"]
     value: float
@@ -106,12 +109,22 @@ class Continuations:
 
 
 def quality(data: EvaluateFile | None) -> Quality | None:
-    """Collect the rows of every model, the paired comparison, and the protocols; None when nothing was evaluated."""
+    """Collect the rows of every model, the paired comparison, and the protocols; None when nothing
+    was evaluated."""
     if data is None:
         return None
-    rows = tuple(_row(label, result) for label in _ordered(data.results) for result in several(data.results[label]))
-    return Quality(rows, _comparison(data, rows), _protocols(rows), data.held_out,
-                   Circumstances(data.versions, data.hardware))
+    rows = tuple(
+        _row(label, result)
+        for label in _ordered(data.results)
+        for result in several(data.results[label])
+    )
+    return Quality(
+        rows,
+        _comparison(data, rows),
+        _protocols(rows),
+        data.held_out,
+        Circumstances(data.versions, data.hardware),
+    )
 
 
 def _ordered(labels: Iterable[str]) -> list[str]:
@@ -125,7 +138,9 @@ def several(results: EvalResult | list[EvalResult]) -> list[EvalResult]:
 
 def _row(label: str, result: EvalResult) -> MeasuredValue:
     error = result.standard_error if result.samples != 1 else None  # one sample has no spread
-    return MeasuredValue(label, result.metric, result.value, error, result.samples, result.where, result.protocol)
+    return MeasuredValue(
+        label, result.metric, result.value, error, result.samples, result.where, result.protocol
+    )
 
 
 def _comparison(data: EvaluateFile, rows: tuple[MeasuredValue, ...]) -> PairedComparison | None:
@@ -142,7 +157,9 @@ def _protocols(rows: tuple[MeasuredValue, ...]) -> tuple[SharedProtocol, ...]:
     shared: list[SharedProtocol] = []
     for row in rows:
         conditions: Protocol = {"metric": row.metric, "samples": row.samples, **row.protocol}
-        same = next((number for number, entry in enumerate(shared) if entry.facts == conditions), None)
+        same = next(
+            (number for number, entry in enumerate(shared) if entry.facts == conditions), None
+        )
         if same is None:
             shared.append(SharedProtocol((row.label,), conditions))
         else:
@@ -157,16 +174,25 @@ def continuations(data: EvaluateFile | None) -> Continuations | None:
     labels = tuple(_ordered(data.continuations))
     texts = {(label, row.prompt): row.text for label in labels for row in data.continuations[label]}
     prompts = dict.fromkeys(row.prompt for label in labels for row in data.continuations[label])
-    return Continuations(labels, tuple(PromptRow(prompt, {label: texts.get((label, prompt)) for label in labels})
-                                       for prompt in prompts))
+    return Continuations(
+        labels,
+        tuple(
+            PromptRow(prompt, {label: texts.get((label, prompt)) for label in labels})
+            for prompt in prompts
+        ),
+    )
 
 
 def accuracy(quality: Quality | None) -> Section:
     """Write the section about accuracy."""
     if quality is None:
-        return Section(TITLE, (Paragraph("Not evaluated. Accuracy was not measured in this run."),), "accuracy")
-    protocols: tuple[Block, ...] = tuple(Section(f"How it was measured ({', '.join(entry.labels)})",
-                                                 (Facts(facts(entry.facts)),)) for entry in quality.protocols)
+        return Section(
+            TITLE, (Paragraph("Not evaluated. Accuracy was not measured in this run."),), "accuracy"
+        )
+    protocols: tuple[Block, ...] = tuple(
+        Section(f"How it was measured ({', '.join(entry.labels)})", (Facts(facts(entry.facts)),))
+        for entry in quality.protocols
+    )
     if len(protocols) > 2:
         protocols = (Fold(f"{len(protocols)} protocols, one by one", protocols),)
     return Section(TITLE, (*results(quality), *protocols), "accuracy")
@@ -175,19 +201,39 @@ def accuracy(quality: Quality | None) -> Section:
 def results(quality: Quality) -> tuple[Block, ...]:
     """Write the values, what their metrics mean, and the paired comparison."""
     heads = columns("model", "value ± standard error", "metric", "samples", "ran on")
-    rows = tuple((row.label, with_error(row.value, row.standard_error), row.metric, number(row.samples), row.where)
-                 for row in quality.rows)
+    rows = tuple(
+        (
+            row.label,
+            with_error(row.value, row.standard_error),
+            row.metric,
+            number(row.samples),
+            row.where,
+        )
+        for row in quality.rows
+    )
     blocks: list[Block] = [Table(TITLE, heads, rows)]
     meanings = {row.metric: meaning for row in quality.rows if (meaning := _meaning(row.metric))}
     if meanings:
         blocks.append(Bullets(tuple(meanings.items())))
-    blocks += [Paragraph(f"Standard error of {row.label}: {MISSING}.", "soft") for row in quality.rows
-               if row.standard_error is None]
+    blocks += [
+        Paragraph(f"Standard error of {row.label}: {MISSING}.", "soft")
+        for row in quality.rows
+        if row.standard_error is None
+    ]
     if quality.comparison is not None:
-        covered = "" if quality.comparison.low is None else (
-            " The interval covers the choice of evaluation samples, not the choice of calibration data.")
-        blocks += [Paragraph(f"Paired {quality.comparison.kind}: {quality.comparison.words()}."),
-                   Paragraph(f"The comparison is paired: dense and pruned saw the same samples.{covered}", "soft")]
+        covered = (
+            ""
+            if quality.comparison.low is None
+            else (
+                " The interval covers the choice of evaluation samples, not the choice of calibration data."
+            )
+        )
+        blocks += [
+            Paragraph(f"Paired {quality.comparison.kind}: {quality.comparison.words()}."),
+            Paragraph(
+                f"The comparison is paired: dense and pruned saw the same samples.{covered}", "soft"
+            ),
+        ]
     return tuple(blocks)
 
 
@@ -198,16 +244,31 @@ def _meaning(metric: str) -> str | None:
 
 def written(texts: Continuations) -> Section:
     """Write the section with continuations."""
-    rows = tuple((row.prompt, *(MISSING if text is None else text.strip() for text in row.texts.values()))
-                 for row in texts.rows)
-    return Section("What the models write", (
-        Paragraph("Greedy continuations of the same prompts, side by side.", "soft"),
-        Table("Continuations side by side", columns("prompt", *texts.labels, text=texts.labels), rows)),
-                   "continuations")
+    rows = tuple(
+        (row.prompt, *(MISSING if text is None else text.strip() for text in row.texts.values()))
+        for row in texts.rows
+    )
+    return Section(
+        "What the models write",
+        (
+            Paragraph("Greedy continuations of the same prompts, side by side.", "soft"),
+            Table(
+                "Continuations side by side",
+                columns("prompt", *texts.labels, text=texts.labels),
+                rows,
+            ),
+        ),
+        "continuations",
+    )
 
 
 def drawn(images: list[DrawnImage]) -> Section:
     """Write the section with images."""
-    return Section("What the models see", (
-        Paragraph("The same images through the dense and the pruned model.", "soft"),
-        Figure(tuple(Graphic(image.png_base64, image.title, "png") for image in images))), "images")
+    return Section(
+        "What the models see",
+        (
+            Paragraph("The same images through the dense and the pruned model.", "soft"),
+            Figure(tuple(Graphic(image.png_base64, image.title, "png") for image in images)),
+        ),
+        "images",
+    )

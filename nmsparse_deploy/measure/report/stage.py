@@ -11,7 +11,8 @@ from nmsparse_deploy.system.progress import Progress, silent
 
 
 def report(run: RunDir) -> Path:
-    """Write the report and the model card of everything the run holds so far; returns the HTML page."""
+    """Write the report and the model card of everything the run holds so far; returns the HTML
+    page."""
     from nmsparse_deploy.measure.report.build import build_report
     from nmsparse_deploy.measure.report.card import write_card
 
@@ -21,9 +22,11 @@ def report(run: RunDir) -> Path:
 
 
 def publish(run: RunDir, repo: str, private: bool = False, progress: Progress = silent) -> str:
-    """Verify the run once more, and publish weights, card and masks to a model hub; returns the address.
+    """Verify the run once more, and publish weights, card and masks to a model hub; returns the
+    address.
 
-    Raises `CheckFailed` when a tensor does not hold the pattern, `NmsparseError` when the hub cannot be written to.
+    Raises `CheckFailed` when a tensor does not hold the pattern, `NmsparseError` when the hub
+    cannot be written to.
     """
     from nmsparse_deploy.measure.report.hub import push, require_token
 

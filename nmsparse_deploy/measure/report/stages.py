@@ -1,4 +1,5 @@
-"""The stage files of a run, read once into types. A missing stage is None; a damaged one is a sentence."""
+"""The stage files of a run, read once into types. A missing stage is None; a damaged one is a
+sentence."""
 
 from __future__ import annotations
 
@@ -111,8 +112,17 @@ class Stages:
         manifest = Manifest.parse(clean(run.read_json("manifest.json"), numbers=False), run.path)
         layers = read_stage(run, "layers.json", tuple[PrunedMatrix, ...])
         if layers is None:
-            raise UsageError(f"The run '{run.path}' is not pruned yet.",
-                             "nmsparse-deploy prune with the same options resumes it")
-        return cls(run.path, manifest, read_stage(run, "plan.json", PlanStage), layers,
-                   read_stage(run, "verify.json", VerifyFile), read_stage(run, "evaluate.json", EvaluateFile),
-                   read_stage(run, "export.json", ExportFile), read_stage(run, "bench.json", BenchFile))
+            raise UsageError(
+                f"The run '{run.path}' is not pruned yet.",
+                "nmsparse-deploy prune with the same options resumes it",
+            )
+        return cls(
+            run.path,
+            manifest,
+            read_stage(run, "plan.json", PlanStage),
+            layers,
+            read_stage(run, "verify.json", VerifyFile),
+            read_stage(run, "evaluate.json", EvaluateFile),
+            read_stage(run, "export.json", ExportFile),
+            read_stage(run, "bench.json", BenchFile),
+        )

@@ -13,7 +13,15 @@ from nmsparse_deploy.measure.report.compliance import Compliance
 from nmsparse_deploy.measure.report.latency import LatencyResult
 from nmsparse_deploy.measure.report.quality import MeasuredValue, PairedComparison, Quality
 from nmsparse_deploy.measure.report.stages import NotChecked
-from nmsparse_deploy.runs.wording import capital, clean, listed, megabytes, number, plural, with_error
+from nmsparse_deploy.runs.wording import (
+    capital,
+    clean,
+    listed,
+    megabytes,
+    number,
+    plural,
+    with_error,
+)
 
 State = Literal["holds", "fails", "unverified"]
 NOT_EVALUATED = "what it costs in accuracy was not measured"
@@ -35,7 +43,8 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Headline:
-    """Who, how, does it hold, what it cost, how large, what nobody checked; `lines` are for the terminal."""
+    """Who, how, does it hold, what it cost, how large, what nobody checked; `lines` are for the
+    terminal."""
 
     model: str
     method: str
@@ -58,26 +67,75 @@ class Headline:
         return readable
 
 
-def headline(model: str, pruning: Pruning, compliance: Compliance | None, quality: Quality | None, sizes: Sizes,
-             latency: LatencyResult | None, engines: Iterable[str], not_checked: tuple[NotChecked, ...]) -> Headline:
+def headline(
+    model: str,
+    pruning: Pruning,
+    compliance: Compliance | None,
+    quality: Quality | None,
+    sizes: Sizes,
+    latency: LatencyResult | None,
+    engines: Iterable[str],
+    not_checked: tuple[NotChecked, ...],
+) -> Headline:
     """Summarise a run. `engines` are sentences about its engines."""
     clauses = (_pruned(model, pruning), _holds(compliance), _cost(quality), _speed(latency))
-    sentences = (f"{clauses[0]}.", f"Pattern: {clauses[1]}.", f"Accuracy: {clauses[2]}.", f"Speed: {clauses[3]}.")
-    values = "; ".join(f"{row.label} {row.metric} = {with_error(row.value, row.standard_error)}"
-                       for row in quality.rows) if quality else NOT_EVALUATED
+    sentences = (
+        f"{clauses[0]}.",
+        f"Pattern: {clauses[1]}.",
+        f"Accuracy: {clauses[2]}.",
+        f"Speed: {clauses[3]}.",
+    )
+    values = (
+        "; ".join(
+            f"{row.label} {row.metric} = {with_error(row.value, row.standard_error)}"
+            for row in quality.rows
+        )
+        if quality
+        else NOT_EVALUATED
+    )
     compared = f"; {quality.comparison.words()}" if quality and quality.comparison else ""
-    lines = [clauses[0], capital(clauses[1]), f"{capital(values)}{compared}",
-             f"Size: weights {megabytes(sizes.model_bytes)} with their zeros stored, masks "
-             f"{megabytes(sizes.masks_bytes)}", capital(clauses[3])]
+    lines = [
+        clauses[0],
+        capital(clauses[1]),
+        f"{capital(values)}{compared}",
+        f"Size: weights {megabytes(sizes.model_bytes)} with their zeros stored, masks "
+        f"{megabytes(sizes.masks_bytes)}",
+        capital(clauses[3]),
+    ]
     missing = "; ".join(f"{row.place} ({row.why})" for row in not_checked)
-    lines = [*(f"{line}." for line in lines), *engines, *([f"Not checked here: {missing}."] if missing else [])]
-    held = {"checked": compliance.checked, "failed": compliance.failed, "ok": compliance.ok} if compliance else None
-    state: State = "unverified" if not compliance or not compliance.checked else "holds" if compliance.ok else "fails"
-    return Headline(model, pruning.method, pruning.pattern, pruning.layers, held,
-                    quality.rows if quality else None, quality.comparison if quality else None,
-                    {"model_bytes": sizes.model_bytes, "masks_bytes": sizes.masks_bytes},
-                    latency.verdict if latency else None, not_checked, state, sentences, " ".join(sentences),
-                    tuple(" ".join(line.split()) for line in lines))
+    lines = [
+        *(f"{line}." for line in lines),
+        *engines,
+        *([f"Not checked here: {missing}."] if missing else []),
+    ]
+    held = (
+        {"checked": compliance.checked, "failed": compliance.failed, "ok": compliance.ok}
+        if compliance
+        else None
+    )
+    state: State = (
+        "unverified"
+        if not compliance or not compliance.checked
+        else "holds"
+        if compliance.ok
+        else "fails"
+    )
+    return Headline(
+        model,
+        pruning.method,
+        pruning.pattern,
+        pruning.layers,
+        held,
+        quality.rows if quality else None,
+        quality.comparison if quality else None,
+        {"model_bytes": sizes.model_bytes, "masks_bytes": sizes.masks_bytes},
+        latency.verdict if latency else None,
+        not_checked,
+        state,
+        sentences,
+        " ".join(sentences),
+        tuple(" ".join(line.split()) for line in lines),
+    )
 
 
 def _pruned(model: str, pruning: Pruning) -> str:
@@ -93,17 +151,27 @@ def _holds(compliance: Compliance | None) -> str:
         places = listed([place.place for place in compliance.places])
         return f"{plural(compliance.checked, 'tensor')} checked in the {places}, and every one holds the pattern"
     wrong = listed([place.place for place in compliance.places if not place.ok])
-    whole = f" and {plural(compliance.problems, 'problem')} of whole files" if compliance.problems else ""
-    return (f"VERIFICATION FAILED in the {wrong}: {compliance.failed:,} of "
-            f"{plural(compliance.checked, 'checked tensor')}{whole}")
+    whole = (
+        f" and {plural(compliance.problems, 'problem')} of whole files"
+        if compliance.problems
+        else ""
+    )
+    return (
+        f"VERIFICATION FAILED in the {wrong}: {compliance.failed:,} of "
+        f"{plural(compliance.checked, 'checked tensor')}{whole}"
+    )
 
 
 def _cost(quality: Quality | None) -> str:
-    rows = {row.label: row for row in reversed(quality.rows)} if quality else {}  # the first metric matters most
+    rows = (
+        {row.label: row for row in reversed(quality.rows)} if quality else {}
+    )  # the first metric matters most
     if quality is None or not rows:
         return NOT_EVALUATED
     if "dense" not in rows or "pruned" not in rows:
-        return listed([f"{row.metric} of {label} is {number(row.value)}" for label, row in rows.items()])
+        return listed(
+            [f"{row.metric} of {label} is {number(row.value)}" for label, row in rows.items()]
+        )
     dense, pruned = rows["dense"], rows["pruned"]
     text = f"{pruned.metric} went from {number(dense.value)} dense to {number(pruned.value)} pruned"
     return f"{text} ({quality.comparison.words()})" if quality.comparison else text

@@ -1,4 +1,5 @@
-"""The pages: HTML and Markdown made from the same sections by one macro each, escaped by default."""
+"""The pages: HTML and Markdown made from the same sections by one macro each, escaped by
+default."""
 
 from __future__ import annotations
 
@@ -39,9 +40,15 @@ def report_page(report: Report) -> Page:
     return Page(
         f"{top.model}: {top.pattern} with {top.method}",
         f"{wording.plural(pruning.layers, 'layer')} in {wording.plural(pruning.blocks, 'block')}, "
-        f"{pruning.weights:,} weights", sections(report),
+        f"{pruning.weights:,} weights",
+        sections(report),
         f"Every number on this page is a field of report.json ({report.format}) in the same folder; report.md holds "
-        "the same as text.", top.state, BADGES[top.state], top.sentences, warning)
+        "the same as text.",
+        top.state,
+        BADGES[top.state],
+        top.sentences,
+        warning,
+    )
 
 
 def html(page: Page) -> str:
@@ -62,10 +69,18 @@ def render_markdown(template: str, **values: Any) -> str:
 
 @cache
 def _environment(markdown: bool) -> Environment:
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True,
-                              undefined=StrictUndefined, keep_trailing_newline=True, autoescape=True,
-                              finalize=_markdown_text if markdown else None)
-    environment.filters["block"] = lambda text: Markup("\n".join(f"    {line}" for line in text.splitlines()))
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=True,
+        finalize=_markdown_text if markdown else None,
+    )
+    environment.filters["block"] = lambda text: Markup(
+        "\n".join(f"    {line}" for line in text.splitlines())
+    )
     return environment
 
 

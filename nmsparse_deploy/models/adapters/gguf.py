@@ -15,7 +15,8 @@ SUFFIX = ".gguf"
 
 
 def dequantised(path: Path) -> Path:
-    """Return a folder with the unpacked weights of a GGUF file, cached under the file's SHA-256 (it takes a while)."""
+    """Return a folder with the unpacked weights of a GGUF file, cached under the file's SHA-256 (it
+    takes a while)."""
     if not path.is_file():
         raise UsageError(f"There is no file '{path}'.")
     with open(path, "rb") as file:
@@ -39,13 +40,23 @@ def _unpack(path: Path, folder: Path) -> None:
     from transformers.utils import logging
 
     # Without this option the model keeps a quantizer that refuses to be saved.
-    options = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(
-        transformers, "GgufConfig") else {}
+    options = (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)}
+        if hasattr(transformers, "GgufConfig")
+        else {}
+    )
     try:
         # The folder of the file may hold a configuration that brings code along.
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        module = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32,
-                                                      trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
+        module = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            **options,
+        )
     except Exception as error:
         raise UsageError(f"The GGUF file '{path}' cannot be read: {first_line(error)}.") from error
     logging.disable_progress_bar()

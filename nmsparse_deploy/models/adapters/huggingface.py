@@ -30,15 +30,26 @@ from nmsparse_deploy.models.outputs import Features
 from nmsparse_deploy.models.preprocess import from_config
 from nmsparse_deploy.models.weight_store import IN_MEMORY, WeightStore
 
-HEADS = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM",
-         "ForImageClassification": "AutoModelForImageClassification", "ForMaskedLM": "AutoModelForMaskedLM",
-         "ForSequenceClassification": "AutoModelForSequenceClassification",
-         "ForTokenClassification": "AutoModelForTokenClassification"}
-"""How an architecture's name ends -> what loads it with its head; anything else is loaded without one."""
-TASKS = {"ForCausalLM": "text-generation", "LMHeadModel": "text-generation", "ForMaskedLM": "fill-mask",
-         "ForImageClassification": "image-classification", "ForSequenceClassification": "text-classification",
-         "ForTokenClassification": "token-classification"}
-"""How an architecture's name ends -> what a hub calls its job; for others the hub is told nothing."""
+HEADS = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForImageClassification": "AutoModelForImageClassification",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+}
+"""How an architecture's name ends -> what loads it with its head; anything else is loaded without
+one."""
+TASKS = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForImageClassification": "image-classification",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+}
+"""How an architecture's name ends -> what a hub calls its job; for others the hub is told
+nothing."""
 GENERATES = "ForConditionalGeneration"
 """Loaded by its own class: several automatic ones claim this ending."""
 
@@ -64,18 +75,24 @@ class HuggingFaceAdapter(ModelAdapter):
     def claims(self, source: str) -> bool:
         return True
 
-    def load(self, source: str, dtype: torch.dtype | None = None, stream: bool = False) -> LoadedModel:
-        """Load a pretrained model and its tokenizer on the CPU, in the checkpoint's dtype unless `dtype` is given.
+    def load(
+        self, source: str, dtype: torch.dtype | None = None, stream: bool = False
+    ) -> LoadedModel:
+        """Load a pretrained model and its tokenizer on the CPU, in the checkpoint's dtype unless
+        `dtype` is given.
 
-        Raises `UsageError` for what is not there or not a model, `NmsparseError` for what cannot be reached. Remote
-        code is never run.
+        Raises `UsageError` for what is not there or not a model, `NmsparseError` for what cannot be
+        reached. Remote code is never run.
         """
         _quieten()
         with _explained(source):
             checkpoint = identify(source)
             module, weights = (_stream if stream else _load)(checkpoint, dtype)
-            facts = {**checkpoint.provenance, "class": type(module).__name__,
-                     "dtype": str(module.dtype).removeprefix("torch.")}
+            facts = {
+                **checkpoint.provenance,
+                "class": type(module).__name__,
+                "dtype": str(module.dtype).removeprefix("torch."),
+            }
             return self._loaded(module, source, checkpoint, facts, weights)
 
     def meta_model(self, folder: Path, dtype: torch.dtype) -> LoadedModel:
@@ -95,27 +112,43 @@ class HuggingFaceAdapter(ModelAdapter):
             raise UsageError("The section config of the recipe names no model_type.")
         logging.set_verbosity_error()
         try:
-            settings = (read_config(source, local_files_only=True) if config is None
-                        else transformers.AutoConfig.for_model(**config))
+            settings = (
+                read_config(source, local_files_only=True)
+                if config is None
+                else transformers.AutoConfig.for_model(**config)
+            )
             auto = auto_class(settings)
             with torch.device("meta"):
                 # Other attention implementations look into the mask, and there is nothing to see.
                 module: Any = transformers_private.module_from_config(
-                    getattr(transformers, auto), settings, getattr(settings, "dtype", None) or torch.float32,
-                    attn_implementation="eager")
+                    getattr(transformers, auto),
+                    settings,
+                    getattr(settings, "dtype", None) or torch.float32,
+                    attn_implementation="eager",
+                )
         except NmsparseError:
             raise
         except Exception as error:
-            raise UsageError(f"The config of '{source}' makes no model: {first_line(error)}.") from error
+            raise UsageError(
+                f"The config of '{source}' makes no model: {first_line(error)}."
+            ) from error
         kind = family(module, auto)
         processor = from_config(settings) if kind == "vision" else None
         return LoadedModel(module.eval(), source, source.rpartition("/")[2], kind, self, processor)
 
-    def _loaded(self, module: Any, source: str, checkpoint: Checkpoint, provenance: dict[str, str],
-                weights: WeightStore = IN_MEMORY) -> LoadedModel:
+    def _loaded(
+        self,
+        module: Any,
+        source: str,
+        checkpoint: Checkpoint,
+        provenance: dict[str, str],
+        weights: WeightStore = IN_MEMORY,
+    ) -> LoadedModel:
         kind = family(module, checkpoint.auto)
         processor = _processor(checkpoint, kind)
-        return LoadedModel(module.eval(), source, checkpoint.name, kind, self, processor, provenance, weights)
+        return LoadedModel(
+            module.eval(), source, checkpoint.name, kind, self, processor, provenance, weights
+        )
 
     def save(self, model: LoadedModel, folder: Path, changed: Changed | None = None) -> None:
         """Write config, weights and tokenizer so that stock `from_pretrained` loads them."""
@@ -138,7 +171,13 @@ class HuggingFaceAdapter(ModelAdapter):
 
     def checkpoint(self, source: str) -> Path | None:
         path = Path(source)
-        folder = dequantised(path) if path.suffix == SUFFIX else path if path.exists() else cached_folder(source)
+        folder = (
+            dequantised(path)
+            if path.suffix == SUFFIX
+            else path
+            if path.exists()
+            else cached_folder(source)
+        )
         return folder if folder is not None and any(folder.glob("*.safetensors")) else None
 
     def download(self, source: str) -> Path | None:
@@ -149,7 +188,9 @@ class HuggingFaceAdapter(ModelAdapter):
             return None
         try:
             # `model*`: some repositories hold the same weights once more under another name.
-            snapshot_download(name, allow_patterns=["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"])
+            snapshot_download(
+                name, allow_patterns=["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
+            )
         except Exception:  # the hub's clients fail in many ways
             return None
         return self.checkpoint(name)
@@ -161,17 +202,22 @@ class HuggingFaceAdapter(ModelAdapter):
         config: Any = model.module.config
         if model.family == "vision":
             height, width = model.processor.size
-            return {"pixel_values": _noise(model, (batch, len(model.processor.mean), height, width))}
+            return {
+                "pixel_values": _noise(model, (batch, len(model.processor.mean), height, width))
+            }
         vocabulary = config.get_text_config().vocab_size
         ids = (torch.arange(batch * length, device=model.device) % vocabulary).view(batch, length)
         if model.family == "seq2seq":
             return {**_encoder_inputs(model, ids), "decoder_input_ids": ids.flip(1)}
-        # Decoders look into positions for want of a mask, encoders into the mask; without memory nothing is to be seen.
+        # Decoders look into positions for want of a mask, encoders into the mask; without memory
+        # nothing is to be seen.
         given = model.family == ("llm" if ids.is_meta else "encoder")
         mask = {"attention_mask": torch.ones_like(ids)} if given else {}
         return {"input_ids": ids, **mask}
 
-    def batches(self, model: LoadedModel, inputs: Mapping[str, torch.Tensor], size: int) -> list[Batch]:
+    def batches(
+        self, model: LoadedModel, inputs: Mapping[str, torch.Tensor], size: int
+    ) -> list[Batch]:
         # A cache would only cost memory.
         extra: Batch = {"use_cache": False} if model.family in ("llm", "seq2seq") else {}
         return [{**batch, **extra} for batch in super().batches(model, inputs, size)]
@@ -184,7 +230,9 @@ class HuggingFaceAdapter(ModelAdapter):
     def features(self, model: LoadedModel, inputs: Mapping[str, torch.Tensor]) -> Features:
         """Run one forward pass: tokens of the backbone and, where there is a head, logits."""
         seen: list[Any] = []
-        backbone = getattr(model.module, getattr(model.module, "base_model_prefix", "") or "-", model.module)
+        backbone = getattr(
+            model.module, getattr(model.module, "base_model_prefix", "") or "-", model.module
+        )
         handle = backbone.register_forward_hook(lambda _m, _args, output: seen.append(output))
         try:
             output = model.module(**inputs)
@@ -195,8 +243,10 @@ class HuggingFaceAdapter(ModelAdapter):
     def class_labels(self, model: LoadedModel) -> ClassLabels:
         config: Any = model.module.config
         labels = getattr(config, "label2id", None) or {}
-        return ClassLabels({str(name): int(number) for name, number in labels.items()},
-                           getattr(config, "num_labels", None))
+        return ClassLabels(
+            {str(name): int(number) for name, number in labels.items()},
+            getattr(config, "num_labels", None),
+        )
 
     def hub_card(self, folder: Path) -> HubCard:
         try:
@@ -205,7 +255,7 @@ class HuggingFaceAdapter(ModelAdapter):
             names = [""]
         task = next((task for end, task in TASKS.items() if names[0].endswith(end)), None)
         kind = names[0] or "AutoModel"
-        usage = f"from transformers import {kind}\nmodel = {kind}.from_pretrained(\"FOLDER\")"
+        usage = f'from transformers import {kind}\nmodel = {kind}.from_pretrained("FOLDER")'
         return HubCard(self.library, task, usage)
 
 
@@ -213,9 +263,11 @@ ADAPTER = HuggingFaceAdapter()
 
 
 def identify(source: str) -> Checkpoint:
-    """Decide what a source is and what would load it; of a GGUF file by unpacking it, else without reading a weight.
+    """Decide what a source is and what would load it; of a GGUF file by unpacking it, else without
+    reading a weight.
 
-    Raises `UsageError` for what is no model, and what Transformers raises for a configuration that it does not take.
+    Raises `UsageError` for what is no model, and what Transformers raises for a configuration that
+    it does not take.
     """
     path, place, provenance = Path(source), source, {}
     if path.suffix == SUFFIX:
@@ -229,7 +281,13 @@ def identify(source: str) -> Checkpoint:
     commit = None if Path(place).exists() else cached_folder(place)
     provenance |= {"revision": commit.name} if commit else {}
     quantised.refuse(source, commit or Path(place), getattr(config, "quantization_config", None))
-    return Checkpoint(place, path.stem if path.suffix == SUFFIX else path.name, config, auto_class(config), provenance)
+    return Checkpoint(
+        place,
+        path.stem if path.suffix == SUFFIX else path.name,
+        config,
+        auto_class(config),
+        provenance,
+    )
 
 
 def read_config(place: str, **options: Any) -> Any:
@@ -241,7 +299,10 @@ def read_config(place: str, **options: Any) -> Any:
 
     config = own_code.without(transformers.AutoConfig, place, **options)
     if hasattr(config, "auto_map"):
-        auto, architecture = getattr(transformers, auto_class(config)), (config.architectures or [None])[0]
+        auto, architecture = (
+            getattr(transformers, auto_class(config)),
+            (config.architectures or [None])[0],
+        )
         own_code.check_architecture(auto, config, architecture, place)
         del config.auto_map
     return config
@@ -251,14 +312,21 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, Weigh
     import transformers
 
     auto = getattr(transformers, checkpoint.auto)
-    module, info = own_code.without(auto, checkpoint.place, dtype=dtype or "auto", config=checkpoint.config,
-                                    output_loading_info=True)
+    module, info = own_code.without(
+        auto,
+        checkpoint.place,
+        dtype=dtype or "auto",
+        config=checkpoint.config,
+        output_loading_info=True,
+    )
     # Tied ones are not among them. A pooler is never pruned, and no metric reads it.
     missing = sorted(key for key in info["missing_keys"] if "pooler." not in key)
     if missing:
-        raise UsageError(f"The checkpoint '{checkpoint.place}' is incomplete: '{missing[0]}' of "
-                         f"{type(module).__name__} is in none of its files ({len(missing)} missing in all).",
-                         "fetch the missing files, or start from a complete checkpoint")
+        raise UsageError(
+            f"The checkpoint '{checkpoint.place}' is incomplete: '{missing[0]}' of "
+            f"{type(module).__name__} is in none of its files ({len(missing)} missing in all).",
+            "fetch the missing files, or start from a complete checkpoint",
+        )
     if info["unexpected_keys"]:
         unused = sorted(info["unexpected_keys"])
         checkpoint.provenance["unused_tensors"] = f"{len(unused)}: {', '.join(unused[:10])}"
@@ -272,8 +340,10 @@ def _stream(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, Wei
     place, config = checkpoint.place, checkpoint.config
     folder = ADAPTER.checkpoint(place)
     if folder is None:
-        raise UsageError(f"'{place}' has no safetensors files on this machine, so its weights cannot be streamed.",
-                         f"hf download {place}")
+        raise UsageError(
+            f"'{place}' has no safetensors files on this machine, so its weights cannot be streamed.",
+            f"hf download {place}",
+        )
     dtype = dtype or config.dtype or stored_dtype(folder)
     module = unfilled(checkpoint, dtype)
     transformers_private.restore_generation(module, place)
@@ -314,12 +384,16 @@ def family(module: Any, auto: str) -> str:
 def _processor(checkpoint: Checkpoint, kind: str) -> Any:
     """Load the tokenizer, or what an image goes through before it is seen."""
     if kind == "vision":
-        return from_config(checkpoint.config, transformers_private.image_processor_settings(checkpoint.place))
+        return from_config(
+            checkpoint.config, transformers_private.image_processor_settings(checkpoint.place)
+        )
     from transformers import AutoTokenizer
 
     try:
         tokenizer = own_code.without(AutoTokenizer, checkpoint.place)
-        tokenizer.init_kwargs.pop("auto_map", None)  # it would be saved with a model, and the code it names would not
+        tokenizer.init_kwargs.pop(
+            "auto_map", None
+        )  # it would be saved with a model, and the code it names would not
         return tokenizer
     except (OSError, ValueError, TypeError):
         if kind != "seq2seq":
@@ -328,7 +402,8 @@ def _processor(checkpoint: Checkpoint, kind: str) -> Any:
 
 
 def _quieten() -> None:
-    """Keep the libraries from drawing bars, and the hub from saying more than once that it does not answer."""
+    """Keep the libraries from drawing bars, and the hub from saying more than once that it does not
+    answer."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
@@ -350,15 +425,25 @@ def explain(error: Exception, source: str) -> NmsparseError:
     """Put the many ways in which loading fails into one sentence."""
     from safetensors import SafetensorError
 
-    if refused := hub_error(error, source, "give a local folder, or leave MODEL out to use the demo model"):
+    if refused := hub_error(
+        error, source, "give a local folder, or leave MODEL out to use the demo model"
+    ):
         return refused
     if any(isinstance(e, SafetensorError) for e in causes(error)):
-        return UsageError(f"The weights of '{source}' are damaged or truncated: {first_line(causes(error)[-1])}.")
+        return UsageError(
+            f"The weights of '{source}' are damaged or truncated: {first_line(causes(error)[-1])}."
+        )
     if isinstance(error, (OSError, ValueError, KeyError, ImportError, RuntimeError)):
         line = first_line(error)
-        hint = f"diffusers:{source} if it is a pipeline of diffusers" if "config.json" in line else None
+        hint = (
+            f"diffusers:{source} if it is a pipeline of diffusers"
+            if "config.json" in line
+            else None
+        )
         return UsageError(f"'{source}' cannot be loaded as a model: {line}.", hint)
-    return NmsparseError(f"'{source}' cannot be loaded: {type(error).__name__}: {first_line(error)}.")
+    return NmsparseError(
+        f"'{source}' cannot be loaded: {type(error).__name__}: {first_line(error)}."
+    )
 
 
 def _noise(model: LoadedModel, shape: tuple[int, ...]) -> torch.Tensor:
@@ -367,9 +452,14 @@ def _noise(model: LoadedModel, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _encoder_inputs(model: LoadedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Make what the encoder reads: tokens, or the spectrogram of a piece of speech of the one length it takes."""
+    """Make what the encoder reads: tokens, or the spectrogram of a piece of speech of the one
+    length it takes."""
     module: Any = model.module
     if module.main_input_name == "input_ids":
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     frames = 2 * getattr(module.config, "max_source_positions", 1500)
-    return {module.main_input_name: _noise(model, (len(ids), getattr(module.config, "num_mel_bins", 80), frames))}
+    return {
+        module.main_input_name: _noise(
+            model, (len(ids), getattr(module.config, "num_mel_bins", 80), frames)
+        )
+    }

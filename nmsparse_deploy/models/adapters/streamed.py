@@ -1,9 +1,11 @@
-"""A model of Transformers whose weights stay in their safetensors files until a part of it is about to be used.
+"""A model of Transformers whose weights stay in their safetensors files until a part of it is about
+to be used.
 
-The module is built without values (parameters on the meta device, buffers real). A *part* is a block, or what holds
-weights outside of the blocks: embedding, final norm, head. Names and layouts that differ between a checkpoint and the
-library's module (prefixes, fused experts) are settled by the library's own loader, which is given the tensors of one
-part at a time. Files are read, not mapped: mapped pages would count as this process's memory.
+The module is built without values (parameters on the meta device, buffers real). A *part* is a
+block, or what holds weights outside of the blocks: embedding, final norm, head. Names and layouts
+that differ between a checkpoint and the library's module (prefixes, fused experts) are settled by
+the library's own loader, which is given the tensors of one part at a time. Files are read, not
+mapped: mapped pages would count as this process's memory.
 """
 
 from __future__ import annotations
@@ -24,9 +26,20 @@ from nmsparse_deploy.models.discovery import find_blocks
 from nmsparse_deploy.models.forwards import within
 from nmsparse_deploy.prove.tensor_files import StoredTensor, find_tensors
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-          "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 CHUNK = 16 << 20
 """Bytes that are read at a time."""
 SHARD = 256 << 20
@@ -53,7 +66,9 @@ class StreamedWeights:
         self._full: set[str] = set()
         blocks = find_blocks(module)
         self._parts, always = _parts(module, blocks)
-        self._fill([*always, *(name for name, _ in module.named_buffers() if name in self._sources)])
+        self._fill(
+            [*always, *(name for name, _ in module.named_buffers() if name in self._sources)]
+        )
 
     def _origins(self) -> dict[str, str]:
         """Parameter -> the one among those tied to it that the checkpoint has."""
@@ -64,7 +79,9 @@ class StreamedWeights:
         for names in tied.values():
             stored = next((name for name in names if name in self._sources), None)
             if stored is None:
-                raise UsageError(f"The checkpoint '{self.folder}' has no '{names[0]}', so it cannot be streamed.")
+                raise UsageError(
+                    f"The checkpoint '{self.folder}' has no '{names[0]}', so it cannot be streamed."
+                )
             origin |= dict.fromkeys(names, stored)
         return origin
 
@@ -72,8 +89,10 @@ class StreamedWeights:
         return self._filled(self._inside(path))
 
     def on_demand(self) -> AbstractContextManager[None]:
-        return within([self.module.get_submodule(path) for path in self._parts],
-                      lambda index: self.materialise(self._parts[index]))
+        return within(
+            [self.module.get_submodule(path) for path in self._parts],
+            lambda index: self.materialise(self._parts[index]),
+        )
 
     def to(self, device: torch.device) -> None:
         self.device = device
@@ -92,26 +111,45 @@ class StreamedWeights:
             return value
 
     def save(self, folder: Path, changed: Mapping[str, Callable[[], torch.Tensor]]) -> None:
-        """Write config and weights shard by shard, as the library saves them; `changed` gives other values by name."""
+        """Write config and weights shard by shard, as the library saves them; `changed` gives other
+        values by name."""
         from huggingface_hub import split_torch_state_dict_into_shards
 
         self.module.config.architectures = [type(self.module).__name__]
         self.module.config.save_pretrained(folder)
         if self.module.can_generate():
             self.module.generation_config.save_pretrained(folder)
-        saved = {name: value for name, value in self.module.state_dict(keep_vars=True).items()
-                 if transformers_private.is_saved(self.module, name, self._empty)}
-        plan = split_torch_state_dict_into_shards(saved, filename_pattern=PATTERN, max_shard_size=SHARD)
+        saved = {
+            name: value
+            for name, value in self.module.state_dict(keep_vars=True).items()
+            if transformers_private.is_saved(self.module, name, self._empty)
+        }
+        plan = split_torch_state_dict_into_shards(
+            saved, filename_pattern=PATTERN, max_shard_size=SHARD
+        )
         for file, names in plan.filename_to_tensors.items():
-            save_file({name: (changed[name]() if name in changed else self.dense(name)).cpu().contiguous()
-                       for name in names}, folder / file, {"format": "pt"})
+            save_file(
+                {
+                    name: (changed[name]() if name in changed else self.dense(name))
+                    .cpu()
+                    .contiguous()
+                    for name in names
+                },
+                folder / file,
+                {"format": "pt"},
+            )
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            (folder / INDEX).write_text(
+                json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+            )
 
     def _inside(self, path: str) -> list[str]:
         prefix = f"{path}." if path else ""
-        return [prefix + name for name, _ in self.module.get_submodule(path).named_parameters(remove_duplicate=False)]
+        return [
+            prefix + name
+            for name, _ in self.module.get_submodule(path).named_parameters(remove_duplicate=False)
+        ]
 
     @contextmanager
     def _filled(self, names: Collection[str]) -> Iterator[None]:
@@ -128,10 +166,16 @@ class StreamedWeights:
         wanted = {self._origin.get(name, name) for name in names}
         keys = {key for name in wanted for key in self._sources[name]}
         if keys:
-            wrong = transformers_private.fill(self.module, {key: _read(self._stored[key]) for key in keys}, self._dtype,
-                                              self.device)
+            wrong = transformers_private.fill(
+                self.module,
+                {key: _read(self._stored[key]) for key in keys},
+                self._dtype,
+                self.device,
+            )
             if wrong:
-                raise UsageError(f"'{wrong[0]}' in '{self.folder}' does not fit the model that its config.json says.")
+                raise UsageError(
+                    f"'{wrong[0]}' in '{self.folder}' does not fit the model that its config.json says."
+                )
         for name in names:
             if self._origin.get(name, name) != name:
                 _put(self.module, name, self.module.get_parameter(self._origin[name]))
@@ -157,16 +201,21 @@ def _read(tensor: StoredTensor) -> torch.Tensor:
 
 
 def _parts(module: nn.Module, blocks: Collection[str]) -> tuple[list[str], list[str]]:
-    """Paths of the blocks and of what lies beside them; names of the parameters that belong to none of these."""
+    """Paths of the blocks and of what lies beside them; names of the parameters that belong to none
+    of these."""
     parts: list[str] = []
     always: list[str] = []
 
     def walk(path: str, child: nn.Module) -> None:
-        if path in blocks or not any(block.startswith(f"{path}." if path else "") for block in blocks):
+        if path in blocks or not any(
+            block.startswith(f"{path}." if path else "") for block in blocks
+        ):
             if next(child.parameters(), None) is not None:
                 parts.append(path)
             return
-        always.extend(f"{path}.{name}" if path else name for name, _ in child.named_parameters(recurse=False))
+        always.extend(
+            f"{path}.{name}" if path else name for name, _ in child.named_parameters(recurse=False)
+        )
         for name, inner in child.named_children():
             walk(f"{path}.{name}" if path else name, inner)
 
@@ -175,6 +224,9 @@ def _parts(module: nn.Module, blocks: Collection[str]) -> tuple[list[str], list[
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """Return the dtype of the first floating-point tensor of a checkpoint, for configurations that do not say."""
+    """Return the dtype of the first floating-point tensor of a checkpoint, for configurations that
+    do not say."""
     dtypes = (DTYPES.get(tensor.dtype) for tensor in find_tensors(folder))
-    return next((dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point), torch.float32)
+    return next(
+        (dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point), torch.float32
+    )

@@ -1,4 +1,5 @@
-"""timm models: `timm:NAME` with the weights of the hub, `timm:NAME?checkpoint=FILE`, or a folder that timm wrote."""
+"""timm models: `timm:NAME` with the weights of the hub, `timm:NAME?checkpoint=FILE`, or a folder
+that timm wrote."""
 
 from __future__ import annotations
 
@@ -50,11 +51,13 @@ class TimmAdapter(ModelAdapter):
         owned = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
         return super().hub_name(owned if "/" in name else f"timm/{name}")
 
-    def load(self, source: str, dtype: torch.dtype | None = None, stream: bool = False) -> LoadedModel:
+    def load(
+        self, source: str, dtype: torch.dtype | None = None, stream: bool = False
+    ) -> LoadedModel:
         """Load a timm model on the CPU.
 
-        Raises `UsageError` for an unknown name or a checkpoint that does not fit, `MissingExtra` without timm,
-        `NmsparseError` when the weights cannot be reached.
+        Raises `UsageError` for an unknown name or a checkpoint that does not fit, `MissingExtra`
+        without timm, `NmsparseError` when the weights cannot be reached.
         """
         from huggingface_hub.utils import logging
 
@@ -77,10 +80,16 @@ class TimmAdapter(ModelAdapter):
         except Exception as error:
             raise _explain(error, source, name, timm) from error
         module = module.eval().to(dtype) if dtype else module.eval()
-        commit = None if checkpoint or not source.startswith(self.prefix) else _commit(module.pretrained_cfg)
-        facts = {**({"revision": commit} if commit else {}),
-                 "architecture": str(module.pretrained_cfg.get("architecture", name)),
-                 "dtype": str(next(module.parameters()).dtype).removeprefix("torch.")}
+        commit = (
+            None
+            if checkpoint or not source.startswith(self.prefix)
+            else _commit(module.pretrained_cfg)
+        )
+        facts = {
+            **({"revision": commit} if commit else {}),
+            "architecture": str(module.pretrained_cfg.get("architecture", name)),
+            "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
+        }
         return self._loaded(module, source, name.rpartition("/")[2], facts)
 
     def meta_model(self, folder: Path, dtype: torch.dtype) -> LoadedModel:
@@ -89,7 +98,11 @@ class TimmAdapter(ModelAdapter):
         timm = _timm()
         try:
             with init_empty_weights(include_buffers=False):
-                module = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=False).eval().to(dtype)
+                module = (
+                    timm.create_model(f"local-dir:{folder.resolve()}", pretrained=False)
+                    .eval()
+                    .to(dtype)
+                )
         except Exception as error:
             raise _explain(error, str(folder), folder.name, timm) from error
         return self._loaded(module, str(folder), folder.name, {})
@@ -106,12 +119,22 @@ class TimmAdapter(ModelAdapter):
             raise _explain(error, source, name, timm) from error
         return self._loaded(module.eval(), source, name, {})
 
-    def _loaded(self, module: nn.Module, source: str, name: str, facts: dict[str, str]) -> LoadedModel:
-        return LoadedModel(module, source, name, "vision", self, _preprocess(module),
-                           {"class": type(module).__name__, **facts})
+    def _loaded(
+        self, module: nn.Module, source: str, name: str, facts: dict[str, str]
+    ) -> LoadedModel:
+        return LoadedModel(
+            module,
+            source,
+            name,
+            "vision",
+            self,
+            _preprocess(module),
+            {"class": type(module).__name__, **facts},
+        )
 
     def save(self, model: LoadedModel, folder: Path, changed: Changed | None = None) -> None:
-        """Write config and weights so that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads them."""
+        """Write config and weights so that `timm.create_model("local-dir:FOLDER", pretrained=True)`
+        loads them."""
         from timm.models import save_for_hf
 
         save_for_hf(model.module, str(folder), safe_serialization=True)
@@ -139,17 +162,29 @@ class TimmAdapter(ModelAdapter):
 
     def class_labels(self, model: LoadedModel) -> ClassLabels:
         named = getattr(model.module, "pretrained_cfg", {}).get("label_names") or ()
-        return ClassLabels({str(name): number for number, name in enumerate(named)},
-                           int(getattr(model.module, "num_classes", 0)) or None)
+        return ClassLabels(
+            {str(name): number for number, name in enumerate(named)},
+            int(getattr(model.module, "num_classes", 0)) or None,
+        )
 
     def image_pipeline(self, model: LoadedModel) -> ImagePipeline:
         data = _timm().data.resolve_model_data_config(model.module, use_test_size=True)
-        return ImagePipeline(input_size=data["input_size"], interpolation=data["interpolation"], mean=data["mean"],
-                             std=data["std"], crop_pct=data["crop_pct"], crop_mode=data["crop_mode"])
+        return ImagePipeline(
+            input_size=data["input_size"],
+            interpolation=data["interpolation"],
+            mean=data["mean"],
+            std=data["std"],
+            crop_pct=data["crop_pct"],
+            crop_mode=data["crop_mode"],
+        )
 
     def hub_card(self, folder: Path) -> HubCard:
-        job = "image-classification" if (_config(folder) or {}).get("num_classes") else "image-feature-extraction"
-        usage = "import timm\nmodel = timm.create_model(\"local-dir:FOLDER\", pretrained=True)"
+        job = (
+            "image-classification"
+            if (_config(folder) or {}).get("num_classes")
+            else "image-feature-extraction"
+        )
+        usage = 'import timm\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True)'
         return HubCard(self.library, job, usage)
 
 
@@ -162,7 +197,11 @@ def _config(folder: Path) -> Mapping[str, Any] | None:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return None
-    return config if isinstance(config, dict) and "architecture" in config and "model_type" not in config else None
+    return (
+        config
+        if isinstance(config, dict) and "architecture" in config and "model_type" not in config
+        else None
+    )
 
 
 def _timm() -> Any:
@@ -171,13 +210,16 @@ def _timm() -> Any:
     except ImportError as error:
         raise MissingExtra("timm", "vision", "A timm model") from error
     except RuntimeError as error:
-        raise NmsparseError(f"timm cannot be imported: {first_line(error)}.",
-                            "install the torchvision build that belongs to this build of torch") from error
+        raise NmsparseError(
+            f"timm cannot be imported: {first_line(error)}.",
+            "install the torchvision build that belongs to this build of torch",
+        ) from error
     return timm
 
 
 def _commit(about: Mapping[str, Any]) -> str | None:
-    """Tell which commit of the hub the weights came from; timm does not say, so the cache is asked."""
+    """Tell which commit of the hub the weights came from; timm does not say, so the cache is
+    asked."""
     name, _, revision = str(about.get("hf_hub_id") or "").partition("@")
     files = filter(None, (about.get("hf_hub_filename"), "model.safetensors", "pytorch_model.bin"))
     folders = (cached_folder(name, file, revision or None) for file in files) if name else iter(())
@@ -188,22 +230,32 @@ def _from_checkpoint(timm: Any, name: str, path: Path) -> nn.Module:
     state = read_state_dict(path)
     head = timm.create_model(name, pretrained=False).pretrained_cfg.get("classifier") or "head"
     weight = state.get(f"{head if isinstance(head, str) else head[0]}.weight")
-    module = timm.create_model(name, pretrained=False, num_classes=0 if weight is None else weight.shape[0])
+    module = timm.create_model(
+        name, pretrained=False, num_classes=0 if weight is None else weight.shape[0]
+    )
     try:
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UsageError(f"'{path}' does not fit timm:{name}: {lines[min(1, len(lines) - 1)][:200]}") from error
+        raise UsageError(
+            f"'{path}' does not fit timm:{name}: {lines[min(1, len(lines) - 1)][:200]}"
+        ) from error
     return module
 
 
 def _explain(error: Exception, source: str, name: str, timm: Any) -> NmsparseError:
     near = ", ".join(timm.list_models(f"*{name.partition('.')[0]}*")[:3])
     prefix = TimmAdapter.prefix
-    if source.startswith(prefix) and not name.startswith("hf") and not timm.is_model(name.partition(".")[0]):
+    if (
+        source.startswith(prefix)
+        and not name.startswith("hf")
+        and not timm.is_model(name.partition(".")[0])
+    ):
         return UsageError(f"timm has no model '{name}'.", f"did you mean {near}?" if near else None)
     if "No pretrained weights" in str(error):
-        return UsageError(f"timm has no pretrained weights for '{name}'.", f"{prefix}{name}?checkpoint=FILE")
+        return UsageError(
+            f"timm has no pretrained weights for '{name}'.", f"{prefix}{name}?checkpoint=FILE"
+        )
     if refused := hub_error(error, source, f"{prefix}{name}?checkpoint=FILE"):
         return refused
     return UsageError(f"'{source}' cannot be loaded: {first_line(error)}.")
@@ -212,6 +264,15 @@ def _explain(error: Exception, source: str, name: str, timm: Any) -> NmsparseErr
 def _preprocess(module: nn.Module) -> Preprocess:
     data = _timm().data.resolve_model_data_config(module)
     _, height, width = data["input_size"]
-    shorter = None if data.get("crop_mode") == "squash" else int(min(height, width) / data.get("crop_pct", 1.0))
-    return Preprocess((height, width), shorter, tuple(data["mean"]), tuple(data["std"]),
-                      RESAMPLE.get(data["interpolation"], BICUBIC))
+    shorter = (
+        None
+        if data.get("crop_mode") == "squash"
+        else int(min(height, width) / data.get("crop_pct", 1.0))
+    )
+    return Preprocess(
+        (height, width),
+        shorter,
+        tuple(data["mean"]),
+        tuple(data["std"]),
+        RESAMPLE.get(data["interpolation"], BICUBIC),
+    )

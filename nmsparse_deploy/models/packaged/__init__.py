@@ -1,4 +1,5 @@
-"""Models that come with a package of this machine's package index: where they lie once they are here."""
+"""Models that come with a package of this machine's package index: where they lie once they are
+here."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ def packaged_model(source: str) -> Asset | None:
 
 
 def location(asset: Asset) -> str:
-    """Return the folder or file of a packaged model, or its name on the hub where the package cannot be had."""
+    """Return the folder or file of a packaged model, or its name on the hub where the package
+    cannot be had."""
     try:
         folder = fetch(asset.key)
     except NmsparseError:

@@ -1,10 +1,12 @@
-"""A decoder as two graphs with a key/value cache: `prefill` reads a text, `decode` adds one token to it.
+"""A decoder as two graphs with a key/value cache: `prefill` reads a text, `decode` adds one token
+to it.
 
     prefill   input_ids, attention_mask, position_ids [batch, sequence]  ->  logits, present.L.key, present.L.value
     decode    the same with one token, and past_key_values.L.key/value [batch, heads, past, width]  ->  the same
 
-The mask of a decode step covers past and new tokens. Positions are inputs where the model takes them. All graphs of a
-folder keep their weights in one file (`share_weights`), so a cache costs no second copy.
+The mask of a decode step covers past and new tokens. Positions are inputs where the model takes
+them. All graphs of a folder keep their weights in one file (`share_weights`), so a cache costs no
+second copy.
 """
 
 from __future__ import annotations
@@ -43,8 +45,15 @@ class CacheGraph:
     outputs: tuple[TensorSpec, ...]
 
 
-def export_cached(module: nn.Module, folder: Path, targets: Sequence[Target], *, precision: str = "fp32",
-                  opset: int = 20, progress: Progress = silent) -> tuple[CacheGraph, CacheGraph]:
+def export_cached(
+    module: nn.Module,
+    folder: Path,
+    targets: Sequence[Target],
+    *,
+    precision: str = "fp32",
+    opset: int = 20,
+    progress: Progress = silent,
+) -> tuple[CacheGraph, CacheGraph]:
     """Write `prefill.onnx` and `decode.onnx`, each with its data and its link map, into `folder`.
 
     The caller's module is left as it is. Raises like `export_onnx`.
@@ -58,9 +67,22 @@ def export_cached(module: nn.Module, folder: Path, targets: Sequence[Target], *,
         if name == DECODE:
             sample = step(copied, sample["input_ids"][:, :1], LENGTH)
         outputs = take_cache(copied, list(sample), len(past) // 2)
-        model, linked, _ = write_graph(copied, {**sample, **past}, _shapes(sample, past), outputs, folder, name,
-                                       targets, opset, _telling(progress, f"exporting {name} {precision}"))
-        made.append(CacheGraph(name, linked, tensor_specs(model.graph.input), tensor_specs(model.graph.output)))
+        model, linked, _ = write_graph(
+            copied,
+            {**sample, **past},
+            _shapes(sample, past),
+            outputs,
+            folder,
+            name,
+            targets,
+            opset,
+            _telling(progress, f"exporting {name} {precision}"),
+        )
+        made.append(
+            CacheGraph(
+                name, linked, tensor_specs(model.graph.input), tensor_specs(model.graph.output)
+            )
+        )
     return made[0], made[1]
 
 
@@ -75,7 +97,10 @@ def _takes(module: nn.Module, name: str) -> bool:
 def _inputs(module: nn.Module, ids: torch.Tensor, past: int) -> dict[str, torch.Tensor]:
     """Return ids, a mask over everything up to them, and their positions."""
     batch, length = ids.shape
-    given = {"input_ids": ids, "attention_mask": torch.ones(batch, past + length, dtype=torch.int64)}
+    given = {
+        "input_ids": ids,
+        "attention_mask": torch.ones(batch, past + length, dtype=torch.int64),
+    }
     if _takes(module, "position_ids"):
         given["position_ids"] = torch.arange(past, past + length).expand(batch, -1).contiguous()
     return given
@@ -94,9 +119,11 @@ def step(module: nn.Module, ids: torch.Tensor, past: int) -> dict[str, torch.Ten
 
 
 def take_cache(module: nn.Module, names: Sequence[str], layers: int) -> list[str]:
-    """Make `module` take its inputs and the cache by position and return logits and cache; the list gets their names.
+    """Make `module` take its inputs and the cache by position and return logits and cache; the list
+    gets their names.
 
-    The forward of this one instance is replaced, so that names in the graph stay those of the model.
+    The forward of this one instance is replaced, so that names in the graph stay those of the
+    model.
     """
     from transformers import DynamicCache
 
@@ -117,8 +144,11 @@ def take_cache(module: nn.Module, names: Sequence[str], layers: int) -> list[str
 
 
 def _flat(cache: Any, prefix: str) -> dict[str, torch.Tensor]:
-    return {f"{prefix}.{number}.{kind}": tensor for number, layer in enumerate(cache.layers)
-            for kind, tensor in (("key", layer.keys), ("value", layer.values))}
+    return {
+        f"{prefix}.{number}.{kind}": tensor
+        for number, layer in enumerate(cache.layers)
+        for kind, tensor in (("key", layer.keys), ("value", layer.values))
+    }
 
 
 @torch.no_grad()
@@ -126,7 +156,9 @@ def _cache_of(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str
     return _flat(module(**inputs, use_cache=True).past_key_values, "past_key_values")
 
 
-def _shapes(sample: Mapping[str, torch.Tensor], past: Mapping[str, torch.Tensor]) -> tuple[dict[int, Any], ...]:
+def _shapes(
+    sample: Mapping[str, torch.Tensor], past: Mapping[str, torch.Tensor]
+) -> tuple[dict[int, Any], ...]:
     """Tell which axes vary: the batch, and the sequence of a prefill or the past of a step."""
     batch = torch.export.Dim("batch")
     if not past:
@@ -134,20 +166,31 @@ def _shapes(sample: Mapping[str, torch.Tensor], past: Mapping[str, torch.Tensor]
         return tuple({0: batch, 1: sequence} for _ in sample)
     before = torch.export.Dim("past")
     axes = {"attention_mask": {0: batch, 1: before + 1}}
-    return (*(axes.get(name, {0: batch}) for name in sample), *({0: batch, 2: before} for _ in past))
+    return (
+        *(axes.get(name, {0: batch}) for name in sample),
+        *({0: batch, 2: before} for _ in past),
+    )
 
 
 @torch.no_grad()
-def check_steps(module: nn.Module, sessions: Mapping[str, Any], ids: torch.Tensor, steps: int = 4) -> Agreement:
-    """Compare a prefill and `steps` decode steps with one pass of `module` over all of `ids` `[batch, length]`."""
+def check_steps(
+    module: nn.Module, sessions: Mapping[str, Any], ids: torch.Tensor, steps: int = 4
+) -> Agreement:
+    """Compare a prefill and `steps` decode steps with one pass of `module` over all of `ids`
+    `[batch, length]`."""
     reference = module(input_ids=ids).logits
     start = ids.shape[1] - steps
     given = _inputs(module, ids[:, :start], 0)
     out = sessions[PREFILL].run(given)
     logits = [out["logits"]]
     for position in range(start, ids.shape[1]):
-        past = {f"past_key_values.{name.removeprefix('present.')}": value for name, value in out.items()
-                if name != "logits"}
-        out = sessions[DECODE].run({**step(module, ids[:, position : position + 1], position), **past})
+        past = {
+            f"past_key_values.{name.removeprefix('present.')}": value
+            for name, value in out.items()
+            if name != "logits"
+        }
+        out = sessions[DECODE].run(
+            {**step(module, ids[:, position : position + 1], position), **past}
+        )
         logits.append(out["logits"])
     return agreement(reference, np.concatenate(logits, 1), "logits")

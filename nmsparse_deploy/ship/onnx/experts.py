@@ -1,8 +1,9 @@
-"""Mixtures of experts in a graph: every expert computes every token, and the router's weights choose.
+"""Mixtures of experts in a graph: every expert computes every token, and the router's weights
+choose.
 
-A trace cannot hold a loop over the experts that happen to be hit. Each stack of expert weights becomes one batched
-product; what the router did not choose is multiplied by zero, so the outputs are the same. It costs `E / top_k` times
-the arithmetic of the experts.
+A trace cannot hold a loop over the experts that happen to be hit. Each stack of expert weights
+becomes one batched product; what the router did not choose is multiplied by zero, so the outputs
+are the same. It costs `E / top_k` times the arithmetic of the experts.
 """
 
 from __future__ import annotations
@@ -15,18 +16,28 @@ from torch import nn
 
 
 def unroll_experts(module: nn.Module) -> list[str]:
-    """Replace the forward of every experts module that keeps to Transformers' interface; returns a warning."""
+    """Replace the forward of every experts module that keeps to Transformers' interface; returns a
+    warning."""
     count = 0
     for child in module.modules():
-        if all(hasattr(child, name) for name in ("is_transposed", "has_gate", "num_experts", "_apply_gate")):
+        if all(
+            hasattr(child, name)
+            for name in ("is_transposed", "has_gate", "num_experts", "_apply_gate")
+        ):
             child.forward = MethodType(_every_token, child)
             count += 1
-    return [f"In {count} mixtures of experts the graph computes every expert for every token."] if count else []
+    return (
+        [f"In {count} mixtures of experts the graph computes every expert for every token."]
+        if count
+        else []
+    )
 
 
-def _every_token(self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor,
-                 top_k_weights: torch.Tensor) -> torch.Tensor:
-    """Mix the experts: `hidden_states` `[T, hidden]`, `top_k_index` and `top_k_weights` `[T, k]`."""
+def _every_token(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Mix the experts: `hidden_states` `[T, hidden]`, `top_k_index` and `top_k_weights`
+    `[T, k]`."""
     x = hidden_states.expand(self.num_experts, *hidden_states.shape)
     x = _times(self, "gate_up_proj" if self.has_gate else "up_proj", x)
     x = _times(self, "down_proj", self._apply_gate(x) if self.has_gate else self.act_fn(x))

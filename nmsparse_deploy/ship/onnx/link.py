@@ -1,8 +1,8 @@
 """The link map: parameter <-> ONNX node <-> initializer <-> axis, each row proven by value.
 
-The exporter renames and transposes most weights, so names alone say nothing. A row is found through the module path
-that the exporter leaves on each node, and counts only if the stored values are the parameter's, bit for bit, along the
-same reduction axis.
+The exporter renames and transposes most weights, so names alone say nothing. A row is found through
+the module path that the exporter leaves on each node, and counts only if the stored values are the
+parameter's, bit for bit, along the same reduction axis.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ BAKE = "bake the mask into the weight before the export"
 
 @dataclass(frozen=True)
 class LinkRow:
-    """One use of one target in the graph. `axis`, `shape` and `sha256` (of the bytes) are of the stored tensor."""
+    """One use of one target in the graph. `axis`, `shape` and `sha256` (of the bytes) are of the
+    stored tensor."""
 
     parameter: str
     module: str
@@ -81,7 +82,9 @@ class LinkMap:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(str(part) for part in first["loc"])
-            raise UsageError(f"The link file '{path}' is damaged: row {field}: {first['msg']}.") from error
+            raise UsageError(
+                f"The link file '{path}' is damaged: row {field}: {first['msg']}."
+            ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"The link file '{path}' is damaged: {error}.") from error
 
@@ -89,7 +92,8 @@ class LinkMap:
 def link(path: Path, module: nn.Module, targets: Sequence[Target]) -> LinkMap:
     """Return the link map of `path`, which was exported from exactly this (cast) `module`.
 
-    Raises `CheckFailed` for a target without a proven row, or with a use whose values are not the parameter's.
+    Raises `CheckFailed` for a target without a proven row, or with a use whose values are not the
+    parameter's.
     """
     from nmsparse_deploy.prove.onnx_graph import OnnxGraph
 
@@ -98,23 +102,31 @@ def link(path: Path, module: nn.Module, targets: Sequence[Target]) -> LinkMap:
     uses: dict[str, list[WeightUse]] = {}
     for use in graph.uses:
         if use.problems:
-            raise CheckFailed(f"The ONNX node '{use.node}' does not multiply by what is stored: {use.problems[0]}.",
-                              BAKE)
+            raise CheckFailed(
+                f"The ONNX node '{use.node}' does not multiply by what is stored: {use.problems[0]}.",
+                BAKE,
+            )
         uses.setdefault(_innermost(use.scopes, modules), []).append(use)
-    rows = [row for target in targets
-            for row in _rows(graph, target, _own_tensors(module, target), _candidates(target, uses))]
+    rows = [
+        row
+        for target in targets
+        for row in _rows(graph, target, _own_tensors(module, target), _candidates(target, uses))
+    ]
     return LinkMap(path.name, tuple(rows))
 
 
 def _candidates(target: Target, uses: dict[str, list[WeightUse]]) -> list[WeightUse]:
-    """Return uses in the target's own module, or where that is not called in the nearest one around it that has any."""
+    """Return uses in the target's own module, or where that is not called in the nearest one around
+    it that has any."""
     place = target.module
     while target.watched and place and place not in uses:
         place = place.rpartition(".")[0]
     return uses.get(place, [])
 
 
-def _rows(graph: OnnxGraph, target: Target, own: dict[str, torch.Tensor], uses: list[WeightUse]) -> Iterator[LinkRow]:
+def _rows(
+    graph: OnnxGraph, target: Target, own: dict[str, torch.Tensor], uses: list[WeightUse]
+) -> Iterator[LinkRow]:
     """Yield one row per use in the target's own module whose values are the target's."""
     parameter = own[target.name]
     bits, axis, linked = _tensor_bits(parameter), target.axis % parameter.ndim, False
@@ -122,17 +134,35 @@ def _rows(graph: OnnxGraph, target: Target, own: dict[str, torch.Tensor], uses: 
         if sorted(use.shape) != sorted(parameter.shape):
             continue
         raw = _array_bits(graph.read(use.tensor))
-        if _same(raw, bits.swapaxes(axis, use.axis)) and use.dtype == TORCH_ELEMENTS[parameter.dtype]:
+        if (
+            _same(raw, bits.swapaxes(axis, use.axis))
+            and use.dtype == TORCH_ELEMENTS[parameter.dtype]
+        ):
             linked = True
-            yield LinkRow(target.name, target.module, use.node, use.op, use.tensor, use.axis, tuple(use.shape),
-                          use.dtype, hashlib.sha256(np.ascontiguousarray(raw).data).hexdigest())
+            yield LinkRow(
+                target.name,
+                target.module,
+                use.node,
+                use.op,
+                use.tensor,
+                use.axis,
+                tuple(use.shape),
+                use.dtype,
+                hashlib.sha256(np.ascontiguousarray(raw).data).hexdigest(),
+            )
         elif not target.watched and not any(
-                _same(raw, view) for tensor in own.values() for view in _views(_tensor_bits(tensor))):
-            raise CheckFailed(f"The ONNX node '{use.node}' multiplies by other values than the parameter "
-                              f"'{target.name}' holds: its module changes the weight while it runs.", BAKE)
+            _same(raw, view) for tensor in own.values() for view in _views(_tensor_bits(tensor))
+        ):
+            raise CheckFailed(
+                f"The ONNX node '{use.node}' multiplies by other values than the parameter "
+                f"'{target.name}' holds: its module changes the weight while it runs.",
+                BAKE,
+            )
     if not linked:
-        raise CheckFailed(f"The parameter '{target.name}' was not found in the ONNX graph, so its pattern cannot be "
-                          "followed there.")
+        raise CheckFailed(
+            f"The parameter '{target.name}' was not found in the ONNX graph, so its pattern cannot be "
+            "followed there."
+        )
 
 
 def _own_tensors(module: nn.Module, target: Target) -> dict[str, torch.Tensor]:
@@ -142,23 +172,33 @@ def _own_tensors(module: nn.Module, target: Target) -> dict[str, torch.Tensor]:
         child = module.get_submodule(target.module)
     except AttributeError:
         raise UsageError(f"The model has no module '{target.module}'.") from None
-    own = {prefix + name: tensor for named in (child.named_parameters, child.named_buffers)
-           for name, tensor in named(recurse=False, remove_duplicate=False)}
+    own = {
+        prefix + name: tensor
+        for named in (child.named_parameters, child.named_buffers)
+        for name, tensor in named(recurse=False, remove_duplicate=False)
+    }
     if target.name not in own:
         raise UsageError(f"The model has no parameter '{target.name}'.")
     return own
 
 
 def _innermost(scopes: Sequence[str], modules: set[str]) -> str:
-    """Return the deepest module a node belongs to; the last scopes of a node name operators, not modules."""
+    """Return the deepest module a node belongs to; the last scopes of a node name operators, not
+    modules."""
     return next((scope for scope in reversed(scopes) if scope in modules), "")
 
 
 def _tensor_bits(tensor: torch.Tensor) -> np.ndarray:
-    """Return the values as unsigned integers: bf16 has no NumPy type, and bits tell minus zero from zero."""
+    """Return the values as unsigned integers: bf16 has no NumPy type, and bits tell minus zero from
+    zero."""
     tensor = tensor.detach()
-    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]).numpy().view(
-        f"u{tensor.itemsize}")
+    return (
+        tensor.view(
+            {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+        )
+        .numpy()
+        .view(f"u{tensor.itemsize}")
+    )
 
 
 def _array_bits(array: np.ndarray) -> np.ndarray:

@@ -36,7 +36,8 @@ class CachedGraphs:
 
 @dataclass(frozen=True)
 class CompileOutcome:
-    """A compiler's summary of a graph, why it refuses it, or that it is not here to ask: one of the three."""
+    """A compiler's summary of a graph, why it refuses it, or that it is not here to ask: one of the
+    three."""
 
     summary: str | None = None
     refused: str | None = None
@@ -47,12 +48,16 @@ class CompileOutcome:
 
     def to_json(self) -> dict[str, object]:
         words = asdict(self)
-        return {**words.pop("facts"), **{name: text for name, text in words.items() if text is not None}}
+        return {
+            **words.pop("facts"),
+            **{name: text for name, text in words.items() if text is not None},
+        }
 
 
 @dataclass(frozen=True)
 class ExportedGraph(TracedGraph):
-    """One precision of an export. `files` are all of its folder, `precision` is that of the GEMMs."""
+    """One precision of an export. `files` are all of its folder, `precision` is that of the
+    GEMMs."""
 
     path: str
     links: int
@@ -68,20 +73,28 @@ class ExportedGraph(TracedGraph):
 
     def lines(self, path: str) -> list[str]:
         """Return the record in sentences; `path` is where the graph lies."""
-        lines = [f"{path}: {sum(self.files.values()) / 1e6:.0f} MB, {self.links} weights linked and verified; "
-                 f"{compared(self.agreement)}"]
+        lines = [
+            f"{path}: {sum(self.files.values()) / 1e6:.0f} MB, {self.links} weights linked and verified; "
+            f"{compared(self.agreement)}"
+        ]
         if self.quantisation is not None:
             done = self.quantisation
-            lines.append(f"  {done.gemms} GEMMs in {self.precision} (scales per {done.scales}), {done.requantised} "
-                         f"with 8-bit outputs; {done.vanished:,} small weights became 0")
+            lines.append(
+                f"  {done.gemms} GEMMs in {self.precision} (scales per {done.scales}), {done.requantised} "
+                f"with 8-bit outputs; {done.vanished:,} small weights became 0"
+            )
         if self.cached is not None:
-            lines.append(f"  {' and '.join(self.cached.graphs)} on the same weights, prefill and steps: "
-                         f"{compared(self.cached.agreement)}")
+            lines.append(
+                f"  {' and '.join(self.cached.graphs)} on the same weights, prefill and steps: "
+                f"{compared(self.cached.agreement)}"
+            )
         compiled = self.tensorrt_rtx
         if all(outcome.not_checked for outcome in compiled.values()):
             return [*lines, f"  not checked here: TensorRT-RTX ({compiled[GRAPH].hint})"]
-        return lines + [f"  {name}: {outcome.summary or outcome.refused or outcome.not_checked}"
-                        for name, outcome in compiled.items()]
+        return lines + [
+            f"  {name}: {outcome.summary or outcome.refused or outcome.not_checked}"
+            for name, outcome in compiled.items()
+        ]
 
 
 @dataclass(frozen=True)

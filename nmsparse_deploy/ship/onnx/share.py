@@ -1,4 +1,5 @@
-"""Several graphs, one copy of the weights: tensors of equal bytes are stored once, in the data file of the first."""
+"""Several graphs, one copy of the weights: tensors of equal bytes are stored once, in the data file
+of the first."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ ALIGNMENT = 64
 
 
 def share_weights(folder: Path, names: Sequence[str]) -> int:
-    """Let the graphs `names` (without suffix) read their weights from `FIRST.onnx.data`; returns the bytes saved.
+    """Let the graphs `names` (without suffix) read their weights from `FIRST.onnx.data`; returns
+    the bytes saved.
 
     What only a later graph has is appended there. Data files of their own are removed.
     """
@@ -24,8 +26,10 @@ def share_weights(folder: Path, names: Sequence[str]) -> int:
 
     first = folder / f"{names[0]}.onnx"
     data = folder / f"{first.name}.data"
-    places = {_digest(folder, tensor): _place(tensor)[1:]
-              for tensor in _external(onnx.load(str(first), load_external_data=False))}
+    places = {
+        _digest(folder, tensor): _place(tensor)[1:]
+        for tensor in _external(onnx.load(str(first), load_external_data=False))
+    }
     saved = 0
     for name in names[1:]:
         path = folder / f"{name}.onnx"

@@ -1,4 +1,5 @@
-"""One precision of an export: trace, quantise, add the graphs with a cache, compare, and compile where that can be."""
+"""One precision of an export: trace, quantise, add the graphs with a cache, compare, and compile
+where that can be."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ from nmsparse_deploy.ship.onnx import ExportResult, LinkMap, export_onnx
 from nmsparse_deploy.ship.onnx.cached import CacheGraph, check_steps, export_cached
 from nmsparse_deploy.ship.onnx.onnxruntime import OnnxRuntime
 from nmsparse_deploy.ship.onnx.qdq import insert_qdq
-from nmsparse_deploy.ship.onnx.record import RECORD, CachedGraphs, CompileOutcome, ExportedGraph, Quantisation
+from nmsparse_deploy.ship.onnx.record import (
+    RECORD,
+    CachedGraphs,
+    CompileOutcome,
+    ExportedGraph,
+    Quantisation,
+)
 from nmsparse_deploy.ship.onnx.share import share_weights
 from nmsparse_deploy.ship.quantise import BASE, FORMATS, Range, activation_ranges
 from nmsparse_deploy.ship.tensorrt.rtx import TensorRtRtx
@@ -29,9 +36,17 @@ from nmsparse_deploy.system.memory import peak_memory_mb
 from nmsparse_deploy.system.progress import Progress, silent
 
 
-def export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str, spec: Export,
-               ranges: dict[str, Range], progress: Progress) -> ExportedGraph:
-    """Write `onnx/PRECISION/` and return its record. `ranges` is filled by the first 8-bit precision."""
+def export_one(
+    run: RunDir,
+    loaded: LoadedModel,
+    masks: MaskSet,
+    precision: str,
+    spec: Export,
+    ranges: dict[str, Range],
+    progress: Progress,
+) -> ExportedGraph:
+    """Write `onnx/PRECISION/` and return its record. `ranges` is filled by the first 8-bit
+    precision."""
     discovery = loaded.discover()
     eight = precision in FORMATS
     targets = [target for target in discovery.targets if eight or target.name in masks.masks]
@@ -41,11 +56,25 @@ def export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str,
     quantised = None
     with run.replacing(f"onnx/{precision}") as folder:
         folder.mkdir()
-        result = export_onnx(loaded.module, loaded.sample_inputs(), folder, GRAPH, targets,
-                             precision=BASE if eight else precision, opset=spec.opset, progress=progress)
+        result = export_onnx(
+            loaded.module,
+            loaded.sample_inputs(),
+            folder,
+            GRAPH,
+            targets,
+            precision=BASE if eight else precision,
+            opset=spec.opset,
+            progress=progress,
+        )
         if loaded.family == "llm" and spec.cache:
-            cached = export_cached(loaded.module, folder, targets, precision=BASE if eight else precision,
-                                   opset=spec.opset, progress=progress)
+            cached = export_cached(
+                loaded.module,
+                folder,
+                targets,
+                precision=BASE if eight else precision,
+                opset=spec.opset,
+                progress=progress,
+            )
         if eight:
             progress(f"quantising to {precision}", 0, 0)
             quantised = _quantise(folder, result, cached, precision, spec, masks, ranges)
@@ -58,21 +87,49 @@ def export_one(run: RunDir, loaded: LoadedModel, masks: MaskSet, precision: str,
     same = compare_with_model(loaded, lambda inputs: _session(path, eight).run(inputs))
     steps = CachedGraphs(tuple(sorted(graphs)), _steps(graphs, loaded, eight)) if cached else None
     compiled = {name: _compiled(file, progress) for name, file in {GRAPH: path, **graphs}.items()}
-    return ExportedGraph(result.name, files, precision, result.opset, result.inputs, result.outputs, result.dynamic,
-                         result.dense_bytes, result.seconds, result.warnings,
-                         str(path.relative_to(run.path)), sum(row.parameter in masks.masks for row in result.link.rows),
-                         same, quantised, steps, compiled)
+    return ExportedGraph(
+        result.name,
+        files,
+        precision,
+        result.opset,
+        result.inputs,
+        result.outputs,
+        result.dynamic,
+        result.dense_bytes,
+        result.seconds,
+        result.warnings,
+        str(path.relative_to(run.path)),
+        sum(row.parameter in masks.masks for row in result.link.rows),
+        same,
+        quantised,
+        steps,
+        compiled,
+    )
 
 
-def _quantise(folder: Path, result: ExportResult, cached: tuple[CacheGraph, ...], precision: str, spec: Export,
-              masks: MaskSet, ranges: dict[str, Range]) -> Quantisation:
+def _quantise(
+    folder: Path,
+    result: ExportResult,
+    cached: tuple[CacheGraph, ...],
+    precision: str,
+    spec: Export,
+    masks: MaskSet,
+    ranges: dict[str, Range],
+) -> Quantisation:
     """Rewrite every graph of the folder, and keep the links of what has a mask."""
-    sparse = {name for name, mask in masks.masks.items() if spec.requantise and mask.pattern.implies(TWO_FOUR)}
+    sparse = {
+        name
+        for name, mask in masks.masks.items()
+        if spec.requantise and mask.pattern.implies(TWO_FOUR)
+    }
 
     def rewrite(name: str, link: LinkMap) -> Quantisation:
-        done = insert_qdq(folder / f"{name}.onnx", link, ranges, precision, sparse, spec.scales == "tensor")
-        LinkMap(done.link.onnx, tuple(row for row in done.link.rows if row.parameter in masks.masks)).save(
-            folder / f"{name}.link.json")
+        done = insert_qdq(
+            folder / f"{name}.onnx", link, ranges, precision, sparse, spec.scales == "tensor"
+        )
+        LinkMap(
+            done.link.onnx, tuple(row for row in done.link.rows if row.parameter in masks.masks)
+        ).save(folder / f"{name}.link.json")
         return Quantisation(done.gemms, done.requantised, done.vanished, spec.scales)
 
     whole = rewrite(GRAPH, result.link)
@@ -86,13 +143,16 @@ def _steps(graphs: dict[str, Path], loaded: LoadedModel, eight: bool) -> Agreeme
     """Compare prefill and decode steps with one pass over the whole text."""
     try:
         sessions = {name: _session(path, eight) for name, path in graphs.items()}
-        return check_steps(loaded.module.float(), sessions, loaded.sample_inputs(2, 16)["input_ids"])
+        return check_steps(
+            loaded.module.float(), sessions, loaded.sample_inputs(2, 16)["input_ids"]
+        )
     except NmsparseError as error:
         return NotCompared(error.message)
 
 
 def _session(path: Path, eight: bool) -> OnnxRuntime:
-    # Beyond `basic`, ONNX Runtime moves FP8 numbers through operators that it has no FP8 kernels for.
+    # Beyond `basic`, ONNX Runtime moves FP8 numbers through operators that it has no FP8 kernels
+    # for.
     return OnnxRuntime.build(path, {"optimization": "basic"} if eight else None)
 
 
@@ -101,16 +161,21 @@ def _compiled(path: Path, progress: Progress) -> CompileOutcome:
     progress(f"compiling {path.parent.name}/{path.name} with TensorRT-RTX", 0, 0)
     try:
         compiler = TensorRtRtx.build(path)
-        return CompileOutcome(compiler.compiled.summary(), facts={"engine": compiler.name,
-                                                                   **compiler.compiled.to_json()})
+        return CompileOutcome(
+            compiler.compiled.summary(),
+            facts={"engine": compiler.name, **compiler.compiled.to_json()},
+        )
     except MissingExtra as error:
         return CompileOutcome(not_checked=error.message, hint=error.hint)
     except CheckFailed as error:
         return CompileOutcome(refused=error.message)
 
 
-def export(run: RunDir, spec: Export = Export(), progress: Progress = silent) -> list[ExportedGraph]:
-    """Export the run's model to ONNX in every asked precision, verify each graph, and compare it with the model.
+def export(
+    run: RunDir, spec: Export = Export(), progress: Progress = silent
+) -> list[ExportedGraph]:
+    """Export the run's model to ONNX in every asked precision, verify each graph, and compare it
+    with the model.
 
     Raises `CheckFailed` when an exported graph does not hold the masks.
     """
@@ -119,12 +184,19 @@ def export(run: RunDir, spec: Export = Export(), progress: Progress = silent) ->
     loaded = load_pruned(run)
     with run.lock():
         ranges: dict[str, Range] = {}
-        rows = [export_one(run, loaded, masks, precision, spec, ranges, progress) for precision in spec.precisions]
+        rows = [
+            export_one(run, loaded, masks, precision, spec, ranges, progress)
+            for precision in spec.precisions
+        ]
         run.write_json(RECORD, {"files": [row.to_json() for row in rows]})
         reports = verify(run, progress)
         bad = [report for report in reports if not report.ok]
         if bad:
             raise CheckFailed(f"An exported graph fails verification: {bad[0].summary()}")
-        run.finish("export", time.perf_counter() - start, spec=spec.model_dump(mode="json"),
-                   peak_memory_mb=peak_memory_mb())
+        run.finish(
+            "export",
+            time.perf_counter() - start,
+            spec=spec.model_dump(mode="json"),
+            peak_memory_mb=peak_memory_mb(),
+        )
     return rows

@@ -1,4 +1,5 @@
-"""What is done to the graph file after the exporter: real numbers for constant axes, no traces of this machine."""
+"""What is done to the graph file after the exporter: real numbers for constant axes, no traces of
+this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ KEPT_METADATA = ("pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy")
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output of the graph. An axis is a number, or the name of an axis that may vary."""
+    """An input or output of the graph. An axis is a number, or the name of an axis that may
+    vary."""
 
     name: str
     dtype: str
@@ -28,7 +30,8 @@ class TensorSpec:
 
 
 def tidy(path: Path) -> onnx.ModelProto:
-    """Rewrite the graph file (its weights stay where they are) and return it without its weights."""
+    """Rewrite the graph file (its weights stay where they are) and return it without its
+    weights."""
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
@@ -41,7 +44,8 @@ def tidy(path: Path) -> onnx.ModelProto:
 
 
 def fix_numeric_dims(model: onnx.ModelProto) -> int:
-    """Turn symbolic axes that are *named* "32" into the number 32, or a compiler takes them for dynamic ones.
+    """Turn symbolic axes that are *named* "32" into the number 32, or a compiler takes them for
+    dynamic ones.
 
     Returns how many there were.
     """
@@ -55,13 +59,19 @@ def fix_numeric_dims(model: onnx.ModelProto) -> int:
 
 
 def strip_metadata(model: onnx.ModelProto) -> None:
-    """Drop stack traces (paths of the exporting machine, most of the graph's size); keep each node's module path."""
+    """Drop stack traces (paths of the exporting machine, most of the graph's size); keep each
+    node's module path."""
     for node in model.graph.node:
         kept = [prop for prop in node.metadata_props if prop.key in KEPT_METADATA]
         del node.metadata_props[:]
         node.metadata_props.extend(kept)
         node.doc_string = ""
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info, *model.graph.initializer):
+    for value in (
+        *model.graph.input,
+        *model.graph.output,
+        *model.graph.value_info,
+        *model.graph.initializer,
+    ):
         del value.metadata_props[:]
         value.doc_string = ""
 
@@ -69,9 +79,9 @@ def strip_metadata(model: onnx.ModelProto) -> None:
 def expand_rotary_tables(model: onnx.ModelProto) -> int:
     """Give `RotaryEmbedding` its tables with a full batch axis, which the operator asks for.
 
-    The exporter's fusion leaves tables of batch 1, because the arithmetic it replaced broadcasts them; runtimes then
-    refuse every other batch. It also computes the same table again for every layer; those are merged. Returns how many
-    nodes were repaired.
+    The exporter's fusion leaves tables of batch 1, because the arithmetic it replaced broadcasts
+    them; runtimes then refuse every other batch. It also computes the same table again for every
+    layer; those are merged. Returns how many nodes were repaired.
     """
     from onnx import helper, numpy_helper
 
@@ -84,21 +94,37 @@ def expand_rotary_tables(model: onnx.ModelProto) -> int:
                 shape = "rotary_table_shape"
                 ones = numpy_helper.from_array(np.ones(2, np.int64), "rotary_table_ones")
                 model.graph.initializer.append(ones)
-                nodes += [helper.make_node("Shape", [node.input[0]], ["rotary_batch"], "rotary_batch", start=0, end=1),
-                          helper.make_node("Concat", ["rotary_batch", ones.name], [shape], shape, axis=0)]
+                nodes += [
+                    helper.make_node(
+                        "Shape", [node.input[0]], ["rotary_batch"], "rotary_batch", start=0, end=1
+                    ),
+                    helper.make_node("Concat", ["rotary_batch", ones.name], [shape], shape, axis=0),
+                ]
             for slot in (1, 2):
                 table = node.input[slot]
                 made = producers.get(table)
-                key = (made.op_type, *made.input) if made is not None and not made.attribute else table
+                key = (
+                    (made.op_type, *made.input)
+                    if made is not None and not made.attribute
+                    else table
+                )
                 if key not in expanded:
                     expanded[key] = f"{table}_full_batch"
-                    nodes.append(helper.make_node("Expand", [table, shape], [expanded[key]], expanded[key]))
+                    nodes.append(
+                        helper.make_node("Expand", [table, shape], [expanded[key]], expanded[key])
+                    )
                 node.input[slot] = expanded[key]
             repaired += 1
         nodes.append(node)
-    used = {name for node in nodes for name in node.input} | {value.name for value in model.graph.output}
+    used = {name for node in nodes for name in node.input} | {
+        value.name for value in model.graph.output
+    }
     repeated = {key[0] for key in expanded if isinstance(key, tuple)}
-    nodes = [node for node in nodes if node.op_type not in repeated or any(name in used for name in node.output)]
+    nodes = [
+        node
+        for node in nodes
+        if node.op_type not in repeated or any(name in used for name in node.output)
+    ]
     if repaired:
         kept = [copy.deepcopy(node) for node in nodes]
         del model.graph.node[:]
@@ -107,7 +133,8 @@ def expand_rotary_tables(model: onnx.ModelProto) -> int:
 
 
 def refuse_illegal_types(model: onnx.ModelProto) -> None:
-    """Raise `NmsparseError` for a weight type that the operator has only in a later opset (a bf16 Conv before 22)."""
+    """Raise `NmsparseError` for a weight type that the operator has only in a later opset (a bf16
+    Conv before 22)."""
     import onnx
 
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
@@ -119,8 +146,10 @@ def refuse_illegal_types(model: onnx.ModelProto) -> None:
         for name, slot in zip(node.input, formal):
             kind = onnx.TensorProto.DataType.Name(kinds[name]).lower() if name in kinds else ""
             if kind and f"tensor({kind})" not in slot.types:
-                raise NmsparseError(f"ONNX opset {opset} has no {node.op_type} for {kind}, which '{node.name}' needs.",
-                                    "export with a later opset (--opset 23) or another precision")
+                raise NmsparseError(
+                    f"ONNX opset {opset} has no {node.op_type} for {kind}, which '{node.name}' needs.",
+                    "export with a later opset (--opset 23) or another precision",
+                )
 
 
 def tensor_specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
@@ -136,16 +165,29 @@ def tensor_specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...
 
 
 def fixed_axes(specs: Iterable[TensorSpec], asked: Mapping[str, Collection[int]]) -> list[str]:
-    """Return sentences about axes that were asked to vary and came out as a number, and inputs that are gone: both
-    happen without a word from the tracer."""
+    """Return sentences about axes that were asked to vary and came out as a number, and inputs that
+    are gone: both happen without a word from the tracer."""
     by_name = {spec.name: spec for spec in specs}
-    gone = [f"The graph has no input '{name}': the model ignores it." for name in asked if name not in by_name]
-    fixed = [(name, axis, spec.shape[axis]) for name, spec in by_name.items() for axis in asked.get(name, ())]
-    return gone + [f"Axis {axis} of the input '{name}' cannot vary: tracing fixed it to {length}."
-                   for name, axis, length in fixed if isinstance(length, int)]
+    gone = [
+        f"The graph has no input '{name}': the model ignores it."
+        for name in asked
+        if name not in by_name
+    ]
+    fixed = [
+        (name, axis, spec.shape[axis])
+        for name, spec in by_name.items()
+        for axis in asked.get(name, ())
+    ]
+    return gone + [
+        f"Axis {axis} of the input '{name}' cannot vary: tracing fixed it to {length}."
+        for name, axis, length in fixed
+        if isinstance(length, int)
+    ]
 
 
 def dynamic_dims(*specs: Iterable[TensorSpec]) -> tuple[str, ...]:
     """Return names of the axes that may vary, in order of appearance."""
-    names = [axis for group in specs for spec in group for axis in spec.shape if isinstance(axis, str)]
+    names = [
+        axis for group in specs for spec in group for axis in spec.shape if isinstance(axis, str)
+    ]
     return tuple(dict.fromkeys(names))

@@ -1,4 +1,5 @@
-"""Trace, save, tidy, link: one call from a module to an ONNX file that is known to hold its weights."""
+"""Trace, save, tidy, link: one call from a module to an ONNX file that is known to hold its
+weights."""
 
 from __future__ import annotations
 
@@ -16,11 +17,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError, first_line, from_os_error
+from nmsparse_deploy.errors import (
+    MissingExtra,
+    NmsparseError,
+    UsageError,
+    first_line,
+    from_os_error,
+)
 from nmsparse_deploy.models.base import Target
 from nmsparse_deploy.ship.onnx.experts import unroll_experts
 from nmsparse_deploy.ship.onnx.link import LinkMap, link
-from nmsparse_deploy.ship.onnx.prepare import PRECISIONS, cast_copy, dynamic_shapes, take_one_output, trace_inputs
+from nmsparse_deploy.ship.onnx.prepare import (
+    PRECISIONS,
+    cast_copy,
+    dynamic_shapes,
+    take_one_output,
+    trace_inputs,
+)
 from nmsparse_deploy.ship.onnx.tidy import TensorSpec, dynamic_dims, fixed_axes, tensor_specs, tidy
 from nmsparse_deploy.ship.onnx.translate import translations
 from nmsparse_deploy.system.progress import Progress, silent
@@ -30,7 +43,8 @@ if TYPE_CHECKING:
 
 STEPS = 4
 OPSETS = range(18, 24)
-"""What the dynamo exporter of torch 2.11 to 2.13 writes. From 23 on, attention and RMSNorm are single nodes."""
+"""What the dynamo exporter of torch 2.11 to 2.13 writes. From 23 on, attention and RMSNorm are
+single nodes."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +67,10 @@ class TracedGraph:
     @property
     def size_note(self) -> str:
         """Say that ONNX stores every zero: no claim about a smaller file can be made."""
-        return (f"The ONNX files take {sum(self.files.values()) / 1e6:.1f} MB, the dense weights "
-                f"{self.dense_bytes / 1e6:.1f} MB: ONNX stores the zeros, so pruning saves nothing here.")
+        return (
+            f"The ONNX files take {sum(self.files.values()) / 1e6:.1f} MB, the dense weights "
+            f"{self.dense_bytes / 1e6:.1f} MB: ONNX stores the zeros, so pruning saves nothing here."
+        )
 
 
 @dataclass(frozen=True)
@@ -82,16 +98,22 @@ def export_onnx(
 ) -> ExportResult:
     """Write `NAME.onnx`, `NAME.onnx.data` and `NAME.link.json` into `folder`.
 
-    `inputs` are the keyword arguments of one forward pass; `output` is the field of the result to keep (by default the
-    logits, else the last hidden state). The caller's module is left as it is. With `dynamic`, the batch and, for
-    inputs of two axes, the sequence may vary. Either all three files appear or none.
+    `inputs` are the keyword arguments of one forward pass; `output` is the field of the result to
+    keep (by default the logits, else the last hidden state). The caller's module is left as it is.
+    With `dynamic`, the batch and, for inputs of two axes, the sequence may vary. Either all three
+    files appear or none.
 
-    Raises `NmsparseError` when the model cannot be traced, `CheckFailed` when a target's values are not in the graph.
+    Raises `NmsparseError` when the model cannot be traced, `CheckFailed` when a target's values are
+    not in the graph.
     """
     if precision not in PRECISIONS:
-        raise UsageError(f"'{precision}' is not a precision; choose one of {', '.join(PRECISIONS)}.")
+        raise UsageError(
+            f"'{precision}' is not a precision; choose one of {', '.join(PRECISIONS)}."
+        )
     if opset not in OPSETS:
-        raise UsageError(f"Opset {opset} cannot be exported; choose one from {OPSETS[0]} to {OPSETS[-1]}.")
+        raise UsageError(
+            f"Opset {opset} cannot be exported; choose one from {OPSETS[0]} to {OPSETS[-1]}."
+        )
     if Path(name).name != name:
         raise UsageError(f"'{name}' is not a file name.")
     _require("onnx", "onnxscript")
@@ -103,20 +125,49 @@ def export_onnx(
     sample = trace_inputs(inputs, dtype, dynamic)
     taken = take_one_output(copied, list(sample), output)
     shapes = dynamic_shapes(sample) if dynamic else None
-    model, linked, files = write_graph(copied, sample, shapes, taken, folder, name, targets, opset,
-                                       lambda what, step: progress(f"exporting ONNX {precision}: {what}", step, STEPS))
+    model, linked, files = write_graph(
+        copied,
+        sample,
+        shapes,
+        taken,
+        folder,
+        name,
+        targets,
+        opset,
+        lambda what, step: progress(f"exporting ONNX {precision}: {what}", step, STEPS),
+    )
     progress(f"exported ONNX {precision}", 4, STEPS)
     given, made = tensor_specs(model.graph.input), tensor_specs(model.graph.output)
     if dynamic:
         notes += fixed_axes(given, dict(zip(sample, dynamic_shapes(sample))))
-    return ExportResult(name, files, precision, opset, given, made, dynamic_dims(given, made), _dense_bytes(copied),
-                        time.perf_counter() - start, tuple(notes), linked)
+    return ExportResult(
+        name,
+        files,
+        precision,
+        opset,
+        given,
+        made,
+        dynamic_dims(given, made),
+        _dense_bytes(copied),
+        time.perf_counter() - start,
+        tuple(notes),
+        linked,
+    )
 
 
-def write_graph(module: nn.Module, sample: Mapping[str, torch.Tensor], shapes: tuple[Any, ...] | None,
-                outputs: Sequence[str], folder: Path, name: str, targets: Sequence[Target], opset: int,
-                progress: Callable[[str, int], None]) -> tuple[onnx.ModelProto, LinkMap, dict[str, int]]:
-    """Trace a prepared module and write its three files; returns the graph without weights, the link map and the sizes.
+def write_graph(
+    module: nn.Module,
+    sample: Mapping[str, torch.Tensor],
+    shapes: tuple[Any, ...] | None,
+    outputs: Sequence[str],
+    folder: Path,
+    name: str,
+    targets: Sequence[Target],
+    opset: int,
+    progress: Callable[[str, int], None],
+) -> tuple[onnx.ModelProto, LinkMap, dict[str, int]]:
+    """Trace a prepared module and write its three files; returns the graph without weights, the
+    link map and the sizes.
 
     `outputs` may be filled while the module is traced.
     """
@@ -139,12 +190,25 @@ def write_graph(module: nn.Module, sample: Mapping[str, torch.Tensor], shapes: t
         raise from_os_error(error) from error
 
 
-def _trace(module: nn.Module, sample: Mapping[str, torch.Tensor], opset: int, shapes: tuple[Any, ...] | None) -> Any:
+def _trace(
+    module: nn.Module,
+    sample: Mapping[str, torch.Tensor],
+    opset: int,
+    shapes: tuple[Any, ...] | None,
+) -> Any:
     try:
         with _quiet(), torch.no_grad():
-            program = torch.onnx.export(module, tuple(sample.values()), dynamo=True, opset_version=opset, verbose=False,
-                                        input_names=list(sample), dynamic_shapes=(shapes,) if shapes else None,
-                                        optimize=not _has_batch_norm(module), custom_translation_table=translations())
+            program = torch.onnx.export(
+                module,
+                tuple(sample.values()),
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                input_names=list(sample),
+                dynamic_shapes=(shapes,) if shapes else None,
+                optimize=not _has_batch_norm(module),
+                custom_translation_table=translations(),
+            )
     except NmsparseError:
         raise
     except Exception as error:
@@ -152,13 +216,16 @@ def _trace(module: nn.Module, sample: Mapping[str, torch.Tensor], opset: int, sh
         if isinstance(cause, NmsparseError):
             raise cause from error
         hint = "try dynamic=False, which exports the exact shapes of the sample" if shapes else None
-        raise NmsparseError(f"The model could not be exported to ONNX: {type(cause).__name__}: {first_line(cause)}.",
-                            hint) from error
+        raise NmsparseError(
+            f"The model could not be exported to ONNX: {type(cause).__name__}: {first_line(cause)}.",
+            hint,
+        ) from error
     return program
 
 
 def _has_batch_norm(module: nn.Module) -> bool:
-    """Tell whether there is a batch norm, which the exporter's optimizer would fold into the convolution before it."""
+    """Tell whether there is a batch norm, which the exporter's optimizer would fold into the
+    convolution before it."""
     return any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules())
 
 
@@ -185,8 +252,11 @@ def _require(*packages: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter, which logs and warns about packages that nobody asked for; real failures are exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    """Silence the exporter, which logs and warns about packages that nobody asked for; real
+    failures are exceptions."""
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

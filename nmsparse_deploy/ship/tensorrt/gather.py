@@ -1,4 +1,5 @@
-"""The evidence for an engine: everything that lies beside it, held against the graph that it was built from."""
+"""The evidence for an engine: everything that lies beside it, held against the graph that it was
+built from."""
 
 from __future__ import annotations
 
@@ -19,12 +20,16 @@ from nmsparse_deploy.ship.tensorrt.sidecar import KERNELS, LAYERS, LOG, Sidecar
 from nmsparse_deploy.system.progress import Progress, silent
 
 
-def verify_engine(engine: Path, counters: Path | None = None, progress: Progress = silent) -> EngineEvidence:
-    """Read the evidence for an engine file again from what the build left beside it; nothing is loaded or run.
+def verify_engine(
+    engine: Path, counters: Path | None = None, progress: Progress = silent
+) -> EngineEvidence:
+    """Read the evidence for an engine file again from what the build left beside it; nothing is
+    loaded or run.
 
-    The graph must be, byte for byte, what the engine was built from, and is verified again: against the masks of its
-    run where it lies in one, else by its values. `counters` is the CSV output of Nsight Compute. Raises `UsageError`
-    for a file without a sidecar, `CheckFailed` for one that is not what its sidecar says.
+    The graph must be, byte for byte, what the engine was built from, and is verified again: against
+    the masks of its run where it lies in one, else by its values. `counters` is the CSV output of
+    Nsight Compute. Raises `UsageError` for a file without a sidecar, `CheckFailed` for one that is
+    not what its sidecar says.
     """
     if not engine.is_file():
         raise UsageError(f"There is no engine '{engine}'.")
@@ -41,20 +46,36 @@ def verify_engine(engine: Path, counters: Path | None = None, progress: Progress
     return gather(engine, sidecar, report, link, read_counters(counters) if counters else None)
 
 
-def gather(engine: Path, sidecar: Sidecar, report: VerifyReport, link: LinkMap | None,
-           counters: Counters | None = None) -> EngineEvidence:
+def gather(
+    engine: Path,
+    sidecar: Sidecar,
+    report: VerifyReport,
+    link: LinkMap | None,
+    counters: Counters | None = None,
+) -> EngineEvidence:
     """Climb the ladder with everything that lies beside the engine."""
     onnx = sidecar.onnx_path(engine)
-    texts = {suffix: engine.with_suffix(suffix).read_text(encoding="utf-8", errors="replace")
-             for suffix in (LOG, LAYERS, KERNELS) if engine.with_suffix(suffix).is_file()}
+    texts = {
+        suffix: engine.with_suffix(suffix).read_text(encoding="utf-8", errors="replace")
+        for suffix in (LOG, LAYERS, KERNELS)
+        if engine.with_suffix(suffix).is_file()
+    }
     log = parse_log(texts[LOG]) if LOG in texts else None
     if log is not None and log.memory:
-        raise CheckFailed(f"The log of '{engine}' says that tactics were left out for lack of memory, so its choice "
-                          f"means nothing: {log.memory[0]}")
-    sources = Sources({check.node: check for check in report.checks if check.node},
-                      sidecar.settings.sparse, log,
-                      parse_inspector(texts[LAYERS], f"'{engine.with_suffix(LAYERS)}'") if LAYERS in texts else None,
-                      _kernels(engine, texts[KERNELS]) if KERNELS in texts else None, counters)
+        raise CheckFailed(
+            f"The log of '{engine}' says that tactics were left out for lack of memory, so its choice "
+            f"means nothing: {log.memory[0]}"
+        )
+    sources = Sources(
+        {check.node: check for check in report.checks if check.node},
+        sidecar.settings.sparse,
+        log,
+        parse_inspector(texts[LAYERS], f"'{engine.with_suffix(LAYERS)}'")
+        if LAYERS in texts
+        else None,
+        _kernels(engine, texts[KERNELS]) if KERNELS in texts else None,
+        counters,
+    )
     return climb(engine.name, str(onnx), gemms(onnx, link, sidecar.settings.shapes), sources)
 
 
@@ -66,9 +87,14 @@ def _kernels(engine: Path, text: str) -> Kernels:
 
 
 def read_counters(path: Path) -> Counters:
-    """Read the table of metrics of `ncu --csv`: by kernel and counter the value, added up over launches."""
+    """Read the table of metrics of `ncu --csv`: by kernel and counter the value, added up over
+    launches."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line[:1] == '"']
+        lines = [
+            line
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line[:1] == '"'
+        ]
         counters: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         for row in csv.DictReader(lines):
             metric = row["Metric Name"].partition(".")[0]
@@ -77,6 +103,8 @@ def read_counters(path: Path) -> Counters:
     except (OSError, KeyError, ValueError, AttributeError, csv.Error) as error:
         raise UsageError(f"'{path}' is not the CSV output of Nsight Compute: {error}.") from error
     if not counters:
-        raise UsageError(f"'{path}' holds no counter that ends in sparsity_on or sparsity_off.",
-                         "see docs/tensorrt.md for the command")
+        raise UsageError(
+            f"'{path}' holds no counter that ends in sparsity_on or sparsity_off.",
+            "see docs/tensorrt.md for the command",
+        )
     return counters

@@ -1,6 +1,8 @@
-"""The `tensorrt` module of this machine: is it there, can it be used, and the two objects that it calls back.
+"""The `tensorrt` module of this machine: is it there, can it be used, and the two objects that it
+calls back.
 
-An exception that leaves a callback ends the process, so callbacks keep it and the builder code raises it afterwards.
+An exception that leaves a callback ends the process, so callbacks keep it and the builder code
+raises it afterwards.
 """
 
 from __future__ import annotations
@@ -20,35 +22,45 @@ SEVERITIES = {"VERBOSE": "V", "INFO": "I", "WARNING": "W", "ERROR": "E", "INTERN
 
 
 def require_cuda(what: str) -> None:
-    """Raise `NmsparseError` without a CUDA device. Ask before anything else: without one, TensorRT may crash."""
+    """Raise `NmsparseError` without a CUDA device. Ask before anything else: without one, TensorRT
+    may crash."""
     if why := no_cuda():
-        raise NmsparseError(f"{what} needs an NVIDIA GPU: {why}.",
-                            f"run it on a machine with one, after pip install 'nmsparse-deploy[{extra()}]'")
+        raise NmsparseError(
+            f"{what} needs an NVIDIA GPU: {why}.",
+            f"run it on a machine with one, after pip install 'nmsparse-deploy[{extra()}]'",
+        )
 
 
 def load_tensorrt(what: str) -> Any:
-    """Import `tensorrt`. Raises `MissingExtra` without it, `NmsparseError` when its libraries do not load."""
+    """Import `tensorrt`. Raises `MissingExtra` without it, `NmsparseError` when its libraries do
+    not load."""
     try:
         import tensorrt
     except ModuleNotFoundError as error:
         raise MissingExtra("tensorrt", extra(), what) from error
     except (ImportError, OSError) as error:
-        raise NmsparseError(f"TensorRT is installed, but cannot be loaded: {first_line(error)}.",
-                            f"pip install --force-reinstall 'nmsparse-deploy[{extra()}]'") from error
+        raise NmsparseError(
+            f"TensorRT is installed, but cannot be loaded: {first_line(error)}.",
+            f"pip install --force-reinstall 'nmsparse-deploy[{extra()}]'",
+        ) from error
     return tensorrt
 
 
 def extra() -> str:
-    """Return the extra of TensorRT 11, unless ONNX Runtime's own TensorRT provider is here, which loads TensorRT 10."""
+    """Return the extra of TensorRT 11, unless ONNX Runtime's own TensorRT provider is here, which
+    loads TensorRT 10."""
     providers = find_spec("onnxruntime")
     folders = providers.submodule_search_locations if providers else None
-    shared = (Path(folder) / "capi" / "libonnxruntime_providers_tensorrt.so" for folder in folders or ())
+    shared = (
+        Path(folder) / "capi" / "libonnxruntime_providers_tensorrt.so" for folder in folders or ()
+    )
     return "trt10" if any(path.is_file() for path in shared) else "trt11"
 
 
 @cache
 def recorder(trt: Any) -> Any:
-    """Return the one logger of this process: TensorRT goes on writing to the first that it was given."""
+    """Return the one logger of this process: TensorRT goes on writing to the first that it was
+    given."""
 
     class Recorder(trt.ILogger):
         def __init__(self) -> None:
@@ -65,7 +77,8 @@ def recorder(trt: Any) -> Any:
 
         @contextmanager
         def writing_to(self, path: Path) -> Iterator[None]:
-            """Write every message to `path`, one severity letter in front; raises what was kept when it ends well."""
+            """Write every message to `path`, one severity letter in front; raises what was kept
+            when it ends well."""
             self.kept = None
             with open(path, "w", encoding="utf-8", errors="backslashreplace") as self.file:
                 try:
@@ -83,7 +96,8 @@ def recorder(trt: Any) -> Any:
 
 
 def monitor(trt: Any, logger: Any, name: str, progress: Progress) -> Any:
-    """Return a monitor of the build's outermost phases that stops it once something was kept from being raised."""
+    """Return a monitor of the build's outermost phases that stops it once something was kept from
+    being raised."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:

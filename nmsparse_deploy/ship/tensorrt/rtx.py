@@ -1,8 +1,9 @@
 """TensorRT-RTX without a GPU: does the graph parse and compile, and what becomes of every GEMM?
 
-Its compiler is the family of TensorRT's own and runs on any machine, and its verbose log lists the layers of the plan.
-It chooses no kernels before it sees a GPU and never says whether one is sparse, so the evidence for a layer ends at
-"compiles" here. A plan is never deserialised: without a GPU that can end the process.
+Its compiler is the family of TensorRT's own and runs on any machine, and its verbose log lists the
+layers of the plan. It chooses no kernels before it sees a GPU and never says whether one is sparse,
+so the evidence for a layer ends at "compiles" here. A plan is never deserialised: without a GPU
+that can end the process.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ import numpy as np
 from pydantic import Field
 
 from nmsparse_deploy.errors import CheckFailed, MissingExtra, NmsparseError, UsageError
-from nmsparse_deploy.ship.engine import Engine, EngineSettings, Inspection, Recorded, Tensor, settings_of
+from nmsparse_deploy.ship.engine import (
+    Engine,
+    EngineSettings,
+    Inspection,
+    Recorded,
+    Tensor,
+    settings_of,
+)
 from nmsparse_deploy.ship.tensorrt.rtx_layers import LISTED, PlanLayer, layers
 
 EXTRA = "trt-rtx"
@@ -28,7 +36,8 @@ WIDE = "Float"
 
 @dataclass(frozen=True)
 class FusedGemm:
-    """One GEMM of the plan. `nodes` are the ONNX nodes with a weight that it computes; several have been merged."""
+    """One GEMM of the plan. `nodes` are the ONNX nodes with a weight that it computes; several have
+    been merged."""
 
     name: str
     kind: str
@@ -57,20 +66,33 @@ class Compiled:
     merged: tuple[tuple[str, ...], ...]
     """Groups of ONNX nodes that became one GEMM."""
     generated: tuple[str, ...]
-    """ONNX nodes with a weight that became generated code: no matrix kernel, so no sparse one (a single row)."""
+    """ONNX nodes with a weight that became generated code: no matrix kernel, so no sparse one (a
+    single row)."""
     lost: tuple[str, ...]
     """ONNX nodes with a weight that no layer of the plan names."""
     wide: tuple[str, ...]
     """ONNX nodes with a weight whose GEMM reads fp32 though the graph stores something narrower."""
 
     def to_json(self) -> Recorded:
-        return {**asdict(self), "rung": LEVEL, "eight_bit_gemms": sum(gemm.eight_bit for gemm in self.gemms)}
+        return {
+            **asdict(self),
+            "rung": LEVEL,
+            "eight_bit_gemms": sum(gemm.eight_bit for gemm in self.gemms),
+        }
 
     def summary(self) -> str:
         """Return what became of the graph in one sentence."""
-        merged = f", {len(self.merged)} of them merged from {sum(map(len, self.merged))}" if self.merged else ""
+        merged = (
+            f", {len(self.merged)} of them merged from {sum(map(len, self.merged))}"
+            if self.merged
+            else ""
+        )
         parts = [f"compiles to {len(self.gemms)} GEMMs{merged}"]
-        parts += [f"{len(self.generated)} products of one row became generated code"] if self.generated else []
+        parts += (
+            [f"{len(self.generated)} products of one row became generated code"]
+            if self.generated
+            else []
+        )
         parts += [f"{len(self.wide)} GEMMs read fp32 unexpectedly"] if self.wide else []
         parts += [f"{len(self.lost)} products are in no layer"] if self.lost else []
         return f"TensorRT-RTX {self.version} {'; '.join(parts)}"
@@ -86,8 +108,11 @@ class RtxSettings(EngineSettings):
     @property
     def sizes(self) -> dict[str, int]:
         """Return the length of every axis by its name."""
-        return {"batch": self.batch, **dict.fromkeys(("sequence", "decoder_sequence", "text"), self.length),
-                "past": self.past}
+        return {
+            "batch": self.batch,
+            **dict.fromkeys(("sequence", "decoder_sequence", "text"), self.length),
+            "past": self.past,
+        }
 
 
 class TensorRtRtx(Engine):
@@ -114,28 +139,44 @@ class TensorRtRtx(Engine):
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, log)
         if not parser.parse_from_file(str(artefact)):
-            raise CheckFailed(f"TensorRT-RTX cannot parse '{artefact}': {_first_error(parser, log.lines)}")
+            raise CheckFailed(
+                f"TensorRT-RTX cannot parse '{artefact}': {_first_error(parser, log.lines)}"
+            )
         config = builder.create_builder_config()
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         config.add_optimization_profile(_profile(builder, network, artefact, sizes))
         plan = builder.build_serialized_network(network, config)
         if plan is None:
-            raise CheckFailed(f"TensorRT-RTX cannot compile '{artefact}': {_first_error(None, log.lines)}")
-        listed = [layer for _, message in log.lines if LISTED in message for layer in layers(message)]
+            raise CheckFailed(
+                f"TensorRT-RTX cannot compile '{artefact}': {_first_error(None, log.lines)}"
+            )
+        listed = [
+            layer for _, message in log.lines if LISTED in message for layer in layers(message)
+        ]
         if not listed:
-            raise NmsparseError(f"TensorRT-RTX {trt.__version__} compiled '{artefact}' and listed no layers.")
+            raise NmsparseError(
+                f"TensorRT-RTX {trt.__version__} compiled '{artefact}' and listed no layers."
+            )
         return cls(judge(artefact, listed, trt.__version__, plan.nbytes, sizes))
 
     def inspect(self) -> Inspection:
-        facts = {name: value for name, value in self.compiled.to_json().items() if name != "version"}
-        return Inspection(self.name, self.compiled.version, None,
-                          "compiled without a GPU, and kernels are chosen where the plan is loaded",
-                          {**facts, "summary": self.compiled.summary()})
+        facts = {
+            name: value for name, value in self.compiled.to_json().items() if name != "version"
+        }
+        return Inspection(
+            self.name,
+            self.compiled.version,
+            None,
+            "compiled without a GPU, and kernels are chosen where the plan is loaded",
+            {**facts, "summary": self.compiled.summary()},
+        )
 
     def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Raise `NmsparseError`: a plan is compiled here, never loaded."""
-        raise NmsparseError("A TensorRT-RTX plan is only compiled here, never run.",
-                            "run the ONNX file in ONNX Runtime instead")
+        raise NmsparseError(
+            "A TensorRT-RTX plan is only compiled here, never run.",
+            "run the ONNX file in ONNX Runtime instead",
+        )
 
 
 def load() -> Any:
@@ -147,8 +188,11 @@ def load() -> Any:
     return tensorrt_rtx
 
 
-def judge(artefact: Path, plan: Sequence[PlanLayer], version: str, plan_bytes: int, sizes: dict[str, int]) -> Compiled:
-    """Tie the layers of a plan to the multiplications by a stored weight in the graph it was made from."""
+def judge(
+    artefact: Path, plan: Sequence[PlanLayer], version: str, plan_bytes: int, sizes: dict[str, int]
+) -> Compiled:
+    """Tie the layers of a plan to the multiplications by a stored weight in the graph it was made
+    from."""
     from nmsparse_deploy.prove.onnx_graph import OnnxGraph
 
     uses = {use.node: use for use in OnnxGraph(artefact).uses if use.op != "Conv"}
@@ -162,15 +206,36 @@ def judge(artefact: Path, plan: Sequence[PlanLayer], version: str, plan_bytes: i
             continue
         seen.update(nodes)
         # Scales of the product (alpha and beta) are single numbers in fp32, whatever is multiplied.
-        operands = tuple(t.dtype for t in (*layer.inputs, *layer.constants) if t.size > 1 and t.dtype in _OPERANDS)
-        gemms.append(FusedGemm(layer.name, layer.kind, nodes, max(uses[node].k for node in nodes),
-                               sum(uses[node].n for node in nodes), tuple(dict.fromkeys(operands)),
-                               tuple(dict.fromkeys(t.dtype for t in layer.outputs))))
+        operands = tuple(
+            t.dtype
+            for t in (*layer.inputs, *layer.constants)
+            if t.size > 1 and t.dtype in _OPERANDS
+        )
+        gemms.append(
+            FusedGemm(
+                layer.name,
+                layer.kind,
+                nodes,
+                max(uses[node].k for node in nodes),
+                sum(uses[node].n for node in nodes),
+                tuple(dict.fromkeys(operands)),
+                tuple(dict.fromkeys(t.dtype for t in layer.outputs)),
+            )
+        )
         if WIDE in operands:
             wide.update(node for node in nodes if uses[node].dtype != "F32")
     merged = tuple(gemm.nodes for gemm in gemms if len(gemm.nodes) > 1)
-    return Compiled(version, plan_bytes, sizes, len(plan), tuple(gemms), merged,
-                    tuple(sorted(mentioned - seen)), tuple(sorted(uses.keys() - mentioned)), tuple(sorted(wide)))
+    return Compiled(
+        version,
+        plan_bytes,
+        sizes,
+        len(plan),
+        tuple(gemms),
+        merged,
+        tuple(sorted(mentioned - seen)),
+        tuple(sorted(uses.keys() - mentioned)),
+        tuple(sorted(wide)),
+    )
 
 
 _OPERANDS = ("Float", "Half", "BFloat16", "Int8", "FP8")
@@ -195,7 +260,9 @@ class _Log:
 def _first_error(parser: Any, lines: Sequence[tuple[str, str]]) -> str:
     """Return TensorRT-RTX's own words for what went wrong, in one line."""
     errors = [parser.get_error(i) for i in range(parser.num_errors)] if parser else []
-    reasons = [f"node '{error.node_name()}' ({error.node_operator()}): {error.desc()}" for error in errors]
+    reasons = [
+        f"node '{error.node_name()}' ({error.node_operator()}): {error.desc()}" for error in errors
+    ]
     reasons += [message for severity, message in lines if severity in ("ERROR", "INTERNAL_ERROR")]
     text = " ".join(next(iter(reasons), "no reason given").split())
     return text[:300] if text.endswith(".") else f"{text[:300]}."
@@ -218,12 +285,15 @@ def _profile(builder: Any, network: Any, artefact: Path, sizes: Mapping[str, int
 
 
 def size_of(axis: int | str, sizes: Mapping[str, int], tensor: str) -> int:
-    """Return the length of an axis: a number, a name, or a sum of them (`past + 1`). Raises `UsageError`."""
+    """Return the length of an axis: a number, a name, or a sum of them (`past + 1`). Raises
+    `UsageError`."""
     if isinstance(axis, int):
         return axis
     total = 0
     for part in re.split(r"\s*\+\s*", axis.strip()):
         if not part.isdecimal() and part not in sizes:
-            raise UsageError(f"Axis '{axis}' of the input '{tensor}' may vary, and no size was given for '{part}'.")
+            raise UsageError(
+                f"Axis '{axis}' of the input '{tensor}' may vary, and no size was given for '{part}'."
+            )
         total += int(part) if part.isdecimal() else sizes[part]
     return total

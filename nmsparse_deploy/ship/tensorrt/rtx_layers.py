@@ -47,7 +47,9 @@ class PlanLayer:
 
 
 _LINE = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), (?P<rest>.*)$")
-_TENSOR = re.compile(r"\{ ?Name: (?P<name>.*?), Dimensions: \[(?P<shape>[\d,]*)\],.*?Datatype: (?P<dtype>\w+)")
+_TENSOR = re.compile(
+    r"\{ ?Name: (?P<name>.*?), Dimensions: \[(?P<shape>[\d,]*)\],.*?Datatype: (?P<dtype>\w+)"
+)
 _ONNX = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _TACTIC = re.compile(r"TacticName: (.*?), StreamId")
 
@@ -60,13 +62,21 @@ def layers(text: str) -> list[PlanLayer]:
 def _layer(match: re.Match[str]) -> PlanLayer:
     rest = match["rest"]
     tactic = _TACTIC.search(rest)
-    return PlanLayer(match["name"], match["kind"], _tensors(rest, "Inputs", "Constants"),
-                 _tensors(rest, "Constants", "Outputs"), _tensors(rest, "Outputs", "TacticName"),
-                 tactic[1] if tactic else "", tuple(_ONNX.findall(rest)))
+    return PlanLayer(
+        match["name"],
+        match["kind"],
+        _tensors(rest, "Inputs", "Constants"),
+        _tensors(rest, "Constants", "Outputs"),
+        _tensors(rest, "Outputs", "TacticName"),
+        tactic[1] if tactic else "",
+        tuple(_ONNX.findall(rest)),
+    )
 
 
 def _tensors(rest: str, start: str, stop: str) -> tuple[LayerTensor, ...]:
     """Return what lies between two headings of a line."""
     part = rest.partition(f"{start}: ")[2].partition(f"{stop}: ")[0]
-    return tuple(LayerTensor(t["name"], tuple(int(n) for n in t["shape"].split(",") if n), t["dtype"])
-                 for t in _TENSOR.finditer(part))
+    return tuple(
+        LayerTensor(t["name"], tuple(int(n) for n in t["shape"].split(",") if n), t["dtype"])
+        for t in _TENSOR.finditer(part)
+    )

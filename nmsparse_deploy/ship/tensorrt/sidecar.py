@@ -1,8 +1,9 @@
 """The file beside an engine that says what it is: `NAME.engine` is nothing without `NAME.json`.
 
-It ties the engine to the very bytes of the ONNX graph and of its weights by SHA-256, so that what was proven about the
-graph may be said of the engine, and records settings, versions and the GPU. The raw evidence lies beside it: `NAME.log`
-(the builder's every message), `NAME.layers.json` (the inspector) and, once it was watched, `NAME.kernels.json`.
+It ties the engine to the very bytes of the ONNX graph and of its weights by SHA-256, so that what
+was proven about the graph may be said of the engine, and records settings, versions and the GPU.
+The raw evidence lies beside it: `NAME.log` (the builder's every message), `NAME.layers.json` (the
+inspector) and, once it was watched, `NAME.kernels.json`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from nmsparse_deploy.errors import CheckFailed, UsageError
 from nmsparse_deploy.system.assets import digest
 
 FORMAT = "nmsparse-engine-1"
-LOG, LAYERS, KERNELS, CACHE, FAILED_LOG = ".log", ".layers.json", ".kernels.json", ".cache", ".failed.log"
+LOG, LAYERS, KERNELS, CACHE, FAILED_LOG = (
+    ".log",
+    ".layers.json",
+    ".kernels.json",
+    ".cache",
+    ".failed.log",
+)
 FILES = (".engine", LOG, LAYERS, KERNELS, CACHE, FAILED_LOG)
 
 
@@ -80,11 +87,14 @@ class Sidecar:
 
     @classmethod
     def load(cls, engine: Path) -> Sidecar:
-        """Return the sidecar of an engine file. Raises `UsageError` when it is missing or damaged."""
+        """Return the sidecar of an engine file. Raises `UsageError` when it is missing or
+        damaged."""
         path = engine.with_suffix(".json")
         if not path.is_file():
-            raise UsageError(f"'{engine}' has no '{path.name}' beside it, so nothing ties it to an ONNX file.",
-                             "nmsparse-deploy build writes both")
+            raise UsageError(
+                f"'{engine}' has no '{path.name}' beside it, so nothing ties it to an ONNX file.",
+                "nmsparse-deploy build writes both",
+            )
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data.pop("format") != FORMAT:
@@ -92,26 +102,39 @@ class Sidecar:
             return TypeAdapter(cls).validate_python(data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-            raise UsageError(f"'{path}' is damaged or not the sidecar of an engine: {what}.") from error
+            raise UsageError(
+                f"'{path}' is damaged or not the sidecar of an engine: {what}."
+            ) from error
 
     def onnx_path(self, engine: Path) -> Path:
         return Path(os.path.normpath(engine.parent / self.onnx[0].path))
 
     def check(self, engine: Path) -> None:
-        """Raise `CheckFailed` unless the engine and the ONNX files are, byte for byte, those of the build."""
+        """Raise `CheckFailed` unless the engine and the ONNX files are, byte for byte, those of the
+        build."""
         if engine.stat().st_size != self.engine.bytes:
-            raise CheckFailed(f"'{engine}' has {engine.stat().st_size:,} bytes, but {self.engine.bytes:,} were built: "
-                              "it is truncated or another file.", "nmsparse-deploy build makes it again")
+            raise CheckFailed(
+                f"'{engine}' has {engine.stat().st_size:,} bytes, but {self.engine.bytes:,} were built: "
+                "it is truncated or another file.",
+                "nmsparse-deploy build makes it again",
+            )
         if digest(engine) != self.engine.sha256:
-            raise CheckFailed(f"'{engine}' is not the file that was built: its SHA-256 differs.",
-                              "nmsparse-deploy build makes it again")
+            raise CheckFailed(
+                f"'{engine}' is not the file that was built: its SHA-256 differs.",
+                "nmsparse-deploy build makes it again",
+            )
         for file in self.onnx:
             path = Path(os.path.normpath(engine.parent / file.path))
             if not path.is_file():
-                raise CheckFailed(f"'{path}', which '{engine.name}' was built from, is not there any more.")
+                raise CheckFailed(
+                    f"'{path}', which '{engine.name}' was built from, is not there any more."
+                )
             if path.stat().st_size != file.bytes or digest(path) != file.sha256:
-                raise CheckFailed(f"'{path}' has changed since '{engine.name}' was built from it, so what it holds "
-                                  "says nothing about the engine.", "nmsparse-deploy build makes a new one")
+                raise CheckFailed(
+                    f"'{path}' has changed since '{engine.name}' was built from it, so what it holds "
+                    "says nothing about the engine.",
+                    "nmsparse-deploy build makes a new one",
+                )
 
 
 def identify(path: Path, seen_from: Path) -> FileId:
@@ -123,8 +146,13 @@ def onnx_files(graph: Path) -> Sequence[Path]:
     import onnx
 
     tensors = onnx.load(str(graph), load_external_data=False).graph.initializer
-    names = {entry.value for tensor in tensors if tensor.data_location == onnx.TensorProto.EXTERNAL
-             for entry in tensor.external_data if entry.key == "location"}
+    names = {
+        entry.value
+        for tensor in tensors
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
     folder = graph.parent.resolve()
     outside = sorted(name for name in names if not (folder / name).resolve().is_relative_to(folder))
     if outside:

@@ -1,7 +1,7 @@
 """From an exported graph of a run to TensorRT engines and the evidence for each.
 
-Every graph gets twins: the same graph with the same settings, sparse weights allowed and not allowed. What separates
-their speed is the sparse kernels alone, as far as the evidence shows any.
+Every graph gets twins: the same graph with the same settings, sparse weights allowed and not
+allowed. What separates their speed is the sparse kernels alone, as far as the evidence shows any.
 
     RUN/engines/fp16-1x128/sparse-on.engine   with sparse-on.json .log .layers.json .kernels.json .cache
                            sparse-off.engine  with the same
@@ -36,17 +36,27 @@ Profile = Callable[[Path, Mapping[str, Sequence[int]]], Kernels]
 """Runs an engine once at these input shapes and counts its kernels."""
 
 
-def build_twins(run: RunDir, spec: Build, name: str, verify: Callable[[Path, MaskSet, Progress], VerifyReport],
-                profile: Profile, progress: Progress) -> list[BuiltEngine]:
-    """Verify the run's ONNX graph, build its TensorRT twins, profile them once, and gather the evidence.
+def build_twins(
+    run: RunDir,
+    spec: Build,
+    name: str,
+    verify: Callable[[Path, MaskSet, Progress], VerifyReport],
+    profile: Profile,
+    progress: Progress,
+) -> list[BuiltEngine]:
+    """Verify the run's ONNX graph, build its TensorRT twins, profile them once, and gather the
+    evidence.
 
-    Raises `UsageError` for a graph that is not there or has no low-precision weights, `CheckFailed` when the graph does
-    not hold the masks or a build is invalid, `NmsparseError` without a GPU or TensorRT; the ONNX files stay.
+    Raises `UsageError` for a graph that is not there or has no low-precision weights, `CheckFailed`
+    when the graph does not hold the masks or a build is invalid, `NmsparseError` without a GPU or
+    TensorRT; the ONNX files stay.
     """
     onnx = run / f"onnx/{spec.precision}/{GRAPH}.onnx"
     if not onnx.is_file():
-        raise UsageError(f"The run '{run.path}' has no ONNX file in {spec.precision}.",
-                         f"nmsparse-deploy export {run.path} --precision {spec.precision}")
+        raise UsageError(
+            f"The run '{run.path}' has no ONNX file in {spec.precision}.",
+            f"nmsparse-deploy export {run.path} --precision {spec.precision}",
+        )
     shapes = fixed_shapes(graph_inputs(onnx), spec.batch, spec.length, spec.shapes)
     if not spec.allow_fp32:
         refuse_fp32(onnx, gemms(onnx, None, shapes))
@@ -55,7 +65,9 @@ def build_twins(run: RunDir, spec: Build, name: str, verify: Callable[[Path, Mas
     load_tensorrt(what)
     report = verify(onnx, MaskSet.load(run / "masks.safetensors"), progress)
     if not report.ok:
-        raise CheckFailed(f"The graph fails verification, so no engine is built from it: {report.summary()}")
+        raise CheckFailed(
+            f"The graph fails verification, so no engine is built from it: {report.summary()}"
+        )
     settings = Settings(shapes, True, spec.level, spec.timing_iterations, None, spec.allow_fp32)
     arms = {ON: settings, OFF: replace(settings, sparse=False)}
     if spec.route:
@@ -66,13 +78,25 @@ def build_twins(run: RunDir, spec: Build, name: str, verify: Callable[[Path, Mas
         progress(f"building {arm}; this takes minutes", 0, 0)
         engine = build_engine(onnx, folder, arm, chosen, progress)
         progress(f"profiling one run of {arm}", 0, 0)
-        run.write_json(str(engine.with_suffix(KERNELS).relative_to(run.path)), profile(engine, shapes))
+        run.write_json(
+            str(engine.with_suffix(KERNELS).relative_to(run.path)), profile(engine, shapes)
+        )
         sidecar = Sidecar.load(engine)
         evidence = gather(engine, sidecar, report, LinkMap.load(onnx.with_suffix(".link.json")))
-        rows.append(BuiltEngine(name, arm, str(engine.relative_to(run.path)), str(onnx.relative_to(run.path)),
-                                sidecar.engine.bytes, asdict(sidecar.settings), asdict(sidecar.environment),
-                                sidecar.seconds, evidence,
-                                sidecar.statistics))
+        rows.append(
+            BuiltEngine(
+                name,
+                arm,
+                str(engine.relative_to(run.path)),
+                str(onnx.relative_to(run.path)),
+                sidecar.engine.bytes,
+                asdict(sidecar.settings),
+                asdict(sidecar.environment),
+                sidecar.seconds,
+                evidence,
+                sidecar.statistics,
+            )
+        )
     return rows
 
 
@@ -82,6 +106,8 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     for text in texts:
         name, _, sizes = text.rpartition("=")
         if not name or not all(size.isdecimal() for size in sizes.split("x")):
-            raise UsageError(f"'{text}' is no shape.", "write it as --shape pixel_values=1x3x224x224")
+            raise UsageError(
+                f"'{text}' is no shape.", "write it as --shape pixel_values=1x3x224x224"
+            )
         shapes[name] = tuple(int(size) for size in sizes.split("x"))
     return shapes

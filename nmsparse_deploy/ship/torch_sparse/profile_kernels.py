@@ -1,8 +1,9 @@
 """Which kernels a PyTorch model ran, layer by layer, and what that proves.
 
-One pass is profiled with a named range around every layer that was put in place. The profiler ties a kernel to the
-operation that launched it, so a kernel below a layer's range is that layer's. Inside a CUDA graph there are no ranges;
-there only the names of the kernels are counted, for the whole pass.
+One pass is profiled with a named range around every layer that was put in place. The profiler ties
+a kernel to the operation that launched it, so a kernel below a layer's range is that layer's.
+Inside a CUDA graph there are no ranges; there only the names of the kernels are counted, for the
+whole pass.
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ class LayerGemm:
     """Why the dense kernel was chosen; None where the sparse one was."""
 
 
-def profile_kernels(call: Callable[[], Any], module: nn.Module,
-                    paths: Iterable[str]) -> tuple[dict[str, KernelCounts], KernelCounts]:
-    """Run `call` once to warm up and once profiled; returns the kernels of every layer, and all kernels."""
+def profile_kernels(
+    call: Callable[[], Any], module: nn.Module, paths: Iterable[str]
+) -> tuple[dict[str, KernelCounts], KernelCounts]:
+    """Run `call` once to warm up and once profiled; returns the kernels of every layer, and all
+    kernels."""
     call()
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
@@ -104,36 +107,66 @@ def _named(module: nn.Module, paths: Iterable[str]) -> Iterator[None]:
             handle.remove()
 
 
-def evidence(engine: str, artefact: str, gemms: Iterable[LayerGemm], precision: str, rows: Mapping[str, int],
-             checks: Mapping[str, TensorCheck], kernels: Mapping[str, KernelCounts] | None,
-             ran: KernelCounts | None = None) -> EngineEvidence:
+def evidence(
+    engine: str,
+    artefact: str,
+    gemms: Iterable[LayerGemm],
+    precision: str,
+    rows: Mapping[str, int],
+    checks: Mapping[str, TensorCheck],
+    kernels: Mapping[str, KernelCounts] | None,
+    ran: KernelCounts | None = None,
+) -> EngineEvidence:
     """Gather the evidence for a PyTorch model.
 
-    `rows` are those of what a layer reads, by layer path; `kernels` None means that nobody watched; `ran` are all
-    kernels of the pass, of which sparse ones outside every layer are told.
+    `rows` are those of what a layer reads, by layer path; `kernels` None means that nobody watched;
+    `ran` are all kernels of the pass, of which sparse ones outside every layer are told.
     """
-    layers = tuple(_layer(gemm, precision, rows, checks.get(gemm.parameter), kernels) for gemm in gemms)
+    layers = tuple(
+        _layer(gemm, precision, rows, checks.get(gemm.parameter), kernels) for gemm in gemms
+    )
     placed = {name for counts in (kernels or {}).values() for name in counts}
-    stray = tuple(sorted(name for name in ran or {} if is_sparse_kernel(name) and name not in placed))
-    return EngineEvidence(engine, artefact, True, layers, "input shapes" if rows else "equal rows", unplaced=stray,
-                          unplaced_kernels=len(stray))
+    stray = tuple(
+        sorted(name for name in ran or {} if is_sparse_kernel(name) and name not in placed)
+    )
+    return EngineEvidence(
+        engine,
+        artefact,
+        True,
+        layers,
+        "input shapes" if rows else "equal rows",
+        unplaced=stray,
+        unplaced_kernels=len(stray),
+    )
 
 
-def _layer(gemm: LayerGemm, precision: str, rows: Mapping[str, int], check: TensorCheck | None,
-           kernels: Mapping[str, KernelCounts] | None) -> LayerEvidence:
+def _layer(
+    gemm: LayerGemm,
+    precision: str,
+    rows: Mapping[str, int],
+    check: TensorCheck | None,
+    kernels: Mapping[str, KernelCounts] | None,
+) -> LayerEvidence:
     proofs: dict[Level, str] = {}
     reason, text = _climb(gemm, check, kernels, proofs)
     flops = 2 * gemm.k * gemm.n * rows.get(gemm.layer, 1)
-    return LayerEvidence(gemm.layer, gemm.parameter, gemm.k, gemm.n, precision, flops, proofs, reason,
-                         text)
+    return LayerEvidence(
+        gemm.layer, gemm.parameter, gemm.k, gemm.n, precision, flops, proofs, reason, text
+    )
 
 
-def _climb(gemm: LayerGemm, check: TensorCheck | None, kernels: Mapping[str, KernelCounts] | None,
-           proofs: dict[Level, str]) -> tuple[Reason | None, str]:
+def _climb(
+    gemm: LayerGemm,
+    check: TensorCheck | None,
+    kernels: Mapping[str, KernelCounts] | None,
+    proofs: dict[Level, str],
+) -> tuple[Reason | None, str]:
     """Fill `proofs` level by level; returns why the next one was not reached."""
     if check is None or not check.ok:
         return "not in pattern", check.problems[0] if check else "its weight was not verified"
-    proofs["pattern"] = f"{check.tensor}: {check.groups} groups of {check.pattern} along axis {check.axis}, 0 bad"
+    proofs["pattern"] = (
+        f"{check.tensor}: {check.groups} groups of {check.pattern} along axis {check.axis}, 0 bad"
+    )
     if gemm.why_not is not None:
         return "shape", gemm.why_not
     proofs["shape"] = f"{gemm.k} x {gemm.n}: {shape_verdict(gemm.k, gemm.n, TWO_FOUR)}"

@@ -1,4 +1,5 @@
-"""What `torch.json` holds: the packed models of a run, and what every GEMM was decided to run on."""
+"""What `torch.json` holds: the packed models of a run, and what every GEMM was decided to run
+on."""
 
 from __future__ import annotations
 
@@ -33,16 +34,22 @@ class PackedModel(PackedSizes):
         """Return the record in sentences; `path` is where the model lies."""
         lines = [f"{path}: no weight could be packed"]
         if self.share is not None:
-            lines = [f"{path}: {self.weights} weights packed to {self.packed_bytes / 1e6:.1f} MB, {self.share:.1%} of "
-                     f"their {self.dense_bytes / 1e6:.1f} MB in {self.precision}; {self.verified} verified"]
+            lines = [
+                f"{path}: {self.weights} weights packed to {self.packed_bytes / 1e6:.1f} MB, {self.share:.1%} of "
+                f"their {self.dense_bytes / 1e6:.1f} MB in {self.precision}; {self.verified} verified"
+            ]
         lines += [f"  stored with its zeros: {name} ({why})" for name, why in self.kept.items()]
         lines += [f"  {compared(self.agreement)}"] if self.agreement else []
         made = self.decisions
         if made is None:
             return [*lines, f"  not timed here, so no GEMM is decided: {self.not_checked}"]
-        lines.append(f"  {made.kept_sparse} of {len(made.gemms)} GEMM shapes run sparse on {made.gpu}")
-        return lines + [f"  {gemm.k} x {gemm.n} ({len(gemm.weights)} weights): {gemm.keep}, {gemm.why}"
-                        for gemm in made.gemms]
+        lines.append(
+            f"  {made.kept_sparse} of {len(made.gemms)} GEMM shapes run sparse on {made.gpu}"
+        )
+        return lines + [
+            f"  {gemm.k} x {gemm.n} ({len(gemm.weights)} weights): {gemm.keep}, {gemm.why}"
+            for gemm in made.gemms
+        ]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
-"""`export --torch`: a run as PyTorch models without stored zeros, verified, and with a decision for every GEMM.
+"""`export --torch`: a run as PyTorch models without stored zeros, verified, and with a decision for
+every GEMM.
 
     RUN/torch/fp16/   packed.safetensors, config.json..., decisions.json (artefact.py)
     RUN/torch.json    sizes, agreement with the model, decisions
 
-Packing, verifying and comparing need no GPU. Timing does; without one the GEMMs stay undecided, and the record says so.
+Packing, verifying and comparing need no GPU. Timing does; without one the GEMMs stay undecided, and
+the record says so.
 """
 
 from __future__ import annotations
@@ -35,12 +37,13 @@ from nmsparse_deploy.system.progress import Progress, silent
 ON_CPU = {"mode": "dense", "device": "cpu"}
 
 
-def export_torch(run: RunDir, spec: Pack = Pack(), progress: Progress = silent,
-                 machine: Machine | None = None) -> list[PackedModel]:
+def export_torch(
+    run: RunDir, spec: Pack = Pack(), progress: Progress = silent, machine: Machine | None = None
+) -> list[PackedModel]:
     """Write, verify, compare and, on a GPU, time every asked precision; returns a record for each.
 
-    `machine` is what the GEMMs are timed on; left out: this machine's GPU, if there is one. Raises `CheckFailed` when a
-    packed model does not hold the masks.
+    `machine` is what the GEMMs are timed on; left out: this machine's GPU, if there is one. Raises
+    `CheckFailed` when a packed model does not hold the masks.
     """
     start = time.perf_counter()
     masks, loaded = MaskSet.load(run / "masks.safetensors"), load_pruned(run)
@@ -48,19 +51,34 @@ def export_torch(run: RunDir, spec: Pack = Pack(), progress: Progress = silent,
     with run.lock():
         ranges: dict[str, Range] = {}
         if any(precision in FORMATS for precision in spec.precisions):
-            masked = [target for target in targets if target.name in masks.masks and not target.watched]
+            masked = [
+                target for target in targets if target.name in masks.masks and not target.watched
+            ]
             ranges = activation_ranges(run, loaded, masked, progress)
-        rows = [_one(run, loaded, masks, list(targets), precision, ranges, spec, machine, progress)
-                for precision in spec.precisions]
+        rows = [
+            _one(run, loaded, masks, list(targets), precision, ranges, spec, machine, progress)
+            for precision in spec.precisions
+        ]
         held = run.read_json(RECORD)["artefacts"] if (run / RECORD).is_file() else []
         others = [row for row in held if row["precision"] not in spec.precisions]
-        run.write_json(RECORD, {"artefacts": [*others, *(row.to_json() for row in rows)], **environment()})
+        run.write_json(
+            RECORD, {"artefacts": [*others, *(row.to_json() for row in rows)], **environment()}
+        )
         run.finish(FOLDER, time.perf_counter() - start, spec=spec.model_dump(mode="json"))
     return rows
 
 
-def _one(run: RunDir, loaded: LoadedModel, masks: MaskSet, targets: list[Target], precision: str,
-         ranges: dict[str, Range], spec: Pack, machine: Machine | None, progress: Progress) -> PackedModel:
+def _one(
+    run: RunDir,
+    loaded: LoadedModel,
+    masks: MaskSet,
+    targets: list[Target],
+    precision: str,
+    ranges: dict[str, Range],
+    spec: Pack,
+    machine: Machine | None,
+    progress: Progress,
+) -> PackedModel:
     name = f"{FOLDER}/{precision}"
     progress(f"packing {precision}", 0, 0)
     with run.replacing(name) as folder:
@@ -73,17 +91,29 @@ def _one(run: RunDir, loaded: LoadedModel, masks: MaskSet, targets: list[Target]
             raise CheckFailed(f"The packed model fails verification: {report.summary()}")
     made, why = None, None
     try:
-        made = decide(run / name, spec, machine or require_gpu("Timing sparse against dense GEMMs"), progress)
+        made = decide(
+            run / name, spec, machine or require_gpu("Timing sparse against dense GEMMs"), progress
+        )
         run.write_json(f"{name}/{DECISIONS}", made.to_json())
     except NmsparseError as error:
         why = error.message
-    same = compare_with_model(loaded, lambda inputs: TorchSparse.build(run / name, ON_CPU).run(inputs))
-    return PackedModel(**asdict(sizes), precision=precision, path=name, verified=report.checked, agreement=same,
-                       decisions=made, not_checked=why)
+    same = compare_with_model(
+        loaded, lambda inputs: TorchSparse.build(run / name, ON_CPU).run(inputs)
+    )
+    return PackedModel(
+        **asdict(sizes),
+        precision=precision,
+        path=name,
+        verified=report.checked,
+        agreement=same,
+        decisions=made,
+        not_checked=why,
+    )
 
 
 def decide(folder: Path, spec: Pack, machine: Machine, progress: Progress = silent) -> Decisions:
-    """Decide sparse or dense for every GEMM of a packed model. Raises `NmsparseError` without sparse kernels."""
+    """Decide sparse or dense for every GEMM of a packed model. Raises `NmsparseError` without
+    sparse kernels."""
     artefact = Artefact(folder)
     why = kernels().why_not(artefact.precision)
     if why is not None:
@@ -94,5 +124,11 @@ def decide(folder: Path, spec: Pack, machine: Machine, progress: Progress = sile
             biased = f"{entry.layer}.bias" in artefact.plain
             shapes.setdefault((entry.k, entry.n, biased), []).append(name)
     decisions = decide_all(shapes, artefact.precision, spec.rows, machine, spec.rounds, progress)
-    return Decisions(machine.name if not machine.dry else "cpu", machine.dry, tuple(decisions), spec.rows,
-                     kernels().name, machine.environment())
+    return Decisions(
+        machine.name if not machine.dry else "cpu",
+        machine.dry,
+        tuple(decisions),
+        spec.rows,
+        kernels().name,
+        machine.environment(),
+    )

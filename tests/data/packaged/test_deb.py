@@ -18,7 +18,8 @@ GLOB = "usr/share/toy/*.gz"
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """An asset in a Debian package; returns a function that says what apt-get leaves in the folder."""
+    """An asset in a Debian package; returns a function that says what apt-get leaves in the
+    folder."""
     monkeypatch.setenv("NMSPARSE_CACHE", str(tmp_path / "cache"))
     run = subprocess.run
 
@@ -47,11 +48,19 @@ def test_only_the_named_files_are_taken(package, tmp_path):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name)
     (root / "DEBIAN").mkdir()
-    (root / "DEBIAN/control").write_text("Package: toy\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: toy\n")
-    subprocess.run(["dpkg-deb", "--build", "--root-owner-group", str(root), str(tmp_path / NAME)], check=True, capture_output=True)
+    (root / "DEBIAN/control").write_text(
+        "Package: toy\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: toy\n"
+    )
+    subprocess.run(
+        ["dpkg-deb", "--build", "--root-owner-group", str(root), str(tmp_path / NAME)],
+        check=True,
+        capture_output=True,
+    )
     package(tmp_path / NAME, sha256=digest(tmp_path / NAME))
     folder = corpus_folder("toy", "images")
-    assert [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()] == ["usr/share/toy/a.gz"]
+    assert [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()] == [
+        "usr/share/toy/a.gz"
+    ]
     assert corpus_folder("toy", "text") is None and corpus_folder("other", "images") is None
 
 

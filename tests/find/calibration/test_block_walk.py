@@ -1,4 +1,5 @@
-"""The calibration walk: faithful replay, one Gram per distinct input, statistics as computed by hand."""
+"""The calibration walk: faithful replay, one Gram per distinct input, statistics as computed by
+hand."""
 
 from __future__ import annotations
 
@@ -17,13 +18,20 @@ from tests.fixtures import pico
 
 IDS = torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(0))
 BATCHES = [{"input_ids": part, "use_cache": False} for part in IDS.split(2)]
-SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 64, "intermediate_size": 64}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+    "intermediate_size": 64,
+}
 MODELS = {
     "llama": pico.llama,
     "gpt2": pico.gpt2,
     # every second block of Gemma 2 gets another attention mask
     "gemma2": lambda: AutoModelForCausalLM.from_config(
-        Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=16, sliding_window=4)).eval(),
+        Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=16, sliding_window=4)
+    ).eval(),
     "gpt_neox": lambda: AutoModelForCausalLM.from_config(GPTNeoXConfig(**SMALL)).eval(),
 }
 
@@ -36,7 +44,8 @@ def test_walking_without_pruning_is_the_model_itself(name):
     found = discover(module, {"input_ids": IDS[:2]})
     seen = []
     handle = module.get_submodule(found.blocks[-1]).register_forward_hook(
-        lambda _m, _a, output: seen.append(output[0] if isinstance(output, tuple) else output))
+        lambda _m, _a, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    )
     for batch in BATCHES:
         module(**batch)
     handle.remove()
@@ -52,7 +61,9 @@ def test_statistics_are_those_of_the_inputs():
     found = discover(module, {"input_ids": IDS[:2]})
     inputs = []
     layer = module.get_submodule("model.layers.0.mlp.down_proj")
-    handle = layer.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].reshape(-1, 128)))
+    handle = layer.register_forward_pre_hook(
+        lambda _m, args: inputs.append(args[0].reshape(-1, 128))
+    )
     with torch.no_grad():
         for batch in BATCHES:
             module(**batch)
@@ -64,14 +75,17 @@ def test_statistics_are_those_of_the_inputs():
     assert down.tokens == len(x) == IDS.numel()
     torch.testing.assert_close(down.gram, x.T @ x)
     assert torch.equal(down.gram, down.gram.T)
-    norms = BlockWalk(module, found.blocks, BATCHES).statistics(0, targets, "norms")["model.layers.0.mlp.down_proj"]
+    norms = BlockWalk(module, found.blocks, BATCHES).statistics(0, targets, "norms")[
+        "model.layers.0.mlp.down_proj"
+    ]
     assert norms.gram is None
     torch.testing.assert_close(norms.rms, x.square().mean(0).sqrt())
     torch.testing.assert_close(norms.square_sum, down.square_sum)
 
 
 def test_one_gram_per_distinct_input(monkeypatch):
-    """Siblings (q/k/v, gate/up) share one accumulation: 4 inputs x 3 batches, not 7 layers x 3 batches."""
+    """Siblings (q/k/v, gate/up) share one accumulation: 4 inputs x 3 batches, not 7 layers x 3
+    batches."""
     calls = []
     original = StatsAccumulator.update
 
@@ -117,7 +131,9 @@ def test_bf16_walk_keeps_fp32_statistics_and_leaves_the_model_alone():
     assert not any(m._forward_pre_hooks for m in module.modules())
 
 
-@pytest.mark.parametrize("settings", [{}, {"stride": 2}, {"padding": 1}, {"dilation": 2}, {"kernel_size": 1}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"stride": 2}, {"padding": 1}, {"dilation": 2}, {"kernel_size": 1}]
+)
 @torch.no_grad()
 def test_convolution_statistics_match_its_matrix_form(settings):
     """Property 21: the unfolded inputs times the rows of the weight give the convolution."""
@@ -135,7 +151,8 @@ def test_convolution_statistics_match_its_matrix_form(settings):
 
 @torch.no_grad()
 def test_both_streams():
-    """Before anything is pruned the dense stream is the stream; after, it is what the dense model computes."""
+    """Before anything is pruned the dense stream is the stream; after, it is what the dense model
+    computes."""
     module = pico.llama()
     found = discover(module, {"input_ids": IDS[:2]})
     walk = BlockWalk(module, found.blocks, BATCHES, both=True)
@@ -168,19 +185,24 @@ def halved(module, path):
 
 
 def test_later_layers_see_what_is_pruned_before_them():
-    """With `weights`, statistics are those of a model that has them; the model itself stays as it is."""
+    """With `weights`, statistics are those of a model that has them; the model itself stays as it
+    is."""
     module, changed = pico.llama(), pico.llama()
     found = discover(module, {"input_ids": IDS[:2]})
     name = "model.layers.0.self_attn.v_proj"
     weights = halved(module, name)
     with torch.no_grad():
         changed.get_parameter(f"{name}.weight").copy_(weights[f"{name}.weight"])
-    mine = BlockWalk(module, found.blocks, BATCHES).statistics(0, found.of_block(0), "gram", weights)
+    mine = BlockWalk(module, found.blocks, BATCHES).statistics(
+        0, found.of_block(0), "gram", weights
+    )
     wanted = BlockWalk(changed, found.blocks, BATCHES).statistics(0, found.of_block(0), "gram")
     plain = BlockWalk(module, found.blocks, BATCHES).statistics(0, found.of_block(0), "gram")
     for fusion, stats in mine.items():
         torch.testing.assert_close(stats.gram, wanted[fusion].gram)
-        assert torch.equal(stats.gram, plain[fusion].gram) == (fusion == "model.layers.0.self_attn.q_proj")
+        assert torch.equal(stats.gram, plain[fusion].gram) == (
+            fusion == "model.layers.0.self_attn.q_proj"
+        )
 
 
 def test_drift_of_the_residual_stream():
@@ -197,15 +219,26 @@ def test_drift_of_the_residual_stream():
             module.get_parameter(target.name).mul_(0.9)
     walk.advance(0)
     stats = walk.statistics(1, found.of_block(1), "gram")
-    assert {fusion.rpartition(".")[2] for fusion, s in stats.items() if s.drift is not None} == {"o_proj", "down_proj"}
+    assert {fusion.rpartition(".")[2] for fusion, s in stats.items() if s.drift is not None} == {
+        "o_proj",
+        "down_proj",
+    }
     seen: dict[str, torch.Tensor] = {}
     layer = changed.model.layers[1].self_attn.o_proj
     layer.register_forward_pre_hook(lambda _m, args: seen.update(x=args[0]))
     with torch.no_grad():
-        dense = pico.llama().model(input_ids=IDS, output_hidden_states=True, use_cache=False).hidden_states[1]
-        sparse = changed.model(input_ids=IDS, output_hidden_states=True, use_cache=False).hidden_states[1]
+        dense = (
+            pico.llama()
+            .model(input_ids=IDS, output_hidden_states=True, use_cache=False)
+            .hidden_states[1]
+        )
+        sparse = changed.model(
+            input_ids=IDS, output_hidden_states=True, use_cache=False
+        ).hidden_states[1]
     wanted = (dense - sparse).reshape(-1, 64).T @ seen["x"].reshape(-1, 64)
-    torch.testing.assert_close(stats["model.layers.1.self_attn.o_proj"].drift, wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        stats["model.layers.1.self_attn.o_proj"].drift, wanted, rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("need", ["norms", "gram"])

@@ -1,4 +1,5 @@
-"""The stream through models in which something lies between blocks: it is what the whole pruned model computes there."""
+"""The stream through models in which something lies between blocks: it is what the whole pruned
+model computes there."""
 
 from __future__ import annotations
 
@@ -15,11 +16,33 @@ from nmsparse_deploy.models.discovery import discover, find_blocks
 
 TEXT = {"vocab_size": 64, "d_model": 32}
 SMALL = {"d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4, "decoder_start_token_id": 0}
-SPEECH = {"encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-          "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
-WHISPER = {**TEXT, **SPEECH, "num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": 16, "pad_token_id": 0,
-           "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
-STAGES = {"image_size": 32, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "patch_size": 2, "window_size": 4}
+SPEECH = {
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+}
+WHISPER = {
+    **TEXT,
+    **SPEECH,
+    "num_mel_bins": 8,
+    "max_source_positions": 8,
+    "max_target_positions": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "decoder_start_token_id": 0,
+}
+STAGES = {
+    "image_size": 32,
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 2],
+    "patch_size": 2,
+    "window_size": 4,
+}
 CONV = {"hidden_sizes": [16, 32], "depths": [2, 1], "num_stages": 2}
 LIBRARY = {
     "t5": ("T5ForConditionalGeneration", "T5Config", {**TEXT, **SMALL}, 6, {0, 1, 3, 4}),
@@ -36,7 +59,9 @@ class Inner(nn.Module):
         self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
 
     def forward(self, hidden, other=None):
-        moved = self.linear(self.norm(hidden)) + (0 if other is None else other.mean(1, keepdim=True))
+        moved = self.linear(self.norm(hidden)) + (
+            0 if other is None else other.mean(1, keepdim=True)
+        )
         return hidden + moved
 
 
@@ -102,8 +127,12 @@ class Swapped(nn.Module):
         return x
 
 
-TOYS = {"named": (Named, 3, {0}), "skip": (Skip, 3, {0, 1, 2}), "double": (Double, 5, {0, 1, 2, 3}),
-        "swapped": (Swapped, 4, {0})}
+TOYS = {
+    "named": (Named, 3, {0}),
+    "skip": (Skip, 3, {0, 1, 2}),
+    "double": (Double, 5, {0, 1, 2, 3}),
+    "swapped": (Swapped, 4, {0}),
+}
 
 
 def case(name):
@@ -115,9 +144,26 @@ def case(name):
     module = getattr(transformers, kind)(getattr(transformers, config)(**settings)).eval()
     ids = torch.randint(0, 64, (2, 2, 8))
     if name == "whisper":
-        return module, [{"input_features": torch.randn(2, 8, 16), "decoder_input_ids": i, "use_cache": False} for i in ids], blocks, starts
+        return (
+            module,
+            [
+                {
+                    "input_features": torch.randn(2, 8, 16),
+                    "decoder_input_ids": i,
+                    "use_cache": False,
+                }
+                for i in ids
+            ],
+            blocks,
+            starts,
+        )
     if name in ("t5", "bart"):
-        return module, [{"input_ids": i, "decoder_input_ids": i.flip(1), "use_cache": False} for i in ids], blocks, starts
+        return (
+            module,
+            [{"input_ids": i, "decoder_input_ids": i.flip(1), "use_cache": False} for i in ids],
+            blocks,
+            starts,
+        )
     return module, [{"pixel_values": torch.randn(2, 3, 32, 32)} for _ in range(2)], blocks, starts
 
 
@@ -125,9 +171,15 @@ def case(name):
 def entrances(module, blocks, batch):
     """What every block is fed in a forward pass of the whole model."""
     seen = {}
-    handles = [module.get_submodule(path).register_forward_pre_hook(
-        lambda _m, args, named, path=path: seen.update({path: args[0] if args else next(iter(named.values()))}),
-        with_kwargs=True) for path in blocks]
+    handles = [
+        module.get_submodule(path).register_forward_pre_hook(
+            lambda _m, args, named, path=path: seen.update(
+                {path: args[0] if args else next(iter(named.values()))}
+            ),
+            with_kwargs=True,
+        )
+        for path in blocks
+    ]
     module(**batch)
     for handle in handles:
         handle.remove()
@@ -137,7 +189,8 @@ def entrances(module, blocks, batch):
 @pytest.mark.parametrize("name", [*LIBRARY, *TOYS])
 @torch.no_grad()
 def test_both_streams_are_what_whole_models_compute(name):
-    """Before every block the pruned stream is what the model pruned so far feeds it, the dense one what the dense does."""
+    """Before every block the pruned stream is what the model pruned so far feeds it, the dense one
+    what the dense does."""
     module, batches, count, _ = case(name)
     found = discover(module, batches[0])
     blocks = found.blocks
@@ -163,7 +216,12 @@ def test_both_streams_are_what_whole_models_compute(name):
 @pytest.mark.parametrize("name", [*LIBRARY, *TOYS])
 def test_the_model_is_asked_only_where_it_has_to_be(name):
     module, batches, _, starts = case(name)
-    assert find_wiring(BlockRunner(module, discover(module, batches[0]).blocks, torch.float32), batches[0]).starts == starts
+    assert (
+        find_wiring(
+            BlockRunner(module, discover(module, batches[0]).blocks, torch.float32), batches[0]
+        ).starts
+        == starts
+    )
 
 
 @torch.no_grad()
@@ -181,7 +239,9 @@ def test_statistics_behind_the_encoder_see_the_pruned_encoder():
     fusion = next(t.fusion for t in found.targets if t.module == key)
     got = walk.statistics(4, found.of_block(4), "gram")[fusion]
     rows = []
-    handle = module.get_submodule(key).register_forward_pre_hook(lambda _m, args: rows.append(args[0].reshape(-1, 32)))
+    handle = module.get_submodule(key).register_forward_pre_hook(
+        lambda _m, args: rows.append(args[0].reshape(-1, 32))
+    )
     for batch in batches:
         module(**batch)
     handle.remove()
@@ -192,11 +252,15 @@ def test_nothing_of_the_model_is_changed_by_the_survey():
     module, batches, _, _ = case("swin")
     blocks = discover(module, batches[0]).blocks
     find_wiring(BlockRunner(module, blocks, torch.float32), batches[0])
-    assert not any("forward" in vars(m) or m._forward_pre_hooks or m._forward_hooks for m in module.modules())
+    assert not any(
+        "forward" in vars(m) or m._forward_pre_hooks or m._forward_hooks for m in module.modules()
+    )
 
 
 def test_a_stage_is_not_a_block_but_experts_are_not_blocks_either():
-    assert find_blocks(case("swin")[0]) == tuple(f"encoder.layers.{s}.blocks.{n}" for s in range(2) for n in range(2))
+    assert find_blocks(case("swin")[0]) == tuple(
+        f"encoder.layers.{s}.blocks.{n}" for s in range(2) for n in range(2)
+    )
     assert find_blocks(case("convnext")[0])[-1] == "encoder.stages.1.layers.0"
 
 

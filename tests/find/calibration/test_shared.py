@@ -1,4 +1,5 @@
-"""Two processes share the calibration sequences: statistics and masks are those of one, one of them writes."""
+"""Two processes share the calibration sequences: statistics and masks are those of one, one of them
+writes."""
 
 from __future__ import annotations
 
@@ -49,31 +50,61 @@ SCRIPT = """
 
 
 def processes(count: int, script: Path, *arguments: str) -> None:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD", "MASTER", "LOCAL"))}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", "localhost:0", str(script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
-                          env={**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("RANK", "WORLD", "MASTER", "LOCAL"))
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(count),
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+        str(script),
+        *arguments,
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_two_processes_prune_as_one(texts, tmp_path):
     """Fifteen samples in batches of two: shares of different sizes."""
     folder = pico.save(pico.llama(num_hidden_layers=3), tmp_path / "model")
-    recipe = spec(texts, "sparsegpt", compute="fp32",
-                  calibration={"data": str(texts["calibration"]), "samples": 15, "length": 128, "batch": 2})
+    recipe = spec(
+        texts,
+        "sparsegpt",
+        compute="fp32",
+        calibration={"data": str(texts["calibration"]), "samples": 15, "length": 128, "batch": 2},
+    )
     script = tmp_path / "work.py"
     script.write_text(textwrap.dedent(SCRIPT))
     for count in (1, 2):
-        processes(count, script, str(folder), recipe.model_dump_json(), str(tmp_path / f"run{count}"))
+        processes(
+            count, script, str(folder), recipe.model_dump_json(), str(tmp_path / f"run{count}")
+        )
     one = load_file(tmp_path / "run1-1-0.safetensors")
     first, second = (load_file(tmp_path / f"run2-2-{rank}.safetensors") for rank in (0, 1))
     assert one.keys() == first.keys() == second.keys()
     for name in one:
         assert torch.equal(first[name], second[name]), "the same bits in both processes"
-    assert any(not torch.equal(one[name], first[name]) for name in one), "two processes add in another order"
+    assert any(not torch.equal(one[name], first[name]) for name in one), (
+        "two processes add in another order"
+    )
     for name in one:
-        torch.testing.assert_close(first[name], one[name], rtol=1e-4, atol=1e-4 * float(one[name].abs().max()))
+        torch.testing.assert_close(
+            first[name], one[name], rtol=1e-4, atol=1e-4 * float(one[name].abs().max())
+        )
     masks = [MaskSet.load(tmp_path / f"run{count}/masks.safetensors").masks for count in (1, 2)]
     equal = [int((masks[0][name].unpack() == masks[1][name].unpack()).sum()) for name in masks[0]]
     places = [mask.unpack().numel() for mask in masks[0].values()]
@@ -91,11 +122,24 @@ class Team(Processes):
         object.__setattr__(self, "field", iter(()))
 
     def gather(self, value):
-        shapes = [[(each.tokens, [None if (v := getattr(each, name)) is None else tuple(v.shape)
-                                  for name in ("total", "square_sum", "gram", "cross", "drift")])] for each in self.others]
-        present = [name for name in ("total", "square_sum", "gram", "cross", "drift")
-                   if any(getattr(each, name) is not None for each in self.others) or value[0][1][
-                       ("total", "square_sum", "gram", "cross", "drift").index(name)]]
+        shapes = [
+            [
+                (
+                    each.tokens,
+                    [
+                        None if (v := getattr(each, name)) is None else tuple(v.shape)
+                        for name in ("total", "square_sum", "gram", "cross", "drift")
+                    ],
+                )
+            ]
+            for each in self.others
+        ]
+        present = [
+            name
+            for name in ("total", "square_sum", "gram", "cross", "drift")
+            if any(getattr(each, name) is not None for each in self.others)
+            or value[0][1][("total", "square_sum", "gram", "cross", "drift").index(name)]
+        ]
         object.__setattr__(self, "field", iter(present))
         return [value, *shapes]
 
@@ -126,14 +170,21 @@ def test_sums_of_shares_are_the_sum(need, shares):
         if getattr(wanted, name) is None:
             assert getattr(found, name) is None
         else:
-            torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                getattr(found, name), getattr(wanted, name), rtol=1e-5, atol=1e-5
+            )
 
 
 def test_what_cannot_be_shared(texts):
     two = Processes(0, 2)
-    for recipe, why in ((spec(texts, refine=[{"name": "reconstruct"}]), "'reconstruct' sees all sequences"),
-                        (spec(texts, "magnitude"), "uses no data"),
-                        (spec(texts, calibration={"data": "x", "samples": 4, "length": 8, "batch": 4}), "cannot be shared")):
+    for recipe, why in (
+        (spec(texts, refine=[{"name": "reconstruct"}]), "'reconstruct' sees all sequences"),
+        (spec(texts, "magnitude"), "uses no data"),
+        (
+            spec(texts, calibration={"data": "x", "samples": 4, "length": 8, "batch": 4}),
+            "cannot be shared",
+        ),
+    ):
         with pytest.raises(UsageError, match=why):
             check_shared(recipe, two)
     check_shared(spec(texts), two)

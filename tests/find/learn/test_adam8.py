@@ -1,4 +1,5 @@
-"""AdamW with moments of a byte: close to AdamW, fair codes, the same bits after a checkpoint, ten bytes a number."""
+"""AdamW with moments of a byte: close to AdamW, fair codes, the same bits after a checkpoint, ten
+bytes a number."""
 
 from __future__ import annotations
 
@@ -25,9 +26,15 @@ def test_moments_come_back(count, exponent, seed):
         state = {}
         write(state, name, kept, torch.Generator().manual_seed(seed))
         found = read(state, name, kept)
-        assert (found[kept == 0] == 0).all() and (found - kept).abs().max() <= 0.02 * kept.abs().max()
+        assert (found[kept == 0] == 0).all() and (
+            found - kept
+        ).abs().max() <= 0.02 * kept.abs().max()
         assert ((found * kept) >= 0).all()
-    assert (found[kept != 0] > 0).all() and state["root"].dtype is torch.uint8 and state["root"].numel() % BLOCK == 0
+    assert (
+        (found[kept != 0] > 0).all()
+        and state["root"].dtype is torch.uint8
+        and state["root"].numel() % BLOCK == 0
+    )
 
 
 @pytest.mark.parametrize("name", ["m", "root"])
@@ -46,7 +53,10 @@ def twins(shape=(40, 6), **changes):
     """The same values under AdamW and under AdamW8."""
     start = 0.03 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
     one, two = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    return (one, torch.optim.AdamW([one], 1e-3, (0.9, 0.95), weight_decay=0.1)), (two, AdamW8([two], 1e-3, (0.9, 0.95), 0.1))
+    return (one, torch.optim.AdamW([one], 1e-3, (0.9, 0.95), weight_decay=0.1)), (
+        two,
+        AdamW8([two], 1e-3, (0.9, 0.95), 0.1),
+    )
 
 
 def test_it_goes_where_adamw_goes():

@@ -1,4 +1,5 @@
-"""What learning and fine-tuning would cost is counted: against the operations that PyTorch counts, and the memory."""
+"""What learning and fine-tuning would cost is counted: against the operations that PyTorch counts,
+and the memory."""
 
 from __future__ import annotations
 
@@ -31,14 +32,28 @@ def forward(module) -> float:
     ids = torch.zeros(1, 16, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(input_ids=ids, use_cache=False)
-    return sum(count for name, count in counter.get_flop_counts()["Global"].items() if "mm" in str(name) and "bmm" not in str(name)) / 16
+    return (
+        sum(
+            count
+            for name, count in counter.get_flop_counts()["Global"].items()
+            if "mm" in str(name) and "bmm" not in str(name)
+        )
+        / 16
+    )
 
 
-@pytest.mark.parametrize(("section", "passes"), [
-    ({"method": "maskllm", "learn": {"objective": "global", "steps": 30}}, 4),
-    ({"method": "proxsparse", "learn": {"objective": "global", "steps": 30, "distill": 0.0}}, 3),
-    ({"method": "maskpro", "learn": {"objective": "global", "steps": 30, "distill": 0.0}}, 2),
-    ({"method": "magnitude", "refine": [{"name": "finetune", "steps": 30}]}, 4)])
+@pytest.mark.parametrize(
+    ("section", "passes"),
+    [
+        ({"method": "maskllm", "learn": {"objective": "global", "steps": 30}}, 4),
+        (
+            {"method": "proxsparse", "learn": {"objective": "global", "steps": 30, "distill": 0.0}},
+            3,
+        ),
+        ({"method": "maskpro", "learn": {"objective": "global", "steps": 30, "distill": 0.0}}, 2),
+        ({"method": "magnitude", "refine": [{"name": "finetune", "steps": 30}]}, 4),
+    ],
+)
 def test_passes_are_counted(section, passes, loaded):
     settings = {"evaluate_every": 10, "holdout": 0.1, "batch": 8}
     for place in (section.get("learn"), *section.get("refine", [])):
@@ -50,16 +65,27 @@ def test_passes_are_counted(section, passes, loaded):
 
 
 def test_blocks_are_cheaper_than_the_model(loaded):
-    block, whole = (cost(loaded, method="maskllm", learn={"objective": scope, "steps": 30}) for scope in ("block", "global"))
+    block, whole = (
+        cost(loaded, method="maskllm", learn={"objective": scope, "steps": 30})
+        for scope in ("block", "global")
+    )
     assert 0 < block.train_gflop < whole.train_gflop and block.memory_mb < whole.memory_mb
-    assert block.seconds > cost(loaded, method="wanda").seconds and cost(loaded, method="wanda").train_gflop == 0
+    assert (
+        block.seconds > cost(loaded, method="wanda").seconds
+        and cost(loaded, method="wanda").train_gflop == 0
+    )
 
 
 def test_memory_follows_the_form(loaded, monkeypatch):
-    monkeypatch.setattr("nmsparse_deploy.find.footprint.used_memory", lambda: 100_000_000)  # of this process, which grows
-    sizes = [cost(loaded, method="maskllm", learn={"objective": "global", **form}).memory_mb for form in
-             ({}, {"form": "compact"}, {"form": "compact", "moments": 8})]
+    monkeypatch.setattr(
+        "nmsparse_deploy.find.footprint.used_memory", lambda: 100_000_000
+    )  # of this process, which grows
+    sizes = [
+        cost(loaded, method="maskllm", learn={"objective": "global", **form}).memory_mb
+        for form in ({}, {"form": "compact"}, {"form": "compact", "moments": 8})
+    ]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[2]
-    weights = sum(row.target.k * row.target.n for row in make_plan(
-        loaded.discover(), TWO_FOUR).pruned())
+    weights = sum(
+        row.target.k * row.target.n for row in make_plan(loaded.discover(), TWO_FOUR).pruned()
+    )
     assert sizes[0] - sizes[1] == pytest.approx(8 * weights / 1e6, rel=1e-3)

@@ -1,4 +1,5 @@
-"""Diffusion transformers: the loss is its definition, timesteps are uniform, and masks of a two-block model are learned."""
+"""Diffusion transformers: the loss is its definition, timesteps are uniform, and masks of a
+two-block model are learned."""
 
 from __future__ import annotations
 
@@ -70,14 +71,35 @@ def sample(kind="epsilon", samples=24, null=True):
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=STEPS, prediction_type=kind)
     nothing = {"class_labels": torch.tensor(CLASSES)} if null else {}
     empty = torch.zeros(0)
-    return NoisedSample({}, latents, empty, empty, labels, nothing, empty, "latents", 0, Denoising(scheduler, False, None))
+    return NoisedSample(
+        {},
+        latents,
+        empty,
+        empty,
+        labels,
+        nothing,
+        empty,
+        "latents",
+        0,
+        Denoising(scheduler, False, None),
+    )
 
 
 def subject(kind="epsilon", size=4, null=True, samples=24, **changes):
     module = model()
-    sites = {name: MaskSite(name, name, 1, TWO_FOUR) for name, value in module.named_parameters()
-             if name.startswith("blocks") and name.endswith(("up.weight", "down.weight"))}
-    return DiffusionSubject(module, sites, sample(kind, samples, null), size, settings(**{"holdout": 0.34, **changes}), torch.float32)
+    sites = {
+        name: MaskSite(name, name, 1, TWO_FOUR)
+        for name, value in module.named_parameters()
+        if name.startswith("blocks") and name.endswith(("up.weight", "down.weight"))
+    }
+    return DiffusionSubject(
+        module,
+        sites,
+        sample(kind, samples, null),
+        size,
+        settings(**{"holdout": 0.34, **changes}),
+        torch.float32,
+    )
 
 
 def asked(module):
@@ -90,32 +112,53 @@ def asked(module):
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 @torch.no_grad()
 def test_the_score_is_its_definition(kind):
-    """Sample by sample, with the schedule's formulas written out; every second one without its class."""
+    """Sample by sample, with the schedule's formulas written out; every second one without its
+    class."""
     found = subject(kind, samples=6, size=3, holdout=0.9)
     kept_of = diffusers.DDPMScheduler(num_train_timesteps=STEPS).alphas_cumprod
     for number in found.held_out:
-        noise = torch.randn(3, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(digest("held-out noise", number)))
+        noise = torch.randn(
+            3,
+            CHANNELS,
+            SIZE,
+            SIZE,
+            generator=torch.Generator().manual_seed(digest("held-out noise", number)),
+        )
         wanted = []
         for place, (x, e) in enumerate(zip(found.clean[number], noise)):
             place += 3 * found.held_out.index(number)
             t = torch.tensor(place * STEPS // (3 * len(found.held_out)))
-            label = torch.tensor(CLASSES) if place % 2 else found.given["class_labels"][number][place % 3]
+            label = (
+                torch.tensor(CLASSES)
+                if place % 2
+                else found.given["class_labels"][number][place % 3]
+            )
             kept = kept_of[t]
-            output = found.module((kept.sqrt() * x + (1 - kept).sqrt() * e)[None], timestep=t[None],
-                                  class_labels=label[None]).sample[0, :CHANNELS]
-            target = {"epsilon": e, "sample": x, "v_prediction": kept.sqrt() * e - (1 - kept).sqrt() * x}[kind]
+            output = found.module(
+                (kept.sqrt() * x + (1 - kept).sqrt() * e)[None],
+                timestep=t[None],
+                class_labels=label[None],
+            ).sample[0, :CHANNELS]
+            target = {
+                "epsilon": e,
+                "sample": x,
+                "v_prediction": kept.sqrt() * e - (1 - kept).sqrt() * x,
+            }[kind]
             wanted.append((output - target).square().mean())
         assert torch.allclose(found.score(number), torch.stack(wanted).mean(), rtol=1e-4)
 
 
 def test_steps_are_uniform_and_new_at_every_moment_and_half_go_without_a_class():
-    """Chi-square over ten bins of ten steps: nine degrees of freedom, exceeded by 33.7 once in ten thousand."""
+    """Chi-square over ten bins of ten steps: nine degrees of freedom, exceeded by 33.7 once in ten
+    thousand."""
     found = subject(size=24, holdout=0.5, distill=0.0)
     seen = asked(found.module)
     with torch.no_grad():
         for step in range(100):
             found.loss_terms(0, StepContext(step=step, steps=100))
-    counts = torch.bincount(torch.cat([one["timestep"] for one in seen]) // 10, minlength=10).double()
+    counts = torch.bincount(
+        torch.cat([one["timestep"] for one in seen]) // 10, minlength=10
+    ).double()
     expected = counts.sum() / 10
     assert int(counts.sum()) == 2400 and float(((counts - expected) ** 2 / expected).sum()) < 33.7
     alone = torch.cat([one["class_labels"] for one in seen]) == CLASSES
@@ -151,7 +194,9 @@ def test_masks_of_two_blocks_are_learned(task, distill):
     found = subject(task=task, distill=distill, steps=8, step_size=20.0, evaluate_every=2, batch=8)
     module = found.module
     before = {name: value.clone() for name, value in module.named_parameters()}
-    priors = {name: project(module.get_parameter(name).detach().abs(), TWO_FOUR) for name in found.sites}
+    priors = {
+        name: project(module.get_parameter(name).detach().abs(), TWO_FOUR) for name in found.sites
+    }
     outcome = fit(found, LEARNED.make(found.spec), priors, found.spec, 0)
     assert outcome.facts.best <= outcome.facts.prior and not learnable_masks(module)
     assert any(row["hard"] != outcome.facts.prior for row in outcome.facts.history)

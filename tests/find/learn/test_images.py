@@ -1,4 +1,5 @@
-"""Pictures with labels and augmentation: classes are the model's, what is seen follows from seed and step, masks learn."""
+"""Pictures with labels and augmentation: classes are the model's, what is seen follows from seed
+and step, masks learn."""
 
 from __future__ import annotations
 
@@ -48,8 +49,15 @@ def drawn(pictures, count):
 
 def spec(pictures, **learn) -> Prune:
     calibration = {"data": str(pictures), "samples": 24, "batch": 4}
-    learn = {"objective": "global", "steps": 6, "evaluate_every": 2, "step_size": 20.0, "priors": ["magnitude"],
-             "holdout": 0.34, **learn}
+    learn = {
+        "objective": "global",
+        "steps": 6,
+        "evaluate_every": 2,
+        "step_size": 20.0,
+        "priors": ["magnitude"],
+        "holdout": 0.34,
+        **learn,
+    }
     return validate(Prune, {"method": "maskllm", "calibration": calibration, "learn": learn})
 
 
@@ -58,7 +66,9 @@ def test_classes_are_the_model_s(pictures, tmp_path):
     named = ViTForImageClassification.from_pretrained(small.classifier(tmp_path / "vit"))
     found = class_numbers(sample, named, 3)
     assert [small.CLASSES[number] for number in found.tolist()] == list(sample.labels)
-    assert torch.equal(class_numbers(sample, torch.nn.Linear(1, 1), 3), found)  # in the order of the folders
+    assert torch.equal(
+        class_numbers(sample, torch.nn.Linear(1, 1), 3), found
+    )  # in the order of the folders
     named.config.label2id = {"red": 5, "green": 7, "blue": 6}
     assert set(class_numbers(sample, named, 8).tolist()) == {5, 6, 7}
     with pytest.raises(UsageError, match="3 classes, the model 10"):
@@ -72,8 +82,13 @@ def test_masks_are_learned_from_labels(classifier, pictures, tmp_path):
     [told] = run.read_json("refinements.json")
     assert told["dense_accuracy"] > believable(3) and told["best"] <= told["prior"]
     assert any(row["hard"] != told["prior"] for row in told["history"])
-    weights, dense = (ViTForImageClassification.from_pretrained(folder).state_dict() for folder in (run / "model", classifier))
-    assert all(torch.equal(value[value != 0], dense[name][value != 0]) for name, value in weights.items())
+    weights, dense = (
+        ViTForImageClassification.from_pretrained(folder).state_dict()
+        for folder in (run / "model", classifier)
+    )
+    assert all(
+        torch.equal(value[value != 0], dense[name][value != 0]) for name, value in weights.items()
+    )
     assert any((value == 0).float().mean() > 0.49 for value in weights.values())
 
 
@@ -88,8 +103,13 @@ def test_labels_that_are_not_the_model_s_are_refused(pictures, tmp_path):
         prune(str(untrained), spec(pictures, labels=True), tmp_path / "run")
 
 
-@pytest.mark.parametrize(("learn", "sentence"), [
-    ({"labels": True, "objective": "block"}, "whole model"), ({"augment": {}, "objective": "block"}, "whole model")])
+@pytest.mark.parametrize(
+    ("learn", "sentence"),
+    [
+        ({"labels": True, "objective": "block"}, "whole model"),
+        ({"augment": {}, "objective": "block"}, "whole model"),
+    ],
+)
 def test_blocks_have_no_labels(learn, sentence, classifier, pictures, tmp_path):
     with pytest.raises(UsageError, match=sentence):
         prune(str(classifier), spec(pictures, **learn), tmp_path / "run")
@@ -141,11 +161,17 @@ def test_augmented_pictures_follow_from_the_seed(pictures):
     shown, labels = [sample.image(place) for place in range(8)], torch.arange(8) % 3
     one, two, other = (augmentation(shown, labels, seed) for seed in (5, 5, 6))
     assert one[0].shape == (8, 3, 32, 32) and one[1].shape == (8, 3)
-    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1]) and not torch.equal(one[0], other[0])
+    assert (
+        torch.equal(one[0], two[0])
+        and torch.equal(one[1], two[1])
+        and not torch.equal(one[0], other[0])
+    )
     assert torch.allclose(one[1].sum(1), torch.ones(8))
     assert augmentation(shown, None, 5)[1] is None
     single = augmentation(shown[:1], labels[:1], 5)  # timm mixes pairs
-    assert single[1].argmax(1).item() == 0 and float(single[1].max()) == pytest.approx(1 - 0.1 + 0.1 / 3)
+    assert single[1].argmax(1).item() == 0 and float(single[1].max()) == pytest.approx(
+        1 - 0.1 + 0.1 / 3
+    )
 
 
 def test_augmented_runs_resume_to_the_same_bits(classifier, pictures, tmp_path, monkeypatch):
@@ -178,4 +204,9 @@ def test_the_recipe_of_maskllm_4v_says_what_it_says():
     learn = Recipe.load(ROOT / "recipes/maskllm4v-paper.yaml").prune.learn
     assert learn.labels and learn.task == 1.0 and learn.distill == 0.0
     given = learn.augment
-    assert (given.mixup, given.cutmix, given.smoothing, given.erasing) == (0.8, 1.0, 0.1, 0.15) and "m8" in given.policy
+    assert (given.mixup, given.cutmix, given.smoothing, given.erasing) == (
+        0.8,
+        1.0,
+        0.1,
+        0.15,
+    ) and "m8" in given.policy

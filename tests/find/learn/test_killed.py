@@ -1,4 +1,5 @@
-"""SIGKILL at some step, or while a checkpoint is written: the resumed run ends with the bits of an unbroken one."""
+"""SIGKILL at some step, or while a checkpoint is written: the resumed run ends with the bits of an
+unbroken one."""
 
 from __future__ import annotations
 
@@ -14,7 +15,12 @@ from tests import ROOT
 
 
 def cases(folder: Path, which: str) -> dict[str, dict]:
-    done = subprocess.run([sys.executable, "-m", "tests.fixtures.killed", str(folder), which], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fixtures.killed", str(folder), which],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = {row["case"]: row for row in map(json.loads, done.stdout.splitlines())}
     assert found, done.stderr

@@ -1,4 +1,5 @@
-"""The loop: recovers a planted mask, keeps the best, resumes to the same bits, leaves the weights and nothing behind."""
+"""The loop: recovers a planted mask, keeps the best, resumes to the same bits, leaves the weights
+and nothing behind."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def learn(subject, spec, store=None, **more):
 
 @pytest.mark.parametrize("form", ["candidates", "compact", "scores"])
 def test_a_planted_mask_is_recovered(form):
-    """From a prior with 55 % of the groups right; 400 steps found 98.8 % to 100 % with every form and seed tried."""
+    """From a prior with 55 % of the groups right; 400 steps found 98.8 % to 100 % with every form
+    and seed tried."""
     subject = Planted()
     assert subject.right({NAME: LearnedMask(subject.prior[NAME])}) < 0.6
     outcome = learn(subject, settings(steps=400, step_size=1.0, form=form, evaluate_every=50))
@@ -50,7 +52,10 @@ def test_a_ruinous_rate_returns_the_prior(form):
 
 def test_the_best_survives_a_kill(tmp_path):
     """It was judged before the checkpoint, and what was trained since is worse."""
-    subject, spec = Planted(), settings(steps=30, step_size=500.0, evaluate_every=3, checkpoint_every=10)
+    subject, spec = (
+        Planted(),
+        settings(steps=30, step_size=500.0, evaluate_every=3, checkpoint_every=10),
+    )
     subject.prior = {NAME: subject.truth}
     subject.outputs = subject.outputs + 0.1 * torch.randn(subject.outputs.shape)
     learner = LEARNED.make(spec)
@@ -81,7 +86,11 @@ def test_the_first_judgement_is_of_the_prior_to_the_last_bit():
 
 def test_the_weights_stay_and_nothing_is_left_behind():
     subject = Planted()
-    weight, kind, before = subject.module.weight, type(subject.module), tensor_hash(subject.module.weight)
+    weight, kind, before = (
+        subject.module.weight,
+        type(subject.module),
+        tensor_hash(subject.module.weight),
+    )
     names = [name for name, _ in subject.module.named_parameters()]
     learn(subject, settings(steps=10, step_size=5.0))
     assert subject.module.weight is weight and tensor_hash(weight) == before
@@ -93,7 +102,15 @@ def test_the_weights_stay_and_nothing_is_left_behind():
 @pytest.mark.parametrize("form", ["candidates", "compact", "scores"])
 @pytest.mark.parametrize("stop", [1, 4, 7, 11])
 def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(stop, form, tmp_path):
-    spec = settings(steps=12, batch=128, step_size=2.0, form=form, checkpoint_every=3, evaluate_every=4, warmup=2)
+    spec = settings(
+        steps=12,
+        batch=128,
+        step_size=2.0,
+        form=form,
+        checkpoint_every=3,
+        evaluate_every=4,
+        warmup=2,
+    )
     whole = learn(Planted(), spec, Checkpoints(RunDir(tmp_path), "whole.safetensors"))
     subject, count = Planted(), 0
     learner = LEARNED.make(spec)
@@ -148,12 +165,16 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(poison, tmp_path):
     assert "step_size" in caught.value.hint and not learnable_masks(subject.module)
     so_far, tensors = store.load()
     assert so_far.step == 7 and so_far.best < so_far.prior and f"best:{NAME}/mask" in tensors
-    assert all(torch.isfinite(value).all() for value in tensors.values() if value.is_floating_point())
+    assert all(
+        torch.isfinite(value).all() for value in tensors.values() if value.is_floating_point()
+    )
 
 
 def test_memory_that_runs_out_is_one_sentence(tmp_path):
     subject = Planted()
-    subject.loss_terms = lambda number, context: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    subject.loss_terms = lambda number, context: (_ for _ in ()).throw(
+        torch.OutOfMemoryError("CUDA out of memory")
+    )
     with pytest.raises(NmsparseError, match="out of memory; what was learned") as caught:
         learn(subject, settings(steps=5), Checkpoints(RunDir(tmp_path), "c.safetensors"))
     assert "gradient_checkpointing" in caught.value.hint and not learnable_masks(subject.module)
@@ -186,7 +207,9 @@ def test_accumulation_is_the_mean_and_does_not_advance_the_schedule():
     learner.loss_terms = loss_terms
     outcome = fit(subject, learner, subject.prior, spec, 0)
     assert outcome.facts.history[-1]["loss"] == pytest.approx(sum(losses[-3:]) / 3)
-    assert [(m.step, m.part, m.parts) for m, _ in seen] == [(step, part, 3) for step in range(5) for part in range(3)]
+    assert [(m.step, m.part, m.parts) for m, _ in seen] == [
+        (step, part, 3) for step in range(5) for part in range(3)
+    ]
     assert seen[0][0].progress == 0 and seen[-1][0].progress == 1
     assert [number for _, number in seen] == order(0, 20, 0, 15)
     with pytest.raises(UsageError, match="micro-batches"):
@@ -200,13 +223,15 @@ def test_schedules_hit_their_ends():
     assert (kappa.at(last.progress), tau.at(last.progress)) == (500.0, 0.05)
     factors = [rate_factor(step, 100, 10, "cosine", 0.1) for step in range(100)]
     assert factors[10] == 1.0 and factors[-1] == pytest.approx(0.1) and all(f > 0 for f in factors)
-    assert factors[:11] == sorted(factors[:11]) and factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[:11] == sorted(factors[:11]) and factors[10:] == sorted(
+        factors[10:], reverse=True
+    )
     assert rate_factor(99, 100, 0, "linear", 0.0) == pytest.approx(0)
 
 
 def test_every_epoch_has_every_batch_in_another_order():
     taken = order(3, 7, 0, 21)
-    epochs = [taken[start:start + 7] for start in (0, 7, 14)]
+    epochs = [taken[start : start + 7] for start in (0, 7, 14)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and epochs[0] != epochs[1]
     assert order(3, 7, 5, 6) == taken[5:11] and order(4, 7, 0, 21) != taken
 
@@ -221,8 +246,14 @@ def test_processes_share_the_batches_of_a_step():
 def test_the_three_faces_of_a_mask():
     subject = Planted()
     weight = subject.module.weight.detach().clone()
-    attach(subject.module, subject.sites,
-           lambda site: CandidateDistribution(site.pattern, Annealing(LinearSchedule(100, 500), LinearSchedule(1, 0.05), 0.9), False), subject.prior)
+    attach(
+        subject.module,
+        subject.sites,
+        lambda site: CandidateDistribution(
+            site.pattern, Annealing(LinearSchedule(100, 500), LinearSchedule(1, 0.05), 0.9), False
+        ),
+        subject.prior,
+    )
     assert torch.equal(subject.module.weight, weight * subject.prior[NAME])
     with showing(subject.module, "dense"):
         assert torch.equal(subject.module.weight, weight)
@@ -239,6 +270,8 @@ def test_the_three_faces_of_a_mask():
 
 def test_the_best_prior_is_chosen_by_its_held_out_loss():
     subject = Planted()
-    name, losses = best_prior(subject, {"half": subject.prior, "truth": {NAME: subject.truth},
-                                        "wrong": {NAME: ~subject.truth}})
+    name, losses = best_prior(
+        subject,
+        {"half": subject.prior, "truth": {NAME: subject.truth}, "wrong": {NAME: ~subject.truth}},
+    )
     assert name == "truth" and losses["truth"] < losses["half"] < losses["wrong"]

@@ -1,4 +1,5 @@
-"""Losses against their definitions, and whole models as subjects: every family has something to learn from."""
+"""Losses against their definitions, and whole models as subjects: every family has something to
+learn from."""
 
 from __future__ import annotations
 
@@ -22,8 +23,15 @@ from nmsparse_deploy.pattern import TWO_FOUR
 from tests.fixtures import pico
 from tests.fixtures.toy_learner import settings
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 16,
-         "patch_size": 8, "num_labels": 5}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 16,
+    "patch_size": 8,
+    "num_labels": 5,
+}
 
 
 def test_losses_are_what_they_say(monkeypatch):
@@ -39,10 +47,14 @@ def test_losses_are_what_they_say(monkeypatch):
     p, q = (teacher / 2).softmax(-1), (logits / 2).softmax(-1)
     kl = 4 * (p * (p / q).log()).sum(-1).mean()
     found = losses.divergence(logits, teacher, 2.0)
-    assert torch.allclose(found, kl) and float(losses.divergence(teacher, teacher, 1.0)) == pytest.approx(0, abs=1e-6)
+    assert torch.allclose(found, kl) and float(
+        losses.divergence(teacher, teacher, 1.0)
+    ) == pytest.approx(0, abs=1e-6)
     one, two = (torch.autograd.grad(loss, logits)[0] for loss in (found, kl))
     assert torch.allclose(one, two, atol=1e-6)
-    assert losses.divergence(logits.where(logits < 1, torch.nan), teacher, 1.0).isnan(), "a loss that is none is not hidden"
+    assert losses.divergence(logits.where(logits < 1, torch.nan), teacher, 1.0).isnan(), (
+        "a loss that is none is not hidden"
+    )
 
 
 def test_a_target_that_vanishes_is_judged_by_the_usual_one():
@@ -60,25 +72,44 @@ def test_a_target_that_vanishes_is_judged_by_the_usual_one():
 def test_batches_that_judge_are_never_trained_on():
     for count in range(1, 30):
         training, held_out = split(count, 0.1)
-        assert len(held_out) >= 1 and not set(training) & set(held_out) and len(training) + len(held_out) == count
+        assert (
+            len(held_out) >= 1
+            and not set(training) & set(held_out)
+            and len(training) + len(held_out) == count
+        )
 
 
 def subject(module, batches, kind, **changes):
-    plan = make_plan(discover(module, {k: v for k, v in batches[0].items() if k != "labels"}), TWO_FOUR)
-    sites = {row.target.name: MaskSite(row.target.name, row.target.name, row.target.axis, TWO_FOUR) for row in plan.pruned()}
+    plan = make_plan(
+        discover(module, {k: v for k, v in batches[0].items() if k != "labels"}), TWO_FOUR
+    )
+    sites = {
+        row.target.name: MaskSite(row.target.name, row.target.name, row.target.axis, TWO_FOUR)
+        for row in plan.pruned()
+    }
     return BatchSubject(module, sites, batches, Objective(kind), settings(**changes), torch.float32)
 
 
 def pictures(labels=False):
     generator = torch.Generator().manual_seed(0)
-    return [{"pixel_values": torch.randn(4, 3, 16, 16, generator=generator),
-             **({"labels": torch.randint(5, (4,), generator=generator)} if labels else {})} for _ in range(10)]
+    return [
+        {
+            "pixel_values": torch.randn(4, 3, 16, 16, generator=generator),
+            **({"labels": torch.randint(5, (4,), generator=generator)} if labels else {}),
+        }
+        for _ in range(10)
+    ]
 
 
 def words():
     generator = torch.Generator().manual_seed(0)
-    return [{"input_ids": torch.randint(pico.VOCABULARY, (2, 16), generator=generator), "use_cache": False}
-            for _ in range(10)]
+    return [
+        {
+            "input_ids": torch.randint(pico.VOCABULARY, (2, 16), generator=generator),
+            "use_cache": False,
+        }
+        for _ in range(10)
+    ]
 
 
 def classifier():
@@ -92,7 +123,13 @@ CASES = {
     "no task": (pico.llama, words, "cross-entropy", {"distill"}, {"task": 0.0}),
     "classifier": (classifier, pictures, "kl", {"distill"}, {}),
     "labelled": (classifier, lambda: pictures(labels=True), "kl", {"task", "distill"}, {}),
-    "features": (lambda: ViTModel(ViTConfig(**SMALL), add_pooling_layer=False).eval(), pictures, "hidden", {"distill"}, {}),
+    "features": (
+        lambda: ViTModel(ViTConfig(**SMALL), add_pooling_layer=False).eval(),
+        pictures,
+        "hidden",
+        {"distill"},
+        {},
+    ),
 }
 
 
@@ -104,12 +141,18 @@ def test_every_family_learns(name):
     before = {key: value.clone() for key, value in module.named_parameters()}
     assert found.loss_terms(0, StepContext()).keys() == terms
     if "distill" in terms:
-        assert float(found.loss_terms(0, StepContext())["distill"].detach()) == pytest.approx(0, abs=1e-5)  # dense is its own teacher
-    priors = {site.name: project(module.get_parameter(path).detach().abs(), TWO_FOUR)
-              for path, site in found.sites.items()}
+        assert float(found.loss_terms(0, StepContext())["distill"].detach()) == pytest.approx(
+            0, abs=1e-5
+        )  # dense is its own teacher
+    priors = {
+        site.name: project(module.get_parameter(path).detach().abs(), TWO_FOUR)
+        for path, site in found.sites.items()
+    }
     outcome = fit(found, LEARNED.make(found.spec), priors, found.spec, 0)
     assert outcome.facts.best <= outcome.facts.prior and not learnable_masks(module)
-    assert any(row["hard"] != outcome.facts.prior for row in outcome.facts.history)  # the masks moved
+    assert any(
+        row["hard"] != outcome.facts.prior for row in outcome.facts.history
+    )  # the masks moved
     assert all(torch.equal(value, before[key]) for key, value in module.named_parameters())
 
 

@@ -1,4 +1,5 @@
-"""MaskPro: forward passes only, an unbiased estimate, and a magnitude that lets small models move."""
+"""MaskPro: forward passes only, an unbiased estimate, and a magnitude that lets small models
+move."""
 
 from __future__ import annotations
 
@@ -27,10 +28,17 @@ def learn(spec=SHORT, toy=None, checkpoints=None):
 
 
 def test_a_corrupted_prior_is_repaired_without_gradients(monkeypatch):
-    """By experiment the loss falls to about a third of the prior's in 1,500 steps on 128 groups (bar 0.6 after 900)."""
+    """By experiment the loss falls to about a third of the prior's in 1,500 steps on 128 groups
+    (bar 0.6 after 900)."""
     toy, seen = Toy(), []
-    monkeypatch.setattr(Toy, "score", lambda self, number, score=Toy.score: (
-        seen.append(torch.is_grad_enabled()), score(self, number))[1])
+    monkeypatch.setattr(
+        Toy,
+        "score",
+        lambda self, number, score=Toy.score: (
+            seen.append(torch.is_grad_enabled()),
+            score(self, number),
+        )[1],
+    )
     before = toy.weights()
     outcome = learn(MaskPro(steps=900, flips=10, step_size=0.05, evaluate_every=100), toy)
     assert outcome.facts.best < 0.6 * outcome.facts.prior and outcome.facts.learner["moved"] > 0.05
@@ -56,7 +64,9 @@ def test_it_starts_at_the_prior():
 def test_the_gradient_is_residual_times_score():
     toy, learner, _ = prepared(SHORT.model_copy(update={"rate": 50.0}))
     context = StepContext(seed=3, step=7, steps=12)
-    learner.tracked = torch.tensor([0.01 * (1 - 0.99**5), 0.0, 5.0], dtype=torch.float64)  # a tracked residual of 0.01
+    learner.tracked = torch.tensor(
+        [0.01 * (1 - 0.99**5), 0.0, 5.0], dtype=torch.float64
+    )  # a tracked residual of 0.01
     loss = learner.loss_terms(toy, 2, context)["loss"]
     loss.backward()
     with torch.no_grad():
@@ -66,7 +76,9 @@ def test_the_gradient_is_residual_times_score():
         for mask in learner.masks.values():
             groups = mask.values.reshape(-1, 4)
             order = mask.parametrization.order(mask.values, context, mask.site.name)
-            assert (as_mask(order, 4).reshape(mask.values.shape) != mask.parametrization.prior).any()
+            assert (
+                as_mask(order, 4).reshape(mask.values.shape) != mask.parametrization.prior
+            ).any()
             expected = (drawn - start - 0.01) * score(groups, order).reshape(mask.values.shape)
             torch.testing.assert_close(mask.values.grad, expected, rtol=1e-4, atol=1e-7)
     detach(toy.module)
@@ -100,9 +112,13 @@ def test_the_first_step_waits_for_a_scale():
     detach(toy.module)
 
 
-@pytest.mark.parametrize(("magnitude", "expected"), [(1, 0.42), (3, 0.87), (5, 0.980), (8, 0.9990), (10, 0.99986)])
+@pytest.mark.parametrize(
+    ("magnitude", "expected"), [(1, 0.42), (3, 0.87), (5, 0.980), (8, 0.9990), (10, 0.99986)]
+)
 def test_how_sure_a_magnitude_is(magnitude, expected):
-    assert stays(magnitude, TWO_FOUR) == pytest.approx(expected, abs=5e-3 if magnitude < 5 else 5e-5 if magnitude > 9 else 5e-4)
+    assert stays(magnitude, TWO_FOUR) == pytest.approx(
+        expected, abs=5e-3 if magnitude < 5 else 5e-5 if magnitude > 9 else 5e-4
+    )
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:4", "4:8"])
@@ -114,7 +130,9 @@ def test_the_magnitude_flips_as_many_groups_as_asked(pattern):
     start[:, : n_m.keep] = 1
     drawn = as_mask(parametrization.order(magnitude * start, StepContext(seed=1), "w"), n_m.group)
     assert int((drawn != start.bool()).any(-1).sum()) == pytest.approx(300, abs=5 * math.sqrt(300))
-    assert magnitude_for([(1_000_000, TWO_FOUR)], 142) == pytest.approx(10, abs=0.1)  # the published C at this size
+    assert magnitude_for([(1_000_000, TWO_FOUR)], 142) == pytest.approx(
+        10, abs=0.1
+    )  # the published C at this size
     assert magnitude_for([(10, TWO_FOUR)], 300) == pytest.approx(0, abs=1e-6)
 
 

@@ -17,7 +17,9 @@ seeds = st.integers(0, 2**31)
 
 
 def logits(seed: int, group: int, spread: float = 1.5) -> torch.Tensor:
-    return spread * torch.randn(group, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return spread * torch.randn(
+        group, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def orders(keep: int, group: int) -> torch.Tensor:
@@ -45,8 +47,11 @@ def test_log_probability_is_the_law(seed, size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("pi", [[0.3, -0.2, 1.1, 0.0], [4.0, 3.0, 0.0, -2.0], [6.0, 6.0, 0.0, 0.0, 0.0]],
-                         ids=["random", "skewed", "a sure prior"])
+@pytest.mark.parametrize(
+    "pi",
+    [[0.3, -0.2, 1.1, 0.0], [4.0, 3.0, 0.0, -2.0], [6.0, 6.0, 0.0, 0.0, 0.0]],
+    ids=["random", "skewed", "a sure prior"],
+)
 def test_frequencies_follow_the_law(pi, dtype):
     pi, keep, count = torch.tensor(pi, dtype=torch.float64), 2, 50_000
     drawn = sample(pi.to(dtype).expand(count, len(pi)), keep, torch.Generator().manual_seed(3))
@@ -81,11 +86,14 @@ def test_expected_score_is_zero(seed, size):
 @given(seeds, st.sampled_from(SIZES), st.floats(-3, 3))
 @settings(deadline=None, max_examples=25)
 def test_estimator_is_unbiased_with_any_constant_baseline(seed, size, baseline):
-    """`E[(f - b) score]` is the gradient of `E[f]` for a random table `f` of masks (sets, not orders)."""
+    """`E[(f - b) score]` is the gradient of `E[f]` for a random table `f` of masks (sets, not
+    orders)."""
     keep, group = size
     every = orders(keep, group)
-    table = {some: float(torch.randn((), generator=torch.Generator().manual_seed(seed + n)))
-             for n, some in enumerate(combinations(range(group), keep))}
+    table = {
+        some: float(torch.randn((), generator=torch.Generator().manual_seed(seed + n)))
+        for n, some in enumerate(combinations(range(group), keep))
+    }
     f = torch.tensor([table[tuple(sorted(order))] for order in every.tolist()], dtype=torch.float64)
     pi = logits(seed, group).requires_grad_()
     expectation = sum(law(pi, tuple(order)) * value for order, value in zip(every.tolist(), f))

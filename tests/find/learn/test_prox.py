@@ -34,10 +34,19 @@ def objective(w: torch.Tensor, z: torch.Tensor, strength: float, keep: int) -> t
     return (w - z).square().sum(-1) / 2 + strength * products(w.abs().movedim(-1, 0), keep + 1)
 
 
-def brute_force(z: torch.Tensor, strength: float, keep: int, starts: int = 24, sweeps: int = 150) -> torch.Tensor:
-    """The least objective over many random starts, each followed down by exact coordinate updates, in float64."""
+def brute_force(
+    z: torch.Tensor, strength: float, keep: int, starts: int = 24, sweeps: int = 150
+) -> torch.Tensor:
+    """The least objective over many random starts, each followed down by exact coordinate updates,
+    in float64."""
     size = z.abs().double().T.unsqueeze(1)  # [group, 1, blocks]
-    w = size * torch.rand(len(size), starts, size.shape[-1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    w = size * torch.rand(
+        len(size),
+        starts,
+        size.shape[-1],
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(0),
+    )
     w[:, 0] = 0
     for _ in range(sweeps):
         for i in torch.randperm(len(w), generator=torch.Generator().manual_seed(1)).tolist():
@@ -62,15 +71,22 @@ def test_no_start_finds_a_lower_minimum_off_two_four(pattern, near):
     for strength in (0.05, 0.4, 0.95):
         found = objective(prox(z, strength, pattern), z, strength, pattern.keep)
         # the witness is itself not quite at rest where the objective is flat
-        assert float((found - brute_force(z, strength, pattern.keep, starts=12, sweeps=60)).max()) < 2e-6
+        assert (
+            float((found - brute_force(z, strength, pattern.keep, starts=12, sweeps=60)).max())
+            < 2e-6
+        )
 
 
 @given(seeds, st.sampled_from(PATTERNS), strengths, st.floats(0.01, 100))
 @settings(deadline=None, max_examples=25)
 def test_scale_law(seed, pattern, strength, scale):
-    """`prox_λ(c z) = c prox_{c^(N-1) λ}(z)`, up to the objective where two answers cost the same."""
+    """`prox_λ(c z) = c prox_{c^(N-1) λ}(z)`, up to the objective where two answers cost the
+    same."""
     z = blocks(seed, pattern)
-    a, b = prox(scale * z, strength / scale ** (pattern.keep - 1), pattern) / scale, prox(z, strength, pattern)
+    a, b = (
+        prox(scale * z, strength / scale ** (pattern.keep - 1), pattern) / scale,
+        prox(z, strength, pattern),
+    )
     costs = [objective(w, z, strength, pattern.keep) for w in (a, b)]
     assert float((costs[0] - costs[1]).abs().max()) < 1e-5
 
@@ -113,13 +129,17 @@ def test_the_limits(pattern):
 def test_closed_form_and_grid_of_one_of_two(seed, strength):
     z = blocks(seed, NMPattern(1, 2), 16).abs().sort(dim=-1, descending=True).values.double()
     a, b = z.unbind(-1)
-    both = torch.stack(((a - strength * b) / (1 - strength**2), (b - strength * a) / (1 - strength**2)), -1)
+    both = torch.stack(
+        ((a - strength * b) / (1 - strength**2), (b - strength * a) / (1 - strength**2)), -1
+    )
     alone = torch.stack((a, torch.zeros_like(a)), -1)
     closed = torch.where((b > strength * a).unsqueeze(-1), both, alone)
     torch.testing.assert_close(prox(z, strength, NMPattern(1, 2)), closed, rtol=1e-9, atol=1e-12)
     line = torch.linspace(0, 1, 41, dtype=torch.float64)
     grid = torch.cartesian_prod(line, line).unsqueeze(1) * z  # [points, blocks, 2]
-    assert (objective(closed, z, strength, 1) <= objective(grid, z, strength, 1).min(0).values + 1e-12).all()
+    assert (
+        objective(closed, z, strength, 1) <= objective(grid, z, strength, 1).min(0).values + 1e-12
+    ).all()
 
 
 def test_the_collapse_comes_at_the_known_strength():

@@ -1,4 +1,5 @@
-"""ProxSparse: the copy is trained, the original only loses entries, and the numbers mean what the paper's do."""
+"""ProxSparse: the copy is trained, the original only loses entries, and the numbers mean what the
+paper's do."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ def learn(spec=SHORT, toy=None, checkpoints=None, learner=None):
 
 @pytest.mark.parametrize(("pattern", "steps"), [("2:4", 200), ("1:4", 200), ("4:8", 40)])
 def test_a_planted_mask_is_approached(pattern, steps):
-    """The planted mask has nothing to do with magnitudes. By experiment the loss falls to 0.27 of the prior's with 2:4
-    (bar 0.6), and 39 % of the groups are right instead of 18 %."""
+    """The planted mask has nothing to do with magnitudes. By experiment the loss falls to 0.27 of
+    the prior's with 2:4 (bar 0.6), and 39 % of the groups are right instead of 18 %."""
     toy = Toy(NMPattern.parse(pattern))
     before = toy.weights()
     outcome = learn(ProxSparse(steps=steps, pressure=2, reach=4, evaluate_every=steps // 4), toy)
@@ -38,7 +39,9 @@ def test_a_planted_mask_is_approached(pattern, steps):
     assert toy.agreement(masks) > 1.4 * toy.agreement(toy.magnitude())
     assert all(one.weight is None for one in outcome.masks.values())
     assert toy.weights().keys() == before.keys()
-    assert all(torch.equal(value, before[name]) for name, value in toy.weights().items())  # the copy was trained
+    assert all(
+        torch.equal(value, before[name]) for name, value in toy.weights().items()
+    )  # the copy was trained
 
 
 def test_it_starts_at_the_prior_whatever_that_is():
@@ -48,7 +51,10 @@ def test_it_starts_at_the_prior_whatever_that_is():
     learner.prepare(toy, prior)
     assert all(torch.equal(learner.finish()[name].mask, prior[name]) for name in prior)
     learner.after_step(StepContext())
-    support = {mask.site.name: project(mask.values.abs(), mask.site.pattern) for mask in learner.masks.values()}
+    support = {
+        mask.site.name: project(mask.values.abs(), mask.site.pattern)
+        for mask in learner.masks.values()
+    }
     assert all(torch.equal(learner.finish()[name].mask, support[name]) for name in prior)
     detach(toy.module)
 
@@ -56,7 +62,9 @@ def test_it_starts_at_the_prior_whatever_that_is():
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
     whole = learn()
     again = interrupted(learn, ProximalLearner, 6, tmp_path)
-    assert [row["hard"] for row in again.facts.history] == [row["hard"] for row in whole.facts.history]
+    assert [row["hard"] for row in again.facts.history] == [
+        row["hard"] for row in whole.facts.history
+    ]
     assert all(torch.equal(again.masks[name].mask, one.mask) for name, one in whole.masks.items())
 
 
@@ -72,7 +80,9 @@ def test_ruinous_settings_return_the_prior():
     assert outcome.facts.best == outcome.facts.prior and outcome.facts.best_step == 0
 
 
-def layer(weight: torch.Tensor, spec: ProxSparse, pattern: str = "2:4", slices: tuple[int, ...] = ()):
+def layer(
+    weight: torch.Tensor, spec: ProxSparse, pattern: str = "2:4", slices: tuple[int, ...] = ()
+):
     """The values of one weight before and after what follows a step."""
     module = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     with torch.no_grad():
@@ -103,12 +113,17 @@ def test_published_numbers_are_used_as_they_are():
     assert torch.equal(values, prox(weight, 0.25, NMPattern(2, 4)))
     assert optimiser.param_groups[0]["lr"] == 1e-4
     _, optimiser = layer(weight, ProxSparse(steps=10, reach=2))
-    assert optimiser.param_groups[0]["lr"] == pytest.approx(0.2 * float(weight.square().mean().sqrt()))
+    assert optimiser.param_groups[0]["lr"] == pytest.approx(
+        0.2 * float(weight.square().mean().sqrt())
+    )
 
 
 @pytest.mark.parametrize("slices", [(), (8, 8, 8)], ids=["three times as tall", "told"])
 def test_fused_projections_have_strengths_of_their_own(slices):
-    parts = [scale * torch.randn(8, 8, generator=torch.Generator().manual_seed(i)) for i, scale in enumerate((1, 10, 0.1))]
+    parts = [
+        scale * torch.randn(8, 8, generator=torch.Generator().manual_seed(i))
+        for i, scale in enumerate((1, 10, 0.1))
+    ]
     spec = ProxSparse(steps=10, pressure=3)
     fused, _ = layer(torch.cat(parts), spec, slices=slices)
     apart = [layer(part, spec)[0] for part in parts]
@@ -131,7 +146,9 @@ def test_the_term_is_part_of_the_loss():
         for mask in learner.masks.values():
             mask.values.mul_(1.5)
         term = learner.loss_terms(toy, 0, StepContext())["frozen"]
-        expected = sum(frozen(mask.values, mask.values / 1.5, 0.1) for mask in learner.masks.values())
+        expected = sum(
+            frozen(mask.values, mask.values / 1.5, 0.1) for mask in learner.masks.values()
+        )
     assert float(term) == pytest.approx(0.5 * float(expected), rel=1e-4)
     detach(toy.module)
 
@@ -139,4 +156,6 @@ def test_the_term_is_part_of_the_loss():
 def test_groups_that_died_still_keep_exactly_their_number():
     parametrization = SupportMask(MaskSite("w", "weight", 1, NMPattern(2, 4)))
     values = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0, 0.0]])
-    assert parametrization.hard(values, values).tolist() == [[True, True, False, False, True, False, True, False]]
+    assert parametrization.hard(values, values).tolist() == [
+        [True, True, False, False, True, False, True, False]
+    ]

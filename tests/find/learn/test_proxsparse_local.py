@@ -20,22 +20,28 @@ def layer(seed: int, rows: int = 16, width: int = 64):
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.eye(width) + 2 * torch.randn(width, width, generator=generator) / width**0.5
     x = torch.randn(512, width, generator=generator) @ mixed
-    return torch.randn(rows, width, generator=generator), LayerStats(512, (x.T @ x).diagonal().clone(), x.T @ x)
+    return torch.randn(rows, width, generator=generator), LayerStats(
+        512, (x.T @ x).diagonal().clone(), x.T @ x
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_correlated_inputs_take_over_for_each_other(seed):
-    """By experiment 0.40 to 0.50 of SparseGPT's error on layers 256 wide (bar 0.75 at this width)."""
+    """By experiment 0.40 to 0.50 of SparseGPT's error on layers 256 wide (bar 0.75 at this
+    width)."""
     weight, stats = layer(seed)
     swept = Method.load("sparsegpt").prune_layer(weight, stats, TWO_FOUR).weight
     found = prune_layer(weight, stats, TWO_FOUR).weight
-    assert relative_error(weight, found, stats.gram) < 0.75 * relative_error(weight, swept, stats.gram)
+    assert relative_error(weight, found, stats.gram) < 0.75 * relative_error(
+        weight, swept, stats.gram
+    )
 
 
 @given(seeds, st.sampled_from(["2:4", "1:4", "4:8"]))
 @settings(max_examples=4)
 def test_with_independent_inputs_it_is_wanda(seed, text):
-    """Nothing can take over: the largest of every group stay, and their weights are the best already."""
+    """Nothing can take over: the largest of every group stay, and their weights are the best
+    already."""
     pattern = NMPattern.parse(text)
     weight, stats = layer(seed)
     diagonal = stats.gram.diagonal()
@@ -55,8 +61,13 @@ def test_weights_are_nearly_the_best_on_the_mask(seed):
     for row in range(len(weight)):
         kept = result.mask[row].nonzero().flatten()
         best = torch.zeros(weight.shape[1], dtype=torch.float64)
-        best[kept] = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ weight[row].double())
-        far = [((w - weight[row].double()) @ hessian @ (w - weight[row].double())) for w in (best, result.weight[row].double())]
+        best[kept] = torch.linalg.solve(
+            hessian[kept][:, kept], hessian[kept] @ weight[row].double()
+        )
+        far = [
+            ((w - weight[row].double()) @ hessian @ (w - weight[row].double()))
+            for w in (best, result.weight[row].double())
+        ]
         assert float(far[1]) <= 1.02 * float(far[0])
 
 

@@ -34,7 +34,8 @@ def unit(stats: LayerStats, damping: float = 0.01) -> tuple[torch.Tensor, torch.
     return hessian / scale.outer(scale), scale
 
 
-# --- ISC -------------------------------------------------------------------------------------------------------------
+# --- ISC
+# -------------------------------------------------------------------------------------------------------------
 
 
 @given(seeds, st.sampled_from([TWO_FOUR, ONE_FOUR, FOUR_EIGHT]))
@@ -43,7 +44,9 @@ def test_isc_on_one_group_is_the_formula(seed, pattern):
     weight, stats = layer(seed, rows=1, width=pattern.group)
     hessian, w = dampen(stats.gram, 0.01).double(), weight[0].double()
     inverses = [torch.linalg.inv(hessian[j:, j:]) for j in range(pattern.group)]
-    scores = torch.stack([w[j] ** 2 * (hessian[j, j] + 1 / inverse[0, 0]) for j, inverse in enumerate(inverses)])
+    scores = torch.stack(
+        [w[j] ** 2 * (hessian[j, j] + 1 / inverse[0, 0]) for j, inverse in enumerate(inverses)]
+    )
     order = scores.sort(descending=True).values
     assume(order[pattern.keep - 1] > order[pattern.keep] * 1.001)
     kept = scores >= order[pattern.keep - 1]
@@ -70,14 +73,20 @@ def test_the_scale_of_the_activations_changes_no_mask(seed, power):
     """Powers of two scale without rounding, so the equality is exact."""
     weight, stats = layer(seed)
     for name in ("alps", "isc", "ria"):
-        one, two = (Method.load(name).prune_layer(weight, s, TWO_FOUR) for s in (stats, scaled(stats, 4.0**power)))
+        one, two = (
+            Method.load(name).prune_layer(weight, s, TWO_FOUR)
+            for s in (stats, scaled(stats, 4.0**power))
+        )
         assert torch.equal(one.mask, two.mask)
 
 
 def test_the_scale_of_the_activations_changes_the_mask_of_the_released_isc():
     """Its terms have different units: this is the defect that the name stands for."""
     weight, stats = layer(1, rows=64)
-    masks = [Method.load("isc-released").prune_layer(weight, scaled(stats, 4.0**power), TWO_FOUR).mask for power in (-3, 0, 3)]
+    masks = [
+        Method.load("isc-released").prune_layer(weight, scaled(stats, 4.0**power), TWO_FOUR).mask
+        for power in (-3, 0, 3)
+    ]
     assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
 
 
@@ -88,7 +97,8 @@ def test_a_given_mask_wins_over_prices():
     assert torch.equal(one.mask, mask) and torch.equal(one.weight, two.weight)
 
 
-# --- RIA -------------------------------------------------------------------------------------------------------------
+# --- RIA
+# -------------------------------------------------------------------------------------------------------------
 
 
 @given(seeds)
@@ -100,7 +110,9 @@ def test_ria_is_its_formula(seed):
             size = abs(float(weight[i, j]))
             column, row = (sum(abs(float(x)) for x in line) for line in (weight[:, j], weight[i]))
             norm = (float(stats.square_sum[j]) / stats.tokens) ** 0.5
-            assert float(got[i, j]) == pytest.approx((size / column + size / row) * norm**0.5, rel=1e-4)
+            assert float(got[i, j]) == pytest.approx(
+                (size / column + size / row) * norm**0.5, rel=1e-4
+            )
 
 
 def test_ria_of_dead_columns_and_zero_rows():
@@ -109,11 +121,14 @@ def test_ria_of_dead_columns_and_zero_rows():
     weight[2] = 0.0
     stats.square_sum[6] = 0.0
     scores = ria.scores(weight, stats)
-    assert torch.isfinite(scores).all() and (scores[2] == 0).all() and (scores[:, [1, 6]] == 0).all()
+    assert (
+        torch.isfinite(scores).all() and (scores[2] == 0).all() and (scores[:, [1, 6]] == 0).all()
+    )
     assert mask_follows(Method.load("ria").prune_layer(weight, stats, TWO_FOUR).mask, TWO_FOUR)
 
 
-# --- ALPS ------------------------------------------------------------------------------------------------------------
+# --- ALPS
+# ------------------------------------------------------------------------------------------------------------
 
 
 @given(seeds, st.sampled_from([TWO_FOUR, ONE_FOUR, FOUR_EIGHT]))
@@ -124,7 +139,11 @@ def test_every_iterate_follows_the_pattern(seed, pattern):
     hessian, scale = (x.float() for x in unit(stats))
     count = 0
     for mask, sparse in alps.admm(weight * scale, hessian, pattern):
-        assert mask_follows(mask, pattern) and (sparse[~mask] == 0).all() and torch.isfinite(sparse).all()
+        assert (
+            mask_follows(mask, pattern)
+            and (sparse[~mask] == 0).all()
+            and torch.isfinite(sparse).all()
+        )
         count += 1
     assert 3 < count <= alps.ITERATIONS + 1
 
@@ -153,7 +172,8 @@ def test_the_first_iterations_are_those_of_the_paper(seed):
 
 
 def test_alps_finds_a_better_support_than_the_sweep():
-    """Statistical: with exact weights on either mask, the lower error in most of twenty random correlated layers."""
+    """Statistical: with exact weights on either mask, the lower error in most of twenty random
+    correlated layers."""
     wins = 0
     for seed in range(20):
         weight, stats = layer(seed, rows=8, width=64, tokens=256)
@@ -189,7 +209,8 @@ def test_alps_says_when_activations_overflow():
         alps.prune_layer(weight, stats, TWO_FOUR)
 
 
-# --- two-dimensional magnitude ---------------------------------------------------------------------------------------
+# --- two-dimensional magnitude
+# ---------------------------------------------------------------------------------------
 
 
 def prune_2d(weight: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
@@ -220,14 +241,25 @@ def test_two_of_four_tiles_are_optimal(seed):
     """All ways to place two in each column of a tile, filtered by its rows: ninety."""
     weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(seed))
     mask, pairs = prune_2d(weight, TWO_FOUR), list(combinations(range(4), 2))
-    choices = [(a, b, c, d) for a in pairs for b in pairs for c in pairs for d in pairs
-               if all((a + b + c + d).count(row) == 2 for row in range(4))]
+    choices = [
+        (a, b, c, d)
+        for a in pairs
+        for b in pairs
+        for c in pairs
+        for d in pairs
+        if all((a + b + c + d).count(row) == 2 for row in range(4))
+    ]
     assert len(choices) == 90
     for i in (0, 4):
         for j in (0, 4):
             tile = weight[i : i + 4, j : j + 4].abs().tolist()
-            best = max(sum(tile[row][column] for column, rows in enumerate(choice) for row in rows) for choice in choices)
-            assert float((weight.abs() * mask)[i : i + 4, j : j + 4].sum()) == pytest.approx(best, rel=1e-5)
+            best = max(
+                sum(tile[row][column] for column, rows in enumerate(choice) for row in rows)
+                for choice in choices
+            )
+            assert float((weight.abs() * mask)[i : i + 4, j : j + 4].sum()) == pytest.approx(
+                best, rel=1e-5
+            )
 
 
 @given(seeds)
@@ -246,13 +278,23 @@ def test_no_swap_of_two_places_improves_a_wide_tile(seed, pattern):
     """A kept (i, k) and (j, l) against a pruned (i, l) and (j, k): what keeps all sums."""
     scores = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(seed)).abs()
     mask, s = magnitude_2d.transposable(scores, pattern)[0], scores[0]
-    gain = s[:, None, None, :] + s[None, :, :, None] - s[:, None, :, None] - s[None, :, None, :]  # [i, j, k, l]
-    legal = mask[:, None, :, None] & mask[None, :, None, :] & ~mask[:, None, None, :] & ~mask[None, :, :, None]
+    gain = (
+        s[:, None, None, :] + s[None, :, :, None] - s[:, None, :, None] - s[None, :, None, :]
+    )  # [i, j, k, l]
+    legal = (
+        mask[:, None, :, None]
+        & mask[None, :, None, :]
+        & ~mask[:, None, None, :]
+        & ~mask[None, :, :, None]
+    )
     assert legal.any() and float(gain[legal].max()) <= 1e-6
 
 
 def test_dealing_comes_close_to_the_optimum():
     """Where both are possible: within two per cent of the sum of the best tiles."""
     scores = torch.randn(500, 4, 4, generator=torch.Generator().manual_seed(0)).abs()
-    best, dealt = (float((scores * f(scores, TWO_FOUR)).sum()) for f in (magnitude_2d.transposable, magnitude_2d.exchanged))
+    best, dealt = (
+        float((scores * f(scores, TWO_FOUR)).sum())
+        for f in (magnitude_2d.transposable, magnitude_2d.exchanged)
+    )
     assert best * 0.98 < dealt <= best * (1 + 1e-6)

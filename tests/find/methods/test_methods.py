@@ -28,11 +28,15 @@ PATTERNS = [NMPattern.parse(text) for text in ("2:4", "1:4", "4:8", "2:8")]
 seeds = st.integers(0, 2**31)
 
 
-def layer(seed: int, rows: int = 12, width: int = 32, tokens: int = 96) -> tuple[torch.Tensor, LayerStats]:
+def layer(
+    seed: int, rows: int = 12, width: int = 32, tokens: int = 96
+) -> tuple[torch.Tensor, LayerStats]:
     """A random weight and the statistics of correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, width, generator=generator)
-    x = torch.randn(tokens, width, generator=generator) @ torch.randn(width, width, generator=generator)
+    x = torch.randn(tokens, width, generator=generator) @ torch.randn(
+        width, width, generator=generator
+    )
     gram = x.T @ x
     return weight, LayerStats(tokens, gram.diagonal().clone(), gram)
 
@@ -78,7 +82,9 @@ def test_every_method_survives_odd_layers(name):
         result = method.prune_layer(weight, odd, TWO_FOUR)
         assert mask_follows(result.mask, TWO_FOUR)
         assert result.weight is None or torch.isfinite(result.weight).all()
-    tiny = method.prune_layer(weight[:, :4], LayerStats(96, stats.square_sum[:4], stats.gram[:4, :4]), TWO_FOUR)
+    tiny = method.prune_layer(
+        weight[:, :4], LayerStats(96, stats.square_sum[:4], stats.gram[:4, :4]), TWO_FOUR
+    )
     assert mask_follows(tiny.mask, TWO_FOUR)
 
 
@@ -100,7 +106,8 @@ def test_wanda_is_optimal_for_a_diagonal_gram(seed):
 
 @given(seeds)
 def test_inverse_factor(seed):
-    """Property 1: UᵀU = H⁻¹, trailing blocks factor trailing inverses, d² is the trailing inverse's corner."""
+    """Property 1: UᵀU = H⁻¹, trailing blocks factor trailing inverses, d² is the trailing inverse's
+    corner."""
     _, stats = layer(seed, width=16)
     hessian = dampen(stats.gram, 0.01)
     factor = inverse_factor(stats.gram, 0.01).double()
@@ -108,12 +115,15 @@ def test_inverse_factor(seed):
     for start in (0, 5, 12):
         block = factor[start:, start:]
         inverse = torch.linalg.inv(hessian[start:, start:])
-        torch.testing.assert_close(block.T @ block, inverse, rtol=1e-4, atol=1e-6 * float(inverse.abs().max()))
+        torch.testing.assert_close(
+            block.T @ block, inverse, rtol=1e-4, atol=1e-6 * float(inverse.abs().max())
+        )
 
 
 @given(seeds, st.integers(0, 15))
 def test_single_weight_removal(seed, column):
-    """Property 2: forcing one weight to zero costs w²/[H⁻¹]_pp, and the best answer is constrained least squares."""
+    """Property 2: forcing one weight to zero costs w²/[H⁻¹]_pp, and the best answer is constrained
+    least squares."""
     weight, stats = layer(seed, rows=1, width=16)
     hessian = dampen(stats.gram, 0.01)
     inverse = torch.linalg.inv(hessian)
@@ -133,7 +143,9 @@ def test_block_size_does_not_matter(seed, pattern):
     factor = inverse_factor(stats.gram, 0.01)
     reference, mask, loss = sweep(weight, factor, pattern, freezer(pattern), block_size=32)
     for columns in (1, 8, 16):
-        other, other_mask, other_loss = sweep(weight, factor, pattern, freezer(pattern), block_size=columns)
+        other, other_mask, other_loss = sweep(
+            weight, factor, pattern, freezer(pattern), block_size=columns
+        )
         assert torch.equal(mask, other_mask)
         torch.testing.assert_close(reference, other, rtol=1e-4, atol=1e-4)
         assert loss == pytest.approx(other_loss, rel=1e-4)
@@ -147,31 +159,45 @@ def test_reported_loss_is_the_damped_error(seed, pattern):
     hessian = dampen(stats.gram, 0.01)
     assert loss == pytest.approx(energy(weight - pruned, hessian), rel=1e-3)
     strength = 0.01 * float(stats.gram.diagonal().double().mean())
-    plain = energy(weight - pruned, stats.gram) + strength * float((weight - pruned).double().square().sum())
+    plain = energy(weight - pruned, stats.gram) + strength * float(
+        (weight - pruned).double().square().sum()
+    )
     assert loss == pytest.approx(plain, rel=1e-3)
 
 
 @given(seeds, st.sampled_from(PATTERNS))
 def test_group_obs_costs_add_up(seed, pattern):
-    """Property 9: the chosen costs sum to the final error, whatever the length of the lazy batch."""
+    """Property 9: the chosen costs sum to the final error, whatever the length of the lazy
+    batch."""
     weight, stats = layer(seed)
     factor, hessian = inverse_factor(stats.gram, 0.01), dampen(stats.gram, 0.01)
-    first, mask, loss = sweep(weight, factor, pattern, group_obs.enumerating(pattern), block_size=32)
+    first, mask, loss = sweep(
+        weight, factor, pattern, group_obs.enumerating(pattern), block_size=32
+    )
     assert loss == pytest.approx(energy(weight - first, hessian), rel=1e-3)
-    other, other_mask, _ = sweep(weight, factor, pattern, group_obs.enumerating(pattern), block_size=8)
+    other, other_mask, _ = sweep(
+        weight, factor, pattern, group_obs.enumerating(pattern), block_size=8
+    )
     assert torch.equal(mask, other_mask)
     torch.testing.assert_close(first, other, rtol=1e-3, atol=1e-3)
 
 
 @given(seeds)
 def test_group_obs_is_exact_on_one_group(seed):
-    """On a layer of a single group it finds the best mask and the best weights of all, by brute force."""
+    """On a layer of a single group it finds the best mask and the best weights of all, by brute
+    force."""
     weight, stats = layer(seed, rows=5, width=4)
     hessian = dampen(stats.gram, 0.01)
     result = group_obs.prune_layer(weight, stats, TWO_FOUR)
     for row in range(5):
-        best = min(energy(weight[row : row + 1] - exact_refit(weight[row : row + 1], mask, hessian), hessian)
-                   for mask in (torch.tensor([[i in pair for i in range(4)]]) for pair in combinations(range(4), 2)))
+        best = min(
+            energy(
+                weight[row : row + 1] - exact_refit(weight[row : row + 1], mask, hessian), hessian
+            )
+            for mask in (
+                torch.tensor([[i in pair for i in range(4)]]) for pair in combinations(range(4), 2)
+            )
+        )
         mine = energy(weight[row : row + 1] - result.weight[row : row + 1], hessian)
         assert mine == pytest.approx(best, rel=1e-3, abs=1e-6)
 
@@ -193,7 +219,11 @@ def test_groups_in_order_of_damage_stay_whole(seed, pattern):
     groups = order.view(-1, pattern.group)
     assert torch.equal(groups % pattern.group, torch.arange(pattern.group).expand_as(groups))
     assert torch.equal(order.sort().values, torch.arange(32))
-    lost = torch.where(project(weight.square() * stats.gram.diagonal(), pattern), 0.0, weight.square() * stats.gram.diagonal())
+    lost = torch.where(
+        project(weight.square() * stats.gram.diagonal(), pattern),
+        0.0,
+        weight.square() * stats.gram.diagonal(),
+    )
     damage = lost.sum(0).view(-1, pattern.group).sum(1)[groups[:, 0] // pattern.group]
     assert (damage.diff() <= 1e-5 * damage[0]).all()
 
@@ -202,7 +232,10 @@ def test_the_order_of_damage_pays_on_average_and_a_given_mask_is_kept():
     ratios = []
     for seed in range(8):
         weight, stats = layer(seed, rows=32, width=96, tokens=384)
-        plain, ordered = (Method.load(name).prune_layer(weight, stats, TWO_FOUR) for name in ("group-obs", "group-obs-ordered"))
+        plain, ordered = (
+            Method.load(name).prune_layer(weight, stats, TWO_FOUR)
+            for name in ("group-obs", "group-obs-ordered")
+        )
         errors = [relative_error(weight, result.weight, stats.gram) for result in (plain, ordered)]
         ratios.append(errors[1] / errors[0])
         again = group_obs_ordered.prune_layer(weight, stats, TWO_FOUR, plain.mask)
@@ -235,14 +268,17 @@ def test_between_no_update_and_the_exact_optimum(seed):
 
 @given(seeds)
 def test_column_order_decides_what_the_sweep_reaches(seed):
-    """Property 6: pruned columns first gives the exact optimum; pruned columns last gives no update at all."""
+    """Property 6: pruned columns first gives the exact optimum; pruned columns last gives no update
+    at all."""
     weight, stats = layer(seed)
     hessian = dampen(stats.gram, 0.01)
     factor = inverse_factor(stats.gram, 0.01)
     first = torch.zeros(12, 32, dtype=torch.bool)
     first[:, 16:] = True
     swept, _, _ = sweep(weight, factor, TWO_FOUR, freezer(TWO_FOUR), mask=first)
-    torch.testing.assert_close(swept.double(), exact_refit(weight, first, hessian), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        swept.double(), exact_refit(weight, first, hessian), rtol=1e-3, atol=1e-3
+    )
     swept, _, _ = sweep(weight, factor, TWO_FOUR, freezer(TWO_FOUR), mask=~first)
     torch.testing.assert_close(swept, torch.where(~first, weight, 0))
 
@@ -266,8 +302,12 @@ def test_channel_scaling_changes_nothing(seed):
     Powers of two scale without rounding, so the equality is exact.
     """
     weight, stats = layer(seed, tokens=512)
-    assume(float(torch.linalg.eigvalsh(stats.gram)[0]) > 1)  # no need of damping, which is not scaled
-    scale = torch.exp2(torch.randint(-2, 3, (32,), generator=torch.Generator().manual_seed(seed)).float())
+    assume(
+        float(torch.linalg.eigvalsh(stats.gram)[0]) > 1
+    )  # no need of damping, which is not scaled
+    scale = torch.exp2(
+        torch.randint(-2, 3, (32,), generator=torch.Generator().manual_seed(seed)).float()
+    )
     gram = stats.gram * scale[:, None] * scale[None]
     scaled = LayerStats(512, gram.diagonal().clone(), gram)
     for name in ("wanda", "sparsegpt"):

@@ -1,4 +1,5 @@
-"""NVIDIA ModelOpt as a mask backend: its answers are checked, its limits are sentences, its masks are the known ones."""
+"""NVIDIA ModelOpt as a mask backend: its answers are checked, its limits are sentences, its masks
+are the known ones."""
 
 import sys
 from importlib.util import find_spec
@@ -22,7 +23,8 @@ installed = pytest.mark.skipif(find_spec("modelopt") is None, reason="needs nvid
 
 @pytest.fixture
 def backend(monkeypatch):
-    """A stand-in for `modelopt.torch.sparsity`; `backend.mask` is the mask that it finds, `backend.seen` what it saw."""
+    """A stand-in for `modelopt.torch.sparsity`; `backend.mask` is the mask that it finds,
+    `backend.seen` what it saw."""
     fake = ModuleType("modelopt.torch.sparsity")
     fake.mask, fake.seen = None, {}
 
@@ -65,14 +67,18 @@ def test_a_mask_that_keeps_too_few_is_filled_up_and_one_that_keeps_too_many_is_r
         modelopt.magnitude(weight, stats, TWO_FOUR)
 
 
-@pytest.mark.parametrize("mask", [None, torch.ones(12, 32, dtype=torch.bool)], ids=["nothing", "all"])
+@pytest.mark.parametrize(
+    "mask", [None, torch.ones(12, 32, dtype=torch.bool)], ids=["nothing", "all"]
+)
 def test_a_layer_that_the_backend_leaves_alone_is_an_error_and_not_a_dense_layer(backend, mask):
     backend.mask = mask
     with pytest.raises(NmsparseError, match="does not prune a weight of shape 12 x 32"):
         modelopt.magnitude(*layer(2), TWO_FOUR)
 
 
-@pytest.mark.parametrize("wrong", [{"pattern": "4:8"}, {"pattern": "unstructured:0.5"}, {"patterns": {"x": "1:4"}}])
+@pytest.mark.parametrize(
+    "wrong", [{"pattern": "4:8"}, {"pattern": "unstructured:0.5"}, {"patterns": {"x": "1:4"}}]
+)
 def test_it_knows_one_pattern(wrong):
     with pytest.raises(UsageError, match="finds 2:4 masks only"):
         validate(Prune, {"method": "modelopt-sparsegpt", **wrong})
@@ -88,7 +94,9 @@ def test_without_the_package_nothing_is_loaded(monkeypatch, tmp_path):
 @installed
 def test_magnitude_is_magnitude():
     weight, stats = layer(3, rows=16)
-    assert torch.equal(modelopt.magnitude(weight, stats, TWO_FOUR).mask, project(weight.abs(), TWO_FOUR))
+    assert torch.equal(
+        modelopt.magnitude(weight, stats, TWO_FOUR).mask, project(weight.abs(), TWO_FOUR)
+    )
 
 
 @installed
@@ -109,13 +117,17 @@ def test_dead_columns_and_zero_weights_give_an_exact_mask():
     gram[[0, 7]] = 0
     gram[:, [0, 7]] = 0
     for method in (modelopt.magnitude, modelopt.sparsegpt):
-        assert mask_follows(method(weight, LayerStats(96, gram.diagonal().clone(), gram), TWO_FOUR).mask, TWO_FOUR)
+        assert mask_follows(
+            method(weight, LayerStats(96, gram.diagonal().clone(), gram), TWO_FOUR).mask, TWO_FOUR
+        )
 
 
 @installed
 def test_a_run_is_verified_like_any_other_and_says_nothing_of_the_backend(tmp_path, capfd):
     dense = pico.save(pico.llama(), tmp_path / "dense")
-    spec = validate(Prune, {"method": "modelopt-sparsegpt", "calibration": {"samples": 4, "length": 16}})
+    spec = validate(
+        Prune, {"method": "modelopt-sparsegpt", "calibration": {"samples": 4, "length": 16}}
+    )
     run = prune(str(dense), spec, tmp_path / "run")
     [report] = run.read_json("verify.json")["reports"]
     assert report["ok"] and "Searching" not in capfd.readouterr().out

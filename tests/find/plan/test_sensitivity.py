@@ -1,4 +1,5 @@
-"""Sensitivities: trying a group out equals doing it by hand, and Hutchinson's estimate equals the trace."""
+"""Sensitivities: trying a group out equals doing it by hand, and Hutchinson's estimate equals the
+trace."""
 
 from __future__ import annotations
 
@@ -34,15 +35,31 @@ WANDA = Method.load("wanda")
 
 def bert(head: bool) -> nn.Module:
     torch.manual_seed(0)
-    config = BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-                        vocab_size=pico.VOCABULARY, max_position_embeddings=64)
+    config = BertConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        vocab_size=pico.VOCABULARY,
+        max_position_embeddings=64,
+    )
     return (BertForMaskedLM if head else BertModel)(config).eval()
 
 
 def loaded(name: str) -> LoadedModel:
-    made = {"llama": lambda: pico.llama(num_hidden_layers=3), "gpt2": pico.gpt2, "bert": lambda: bert(False),
-            "bert-mlm": lambda: bert(True)}[name]()
-    return LoadedModel(made, name, name, "encoder" if name.startswith("bert") else "llm", ADAPTERS.load("transformers"))
+    made = {
+        "llama": lambda: pico.llama(num_hidden_layers=3),
+        "gpt2": pico.gpt2,
+        "bert": lambda: bert(False),
+        "bert-mlm": lambda: bert(True),
+    }[name]()
+    return LoadedModel(
+        made,
+        name,
+        name,
+        "encoder" if name.startswith("bert") else "llm",
+        ADAPTERS.load("transformers"),
+    )
 
 
 def sample(model: LoadedModel, samples: int = 5, length: int = 24) -> list[dict]:
@@ -52,12 +69,18 @@ def sample(model: LoadedModel, samples: int = 5, length: int = 24) -> list[dict]
 
 
 def by_hand(model: LoadedModel, batches: list[dict], names: list[tuple[str, str, int]]) -> float:
-    """Mean rise of the loss with a Wanda mask on `names`, from whole passes of a copy and the library's own loss."""
+    """Mean rise of the loss with a Wanda mask on `names`, from whole passes of a copy and the
+    library's own loss."""
     module = copy.deepcopy(model.module)
     norms = {}
-    handles = [module.get_submodule(path).register_forward_pre_hook(
-        lambda m, args, path=path: norms.__setitem__(path, norms.get(path, 0) + args[0].flatten(0, -2).pow(2).sum(0)))
-        for _, path, _ in names]
+    handles = [
+        module.get_submodule(path).register_forward_pre_hook(
+            lambda m, args, path=path: norms.__setitem__(
+                path, norms.get(path, 0) + args[0].flatten(0, -2).pow(2).sum(0)
+            )
+        )
+        for _, path, _ in names
+    ]
     with torch.no_grad():
         dense = [module(**batch) for batch in batches]
         for handle in handles:
@@ -92,7 +115,10 @@ def test_direct_equals_brute_force(name):
     before = {key: value.clone() for key, value in model.module.state_dict().items()}
     measure = objective(model, model.module(**batches[0]))
     found = direct(model, plan.blocks, parts, batches, measure, WANDA)
-    wanted = [by_hand(model, batches, [(r.target.name, r.target.module, r.target.axis) for r in part]) for part in parts]
+    wanted = [
+        by_hand(model, batches, [(r.target.name, r.target.module, r.target.axis) for r in part])
+        for part in parts
+    ]
     assert [rise.mean for rise in found] == pytest.approx(wanted, rel=2e-3, abs=2e-6)
     assert len({round(rise.mean, 9) for rise in found}) == len(parts)
     assert all(torch.equal(value, before[key]) for key, value in model.module.state_dict().items())
@@ -106,7 +132,14 @@ def test_single_targets_can_be_tried_too():
     model = loaded("llama")
     batches = sample(model)
     plan = make_plan(model.discover(), TWO_FOUR)
-    found = direct(model, plan.blocks, [[row] for row in plan.pruned(1)], batches, Objective("cross-entropy"), WANDA)
+    found = direct(
+        model,
+        plan.blocks,
+        [[row] for row in plan.pruned(1)],
+        batches,
+        Objective("cross-entropy"),
+        WANDA,
+    )
     for row, rise in zip(plan.pruned(1), found):
         wanted = by_hand(model, batches, [(row.target.name, row.target.module, row.target.axis)])
         assert rise.mean == pytest.approx(wanted, rel=2e-3, abs=2e-6)
@@ -132,7 +165,9 @@ class Skipping(nn.Module):
 def test_passes_start_at_the_block_only_where_that_is_the_same(skip):
     module = Skipping(skip)
     batches = [{"x": torch.randn(2, 8)}, {"x": torch.randn(3, 8)}]
-    tail = SuffixReplay(module, ("blocks.0", "blocks.1", "blocks.2"), batches, lambda number, output: output)
+    tail = SuffixReplay(
+        module, ("blocks.0", "blocks.1", "blocks.2"), batches, lambda number, output: output
+    )
     assert tail.resumes is not skip
     ran = []
     for index, block in enumerate(module.blocks):
@@ -150,7 +185,8 @@ def test_passes_start_at_the_block_only_where_that_is_the_same(skip):
 
 
 class Linear(nn.Module):
-    """`y = x Wᵀ`: the squared relative error is quadratic in W, with a Hessian that can be written down."""
+    """`y = x Wᵀ`: the squared relative error is quadratic in W, with a Hessian that can be written
+    down."""
 
     num_classes = 0
 
@@ -166,7 +202,9 @@ class Linear(nn.Module):
 def exact_mean_trace(module: Linear, x: torch.Tensor) -> float:
     """`H = 2 x xᵀ / ‖h‖²` for each of the 5 rows of W."""
     h = module(x).detach()
-    return float((2 * x.square().sum(1) / h.square().sum(1)).mean() * 5 / module.layer.weight.numel())
+    return float(
+        (2 * x.square().sum(1) / h.square().sum(1)).mean() * 5 / module.layer.weight.numel()
+    )
 
 
 def test_hutchinson_equals_the_trace_of_a_quadratic():
@@ -176,9 +214,13 @@ def test_hutchinson_equals_the_trace_of_a_quadratic():
     measure = objective(model, module(x))
     assert measure.kind == "hidden"
     batches = [{"x": x[:4]}, {"x": x[4:]}]
-    found = hutchinson(model, ["layer.weight"], batches, measure, probes=400, seed=0)["layer.weight"]
+    found = hutchinson(model, ["layer.weight"], batches, measure, probes=400, seed=0)[
+        "layer.weight"
+    ]
     exact = exact_mean_trace(module, x)
-    assert abs(found.mean - exact) < 4 * found.error and found.error < 0.1 * exact and found.size == 30
+    assert (
+        abs(found.mean - exact) < 4 * found.error and found.error < 0.1 * exact and found.size == 30
+    )
     # A diagonal Hessian leaves Rademacher probes no variance at all.
     x = torch.eye(6)
     one = hutchinson(model, ["layer.weight"], [{"x": x}], measure, probes=2, seed=0)["layer.weight"]
@@ -186,9 +228,15 @@ def test_hutchinson_equals_the_trace_of_a_quadratic():
 
 
 def test_quadratic_forms_are_those_of_the_exact_hessian_of_a_language_model():
-    """Through fused attention: unit vectors in place of random signs read out the diagonal, several weights at once the
-    cross terms."""
-    model = LoadedModel(pico.llama(hidden_size=8, intermediate_size=16, num_attention_heads=2), "", "", "llm", ADAPTERS.load("transformers"))
+    """Through fused attention: unit vectors in place of random signs read out the diagonal, several
+    weights at once the cross terms."""
+    model = LoadedModel(
+        pico.llama(hidden_size=8, intermediate_size=16, num_attention_heads=2),
+        "",
+        "",
+        "llm",
+        ADAPTERS.load("transformers"),
+    )
     for number, parameter in enumerate(model.module.parameters()):
         torch.nn.init.normal_(parameter, std=0.4, generator=torch.Generator().manual_seed(number))
     batches = sample(model, 2, 8)
@@ -197,15 +245,23 @@ def test_quadratic_forms_are_those_of_the_exact_hessian_of_a_language_model():
     weight = model.module.get_parameter(name)
 
     def loss(w: torch.Tensor) -> torch.Tensor:
-        return torch.cat([measure.loss(torch.func.functional_call(model.module, {name: w}, (), batch), batch)
-                          for batch in batches]).mean()
+        return torch.cat(
+            [
+                measure.loss(torch.func.functional_call(model.module, {name: w}, (), batch), batch)
+                for batch in batches
+            ]
+        ).mean()
 
     model.module.set_attn_implementation("eager")
     exact = torch.autograd.functional.hessian(loss, weight.detach()).view(weight.numel(), -1)
     model.module.set_attn_implementation("sdpa")
     units = torch.eye(weight.numel()).view(-1, *weight.shape)[::4]
-    found = torch.cat([_quadratic_forms(model.module, [weight], [unit], batches, measure) for unit in units])
-    assert torch.allclose(found.float(), exact.diagonal()[::4], atol=1e-3 * float(exact.abs().max()))
+    found = torch.cat(
+        [_quadratic_forms(model.module, [weight], [unit], batches, measure) for unit in units]
+    )
+    assert torch.allclose(
+        found.float(), exact.diagonal()[::4], atol=1e-3 * float(exact.abs().max())
+    )
     z = torch.randn_like(weight)
     one = float(_quadratic_forms(model.module, [weight], [z], batches, measure))
     assert one == pytest.approx(float(z.flatten() @ exact @ z.flatten()), rel=1e-3)
@@ -218,8 +274,18 @@ def test_hutchinson_repeats_itself_and_leaves_the_model_alone():
     model.module.lm_head.weight.requires_grad_(False)
     flags = [p.requires_grad for p in model.module.parameters()]
     told = []
-    one, two, three = (hutchinson(model, names, batches, Objective("cross-entropy"), probes=2, seed=seed,
-                                  progress=lambda *step: told.append(step)) for seed in (0, 0, 1))
+    one, two, three = (
+        hutchinson(
+            model,
+            names,
+            batches,
+            Objective("cross-entropy"),
+            probes=2,
+            seed=seed,
+            progress=lambda *step: told.append(step),
+        )
+        for seed in (0, 0, 1)
+    )
     assert one == two != three and told[-1] == ("Hutchinson probes", 1, 2)
     assert [p.requires_grad for p in model.module.parameters()] == flags
     assert all(p.grad is None for p in model.module.parameters())
@@ -230,8 +296,18 @@ def test_curvature_times_damage():
     batches = sample(model, 2, 12)
     plan = make_plan(model.discover(), TWO_FOUR)
     parts = fusion_groups(plan)
-    traces = {row.target.name: HessianTrace(float(i + 1), 0.5, 1) for i, row in enumerate(plan.pruned())}
-    found = from_curvature(model, plan.blocks, parts, batches, Objective("cross-entropy"), Method.load("magnitude"), traces)
+    traces = {
+        row.target.name: HessianTrace(float(i + 1), 0.5, 1) for i, row in enumerate(plan.pruned())
+    }
+    found = from_curvature(
+        model,
+        plan.blocks,
+        parts,
+        batches,
+        Objective("cross-entropy"),
+        Method.load("magnitude"),
+        traces,
+    )
     for part, rise in zip(parts, found):
         wanted = 0.0
         for row in part:

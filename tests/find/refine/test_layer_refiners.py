@@ -1,6 +1,8 @@
-"""Refinements of one layer: masks by swaps, by group descent and by mean error, weights by ADMM, biases.
+"""Refinements of one layer: masks by swaps, by group descent and by mean error, weights by ADMM,
+biases.
 
-And what every registered refinement must hold: the pattern, odd layers, the whole prune stage, the same bits on resume.
+And what every registered refinement must hold: the pattern, odd layers, the whole prune stage, the
+same bits on resume.
 """
 
 from __future__ import annotations
@@ -39,12 +41,21 @@ def settings_of(name: str, **changes):
     return TypeAdapter(AnyStep).validate_python({"name": name, **changes})
 
 
-def problem(seed: int, pattern: NMPattern = TWO_FOUR, rows: int = 6, width: int = 16, tokens: int = 64,
-            method: str | None = None) -> tuple[PrunedLayer, torch.Tensor]:
-    """A layer under a random mask (or a method's), and its inputs: correlated, with means that are not zero."""
+def problem(
+    seed: int,
+    pattern: NMPattern = TWO_FOUR,
+    rows: int = 6,
+    width: int = 16,
+    tokens: int = 64,
+    method: str | None = None,
+) -> tuple[PrunedLayer, torch.Tensor]:
+    """A layer under a random mask (or a method's), and its inputs: correlated, with means that are
+    not zero."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, width, generator=generator)
-    x = torch.randn(tokens, width, generator=generator) @ torch.randn(width, width, generator=generator)
+    x = torch.randn(tokens, width, generator=generator) @ torch.randn(
+        width, width, generator=generator
+    )
     x = x + 3 * torch.randn(width, generator=generator)
     gram = x.T @ x
     stats = LayerStats(tokens, gram.diagonal().clone(), gram, gram.clone(), x.sum(0))
@@ -62,11 +73,14 @@ def losses(layer: PrunedLayer, mask: torch.Tensor) -> torch.Tensor:
 
 def every_mask(pattern: NMPattern) -> list[torch.Tensor]:
     """All masks of one group."""
-    return [torch.tensor([i in kept for i in range(pattern.group)])
-            for kept in combinations(range(pattern.group), pattern.keep)]
+    return [
+        torch.tensor([i in kept for i in range(pattern.group)])
+        for kept in combinations(range(pattern.group), pattern.keep)
+    ]
 
 
-# --- swaps and group descent -----------------------------------------------------------------------------------------
+# --- swaps and group descent
+# -----------------------------------------------------------------------------------------
 
 
 @given(seeds, patterns)
@@ -86,8 +100,9 @@ def test_the_price_of_a_swap_is_the_change_of_the_loss(seed, pattern):
                 continue
             other = mask.clone()
             other[row, first + p], other[row, first + u] = False, True
-            assert float(got[row, p, u]) == pytest.approx(float((losses(layer, other) - before)[row]), rel=1e-6,
-                                                          abs=1e-8 * float(before[row]))
+            assert float(got[row, p, u]) == pytest.approx(
+                float((losses(layer, other) - before)[row]), rel=1e-6, abs=1e-8 * float(before[row])
+            )
 
 
 @given(seeds, patterns, st.sampled_from(["group-descent", "swap"]))
@@ -95,7 +110,10 @@ def test_the_error_never_rises(seed, pattern, name):
     layer, _ = problem(seed, pattern)
     limit = {"group-descent": "sweeps", "swap": "steps"}[name]
     masks = [layer.result.mask]
-    masks += [REFINEMENTS.load(name)(layer, settings_of(name, **{limit: n})).mask for n in (1, 2, 3, 5, 50)]
+    masks += [
+        REFINEMENTS.load(name)(layer, settings_of(name, **{limit: n})).mask
+        for n in (1, 2, 3, 5, 50)
+    ]
     values = [losses(layer, mask) for mask in masks]
     assert all((after <= before * (1 + 1e-9)).all() for before, after in pairwise(values))
 
@@ -119,7 +137,9 @@ def test_swaps_end_where_no_swap_is_better(seed, name):
     mask = REFINEMENTS.load(name)(layer, settings_of(name)).mask
     reached, start = losses(layer, mask), losses(layer, layer.result.mask)
     assert mask_follows(mask, pattern) and (reached <= start).all()
-    for first, p, u in product(range(0, 20, pattern.group), range(pattern.group), range(pattern.group)):
+    for first, p, u in product(
+        range(0, 20, pattern.group), range(pattern.group), range(pattern.group)
+    ):
         other = mask.clone()
         rows = mask[:, first + p] & ~mask[:, first + u]
         other[rows, first + p], other[rows, first + u] = False, True
@@ -164,15 +184,19 @@ def test_long_rows_and_many_rows_are_cut_without_a_trace(monkeypatch):
     assert torch.equal(whole[1], group_descent.refine(layer, GroupDescent()).mask)
 
 
-# --- DSnoT -----------------------------------------------------------------------------------------------------------
+# --- DSnoT
+# -----------------------------------------------------------------------------------------------------------
 
 
 @given(seeds, patterns)
 def test_the_mean_error_of_every_row_shrinks(seed, pattern):
-    """At every cycle each row keeps the pattern and has a mean error that is no larger, measured on the inputs."""
+    """At every cycle each row keeps the pattern and has a mean error that is no larger, measured on
+    the inputs."""
     layer, x = problem(seed, pattern)
     masks = [layer.result.mask] + [dsnot.balance(layer, n, 0.1) for n in (1, 2, 3, 50)]
-    errors = [(torch.where(mask, 0.0, layer.dense).double() @ x.double().mean(0)).abs() for mask in masks]
+    errors = [
+        (torch.where(mask, 0.0, layer.dense).double() @ x.double().mean(0)).abs() for mask in masks
+    ]
     for before, after in pairwise(errors):
         assert (after <= before + 1e-4).all()
     assert all(mask_follows(mask, pattern) for mask in masks)
@@ -185,12 +209,16 @@ def test_the_mean_error_of_every_row_shrinks(seed, pattern):
 
 def test_dsnot_takes_most_of_the_mean_error_away():
     layer, x = problem(1, rows=64, width=64, tokens=256, method="wanda")
-    before, after = (float((torch.where(mask, 0.0, layer.dense) @ x.mean(0)).abs().mean())
-                     for mask in (layer.result.mask, dsnot.refine(layer, Dsnot()).mask))
+    before, after = (
+        float((torch.where(mask, 0.0, layer.dense) @ x.mean(0)).abs().mean())
+        for mask in (layer.result.mask, dsnot.refine(layer, Dsnot()).mask)
+    )
     assert after < 0.3 * before
 
 
-def by_hand(shares: list[float], variances: list[float], kept: list[bool], pattern: NMPattern) -> list[bool]:
+def by_hand(
+    shares: list[float], variances: list[float], kept: list[bool], pattern: NMPattern
+) -> list[bool]:
     """DSnoT on one row whose inputs all have mean 1, so that a weight is its share of the mean."""
     weight, square = torch.tensor([shares]), torch.tensor(variances) + 1
     stats = LayerStats(10, 10 * square, None, None, torch.full_like(square, 10.0))
@@ -199,20 +227,30 @@ def by_hand(shares: list[float], variances: list[float], kept: list[bool], patte
 
 
 def test_dsnot_regrows_by_share_over_variance():
-    """ε = 2.5: the smaller but steadier share returns, the only one of the other sign leaves, and no pair is left."""
-    assert by_hand([1.0, 1.5, -0.1, 3.0], [1, 4, 1, 1], [False, False, True, True], TWO_FOUR) == [True, False, False, True]
+    """ε = 2.5: the smaller but steadier share returns, the only one of the other sign leaves, and
+    no pair is left."""
+    assert by_hand([1.0, 1.5, -0.1, 3.0], [1, 4, 1, 1], [False, False, True, True], TWO_FOUR) == [
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_dsnot_stops_where_the_sign_flips():
     """ε goes from 1.5 to -0.7; the second group could bring it to 0.1, but the row is done."""
-    assert by_hand([2.0, -0.2, -0.5, 0.3], [1] * 4, [False, True, False, True], NMPattern(1, 2)) == [True, False, False, True]
+    assert by_hand(
+        [2.0, -0.2, -0.5, 0.3], [1] * 4, [False, True, False, True], NMPattern(1, 2)
+    ) == [True, False, False, True]
 
 
-# --- ADMM ------------------------------------------------------------------------------------------------------------
+# --- ADMM
+# ------------------------------------------------------------------------------------------------------------
 
 
 def damped(layer: PrunedLayer, damping: float) -> torch.Tensor:
-    """What ADMM minimises the distance in: the Gram plus a ridge that is relative in every column."""
+    """What ADMM minimises the distance in: the Gram plus a ridge that is relative in every
+    column."""
     gram = layer.stats.gram.double()
     return gram + damping * torch.diag(gram.diagonal())
 
@@ -232,24 +270,32 @@ def optimum(layer: PrunedLayer, mask: torch.Tensor, hessian: torch.Tensor) -> to
 
 @given(seeds, patterns, st.booleans())
 def test_admm_comes_to_the_exact_optimum_of_its_mask(seed, pattern, gradual):
-    """Property 18: twenty iterations are near, a few hundred are there; never below what is possible."""
+    """Property 18: twenty iterations are near, a few hundred are there; never below what is
+    possible."""
     layer, _ = problem(seed, pattern, method="wanda")
     hessian = damped(layer, 0.1)
     short, long = (admm.refine(layer, Admm(steps=n, gradual=gradual)) for n in (20, 600))
     assert mask_follows(short.mask, pattern) and (short.weight[~short.mask] == 0).all()
     assert gradual or torch.equal(short.mask, layer.result.mask)
     for result, slack in ((short, 0.3), (long, 1e-2)):
-        got, best = energies(layer.dense - result.weight, hessian).sum(), optimum(layer, result.mask, hessian).sum()
+        got, best = (
+            energies(layer.dense - result.weight, hessian).sum(),
+            optimum(layer, result.mask, hessian).sum(),
+        )
         assert best * (1 - 1e-4) <= got <= best * (1 + slack)
 
 
 def test_the_soft_mask_finds_the_better_support():
-    """Not a theorem: in most random layers the mask chosen on the way has a lower optimum than Wanda's."""
+    """Not a theorem: in most random layers the mask chosen on the way has a lower optimum than
+    Wanda's."""
     wins = 0
     for seed in range(10):
         layer, _ = problem(seed, rows=16, width=32, method="wanda")
         mask = admm.refine(layer, Admm()).mask
-        wins += bool(optimum(layer, mask, damped(layer, 0.1)).sum() < optimum(layer, layer.result.mask, damped(layer, 0.1)).sum())
+        wins += bool(
+            optimum(layer, mask, damped(layer, 0.1)).sum()
+            < optimum(layer, layer.result.mask, damped(layer, 0.1)).sum()
+        )
     assert wins >= 9
 
 
@@ -262,7 +308,8 @@ def test_soft_masks_tighten_to_the_pattern(pattern, steps):
     assert moving < pattern.zeros or kept[0] == pattern.group - 1
 
 
-# --- biases ----------------------------------------------------------------------------------------------------------
+# --- biases
+# ----------------------------------------------------------------------------------------------------------
 
 
 def with_bias(seed: int, method: str) -> tuple[PrunedLayer, torch.Tensor, BlockPair]:
@@ -271,7 +318,14 @@ def with_bias(seed: int, method: str) -> tuple[PrunedLayer, torch.Tensor, BlockP
     module = nn.ModuleDict({"biased": nn.Linear(16, 6), "plain": nn.Linear(16, 6, bias=False)})
     for child in module.values():
         child.weight.data.copy_(layer.dense)
-    block = BlockPair(module, module, {"biased.weight": layer, "plain.weight": layer}, [x], None, lambda m, i, h: h)
+    block = BlockPair(
+        module,
+        module,
+        {"biased.weight": layer, "plain.weight": layer},
+        [x],
+        None,
+        lambda m, i, h: h,
+    )
     return layer, x, block
 
 
@@ -302,18 +356,34 @@ def test_layers_without_a_bias_are_counted_and_left_alone():
 
 
 def test_a_bias_is_corrected_once_however_often_it_is_asked(texts, gpt2_dir, tmp_path):
-    """In the first block, whose inputs nothing has changed yet, only biases differ; asking twice is asking once."""
-    plain, once, twice = (prune(str(gpt2_dir), refined(texts, ["bias"] * n), tmp_path / str(n)) for n in range(3))
-    before, after, again = (load_file(run / "model/model.safetensors") for run in (plain, once, twice))
-    moved = {name for name in before if ".h.1." not in name and not torch.equal(before[name], after[name])}
-    assert {name.split("h.0.")[1] for name in moved} == {"attn.c_attn.bias", "attn.c_proj.bias", "mlp.c_fc.bias",
-                                                         "mlp.c_proj.bias"}
+    """In the first block, whose inputs nothing has changed yet, only biases differ; asking twice is
+    asking once."""
+    plain, once, twice = (
+        prune(str(gpt2_dir), refined(texts, ["bias"] * n), tmp_path / str(n)) for n in range(3)
+    )
+    before, after, again = (
+        load_file(run / "model/model.safetensors") for run in (plain, once, twice)
+    )
+    moved = {
+        name
+        for name in before
+        if ".h.1." not in name and not torch.equal(before[name], after[name])
+    }
+    assert {name.split("h.0.")[1] for name in moved} == {
+        "attn.c_attn.bias",
+        "attn.c_proj.bias",
+        "mlp.c_fc.bias",
+        "mlp.c_proj.bias",
+    }
     assert all(torch.equal(after[name], again[name]) for name in after)
     facts = once.read_json("refinements.json")
-    assert [(row["name"], row["corrected"], row["without a bias"]) for row in facts] == [("bias", 4, 0)] * 2
+    assert [(row["name"], row["corrected"], row["without a bias"]) for row in facts] == [
+        ("bias", 4, 0)
+    ] * 2
 
 
-# --- every registered refinement -------------------------------------------------------------------------------------
+# --- every registered refinement
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
@@ -334,7 +404,8 @@ def test_every_layer_refinement_is_exact(name, pattern, method):
 
 @pytest.mark.parametrize("name", LAYER_STEPS)
 def test_every_layer_refinement_survives_odd_layers(name):
-    """Property 25: dead and duplicated columns, rows of zeros and of ties, one token, no signal at all, one group."""
+    """Property 25: dead and duplicated columns, rows of zeros and of ties, one token, no signal at
+    all, one group."""
     refine, step = REFINEMENTS.load(name), settings_of(name)
     layer, x = problem(5, rows=8, width=32)
     weight = layer.dense.clone()
@@ -360,16 +431,25 @@ def gpt2_dir(tmp_path_factory):
 
 def refined(texts, names) -> Prune:
     quick = {"reconstruct": {"epochs": 1}}
-    return validate(Prune, {**spec(texts, "wanda").model_dump(),
-                            "refine": [{"name": name, **quick.get(name, {})} for name in names]})
+    return validate(
+        Prune,
+        {
+            **spec(texts, "wanda").model_dump(),
+            "refine": [{"name": name, **quick.get(name, {})} for name in names],
+        },
+    )
 
 
 @pytest.mark.parametrize("name", REFINEMENTS.names())
-def test_every_refinement_ends_verified_and_resumes_to_the_same_bits(name, texts, gpt2_dir, tmp_path):
+def test_every_refinement_ends_verified_and_resumes_to_the_same_bits(
+    name, texts, gpt2_dir, tmp_path
+):
     recipe = refined(texts, [name])
     whole = prune(str(gpt2_dir), recipe, tmp_path / "whole")
     masks = MaskSet.load(whole / "masks.safetensors").masks
-    weights, dense = (load_file(folder / "model.safetensors") for folder in (whole / "model", gpt2_dir))
+    weights, dense = (
+        load_file(folder / "model.safetensors") for folder in (whole / "model", gpt2_dir)
+    )
     for key, mask in masks.items():
         weight = weights[key]
         assert mask.axis == 0 and (weight[~mask.unpack()] == 0).all()
@@ -379,4 +459,6 @@ def test_every_refinement_ends_verified_and_resumes_to_the_same_bits(name, texts
         prune(str(gpt2_dir), recipe, tmp_path / "broken", progress=stop_at(1))
     resumed = prune(str(gpt2_dir), recipe, tmp_path / "broken")
     assert mask_bytes(resumed) == mask_bytes(whole)
-    assert (resumed / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert (resumed / "model/model.safetensors").read_bytes() == (
+        whole / "model/model.safetensors"
+    ).read_bytes()

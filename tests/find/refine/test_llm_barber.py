@@ -1,4 +1,5 @@
-"""LLM-Barber: the pairwise swap against brute force, per-sample gradients against one backward pass per sample."""
+"""LLM-Barber: the pairwise swap against brute force, per-sample gradients against one backward pass
+per sample."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ patterns = st.sampled_from([NMPattern.parse(text) for text in ("2:4", "1:4", "4:
 shares = st.sampled_from([0.01, 0.25, 0.5, 1.0])
 
 
-def ranked(seed: int, pattern: NMPattern, rows: int = 5, groups: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+def ranked(
+    seed: int, pattern: NMPattern, rows: int = 5, groups: int = 12
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores with many ties, and a mask that knows nothing of them."""
     generator = torch.Generator().manual_seed(seed)
     shape = (rows, groups * pattern.group)
@@ -42,15 +45,18 @@ def ranked(seed: int, pattern: NMPattern, rows: int = 5, groups: int = 12) -> tu
 
 @given(seeds, patterns, shares)
 def test_swaps_are_those_of_brute_force(seed, pattern, share):
-    """Row by row: the counts, the summed score and the number of swaps of a loop that knows no vectors."""
+    """Row by row: the counts, the summed score and the number of swaps of a loop that knows no
+    vectors."""
     scores, mask = ranked(seed, pattern)
     new = rebuild(scores, mask, pattern, share)
     assert mask_follows(new, pattern)
     for row in range(len(scores)):
         gains = []
         for price, kept in zip(scores[row].split(pattern.group), mask[row].split(pattern.group)):
-            gains.append(max(p for p, k in zip(price.tolist(), kept) if not k)
-                         - min(p for p, k in zip(price.tolist(), kept) if k))
+            gains.append(
+                max(p for p, k in zip(price.tolist(), kept) if not k)
+                - min(p for p, k in zip(price.tolist(), kept) if k)
+            )
         positive = sorted((g for g in gains if g > 0), reverse=True)
         best = positive[: int(share * len(positive))]
         assert int((new[row] & ~mask[row]).sum()) == len(best)
@@ -67,8 +73,11 @@ def test_swapping_ends_at_the_best_mask_of_the_scores(seed, pattern):
     assert float(scores[mask].sum()) == float(scores[best].sum())
 
 
-def one_threshold_per_row(scores: torch.Tensor, mask: torch.Tensor, pattern: NMPattern, share: float) -> torch.Tensor:
-    """The published rule: a row's pairs set two thresholds; what is above one grows, what is below the other goes."""
+def one_threshold_per_row(
+    scores: torch.Tensor, mask: torch.Tensor, pattern: NMPattern, share: float
+) -> torch.Tensor:
+    """The published rule: a row's pairs set two thresholds; what is above one grows, what is below
+    the other goes."""
     new = mask.clone()
     for row in range(len(scores)):
         grow = scores[row][~mask[row]].sort(descending=True).values
@@ -81,7 +90,11 @@ def one_threshold_per_row(scores: torch.Tensor, mask: torch.Tensor, pattern: NMP
         for first in range(0, scores.shape[1], pattern.group):
             here = slice(first, first + pattern.group)
             count = int(grown[here].sum())
-            kept = [(float(scores[row, i]), i) for i in range(first, first + pattern.group) if mask[row, i]]
+            kept = [
+                (float(scores[row, i]), i)
+                for i in range(first, first + pattern.group)
+                if mask[row, i]
+            ]
             gone = [i for price, i in sorted(kept)[:count] if price < float(drop[pairs - 1])]
             new[row, here] |= grown[here]
             new[row, gone] = False
@@ -115,14 +128,16 @@ def test_ties_break_the_published_rule_and_not_the_pairs():
     assert mask_follows(rebuild(scores, mask, TWO_FOUR, 0.5), TWO_FOUR)
 
 
-# --- the gradients and the two halves --------------------------------------------------------------------------------
+# --- the gradients and the two halves
+# --------------------------------------------------------------------------------
 
 
 ROPE = pico.llama().model.rotary_emb
 
 
 def llama_block(seed: int, updated: bool = False, batches: int = 2, batch: int = 3) -> BlockPair:
-    """The second block of a two-block model behind a random stream, its weights pruned by magnitude."""
+    """The second block of a two-block model behind a random stream, its weights pruned by
+    magnitude."""
     model = pico.llama(seed, intermediate_size=96).model
     generator = torch.Generator().manual_seed(seed)
     inputs = [torch.randn(batch, 8, 64, generator=generator) for _ in range(batches)]
@@ -137,7 +152,9 @@ def llama_block(seed: int, updated: bool = False, batches: int = 2, batch: int =
         rows = value.detach().clone()
         mask = project(rows.abs(), TWO_FOUR)
         weight = rows * 1.25 if updated else None
-        layers[name] = PrunedLayer(rows, LayerStats.none(), TWO_FOUR, 1, rows.shape, LayerResult(mask, weight))
+        layers[name] = PrunedLayer(
+            rows, LayerStats.none(), TWO_FOUR, 1, rows.shape, LayerResult(mask, weight)
+        )
         module.get_parameter(name).data.copy_(layers[name].weight)
 
     def run(block: nn.Module, number: int, x: torch.Tensor) -> torch.Tensor:
@@ -162,15 +179,20 @@ def gradients_one_by_one(layers, dense_loss, samples) -> dict[str, torch.Tensor]
 
 def attention(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     rope = ROPE(x, torch.arange(x.shape[1])[None])
-    return module.self_attn(module.input_layernorm(x), position_embeddings=rope, attention_mask=None)[0]
+    return module.self_attn(
+        module.input_layernorm(x), position_embeddings=rope, attention_mask=None
+    )[0]
 
 
 def mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return module.mlp(module.post_attention_layernorm(x))
 
 
-def expected_squares(part: str, dense: nn.Module, module: nn.Module, before: nn.Module, block: BlockPair) -> dict:
-    """What one half's score is made of: no residual, and the MLP behind the attention of `before`."""
+def expected_squares(
+    part: str, dense: nn.Module, module: nn.Module, before: nn.Module, block: BlockPair
+) -> dict:
+    """What one half's score is made of: no residual, and the MLP behind the attention of
+    `before`."""
     for parameter in (*dense.parameters(), *module.parameters()):
         parameter.requires_grad_(False)
 
@@ -181,7 +203,9 @@ def expected_squares(part: str, dense: nn.Module, module: nn.Module, before: nn.
         return mse_loss(mlp(dense, x), mlp(module, x))
 
     weights = {name: dense.get_parameter(name) for name in block.layers if name.startswith(part)}
-    return gradients_one_by_one(weights, loss, [x[i : i + 1] for x in block.inputs for i in range(len(x))])
+    return gradients_one_by_one(
+        weights, loss, [x[i : i + 1] for x in block.inputs for i in range(len(x))]
+    )
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -193,7 +217,9 @@ def test_a_half_is_scored_by_its_own_output_sample_by_sample(seed):
     expected = expected_squares("self_attn", block.dense, block.module, block.module, block)
     assert set(got) == set(expected)
     for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-4 * float(expected[name].max()))
+        torch.testing.assert_close(
+            got[name], expected[name], rtol=1e-3, atol=1e-4 * float(expected[name].max())
+        )
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -204,12 +230,16 @@ def test_the_mlp_is_rebuilt_behind_the_rebuilt_attention(seed):
     rebuilt = copy.deepcopy(module)
     for name, result in done.layers.items():
         if name.startswith("self_attn"):
-            rebuilt.get_parameter(name).data.copy_(torch.where(result.mask, block.layers[name].dense, 0.0))
+            rebuilt.get_parameter(name).data.copy_(
+                torch.where(result.mask, block.layers[name].dense, 0.0)
+            )
     behind_old = expected_squares("mlp", dense, module, module, block)
     for name, square in expected_squares("mlp", dense, module, rebuilt, block).items():
         layer = block.layers[name]
-        new, old = (rebuild(layer.dense.abs() * s.sqrt(), layer.result.mask, TWO_FOUR, 0.5)
-                    for s in (square, behind_old[name]))
+        new, old = (
+            rebuild(layer.dense.abs() * s.sqrt(), layer.result.mask, TWO_FOUR, 0.5)
+            for s in (square, behind_old[name])
+        )
         wrong, without = (int((done.layers[name].mask != mask).sum()) for mask in (new, old))
         assert wrong <= 8 and without > 5 * wrong + 40  # a near tie may fall either way
 
@@ -237,17 +267,29 @@ def test_convolutions_and_transposed_linears(seed):
     for name, axis in (("conv.weight", 1), ("mix.weight", 0)):
         weight = dense.get_parameter(name).detach()
         rows = to_rows(weight, axis)
-        layers[name] = PrunedLayer(rows, LayerStats.none(), TWO_FOUR, axis, weight.shape, LayerResult(project(rows, TWO_FOUR)))
+        layers[name] = PrunedLayer(
+            rows,
+            LayerStats.none(),
+            TWO_FOUR,
+            axis,
+            weight.shape,
+            LayerResult(project(rows, TWO_FOUR)),
+        )
     inputs = [torch.randn(3, 4, 5, 5) for _ in range(2)]
     block = BlockPair(module, dense, layers, inputs, None, lambda block, number, x: block(x))
     weights = {name: dense.get_parameter(name) for name in layers}
-    expected = gradients_one_by_one(weights, lambda x: mse_loss(dense(x), module(x).detach()),
-                                    [x[i : i + 1] for x in inputs for i in range(3)])
+    expected = gradients_one_by_one(
+        weights,
+        lambda x: mse_loss(dense(x), module(x).detach()),
+        [x[i : i + 1] for x in inputs for i in range(3)],
+    )
     for parameter in (*dense.parameters(), *module.parameters()):
         parameter.requires_grad_(False)
     got, _ = squared_gradients(block, units(block, "block")[0])
     for name, layer in layers.items():
-        torch.testing.assert_close(got[name], to_rows(expected[name], layer.axis), rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(
+            got[name], to_rows(expected[name], layer.axis), rtol=1e-3, atol=1e-7
+        )
 
 
 @pytest.mark.parametrize("updated", [False, True])
@@ -277,34 +319,53 @@ def test_a_half_that_is_still_dense_in_effect_stays_as_it_is():
     assert loss == 0 and all((square == 0).all() for square in squares.values())
 
 
-# --- the whole stage -------------------------------------------------------------------------------------------------
+# --- the whole stage
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method,pattern", [("wanda", "2:4"), ("sparsegpt", "2:8")])
 def test_end_to_end_and_resume(method, pattern, llama_dir, texts, tmp_path):
     plain = spec(texts, method, pattern=pattern)
-    rebuilt = validate(Prune, {**plain.model_dump(), "refine": [{"name": "llm-barber", "share": 0.5}]})
-    before, whole = prune(str(llama_dir), plain, tmp_path / "plain"), prune(str(llama_dir), rebuilt, tmp_path / "whole")
+    rebuilt = validate(
+        Prune, {**plain.model_dump(), "refine": [{"name": "llm-barber", "share": 0.5}]}
+    )
+    before, whole = (
+        prune(str(llama_dir), plain, tmp_path / "plain"),
+        prune(str(llama_dir), rebuilt, tmp_path / "whole"),
+    )
     masks = [MaskSet.load(run / "masks.safetensors").masks for run in (before, whole)]
-    changed = [name for name in masks[0] if not torch.equal(masks[0][name].unpack(), masks[1][name].unpack())]
+    changed = [
+        name
+        for name in masks[0]
+        if not torch.equal(masks[0][name].unpack(), masks[1][name].unpack())
+    ]
     assert len(changed) > 10
     if method == "wanda":
-        dense, state = (load_file(folder / "model.safetensors") for folder in (llama_dir, whole / "model"))
-        assert all(torch.equal(state[name], mask.apply(dense[name])) for name, mask in masks[1].items())
+        dense, state = (
+            load_file(folder / "model.safetensors") for folder in (llama_dir, whole / "model")
+        )
+        assert all(
+            torch.equal(state[name], mask.apply(dense[name])) for name, mask in masks[1].items()
+        )
     told = whole.read_json("refinements.json")
     assert [row["block"] for row in told] == [0, 1] and all(row["unit 1"]["swaps"] for row in told)
     with pytest.raises(Stop):
         prune(str(llama_dir), rebuilt, tmp_path / "broken", progress=stop_at(1))
     resumed = prune(str(llama_dir), rebuilt, tmp_path / "broken")
     assert mask_bytes(resumed) == mask_bytes(whole)
-    assert (resumed / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert (resumed / "model/model.safetensors").read_bytes() == (
+        whole / "model/model.safetensors"
+    ).read_bytes()
 
 
 def test_bf16_stream_and_transposed_weights(texts, tmp_path):
     folder = pico.save(pico.gpt2(), tmp_path / "gpt2")
     wanted = spec(texts, "magnitude", compute="bf16", refine=[{"name": "llm-barber", "share": 0.5}])
     run = prune(str(folder), wanted, tmp_path / "run")
-    assert all(row["unit 0"]["swaps"] and row["unit 1"]["swaps"] for row in run.read_json("refinements.json"))
+    assert all(
+        row["unit 0"]["swaps"] and row["unit 1"]["swaps"]
+        for row in run.read_json("refinements.json")
+    )
 
 
 @pytest.mark.parametrize("name", ["llm-barber", "refit"])
@@ -317,6 +378,8 @@ def test_a_refinement_is_not_a_method(name):
 def test_an_empty_half_is_left_out():
     block = llama_block(0)
     some = {name: layer for name, layer in block.layers.items() if "mlp" in name}
-    squares, loss = squared_gradients(BlockPair(block.module, block.dense, some, block.inputs, None, block.run),
-                                      SimpleNamespace(parameters=["self_attn.q_proj.weight"], forward=block.run))
+    squares, loss = squared_gradients(
+        BlockPair(block.module, block.dense, some, block.inputs, None, block.run),
+        SimpleNamespace(parameters=["self_attn.q_proj.weight"], forward=block.run),
+    )
     assert squares == {} and loss == 0

@@ -25,7 +25,9 @@ def problem(seed: int, rows: int = 6, width: int = 16, tokens: int = 64):
     """A weight, a mask, dense inputs, and sparse inputs that drifted from them."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, width, generator=generator)
-    dense = torch.randn(tokens, width, generator=generator) @ torch.randn(width, width, generator=generator)
+    dense = torch.randn(tokens, width, generator=generator) @ torch.randn(
+        width, width, generator=generator
+    )
     drifted = dense + 0.3 * torch.randn(tokens, width, generator=generator)
     gram = drifted.T @ drifted
     stats = LayerStats(tokens, gram.diagonal().clone(), gram, dense.T @ drifted)
@@ -43,7 +45,9 @@ def exact(weight, mask, stats, blend, damping):
     best = torch.zeros_like(weight, dtype=torch.float64)
     for row, kept in enumerate(mask):
         keep = kept.nonzero().flatten()
-        best[row, keep] = torch.linalg.solve((hessian + ridge)[keep][:, keep], wanted[row, keep]) / scale[keep]
+        best[row, keep] = (
+            torch.linalg.solve((hessian + ridge)[keep][:, keep], wanted[row, keep]) / scale[keep]
+        )
     return best
 
 
@@ -53,12 +57,15 @@ def test_enough_steps_reach_the_optimum(seed, blend):
     weight, mask, stats, *_ = problem(seed)
     got = refit(weight, weight, mask, stats, blend=blend, residual=0.0, steps=60, damping=0.01)
     assert (got[~mask] == 0).all()
-    torch.testing.assert_close(got.double(), exact(weight, mask, stats, blend, 0.01), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(
+        got.double(), exact(weight, mask, stats, blend, 0.01), rtol=2e-2, atol=2e-2
+    )
 
 
 @given(seeds)
 def test_error_falls_step_by_step(seed):
-    """Monotone in the quadratic that it minimises, and never worse than the masked weights it starts from."""
+    """Monotone in the quadratic that it minimises, and never worse than the masked weights it
+    starts from."""
     weight, mask, stats, *_ = problem(seed)
     scale = stats.gram.diagonal().sqrt()
     hessian = (stats.gram / scale.outer(scale) + 0.01 * torch.eye(16)).double()
@@ -68,12 +75,17 @@ def test_error_falls_step_by_step(seed):
         return float(((d @ hessian) * d).sum())
 
     losses = [loss(torch.where(mask, weight, 0))]
-    losses += [loss(refit(weight, weight, mask, stats, blend=0.0, residual=0.0, steps=n, damping=0.01)) for n in (1, 2, 4, 8, 16)]
+    losses += [
+        loss(refit(weight, weight, mask, stats, blend=0.0, residual=0.0, steps=n, damping=0.01))
+        for n in (1, 2, 4, 8, 16)
+    ]
     assert all(after <= before * (1 + 1e-4) for before, after in pairwise(losses))
 
 
 @given(seeds)
-@example(506153)  # rows were solved to the last bit here, and the ratio of two underflowing norms was not a number
+@example(
+    506153
+)  # rows were solved to the last bit here, and the ratio of two underflowing norms was not a number
 def test_full_blend_is_the_best_answer_to_the_dense_stream(seed):
     """Property 13: no perturbation on the support comes closer to `W X_d` (up to the ridge)."""
     weight, mask, stats, dense, drifted = problem(seed)
@@ -90,16 +102,30 @@ def test_full_blend_is_the_best_answer_to_the_dense_stream(seed):
 
 @given(seeds, st.sampled_from([1e-18, 1.0, 1e12]))
 def test_solved_rows_stay_solved(seed, size):
-    """Hundreds of steps past the optimum, at any scale of the weights, change nothing and never leave the numbers."""
+    """Hundreds of steps past the optimum, at any scale of the weights, change nothing and never
+    leave the numbers."""
     weight, mask, stats, *_ = problem(seed)
-    few, many = (refit(weight * size, weight * size, mask, stats, blend=0.25, residual=0.0, steps=n, damping=0.01) for n in (60, 600))
+    few, many = (
+        refit(
+            weight * size,
+            weight * size,
+            mask,
+            stats,
+            blend=0.25,
+            residual=0.0,
+            steps=n,
+            damping=0.01,
+        )
+        for n in (60, 600)
+    )
     assert torch.isfinite(many).all()
     torch.testing.assert_close(many / size, few / size, rtol=2e-2, atol=2e-2)
 
 
 @given(seeds)
 def test_residual_share_is_part_of_the_target(seed):
-    """Full shares answer `W X_d + R_d - R_s`: no perturbation on the support comes closer (up to the ridge)."""
+    """Full shares answer `W X_d + R_d - R_s`: no perturbation on the support comes closer (up to
+    the ridge)."""
     weight, mask, stats, dense, drifted = problem(seed)
     generator = torch.Generator().manual_seed(seed)
     away = 0.5 * torch.randn(len(dense), len(weight), generator=generator)
@@ -124,34 +150,58 @@ def test_dead_columns_and_empty_rows():
 
 @pytest.fixture
 def refined(texts) -> Prune:
-    return validate(Prune, {**spec(texts, "group-obs").model_dump(), "refine": [{"name": "refit", "blend": 0.25}]})
+    return validate(
+        Prune,
+        {**spec(texts, "group-obs").model_dump(), "refine": [{"name": "refit", "blend": 0.25}]},
+    )
 
 
 def test_end_to_end_and_resume(refined, llama_dir, texts, tmp_path):
-    """The mask is that of the first block's method, errors fall where the stream is the dense one, bits resume."""
+    """The mask is that of the first block's method, errors fall where the stream is the dense one,
+    bits resume."""
     plain = prune(str(llama_dir), spec(texts, "group-obs"), tmp_path / "plain")
     whole = prune(str(llama_dir), refined, tmp_path / "whole")
     first = "model.layers.0.self_attn.q_proj.weight"
-    masks = [MaskSet.load(run / "masks.safetensors").masks[first].unpack() for run in (plain, whole)]
+    masks = [
+        MaskSet.load(run / "masks.safetensors").masks[first].unpack() for run in (plain, whole)
+    ]
     assert torch.equal(*masks)
-    errors = [{r["name"]: r["relative_error"] for r in run.read_json("layers.json")} for run in (plain, whole)]
+    errors = [
+        {r["name"]: r["relative_error"] for r in run.read_json("layers.json")}
+        for run in (plain, whole)
+    ]
     assert errors[1][first] < errors[0][first]
     with pytest.raises(Stop):
         prune(str(llama_dir), refined, tmp_path / "broken", progress=stop_at(1))
     resumed = prune(str(llama_dir), refined, tmp_path / "broken")
     assert mask_bytes(resumed) == mask_bytes(whole)
-    assert (resumed / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert (resumed / "model/model.safetensors").read_bytes() == (
+        whole / "model/model.safetensors"
+    ).read_bytes()
 
 
 def test_sequential_and_resume(texts, llama_dir, tmp_path):
-    """Statistics after the first layers of a block differ, masks of the first do not, and a resumed run has the same bits."""
+    """Statistics after the first layers of a block differ, masks of the first do not, and a resumed
+    run has the same bits."""
     steps = [{"name": "refit", "blend": 0.5, "residual": 0.5}]
-    plain, recipe = (validate(Prune, {**spec(texts, "group-obs").model_dump(), "refine": steps, "sequential": flag})
-                     for flag in (False, True))
-    runs = [prune(str(llama_dir), wanted, tmp_path / name) for name, wanted in (("plain", plain), ("whole", recipe))]
+    plain, recipe = (
+        validate(
+            Prune, {**spec(texts, "group-obs").model_dump(), "refine": steps, "sequential": flag}
+        )
+        for flag in (False, True)
+    )
+    runs = [
+        prune(str(llama_dir), wanted, tmp_path / name)
+        for name, wanted in (("plain", plain), ("whole", recipe))
+    ]
     masks = [MaskSet.load(run / "masks.safetensors").masks for run in runs]
-    same = {name for name in masks[0] if torch.equal(masks[0][name].unpack(), masks[1][name].unpack())}
-    assert "model.layers.0.self_attn.q_proj.weight" in same and "model.layers.0.mlp.down_proj.weight" not in same
+    same = {
+        name for name in masks[0] if torch.equal(masks[0][name].unpack(), masks[1][name].unpack())
+    }
+    assert (
+        "model.layers.0.self_attn.q_proj.weight" in same
+        and "model.layers.0.mlp.down_proj.weight" not in same
+    )
     with pytest.raises(Stop):
         prune(str(llama_dir), recipe, tmp_path / "broken", progress=stop_at(1))
     resumed = prune(str(llama_dir), recipe, tmp_path / "broken")
@@ -160,5 +210,9 @@ def test_sequential_and_resume(texts, llama_dir, tmp_path):
 
 def test_refinement_of_a_method_that_needs_no_data(texts, llama_dir, tmp_path):
     """Magnitude plus refit reads the calibration text that magnitude alone would not."""
-    run = prune(str(llama_dir), validate(Prune, {**spec(texts, "magnitude").model_dump(), "refine": [{"name": "refit"}]}), tmp_path / "r")
+    run = prune(
+        str(llama_dir),
+        validate(Prune, {**spec(texts, "magnitude").model_dump(), "refine": [{"name": "refit"}]}),
+        tmp_path / "r",
+    )
     assert (run / "calibration.safetensors").is_file()

@@ -1,4 +1,5 @@
-"""The arms of one model: each is what it says, they share everything else, and nothing is claimed without a kernel."""
+"""The arms of one model: each is what it says, they share everything else, and nothing is claimed
+without a kernel."""
 
 from __future__ import annotations
 
@@ -41,8 +42,17 @@ def loaded(module=None) -> LoadedModel:
 
 def magnitude(model: LoadedModel) -> MaskSet:
     found = model.discover()
-    return MaskSet({one.name: Mask.pack(project(model.module.get_parameter(one.name).detach().abs(), TWO_FOUR, one.axis),
-                                        one.axis, TWO_FOUR, "") for one in found.targets})
+    return MaskSet(
+        {
+            one.name: Mask.pack(
+                project(model.module.get_parameter(one.name).detach().abs(), TWO_FOUR, one.axis),
+                one.axis,
+                TWO_FOUR,
+                "",
+            )
+            for one in found.targets
+        }
+    )
 
 
 @pytest.fixture(scope="module", params=("llama", "gpt2"))
@@ -52,7 +62,14 @@ def made(request):
     masks = magnitude(model)
     found = arm_layers(model.module, model.discover().targets, masks.masks, "fp16")
     with standing_in(StandIn()):
-        arms = make_arms(model.module, found, {name: mask.unpack() for name, mask in masks.masks.items()}, "fp16", {}, {})
+        arms = make_arms(
+            model.module,
+            found,
+            {name: mask.unpack() for name, mask in masks.masks.items()},
+            "fp16",
+            {},
+            {},
+        )
         yield model, masks, found, arms
 
 
@@ -72,7 +89,9 @@ def test_the_dense_arm_is_the_model_and_the_pruned_arms_are_the_pruned_one(made)
     finally:
         for name, value in before.items():
             model.module.get_parameter(name).data = value
-    assert torch.allclose(logits(arms[PRUNED]), wanted, atol=0.01) and not torch.allclose(logits(arms[DENSE]), wanted, atol=0.01)
+    assert torch.allclose(logits(arms[PRUNED]), wanted, atol=0.01) and not torch.allclose(
+        logits(arms[DENSE]), wanted, atol=0.01
+    )
     assert torch.allclose(logits(arms[SPARSE]), wanted, atol=0.01)
 
 
@@ -94,8 +113,12 @@ def test_the_arms_share_what_they_do_not_differ_in(made):
 def test_auto_takes_each_layer_from_the_arm_that_was_decided_for(made):
     _, _, found, arms = made
     kept = {found[0].parameter, found[3].parameter}
-    decisions = [GemmDecision(1, 1, "fp16", (site.parameter,), "sparse" if site.parameter in kept else "dense", "")
-                 for site in found]
+    decisions = [
+        GemmDecision(
+            1, 1, "fp16", (site.parameter,), "sparse" if site.parameter in kept else "dense", ""
+        )
+        for site in found
+    ]
     auto = make_auto(arms, found, decisions)
     for site in found:
         source = SPARSE if site.parameter in kept else PRUNED
@@ -129,10 +152,18 @@ def result(request):
 
 def test_a_dry_bench_walks_the_whole_way_and_claims_nothing(result):
     assert result.status == "dry run" and result.layers == 14
-    assert {(phase.name, phase.replayed) for phase in result.phases} == {("prefill", False), ("decode", False)}
+    assert {(phase.name, phase.replayed) for phase in result.phases} == {
+        ("prefill", False),
+        ("decode", False),
+    }
     for phase in result.phases:
         assert {arm.name for arm in phase.arms} == {DENSE, PRUNED, SPARSE, AUTO, CONTROL}
-        assert set(phase.over_pruned) == {SPARSE, AUTO} and set(phase.over_dense) == {PRUNED, SPARSE, AUTO, CONTROL}
+        assert set(phase.over_pruned) == {SPARSE, AUTO} and set(phase.over_dense) == {
+            PRUNED,
+            SPARSE,
+            AUTO,
+            CONTROL,
+        }
     assert result.verdict.startswith("DRY RUN") and NOT_SPARSE in result.verdict
     assert result.evidence["prefill"][SPARSE].count("observed") == 0
     assert result.evidence["prefill"][SPARSE].count("chosen") == 14
@@ -146,10 +177,18 @@ def test_a_dry_bench_walks_the_whole_way_and_claims_nothing(result):
 def test_what_is_written_is_what_is_read_back(result):
     written = json.loads(json.dumps(result.to_json()))
     assert written["evidence"]["prefill"][SPARSE]["rungs"]["chosen"]["layers"] == 14
-    assert written["decisions"]["prefill"][0]["verdicts"][0]["word"] in ("wins", "loses", "within noise")
+    assert written["decisions"]["prefill"][0]["verdicts"][0]["word"] in (
+        "wins",
+        "loses",
+        "within noise",
+    )
     read = TypeAdapter(GpuBenchResult).validate_python(written)
     assert read.to_json() == TypeAdapter(GpuBenchResult).validate_python(read.to_json()).to_json()
-    assert (read.decisions, read.evidence, read.phases) == (result.decisions, result.evidence, result.phases)
+    assert (read.decisions, read.evidence, read.phases) == (
+        result.decisions,
+        result.evidence,
+        result.phases,
+    )
 
 
 def test_a_graph_that_cannot_be_recorded_is_told_and_the_rest_stands():
@@ -159,7 +198,9 @@ def test_a_graph_that_cannot_be_recorded_is_told_and_the_rest_stands():
     machine = dry_machine()
     broken = Machine(machine.device, machine.name, machine.clock, refuse, dry=True)
     with standing_in(StandIn()), pytest.raises(RuntimeError, match="capturing"):
-        bench_arms((model := loaded()), magnitude(model), Job(2, 16, "fp16", 5), broken)  # GEMMs are timed as graphs
+        bench_arms(
+            (model := loaded()), magnitude(model), Job(2, 16, "fp16", 5), broken
+        )  # GEMMs are timed as graphs
     calls = []
 
     def refuse_models(call):
@@ -171,13 +212,19 @@ def test_a_graph_that_cannot_be_recorded_is_told_and_the_rest_stands():
     half = Machine(machine.device, machine.name, machine.clock, refuse_models, dry=True)
     with standing_in(StandIn()):
         found = bench_arms((model := loaded()), magnitude(model), Job(2, 16, "fp16", 5), half)
-    assert set(found.failed) == {"prefill, CUDA graph", "decode, CUDA graph"} and len(found.phases) == 2
+    assert (
+        set(found.failed) == {"prefill, CUDA graph", "decode, CUDA graph"}
+        and len(found.phases) == 2
+    )
 
 
 def test_without_kernels_or_masks_there_is_one_sentence():
     model = loaded()
     if not torch.cuda.is_available():
-        with standing_in(CuSparseLt()), pytest.raises(NmsparseError, match="Sparse kernels cannot run fp16 here"):
+        with (
+            standing_in(CuSparseLt()),
+            pytest.raises(NmsparseError, match="Sparse kernels cannot run fp16 here"),
+        ):
             bench_arms(model, magnitude(model), Job(), dry_machine())
     with standing_in(StandIn()), pytest.raises(NmsparseError, match="No ordinary layer"):
         bench_arms(model, MaskSet({}), Job(2, 16), dry_machine())
@@ -186,4 +233,6 @@ def test_without_kernels_or_masks_there_is_one_sentence():
 def test_a_layer_is_sparse_only_in_the_sparse_arm(made):
     _, _, found, arms = made
     for name, arm in arms.items():
-        assert {isinstance(arm.get_submodule(site.layer), Sparse) for site in found} == {name == SPARSE}
+        assert {isinstance(arm.get_submodule(site.layer), Sparse) for site in found} == {
+            name == SPARSE
+        }

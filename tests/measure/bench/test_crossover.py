@@ -1,4 +1,5 @@
-"""From how many rows on sparse wins: the rule, the tables that `plan` reads, and what could not be measured."""
+"""From how many rows on sparse wins: the rule, the tables that `plan` reads, and what could not be
+measured."""
 
 from __future__ import annotations
 
@@ -49,7 +50,12 @@ def test_every_number_of_rows_from_there_on_wins_and_none_before_could_be_added(
 
 
 def test_a_table_is_what_plan_reads(tmp_path):
-    lines = [line(1024, 1.2), line(1024, 1.4, k=64, n=64), line(1024, 0.7, "int8"), Line(8, 8, 1024, "int8", why_not="small")]
+    lines = [
+        line(1024, 1.2),
+        line(1024, 1.4, k=64, n=64),
+        line(1024, 0.7, "int8"),
+        Line(8, 8, 1024, "int8", why_not="small"),
+    ]
     write_crossover(lines, tmp_path, dry_machine())
     read = source("A100", None, tmp_path / "fp16.json")
     assert read.status == "measured" and read.rows == 1024
@@ -60,15 +66,25 @@ def test_a_table_is_what_plan_reads(tmp_path):
 
     assert read.group([target], TWO_FOUR) == found
     eight = json.loads((tmp_path / "int8.json").read_text())
-    assert eight["missing"] == [{"k": 8, "n": 8, "rows": 1024, "why_not": "small"}] and eight["dry"] is True
+    assert (
+        eight["missing"] == [{"k": 8, "n": 8, "rows": 1024, "why_not": "small"}]
+        and eight["dry"] is True
+    )
     assert "Dry run" in (tmp_path / "crossover.md").read_text()
     assert "<svg" in (tmp_path / "crossover.svg").read_text() and not list(tmp_path.glob(".*"))
 
 
 def test_shapes_are_those_of_layers_and_of_what_is_merged():
-    targets = [Target(f"{name}.w", name, 0, 1, 64, n, "qkv") for name, n in (("q", 64), ("k", 32), ("v", 32))]
+    targets = [
+        Target(f"{name}.w", name, 0, 1, 64, n, "qkv")
+        for name, n in (("q", 64), ("k", 32), ("v", 32))
+    ]
     targets.append(Target("o.w", "o", 0, 1, 64, 64, "o"))
-    assert shapes_of(targets) == {(64, 64): ["q.w", "o.w"], (64, 32): ["k.w", "v.w"], (64, 128): ["q.w + k.w + v.w"]}
+    assert shapes_of(targets) == {
+        (64, 64): ["q.w", "o.w"],
+        (64, 32): ["k.w", "v.w"],
+        (64, 128): ["q.w + k.w + v.w"],
+    }
 
 
 def test_what_cannot_run_says_why():

@@ -1,4 +1,5 @@
-"""ONNX Runtime as a baseline: what runs is timed, what is not there is named, sparse is never claimed."""
+"""ONNX Runtime as a baseline: what runs is timed, what is not there is named, sparse is never
+claimed."""
 
 from typing import ClassVar
 
@@ -32,20 +33,31 @@ def test_arms_that_run_are_timed_and_the_others_say_why_not(graph):
     [phase], failed = engine_phases(OnnxRuntime, work, INPUTS, {"batch": 2}, 3)
     missing = [arm for arm in GPU_ARMS if f"ONNX fp32, {arm}" in failed]
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        assert missing == list(GPU_ARMS) and all("This ONNX Runtime has no" in why for why in failed.values())
+        assert missing == list(GPU_ARMS) and all(
+            "This ONNX Runtime has no" in why for why in failed.values()
+        )
     assert phase.arms[0].name == "cpu" and phase.arms[0].calls == 3 and phase.arms[0].median_ms > 0
     assert phase.over_dense == {}
 
 
 def test_inputs_may_come_as_a_model_of_16_bits_takes_them(tmp_path):
     layer = torch.nn.Linear(16, 8).eval()
-    torch.onnx.export(layer, (torch.ones(2, 16),), tmp_path / "model.onnx", input_names=["x"], dynamo=True, verbose=False)
+    torch.onnx.export(
+        layer,
+        (torch.ones(2, 16),),
+        tmp_path / "model.onnx",
+        input_names=["x"],
+        dynamo=True,
+        verbose=False,
+    )
     engine = OnnxRuntime.build(tmp_path / "model.onnx", {"threads": 1})
     engine.bound({"x": torch.ones(2, 16, dtype=torch.bfloat16)})()
 
 
 def test_nothing_that_runs_is_no_phase(graph):
-    phases, failed = engine_phases(OnnxRuntime, {"ONNX fp32": {"cpu": Case(graph.with_name("gone.onnx"))}}, INPUTS, {}, 3)
+    phases, failed = engine_phases(
+        OnnxRuntime, {"ONNX fp32": {"cpu": Case(graph.with_name("gone.onnx"))}}, INPUTS, {}, 3
+    )
     assert phases == [] and "no ONNX file" in failed["ONNX fp32, cpu"]
 
 
@@ -84,10 +96,15 @@ class Session:
 def test_tensorrt_is_built_with_and_without_sparse_weights_and_claims_neither(graph, monkeypatch):
     monkeypatch.setattr(Session, "asked", [])
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider", "CUDAExecutionProvider"])
+    monkeypatch.setattr(
+        onnxruntime,
+        "get_available_providers",
+        lambda: ["TensorrtExecutionProvider", "CUDAExecutionProvider"],
+    )
     plain, allowed = (OnnxRuntime.build(graph, GPU_ARMS[arm]).inspect() for arm in (PLAIN, ALLOWED))
-    assert [asked[0] for asked in Session.asked] == [("TensorrtExecutionProvider", {"trt_sparsity_enable": flag})
-                                                     for flag in (False, True)]
+    assert [asked[0] for asked in Session.asked] == [
+        ("TensorrtExecutionProvider", {"trt_sparsity_enable": flag}) for flag in (False, True)
+    ]
     assert plain.sparse_kernels is False and allowed.sparse_kernels is None
     assert "does not say which" in allowed.reason
     monkeypatch.setattr(Session, "get_providers", lambda self: ["CPUExecutionProvider"])

@@ -1,4 +1,5 @@
-"""The benchmark on the small diffusion transformer, hardly trained: every figure is there (slow, `make matrix`)."""
+"""The benchmark on the small diffusion transformer, hardly trained: every figure is there (slow,
+`make matrix`)."""
 
 from __future__ import annotations
 
@@ -15,8 +16,26 @@ pytestmark = pytest.mark.matrix
 
 def test_the_benchmark_writes_figures_and_pictures(tmp_path):
     out = tmp_path / "dit.json"
-    subprocess.run([sys.executable, str(ROOT / "benchmarks/small_dit.py"), "--out", str(out), "--runs", str(tmp_path / "runs"),
-                    "--steps", "30", "--seeds", "1", "--drawn", "20", "--held-out", "60"], check=True, cwd=ROOT)
+    subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "benchmarks/small_dit.py"),
+            "--out",
+            str(out),
+            "--runs",
+            str(tmp_path / "runs"),
+            "--steps",
+            "30",
+            "--seeds",
+            "1",
+            "--drawn",
+            "20",
+            "--held-out",
+            "60",
+        ],
+        check=True,
+        cwd=ROOT,
+    )
     found = json.loads(out.read_text())
     table = {line["method"]: line for line in found["table"]}
     assert list(table) == ["dense", "magnitude", "wanda", "sparsegpt", "closed-form"]

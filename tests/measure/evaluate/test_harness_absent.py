@@ -20,5 +20,7 @@ def test_without_the_harness_the_extra_is_named(monkeypatch):
 
 def test_evaluating_imports_no_harness():
     code = "import sys, nmsparse_deploy.pipeline; print('lm_eval' in sys.modules, 'timm' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert out.split() == ["False", "False"]

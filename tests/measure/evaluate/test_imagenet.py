@@ -22,7 +22,17 @@ from nmsparse_deploy.registry import ADAPTERS
 from tests.fixtures import small_vision as small
 
 timm = pytest.importorskip("timm")
-FIELDS = ["model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation"]
+FIELDS = [
+    "model",
+    "top1",
+    "top1_err",
+    "top5",
+    "top5_err",
+    "param_count",
+    "img_size",
+    "crop_pct",
+    "interpolation",
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +49,28 @@ def timm_run(images, tmp_path_factory):
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("timm") / "weights.safetensors"
     save_file(timm.create_model("test_vit", num_classes=3).state_dict(), file)
-    spec = validate(Prune, {"method": "wanda", "compute": "fp32", "calibration": {"data": str(images), "samples": 4,
-                                                                                 "batch": 2}})
+    spec = validate(
+        Prune,
+        {
+            "method": "wanda",
+            "compute": "fp32",
+            "calibration": {"data": str(images), "samples": 4, "batch": 2},
+        },
+    )
     return prune(f"timm:test_vit?checkpoint={file}", spec, file.parent / "run")
 
 
 def by_hand(module, images, settings) -> list[list[int]]:
     """Ranks of the classes for every picture, through timm's transform alone."""
     transform = timm.data.create_transform(
-        input_size=settings["input_size"], interpolation=settings["interpolation"], mean=settings["mean"],
-        std=settings["std"], crop_pct=settings["crop_pct"], crop_mode=settings["crop_mode"], is_training=False)
+        input_size=settings["input_size"],
+        interpolation=settings["interpolation"],
+        mean=settings["mean"],
+        std=settings["std"],
+        crop_pct=settings["crop_pct"],
+        crop_mode=settings["crop_mode"],
+        is_training=False,
+    )
     rows = []
     for number, name in enumerate(small.CLASSES):
         for file in sorted((images / "val" / name).iterdir()):
@@ -59,11 +81,24 @@ def by_hand(module, images, settings) -> list[list[int]]:
 
 
 def test_the_figures_are_those_of_timms_pipeline(timm_run, images, capfd):
-    code = invoke(lambda: app(["--json", "evaluate", str(timm_run.path), "--protocol", "imagenet", "--data",
-                               str(images)]))
+    code = invoke(
+        lambda: app(
+            [
+                "--json",
+                "evaluate",
+                str(timm_run.path),
+                "--protocol",
+                "imagenet",
+                "--data",
+                str(images),
+            ]
+        )
+    )
     data = json.loads(capfd.readouterr().out)
     assert code == 0 and list(data["timm"]["pruned"]) == FIELDS
-    module = timm.create_model("test_vit", num_classes=3, checkpoint_path=str(timm_run / "model/model.safetensors"))
+    module = timm.create_model(
+        "test_vit", num_classes=3, checkpoint_path=str(timm_run / "model/model.safetensors")
+    )
     rows = by_hand(module.eval(), images, timm.data.resolve_model_data_config(module))
     top1 = sum(row[1] == row[0] for row in rows) / len(rows)
     told = data["timm"]["pruned"]
@@ -71,9 +106,15 @@ def test_the_figures_are_those_of_timms_pipeline(timm_run, images, capfd):
     assert told["top5"] == 100.0 and told["top5_err"] == 0.0  # three classes
     count = sum(parameter.numel() for parameter in module.parameters())
     assert told["param_count"] == round(count / 1e6, 2) and told["img_size"] == 160
-    assert told["crop_pct"] == module.pretrained_cfg["crop_pct"] and told["interpolation"] == "bicubic"
+    assert (
+        told["crop_pct"] == module.pretrained_cfg["crop_pct"] and told["interpolation"] == "bicubic"
+    )
     row = data["results"]["pruned"][0]
-    assert row["metric"] == "imagenet_top1" and row["samples"] == 18 and row["value"] == pytest.approx(top1)
+    assert (
+        row["metric"] == "imagenet_top1"
+        and row["samples"] == 18
+        and row["value"] == pytest.approx(top1)
+    )
     assert data["held_out"] == {"images_compared": 18, "overlaps": 0}
     assert data["difference"]["metric"] == "imagenet_top1"
 
@@ -87,7 +128,11 @@ def test_fewer_images_are_spread_and_named(timm_run, images):
 
 
 def test_a_transformers_classifier_by_its_labels(images, tmp_path):
-    run = prune(str(small.classifier(tmp_path / "model")), validate(Prune, {"method": "magnitude"}), tmp_path / "run")
+    run = prune(
+        str(small.classifier(tmp_path / "model")),
+        validate(Prune, {"method": "magnitude"}),
+        tmp_path / "run",
+    )
     data = nms.evaluate(run, Evaluate(protocols=("imagenet",), data=str(images)))
     told = data["timm"]["pruned"]
     assert told["img_size"] == 32 and told["model"] == "model" and 0 <= told["top1"] <= 100
@@ -130,18 +175,38 @@ def test_folders_that_are_not_the_models_classes(timm_run, images, tmp_path):
 def test_wordnet_ids_are_known_to_an_imagenet_head():
     module = timm.create_model("test_vit", num_classes=1000)
     model = LoadedModel(module, "x", "x", "vision", ADAPTERS.load("timm"))
-    assert class_numbers(model, ["n01440764", "n01443537", "n15075141"]) == {"n01440764": 0, "n01443537": 1,
-                                                                             "n15075141": 999}
+    assert class_numbers(model, ["n01440764", "n01443537", "n15075141"]) == {
+        "n01440764": 0,
+        "n01443537": 1,
+        "n15075141": 999,
+    }
     assert model.adapter.image_pipeline(model)["input_size"] == (3, 160, 160)
 
 
 def test_rounding_is_timms():
     from nmsparse_deploy.measure.evaluate.result import mean_result
 
-    rows = [mean_result("t", [1.0, 0.0, 0.0], "cpu", {}), mean_result("t", [1.0, 1.0, 0.0], "cpu", {})]
-    told = printed("m", rows, 86_567_656, {"input_size": (3, 224, 224), "crop_pct": 0.9, "interpolation": "bicubic"})
-    assert asdict(told) == {"model": "m", "top1": 33.3333, "top1_err": 66.6667, "top5": 66.6667, "top5_err": 33.3333,
-                            "param_count": 86.57, "img_size": 224, "crop_pct": 0.9, "interpolation": "bicubic"}
+    rows = [
+        mean_result("t", [1.0, 0.0, 0.0], "cpu", {}),
+        mean_result("t", [1.0, 1.0, 0.0], "cpu", {}),
+    ]
+    told = printed(
+        "m",
+        rows,
+        86_567_656,
+        {"input_size": (3, 224, 224), "crop_pct": 0.9, "interpolation": "bicubic"},
+    )
+    assert asdict(told) == {
+        "model": "m",
+        "top1": 33.3333,
+        "top1_err": 66.6667,
+        "top5": 66.6667,
+        "top5_err": 33.3333,
+        "param_count": 86.57,
+        "img_size": 224,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+    }
 
 
 def test_without_timm_the_extra_is_named(timm_run, images, monkeypatch):

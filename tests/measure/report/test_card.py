@@ -1,4 +1,5 @@
-"""The model card says what the run measured; a run is published whole, in one commit, or one sentence says why not."""
+"""The model card says what the run measured; a run is published whole, in one commit, or one
+sentence says why not."""
 
 from __future__ import annotations
 
@@ -36,15 +37,23 @@ def front(text: str) -> dict:
 
 @pytest.fixture(scope="module")
 def native(texts, tmp_path_factory):
-    """A run of a model with everything that a published folder has: settings for generation, a chat template."""
+    """A run of a model with everything that a published folder has: settings for generation, a chat
+    template."""
     module, tokenizer = pico.llama(), pico.tokenizer()
-    module.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, eos_token_id=256)
+    module.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.6, top_p=0.9, eos_token_id=256
+    )
     tokenizer.chat_template = TEMPLATE
     source = tmp_path_factory.mktemp("native") / "pico-native"
     module.save_pretrained(source)
     tokenizer.save_pretrained(source)
-    spec = validate(Prune, {"method": "wanda", "calibration": {"data": str(texts["calibration"]), "samples": 4,
-                                                               "length": 32}})
+    spec = validate(
+        Prune,
+        {
+            "method": "wanda",
+            "calibration": {"data": str(texts["calibration"]), "samples": 4, "length": 32},
+        },
+    )
     return prune(str(source), spec, source.parent / "run")
 
 
@@ -54,19 +63,26 @@ def test_a_saved_folder_is_a_native_one(native):
     assert GenerationConfig.from_pretrained(folder).temperature == 0.6
     tokenizer = AutoTokenizer.from_pretrained(folder)
     said = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
-    assert said == "<user>hi" and tokenizer("ab")["input_ids"] == pico.tokenizer()("ab")["input_ids"]
+    assert (
+        said == "<user>hi" and tokenizer("ab")["input_ids"] == pico.tokenizer()("ab")["input_ids"]
+    )
 
 
 def test_the_card_says_what_the_run_holds(tmp_path):
     run = make_run(tmp_path / "run", model="owner/pico")
-    (run / "model/config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    (run / "model/config.json").write_text(
+        json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    )
     text = model_card(run)
     data = front(text)
     assert data["base_model"] == "owner/pico" and data["library_name"] == "transformers"
     assert data["pipeline_tag"] == "text-generation" and {"sparse", "2:4"} <= set(data["tags"])
     value = run.read_json("evaluate.json")["results"]["pruned"]["value"]
     (metric,) = data["model-index"][0]["results"][0]["metrics"]
-    assert metric == {"type": "token_ppl@16", "value": value, "verified": False} or metric["value"] == value
+    assert (
+        metric == {"type": "token_ppl@16", "value": value, "verified": False}
+        or metric["value"] == value
+    )
     low = run.read_json("evaluate.json")["ratio"]["low"]
     plain = text.replace("\\", "")
     assert "± " in plain and "95 % interval" in plain and f"{low:.1f}"[:3] in plain
@@ -89,14 +105,26 @@ def test_strings_from_files_stay_text(tmp_path):
     run = make_run(tmp_path / "run", model=f"dir/{HOSTILE.replace('/', '')}")
     text = model_card(run)
     assert front(text)["tags"] and len(text.split("---\n")) == 3
-    outside = "\n".join(line for line in text.split("---\n", 2)[2].splitlines() if not line.startswith("    "))
+    outside = "\n".join(
+        line for line in text.split("---\n", 2)[2].splitlines() if not line.startswith("    ")
+    )
     assert not re.search(r"(?<!\\)<(?!br>)", outside) and "](http" not in outside
 
 
-@pytest.mark.parametrize("source,name", [
-    ("demo", "HuggingFaceTB/SmolLM2-135M-Instruct"), ("vit", None), ("facebook/opt-125m", "facebook/opt-125m"),
-    ("gpt2", "gpt2"), ("timm:vit_tiny_patch16_224.augreg_in21k", "timm/vit_tiny_patch16_224.augreg_in21k"),
-    ("timm:x?checkpoint=f.pth", None), ("/a/b", None), ("./a", None), ("a.gguf", None)])
+@pytest.mark.parametrize(
+    "source,name",
+    [
+        ("demo", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("vit", None),
+        ("facebook/opt-125m", "facebook/opt-125m"),
+        ("gpt2", "gpt2"),
+        ("timm:vit_tiny_patch16_224.augreg_in21k", "timm/vit_tiny_patch16_224.augreg_in21k"),
+        ("timm:x?checkpoint=f.pth", None),
+        ("/a/b", None),
+        ("./a", None),
+        ("a.gguf", None),
+    ],
+)
 def test_names_on_the_hub(source, name):
     assert models.hub_name(source) == name
 
@@ -113,7 +141,9 @@ class FakeApi:
         return SimpleNamespace(repo_id=repo)
 
     def create_commit(self, repo, operations, commit_message):
-        self.commits.append((repo, {op.path_in_repo: op.path_or_fileobj for op in operations}, commit_message))
+        self.commits.append(
+            (repo, {op.path_in_repo: op.path_or_fileobj for op in operations}, commit_message)
+        )
         return SimpleNamespace(commit_url=f"https://hub/{repo}/commit/1")
 
 
@@ -128,11 +158,26 @@ def hub(monkeypatch):
 
 def test_one_commit_holds_everything(hub, native, capfd):
     code = invoke(lambda: app(["--json", "report", str(native.path), "--push-to-hub", "me/pico"]))
-    assert code == 0 and json.loads(capfd.readouterr().out)["published"] == "https://hub/me/pico/commit/1"
+    assert (
+        code == 0
+        and json.loads(capfd.readouterr().out)["published"] == "https://hub/me/pico/commit/1"
+    )
     ((repo, files, _),) = hub.commits
-    assert repo == "me/pico" and {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-                                  "README.md", "nmsparse/masks.safetensors"} <= files.keys()
-    assert [name for name in files if name.endswith(".safetensors") and "/" not in name] == ["model.safetensors"]
+    assert (
+        repo == "me/pico"
+        and {
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "README.md",
+            "nmsparse/masks.safetensors",
+        }
+        <= files.keys()
+    )
+    assert [name for name in files if name.endswith(".safetensors") and "/" not in name] == [
+        "model.safetensors"
+    ]
 
 
 def test_a_broken_run_is_not_published(hub, native, tmp_path):
@@ -145,7 +190,9 @@ def test_a_broken_run_is_not_published(hub, native, tmp_path):
     shutil.copytree(native.path, tmp_path / "run")
     weights = tmp_path / "run/model/model.safetensors"
     state = load_file(weights)
-    state["model.layers.0.mlp.up_proj.weight"] = torch.ones_like(state["model.layers.0.mlp.up_proj.weight"])
+    state["model.layers.0.mlp.up_proj.weight"] = torch.ones_like(
+        state["model.layers.0.mlp.up_proj.weight"]
+    )
     save_file(state, weights, {"format": "pt"})
     with pytest.raises(CheckFailed, match="not published"):
         nms.publish(RunDir(tmp_path / "run"), "me/pico")
@@ -165,10 +212,19 @@ def refused(status: int) -> Exception:
     return error
 
 
-@pytest.mark.parametrize("error,kind,sentence", [
-    (huggingface_hub.errors.OfflineModeIsEnabled("offline"), NmsparseError, "cannot be reached"),
-    (huggingface_hub.errors.HFValidationError("bad"), UsageError, "not a name"),
-    (refused(403), NmsparseError, "does not let this token write"), (RuntimeError("odd\nmore"), NmsparseError, ": odd.")])
+@pytest.mark.parametrize(
+    "error,kind,sentence",
+    [
+        (
+            huggingface_hub.errors.OfflineModeIsEnabled("offline"),
+            NmsparseError,
+            "cannot be reached",
+        ),
+        (huggingface_hub.errors.HFValidationError("bad"), UsageError, "not a name"),
+        (refused(403), NmsparseError, "does not let this token write"),
+        (RuntimeError("odd\nmore"), NmsparseError, ": odd."),
+    ],
+)
 def test_a_hub_that_refuses(monkeypatch, hub, native, error, kind, sentence):
     monkeypatch.setattr(FakeApi, "refuses", error)
     with pytest.raises(kind, match=re.escape(sentence)) as caught:

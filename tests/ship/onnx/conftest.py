@@ -36,8 +36,15 @@ def exported(tmp_path_factory):
     @lru_cache
     def make(family: str, precision: str, opset: int) -> Exported:
         chosen, folder = case(family), tmp_path_factory.mktemp("export")
-        result = export_onnx(chosen.module, chosen.inputs(2, 8), folder, family, chosen.targets, precision=precision,
-                             opset=opset)
+        result = export_onnx(
+            chosen.module,
+            chosen.inputs(2, 8),
+            folder,
+            family,
+            chosen.targets,
+            precision=precision,
+            opset=opset,
+        )
         return Exported(chosen, folder, result)
 
     return lambda family, precision="fp32", opset=20: make(family, precision, opset)

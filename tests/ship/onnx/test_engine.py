@@ -1,6 +1,5 @@
 """The ONNX Runtime engine."""
 
-
 import numpy as np
 import pytest
 
@@ -12,7 +11,11 @@ def test_evidence_says_what_ran_and_that_zeros_are_multiplied(exported):
     engine = OnnxRuntime.build(exported("llama").path, {"threads": 1, "optimization": "basic"})
     evidence = engine.inspect()
     assert evidence.facts["providers"] == evidence.facts["requested"] == ["CPUExecutionProvider"]
-    assert (evidence.facts["threads"], evidence.facts["optimization"], evidence.sparse_kernels) == (1, "basic", False)
+    assert (evidence.facts["threads"], evidence.facts["optimization"], evidence.sparse_kernels) == (
+        1,
+        "basic",
+        False,
+    )
 
 
 def test_bf16_on_the_cpu_is_one_sentence(exported):
@@ -21,7 +24,9 @@ def test_bf16_on_the_cpu_is_one_sentence(exported):
     assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize("settings", [{"thread": 1}, {"optimization": "fast"}, {"provider": "gpu"}, {"sparse": True}])
+@pytest.mark.parametrize(
+    "settings", [{"thread": 1}, {"optimization": "fast"}, {"provider": "gpu"}, {"sparse": True}]
+)
 def test_an_unknown_setting_is_a_usage_error(exported, settings):
     with pytest.raises(UsageError):
         OnnxRuntime.build(exported("llama").path, settings)

@@ -1,4 +1,5 @@
-"""Every family, precision and opset: the graph computes what the model computes, and the weights in it are the model's."""
+"""Every family, precision and opset: the graph computes what the model computes, and the weights in
+it are the model's."""
 
 import json
 
@@ -14,8 +15,19 @@ from nmsparse_deploy.prove.onnx_graph import OnnxGraph
 from nmsparse_deploy.ship.onnx import LinkMap
 from tests.fixtures.onnx_models import FAMILIES
 
-EVERY = [(family, precision, opset) for family in FAMILIES for precision in ("fp32", "fp16") for opset in (20, 23)]
-FAST = {("llama", "fp32", 20), ("llama", "fp32", 23), ("bert", "fp32", 20), ("dinov2", "fp16", 20), ("gpt2", "fp16", 20)}
+EVERY = [
+    (family, precision, opset)
+    for family in FAMILIES
+    for precision in ("fp32", "fp16")
+    for opset in (20, 23)
+]
+FAST = {
+    ("llama", "fp32", 20),
+    ("llama", "fp32", 23),
+    ("bert", "fp32", 20),
+    ("dinov2", "fp16", 20),
+    ("gpt2", "fp16", 20),
+}
 COMBINATIONS = [pytest.param(*c, marks=() if c in FAST else pytest.mark.matrix) for c in EVERY]
 
 
@@ -24,13 +36,17 @@ def kind_of(case):
 
 
 @pytest.mark.parametrize(("family", "precision", "opset"), COMBINATIONS)
-def test_outputs_agree_with_the_model_at_other_shapes_than_traced(exported, family, precision, opset):
+def test_outputs_agree_with_the_model_at_other_shapes_than_traced(
+    exported, family, precision, opset
+):
     made = exported(family, precision, opset)
     onnx.checker.check_model(str(made.path), full_check=True)
     for batch, length in ((1, 5), (3, 13)):
         inputs = made.case.inputs(batch, length)
         output = made.run(inputs)
-        close = agreement(made.case.reference(inputs), output, kind_of(made.case), inputs.get("attention_mask"))
+        close = agreement(
+            made.case.reference(inputs), output, kind_of(made.case), inputs.get("attention_mask")
+        )
         if precision == "fp32":
             assert close.max_abs < 2e-5
             assert close.argmax_share in (1.0, None)
@@ -44,7 +60,9 @@ def test_outputs_agree_with_the_model_at_other_shapes_than_traced(exported, fami
 def test_every_target_is_linked_along_its_reduction_axis(exported, family, precision, opset):
     made = exported(family, precision, opset)
     rows, graph = made.result.link.rows, OnnxGraph(made.path)
-    assert sorted(row.parameter for row in rows) == sorted(target.name for target in made.case.targets)
+    assert sorted(row.parameter for row in rows) == sorted(
+        target.name for target in made.case.targets
+    )
     parameters = dict(made.case.module.named_parameters())
     for target, row in zip(made.case.targets, rows):
         stored = torch.from_numpy(graph.read(row.tensor))
@@ -64,7 +82,9 @@ def test_the_pattern_survives_exactly_and_no_zero_is_negative(exported, family, 
         assert precision != "fp32" or count.sparser == 0
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f == "llama" else pytest.mark.matrix) for f in FAMILIES])
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f == "llama" else pytest.mark.matrix) for f in FAMILIES]
+)
 def test_bf16_keeps_the_pattern_and_its_values(exported, family):
     made = exported(family, "bf16", 23)
     graph = OnnxGraph(made.path)
@@ -110,8 +130,14 @@ def test_the_graph_names_no_place_on_this_machine(exported):
 
 def test_the_weights_lie_in_one_file_beside_the_graph(exported):
     model = onnx.load(str(exported("llama").path), load_external_data=False)
-    places = {entry.value for tensor in model.graph.initializer for entry in tensor.external_data
-              if entry.key == "location"}
+    places = {
+        entry.value
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
     assert places == {"llama.onnx.data"}
-    inside = [tensor for tensor in model.graph.initializer if tensor.data_location != tensor.EXTERNAL]
+    inside = [
+        tensor for tensor in model.graph.initializer if tensor.data_location != tensor.EXTERNAL
+    ]
     assert all(len(tensor.raw_data) < 1024 for tensor in inside)

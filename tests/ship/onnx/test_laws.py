@@ -73,14 +73,21 @@ def sample(width=32):
 
 
 def masked_targets(module):
-    return tuple(Target(f"{path}.weight", path, 0, 1, m.in_features, m.out_features, path)
-                 for path, m in module.named_modules() if isinstance(m, nn.Linear))
+    return tuple(
+        Target(f"{path}.weight", path, 0, 1, m.in_features, m.out_features, path)
+        for path, m in module.named_modules()
+        if isinstance(m, nn.Linear)
+    )
 
 
 def test_a_linear_called_twice_has_two_rows_and_a_shared_weight_one_per_module(tmp_path):
     module = Twice().eval()
     result = export_onnx(module, sample(), tmp_path, "m", linear_targets(module))
-    assert [len(result.link.of(f"{name}.weight")) for name in ("again", "first", "second")] == [2, 1, 1]
+    assert [len(result.link.of(f"{name}.weight")) for name in ("again", "first", "second")] == [
+        2,
+        1,
+        1,
+    ]
     graph = OnnxGraph(tmp_path / "m.onnx")
     for row in result.link.rows:
         stored = torch.from_numpy(graph.read(row.tensor))
@@ -96,7 +103,9 @@ def test_a_parametrized_mask_is_refused(tmp_path):
     module = Half()
     targets = linear_targets(module)
     parametrize.register_parametrization(module.lin, "weight", Mask())
-    with pytest.raises(NmsparseError, match="'lin' still computes its 'weight' through a parametrization"):
+    with pytest.raises(
+        NmsparseError, match="'lin' still computes its 'weight' through a parametrization"
+    ):
         export_onnx(module, sample(), tmp_path, "m", targets)
     assert not list(tmp_path.iterdir())
 
@@ -125,7 +134,9 @@ def test_a_target_along_the_wrong_axis_is_not_proven(tmp_path):
         export_onnx(module, sample(), tmp_path, "m", [wrong])
 
 
-@pytest.mark.parametrize("bad", [Target("lin.weigth", "lin", 0, 1, 32, 32, ""), Target("x.weight", "x", 0, 1, 1, 1, "")])
+@pytest.mark.parametrize(
+    "bad", [Target("lin.weigth", "lin", 0, 1, 32, 32, ""), Target("x.weight", "x", 0, 1, 1, 1, "")]
+)
 def test_a_target_that_the_model_lacks_is_a_usage_error(tmp_path, bad):
     with pytest.raises(UsageError, match="has no"):
         export_onnx(Half(), sample(), tmp_path, "m", [bad])
@@ -145,7 +156,9 @@ def test_a_failing_model_is_one_sentence_and_keeps_the_previous_export(tmp_path)
 def test_a_weight_beyond_half_precision_is_refused_by_name(tmp_path):
     module = Half()
     module.lin.weight.data[3, 5] = -70000.0
-    with pytest.raises(NmsparseError, match=r"'lin\.weight' holds the value -70000, which does not fit float16"):
+    with pytest.raises(
+        NmsparseError, match=r"'lin\.weight' holds the value -70000, which does not fit float16"
+    ):
         export_onnx(module, sample(), tmp_path, "m", linear_targets(module), precision="fp16")
     module.lin.weight.data[3, 5] = float("nan")
     with pytest.raises(NmsparseError, match="value nan"):
@@ -156,16 +169,27 @@ def test_values_too_small_for_half_precision_become_plus_zero_and_are_counted():
     module = Half()
     module.lin.weight.data[0, :2] = torch.tensor([-1e-12, 1e-12])
     copied, warnings = cast_copy(module, torch.float16)
-    assert torch.equal(copied.lin.weight[0, :2].view(torch.int16), torch.zeros(2, dtype=torch.int16))
-    assert warnings == ["2 values of 1 tensors are too small for float16 and became 0, most of them in 'lin.weight'."]
+    assert torch.equal(
+        copied.lin.weight[0, :2].view(torch.int16), torch.zeros(2, dtype=torch.int16)
+    )
+    assert warnings == [
+        "2 values of 1 tensors are too small for float16 and became 0, most of them in 'lin.weight'."
+    ]
 
 
 def test_the_callers_module_is_left_alone(tmp_path):
     module = Twice().train()
     before, forward = copy.deepcopy(module.state_dict()), module.forward
     export_onnx(module, sample(), tmp_path, "m", linear_targets(module), precision="fp16")
-    assert module.training and module.forward == forward and module.second.weight is module.first.weight
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(before.values(), module.state_dict().values()))
+    assert (
+        module.training
+        and module.forward == forward
+        and module.second.weight is module.first.weight
+    )
+    assert all(
+        torch.equal(a, b) and a.dtype == b.dtype
+        for a, b in zip(before.values(), module.state_dict().values())
+    )
 
 
 def test_tables_outside_the_state_dict_stay_in_full_precision():
@@ -191,7 +215,9 @@ def test_the_link_map_is_what_verification_takes(tmp_path):
     bake(module, targets)
     mask = Mask.pack(project(dense.abs(), TWO_FOUR), 1, TWO_FOUR, tensor_hash(dense))
     result = export_onnx(module, sample(), tmp_path, "m", targets)
-    report = verify_onnx(tmp_path / "m.onnx", MaskSet({"lin.weight": mask}), result.link.by_parameter())
+    report = verify_onnx(
+        tmp_path / "m.onnx", MaskSet({"lin.weight": mask}), result.link.by_parameter()
+    )
     assert (report.ok, report.checked) == (True, 1)
     assert report.checks[0].sha256 in (None, result.link.rows[0].sha256)
 
@@ -216,7 +242,9 @@ def test_a_second_export_gives_the_same_bytes(tmp_path):
 
 def test_static_shapes_are_numbers(tmp_path):
     module = Half()
-    result = export_onnx(module, {"x": torch.randn(1, 4, 32)}, tmp_path, "m", linear_targets(module), dynamic=False)
+    result = export_onnx(
+        module, {"x": torch.randn(1, 4, 32)}, tmp_path, "m", linear_targets(module), dynamic=False
+    )
     assert (result.inputs[0].shape, result.dynamic) == ((1, 4, 32), ())
 
 
@@ -228,8 +256,17 @@ def test_a_bf16_conv_needs_a_later_opset(tmp_path):
     export_onnx(module, inputs, tmp_path, "m", [], precision="bf16", opset=23)
 
 
-@pytest.mark.parametrize("wrong", [{"precision": "fp8"}, {"opset": 17}, {"opset": 24}, {"name": "a/b"}, {"inputs": {}},
-                                   {"inputs": {"x": torch.zeros(2, 1, dtype=torch.long)}}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"precision": "fp8"},
+        {"opset": 17},
+        {"opset": 24},
+        {"name": "a/b"},
+        {"inputs": {}},
+        {"inputs": {"x": torch.zeros(2, 1, dtype=torch.long)}},
+    ],
+)
 def test_wrong_arguments_are_usage_errors(tmp_path, wrong):
     call = {"inputs": sample(), "name": "m"} | wrong
     with pytest.raises(UsageError):
@@ -250,10 +287,14 @@ def test_a_missing_exporter_is_a_sentence(tmp_path, monkeypatch):
 
 
 def test_an_export_prints_nothing(tmp_path):
-    code = ("import sys, torch; from pathlib import Path; from nmsparse_deploy.ship.onnx import export_onnx\n"
-            "m = torch.nn.Linear(8, 8); i = {'input': torch.ones(2, 3, 8)}\n"
-            "export_onnx(m, i, Path(sys.argv[1]), 'm', [])")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    code = (
+        "import sys, torch; from pathlib import Path; from nmsparse_deploy.ship.onnx import export_onnx\n"
+        "m = torch.nn.Linear(8, 8); i = {'input': torch.ones(2, 3, 8)}\n"
+        "export_onnx(m, i, Path(sys.argv[1]), 'm', [])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     assert (done.stdout, done.stderr) == ("", "")
 
 
@@ -264,14 +305,34 @@ def test_progress_counts_up_to_the_end(tmp_path):
     assert all(step[2] == 4 for step in seen)
 
 
-ROW = {"parameter": "p", "module": "", "node": "mm", "op": "MatMul", "tensor": "w", "axis": 0, "shape": [8, 8],
-       "dtype": "F32", "sha256": ""}
+ROW = {
+    "parameter": "p",
+    "module": "",
+    "node": "mm",
+    "op": "MatMul",
+    "tensor": "w",
+    "axis": 0,
+    "shape": [8, 8],
+    "dtype": "F32",
+    "sha256": "",
+}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "other"}', '{"format": "nmsparse-link-1", "onnx": "m"}',
-                                  '{"format": "nmsparse-link-1", "onnx": "m", "rows": [{"parameter": 1}]}',
-                                  *(json.dumps({"format": "nmsparse-link-1", "onnx": "m", "rows": rows}) for rows in (
-                                      [{}], [3], "val_1", [ROW | {"tensor": None}], [ROW | {"axis": "0"}]))])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"format": "other"}',
+        '{"format": "nmsparse-link-1", "onnx": "m"}',
+        '{"format": "nmsparse-link-1", "onnx": "m", "rows": [{"parameter": 1}]}',
+        *(
+            json.dumps({"format": "nmsparse-link-1", "onnx": "m", "rows": rows})
+            for rows in ([{}], [3], "val_1", [ROW | {"tensor": None}], [ROW | {"axis": "0"}])
+        ),
+    ],
+)
 def test_a_damaged_link_file_is_a_usage_error(tmp_path, text):
     path = tmp_path / "m.link.json"
     with pytest.raises(UsageError, match="no link file"):
@@ -282,5 +343,7 @@ def test_a_damaged_link_file_is_a_usage_error(tmp_path, text):
 
 
 def test_a_whole_link_file_is_read(tmp_path):
-    (tmp_path / "m.link.json").write_text(json.dumps({"format": "nmsparse-link-1", "onnx": "m", "rows": [ROW]}))
+    (tmp_path / "m.link.json").write_text(
+        json.dumps({"format": "nmsparse-link-1", "onnx": "m", "rows": [ROW]})
+    )
     assert LinkMap.load(tmp_path / "m.link.json").by_parameter()["p"][0].shape == (8, 8)

@@ -26,4 +26,6 @@ def test_only_an_axis_of_length_one_is_squeezed(dim, tmp_path):
     export_onnx(module, {"x": x}, tmp_path, "model", [])
     found = next(iter(OnnxRuntime.build(tmp_path / "model.onnx").run({"x": x}).values()))
     wanted = module(x).detach()
-    assert found.shape == tuple(wanted.shape) and torch.allclose(torch.from_numpy(found), wanted, atol=1e-6)
+    assert found.shape == tuple(wanted.shape) and torch.allclose(
+        torch.from_numpy(found), wanted, atol=1e-6
+    )

@@ -1,4 +1,5 @@
-"""Builder and runtime code on a fake TensorRT of both majors: control flow, files, refusals. No engine is built here."""
+"""Builder and runtime code on a fake TensorRT of both majors: control flow, files, refusals. No
+engine is built here."""
 
 from __future__ import annotations
 
@@ -50,8 +51,13 @@ def test_what_the_builder_is_told(major, install, tmp_path):
     assert on._flags == ["SPARSE_WEIGHTS"] and off._flags == []
     for config in (on, off):
         assert (config.builder_optimization_level, config.avg_timing_iterations) == (5, 9)
-        assert config.profiling_verbosity is trt.ProfilingVerbosity.DETAILED and config._cache is not None
-        assert config._profiles[0].shapes == {"x": ((4, 64),) * 3}, "tactics are timed at the reported shape"
+        assert (
+            config.profiling_verbosity is trt.ProfilingVerbosity.DETAILED
+            and config._cache is not None
+        )
+        assert config._profiles[0].shapes == {"x": ((4, 64),) * 3}, (
+            "tactics are timed at the reported shape"
+        )
     assert "(Sparsity)" not in (tmp_path / "off.log").read_text()
 
 
@@ -65,8 +71,13 @@ def test_strong_typing_is_probed():
         network_flags(fake_tensorrt.make(9))
 
 
-@pytest.mark.parametrize("line", ["UNSUPPORTED_STATE: Skipping tactic 33 due to insufficient memory on requested size of 1",
-                                  "Requested amount of GPU memory (2 bytes) could not be allocated."])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "UNSUPPORTED_STATE: Skipping tactic 33 due to insufficient memory on requested size of 1",
+        "Requested amount of GPU memory (2 bytes) could not be allocated.",
+    ],
+)
 def test_a_build_that_skipped_tactics_is_invalid(line, install, tmp_path):
     install(10, extra_log=[("WARNING", line)])
     with pytest.raises(CheckFailed, match="left tactics out") as caught:
@@ -75,9 +86,16 @@ def test_a_build_that_skipped_tactics_is_invalid(line, install, tmp_path):
     assert line in (tmp_path / "e/on.failed.log").read_text()
 
 
-@pytest.mark.parametrize("options,words", [({"parses": False}, "cannot parse .*UNSUPPORTED_NODE: no importer"),
-                                           ({"builds": False}, "built no engine: Error Code 10: Could not find")])
-def test_a_failed_build_is_one_sentence_and_keeps_its_log_and_the_old_engine(options, words, install, tmp_path):
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        ({"parses": False}, "cannot parse .*UNSUPPORTED_NODE: no importer"),
+        ({"builds": False}, "built no engine: Error Code 10: Could not find"),
+    ],
+)
+def test_a_failed_build_is_one_sentence_and_keeps_its_log_and_the_old_engine(
+    options, words, install, tmp_path
+):
     onnx = graph(tmp_path / "onnx")
     install(11)
     build_engine(onnx, tmp_path / "e", "on", settings())
@@ -86,7 +104,9 @@ def test_a_failed_build_is_one_sentence_and_keeps_its_log_and_the_old_engine(opt
     with pytest.raises(NmsparseError, match=words) as caught:
         build_engine(onnx, tmp_path / "e", "on", settings())
     assert "\n" not in caught.value.message
-    assert (tmp_path / "e/on.engine").read_bytes() == before and (tmp_path / "e/on.failed.log").is_file()
+    assert (tmp_path / "e/on.engine").read_bytes() == before and (
+        tmp_path / "e/on.failed.log"
+    ).is_file()
     Sidecar.load(tmp_path / "e/on.engine").check(tmp_path / "e/on.engine")
 
 
@@ -118,8 +138,12 @@ def test_a_build_route_is_set_only_where_it_is_listed(install, tmp_path):
     trt = install(11, routes=ROUTES)
     build_engine(onnx, tmp_path / "e", "must", settings(route="-cask:sparsity=must"))
     assert trt.calls[0]._route == "-cask:sparsity=must"
-    for major, options, route in ((11, {"routes": ""}, "-cask:sparsity=must"), (10, {}, "-cask:sparsity=must"),
-                                  (11, {"routes": ROUTES}, "-cask:sparse=must"), (11, {"routes": ROUTES}, "-ask:sparsity=1")):
+    for major, options, route in (
+        (11, {"routes": ""}, "-cask:sparsity=must"),
+        (10, {}, "-cask:sparsity=must"),
+        (11, {"routes": ROUTES}, "-cask:sparse=must"),
+        (11, {"routes": ROUTES}, "-ask:sparsity=1"),
+    ):
         install(major, **options)
         with pytest.raises(UsageError, match="lists no build route"):
             build_engine(onnx, tmp_path / "e", "other", settings(route=route))
@@ -163,8 +187,11 @@ def test_without_a_gpu_nothing_of_tensorrt_is_touched(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     onnx = graph(tmp_path / "onnx")
     (tmp_path / "any.engine").write_bytes(b"plan")
-    for call in (lambda: build_engine(onnx, tmp_path / "e", "on", settings()), lambda: TensorRT.build(tmp_path / "any.engine"),
-                 lambda: TensorRT.build(onnx)):
+    for call in (
+        lambda: build_engine(onnx, tmp_path / "e", "on", settings()),
+        lambda: TensorRT.build(tmp_path / "any.engine"),
+        lambda: TensorRT.build(onnx),
+    ):
         with pytest.raises(NmsparseError, match="needs an NVIDIA GPU") as caught:
             call()
         assert "nmsparse-deploy[trt1" in caught.value.hint and caught.value.exit_code == 1
@@ -183,7 +210,9 @@ def test_a_missing_package_is_a_sentence_with_the_right_extra(cuda, tmp_path, mo
 def test_libraries_that_do_not_load_are_a_sentence(cuda, tmp_path, monkeypatch):
     package = tmp_path / "site/tensorrt"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise ImportError('libnvinfer.so.11: cannot open shared object file')")
+    (package / "__init__.py").write_text(
+        "raise ImportError('libnvinfer.so.11: cannot open shared object file')"
+    )
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     monkeypatch.syspath_prepend(str(package.parent))
     with pytest.raises(NmsparseError, match=r"cannot be loaded: libnvinfer\.so\.11"):
@@ -210,15 +239,24 @@ def test_the_extra_follows_onnx_runtime(tmp_path, monkeypatch):
 def test_runs_by_name_through_the_addresses_of_tensors(major, cuda_graph, install, tmp_path):
     trt = install(major)
     engine = TensorRT.build(graph(tmp_path), {"shapes": {"x": (4, 64)}, "cuda_graph": cuda_graph})
-    assert engine.path == tmp_path / "model.engine" and engine._context.nvtx_verbosity is trt.ProfilingVerbosity.NONE
+    assert (
+        engine.path == tmp_path / "model.engine"
+        and engine._context.nvtx_verbosity is trt.ProfilingVerbosity.NONE
+    )
     x = np.zeros((4, 64), np.float32)
     x[0, 0] = 1.0  # the one input bit pattern that is not zero: 0x3C00 in fp16
     out = engine.run({"x": x})["y"]
-    assert out.shape == (4, 64) and out.dtype == np.float16 and (out.view(np.uint16) == 0x3C00 % 1000).all()
+    assert (
+        out.shape == (4, 64)
+        and out.dtype == np.float16
+        and (out.view(np.uint16) == 0x3C00 % 1000).all()
+    )
     ran = len(trt.ran)
     engine.run({"x": torch.zeros(4, 64)})
     assert (len(trt.ran) == ran) == cuda_graph, "a captured enqueue is replayed, not enqueued again"
-    assert engine.inspect().facts["cuda_graph"] is cuda_graph and engine.inspect().facts["inputs"] == ["x"]
+    assert engine.inspect().facts["cuda_graph"] is cuda_graph and engine.inspect().facts[
+        "inputs"
+    ] == ["x"]
 
 
 def test_wrong_batches_are_usage_errors(install, tmp_path):
@@ -248,5 +286,7 @@ def test_a_damaged_or_foreign_engine_is_a_sentence(install, tmp_path):
 def test_observed_kernels_are_those_of_one_pass(install, tmp_path):
     install(11, choose=lambda found: found[:1])
     engine = TensorRT.build(graph(tmp_path), {"shapes": {"x": (4, 64)}})
-    assert engine.observe({"x": np.zeros((4, 64))}) == {f"{fake_tensorrt.SPARSE}_execute_kernel": 1,
-                                                        f"{fake_tensorrt.DENSE}_execute_kernel": 1}
+    assert engine.observe({"x": np.zeros((4, 64))}) == {
+        f"{fake_tensorrt.SPARSE}_execute_kernel": 1,
+        f"{fake_tensorrt.DENSE}_execute_kernel": 1,
+    }

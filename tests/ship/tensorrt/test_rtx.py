@@ -1,4 +1,5 @@
-"""TensorRT-RTX as a compile check: its layer list, what is said about each GEMM, and what is said without it."""
+"""TensorRT-RTX as a compile check: its layer list, what is said about each GEMM, and what is said
+without it."""
 
 import builtins
 from pathlib import Path
@@ -18,25 +19,49 @@ from nmsparse_deploy.ship.tensorrt.rtx_layers import layers
 
 
 def tensor(name, shape, dtype):
-    return (f"{{ Name: {name}, Dimensions: [{shape}], Strides: [1], StrideOrder: [0], Datatype: {dtype}, "
-            "Format: (Linear) Row major linear format }")
+    return (
+        f"{{ Name: {name}, Dimensions: [{shape}], Strides: [1], StrideOrder: [0], Datatype: {dtype}, "
+        "Format: (Linear) Row major linear format }"
+    )
 
 
 def line(name, kind, given, constants, made, onnx_nodes):
     lists = [", ".join(f" {tensor(*t)}" for t in part) for part in (given, constants, made)]
     metadata = "".join(f"[ONNX Layer: {node}]" for node in onnx_nodes)
-    return (f"Name: {name}, LayerType: {kind}, Inputs: [{lists[0]}], Constants: [{lists[1]}], Outputs: [{lists[2]}], "
-            f"TacticName: __myelin_CASK_STUB, StreamId: 0, Metadata: {metadata}")
+    return (
+        f"Name: {name}, LayerType: {kind}, Inputs: [{lists[0]}], Constants: [{lists[1]}], Outputs: [{lists[2]}], "
+        f"TacticName: __myelin_CASK_STUB, StreamId: 0, Metadata: {metadata}"
+    )
 
 
 ALPHA = ("alpha", "1", "Float")
 
 
 def listing(dtype="Half", out="Half"):
-    return "\n".join(["Layers:", line("q+k_0", "gemm", [("x", "2,64", dtype)], [("w", "64,96", dtype), ALPHA],
-                                      [("y", "2,96", out)], ["q", "k"]),
-                      line("o_1", "kgen", [("y", "2,64", out)], [("w2", "64,64", out)], [("z", "2,64", out)], ["o", "add"]),
-                      "", "I/O Tensors:", " Name: x, IOMode: Input, DataType: Half, Dimensions: [2,64]"])
+    return "\n".join(
+        [
+            "Layers:",
+            line(
+                "q+k_0",
+                "gemm",
+                [("x", "2,64", dtype)],
+                [("w", "64,96", dtype), ALPHA],
+                [("y", "2,96", out)],
+                ["q", "k"],
+            ),
+            line(
+                "o_1",
+                "kgen",
+                [("y", "2,64", out)],
+                [("w2", "64,64", out)],
+                [("z", "2,64", out)],
+                ["o", "add"],
+            ),
+            "",
+            "I/O Tensors:",
+            " Name: x, IOMode: Input, DataType: Half, Dimensions: [2,64]",
+        ]
+    )
 
 
 @pytest.fixture
@@ -44,14 +69,30 @@ def graph(tmp_path):
     """q and k read x; o reads q; head reads k."""
     rng = np.random.default_rng(0)
     shapes = {"q": (64, 64), "k": (64, 32), "o": (64, 64), "head": (32, 64)}
-    stored = [numpy_helper.from_array((rng.standard_normal(s) / 8).astype(np.float16), f"w_{n}") for n, s in shapes.items()]
-    nodes = [helper.make_node("MatMul", ["x", "w_q"], ["q"], "q"), helper.make_node("MatMul", ["x", "w_k"], ["k"], "k"),
-             helper.make_node("MatMul", ["q", "w_o"], ["o"], "o"),
-             helper.make_node("MatMul", ["k", "w_head"], ["h"], "head"), helper.make_node("Add", ["o", "h"], ["y"], "add")]
-    io = [[helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["batch", "sequence", 64])] for name in "xy"]
+    stored = [
+        numpy_helper.from_array((rng.standard_normal(s) / 8).astype(np.float16), f"w_{n}")
+        for n, s in shapes.items()
+    ]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w_q"], ["q"], "q"),
+        helper.make_node("MatMul", ["x", "w_k"], ["k"], "k"),
+        helper.make_node("MatMul", ["q", "w_o"], ["o"], "o"),
+        helper.make_node("MatMul", ["k", "w_head"], ["h"], "head"),
+        helper.make_node("Add", ["o", "h"], ["y"], "add"),
+    ]
+    io = [
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["batch", "sequence", 64])]
+        for name in "xy"
+    ]
     path = tmp_path / "model.onnx"
-    onnx.save(helper.make_model(helper.make_graph(nodes, "g", *io, stored), ir_version=10,
-                                opset_imports=[helper.make_opsetid("", 20)]), str(path))
+    onnx.save(
+        helper.make_model(
+            helper.make_graph(nodes, "g", *io, stored),
+            ir_version=10,
+            opset_imports=[helper.make_opsetid("", 20)],
+        ),
+        str(path),
+    )
     return path
 
 
@@ -67,10 +108,24 @@ def test_the_layer_list_is_read_line_by_line():
 def test_gemms_are_tied_to_onnx_nodes_and_merged_ones_are_told(graph):
     found = judge(graph, layers(listing()), "1", 10, {})
     (gemm,) = found.gemms
-    assert (gemm.nodes, gemm.k, gemm.n, gemm.inputs, gemm.outputs) == (("q", "k"), 64, 96, ("Half",), ("Half",))
-    assert (found.merged, found.generated, found.lost, found.wide) == ((("q", "k"),), ("o",), ("head",), ())
+    assert (gemm.nodes, gemm.k, gemm.n, gemm.inputs, gemm.outputs) == (
+        ("q", "k"),
+        64,
+        96,
+        ("Half",),
+        ("Half",),
+    )
+    assert (found.merged, found.generated, found.lost, found.wide) == (
+        (("q", "k"),),
+        ("o",),
+        ("head",),
+        (),
+    )
     assert found.to_json()["rung"] == "compiles"
-    assert "1 GEMMs, 1 of them merged from 2" in found.summary() and "1 products are in no layer" in found.summary()
+    assert (
+        "1 GEMMs, 1 of them merged from 2" in found.summary()
+        and "1 products are in no layer" in found.summary()
+    )
 
 
 def test_a_gemm_in_fp32_over_narrower_weights_is_an_island(graph):
@@ -86,7 +141,10 @@ def test_eight_bits_means_operands_and_result(graph):
 
 
 def test_sizes_of_axes():
-    assert [size_of(axis, {"past": 7, "batch": 2}, "x") for axis in (3, "batch", "past + 1", "past+batch")] == [3, 2, 8, 9]
+    assert [
+        size_of(axis, {"past": 7, "batch": 2}, "x")
+        for axis in (3, "batch", "past + 1", "past+batch")
+    ] == [3, 2, 8, 9]
     with pytest.raises(UsageError, match="no size was given for 'width'"):
         size_of("width", {}, "x")
 
@@ -131,11 +189,21 @@ def test_a_graph_compiles_without_a_gpu_and_what_reads_one_input_is_merged(libra
 
 @pytest.mark.parametrize(("kind", "dtype"), [("int8", "Int8"), ("fp8", "FP8")])
 @pytest.mark.parametrize("one_scale", [False, True])
-def test_eight_bit_graphs_compile_to_eight_bit_gemms_and_outputs_need_one_scale(library, graph, kind, dtype, one_scale):
-    rows = tuple(LinkRow(f"{n}.weight", n, n, "MatMul", f"w_{n}", 0, s, "F16", "")
-                 for n, s in (("q", (64, 64)), ("k", (64, 32)), ("o", (64, 64)), ("head", (32, 64))))
-    insert_qdq(graph, LinkMap("model.onnx", rows), dict.fromkeys(("q", "k", "o", "head"), Range(3, 3)), kind,
-               {row.parameter for row in rows}, one_scale)
+def test_eight_bit_graphs_compile_to_eight_bit_gemms_and_outputs_need_one_scale(
+    library, graph, kind, dtype, one_scale
+):
+    rows = tuple(
+        LinkRow(f"{n}.weight", n, n, "MatMul", f"w_{n}", 0, s, "F16", "")
+        for n, s in (("q", (64, 64)), ("k", (64, 32)), ("o", (64, 64)), ("head", (32, 64)))
+    )
+    insert_qdq(
+        graph,
+        LinkMap("model.onnx", rows),
+        dict.fromkeys(("q", "k", "o", "head"), Range(3, 3)),
+        kind,
+        {row.parameter for row in rows},
+        one_scale,
+    )
     found = TensorRtRtx.build(graph, {"batch": 2, "length": 64}).compiled
     assert all(gemm.inputs == (dtype,) for gemm in found.gemms)
     eight = {node for gemm in found.gemms if gemm.eight_bit for node in gemm.nodes}

@@ -1,4 +1,5 @@
-"""The layers of a deployed model: codes as the ONNX export has them, sparse and dense alike, and right numbers."""
+"""The layers of a deployed model: codes as the ONNX export has them, sparse and dense alike, and
+right numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +12,12 @@ from nmsparse_deploy.masks import project
 from nmsparse_deploy.pattern import TWO_FOUR
 from nmsparse_deploy.ship.quantise import FORMATS, quantise_weight
 from nmsparse_deploy.ship.torch_sparse.linear import Dense, EightBit, encoded, make
-from nmsparse_deploy.ship.torch_sparse.semi_structured import DTYPES, KernelSetting, StandIn, standing_in
+from nmsparse_deploy.ship.torch_sparse.semi_structured import (
+    DTYPES,
+    KernelSetting,
+    StandIn,
+    standing_in,
+)
 
 pytest.importorskip("ml_dtypes")
 
@@ -22,14 +28,20 @@ def weight(seed: int = 0, n: int = 32, k: int = 64, size: float = 1.0) -> torch.
 
 
 @pytest.mark.parametrize("precision", ("int8", "fp8"))
-@given(seed=st.integers(0, 50), size=st.sampled_from((1e-12, 1e-6, 1e-3, 1.0, 300.0)), dead=st.booleans())
+@given(
+    seed=st.integers(0, 50),
+    size=st.sampled_from((1e-12, 1e-6, 1e-3, 1.0, 300.0)),
+    dead=st.booleans(),
+)
 def test_codes_are_those_of_the_onnx_export(precision, seed, size, dead):
     rows = weight(seed, size=size)
     rows[3] *= 0 if dead else 1
     codes, scales = encoded(rows, precision)
     most = float(rows.abs().max()) if precision == "fp8" else None
     wanted = quantise_weight(rows.numpy(), 1, FORMATS[precision], most)
-    assert codes.dtype == DTYPES[precision] and torch.equal(codes.view(torch.uint8), torch.from_numpy(wanted.codes.view("uint8")))
+    assert codes.dtype == DTYPES[precision] and torch.equal(
+        codes.view(torch.uint8), torch.from_numpy(wanted.codes.view("uint8"))
+    )
     assert scales.weight.tolist() == wanted.scales.astype("float32").reshape(-1).tolist()
 
 
@@ -55,7 +67,9 @@ def test_the_dense_int8_twin_takes_any_number_of_rows(rows):
     codes, scales = encoded(weight(), "int8", torch.tensor(0.02))
     x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)).half()
     with standing_in(StandIn()):
-        dense, sparse = (make(codes, None, kind, torch.float16, scales)(x) for kind in (False, True))
+        dense, sparse = (
+            make(codes, None, kind, torch.float16, scales)(x) for kind in (False, True)
+        )
     assert torch.equal(dense, sparse)
 
 
@@ -68,7 +82,8 @@ def test_fp8_saturates_what_is_larger_than_what_was_calibrated():
 
 @pytest.mark.parametrize("sparse", (True, False))
 def test_a_token_a_thousand_times_larger_than_others_does_not_cost_them_their_digits(sparse):
-    """One scale for all rows would leave the usual ones nothing but zeros, and fp16 must not overflow on the way."""
+    """One scale for all rows would leave the usual ones nothing but zeros, and fp16 must not
+    overflow on the way."""
     rows, x = weight(), torch.randn(9, 64, generator=torch.Generator().manual_seed(1))
     x[0] *= 1000
     x[1] = 0

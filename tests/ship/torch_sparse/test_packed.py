@@ -1,4 +1,5 @@
-"""Packed 2:4 weights: nothing is lost, nothing is larger than promised, and what is no 2:4 is refused."""
+"""Packed 2:4 weights: nothing is lost, nothing is larger than promised, and what is no 2:4 is
+refused."""
 
 from __future__ import annotations
 
@@ -15,9 +16,14 @@ from nmsparse_deploy.ship.torch_sparse.packed import Packed, pack, packable, sto
 DTYPES = (torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 
 
-def weight(dtype: torch.dtype, n: int = 8, k: int = 32, seed: int = 0, keep: int = 2) -> torch.Tensor:
+def weight(
+    dtype: torch.dtype, n: int = 8, k: int = 32, seed: int = 0, keep: int = 2
+) -> torch.Tensor:
     drawn = torch.randint(1, 9, (n, k), generator=torch.Generator().manual_seed(seed)).float()
-    signs = torch.randint(0, 2, (n, k), generator=torch.Generator().manual_seed(seed + 1)).float() * 2 - 1
+    signs = (
+        torch.randint(0, 2, (n, k), generator=torch.Generator().manual_seed(seed + 1)).float() * 2
+        - 1
+    )
     mask = project(torch.rand(n, k, generator=torch.Generator().manual_seed(seed + 2)), TWO_FOUR)
     if keep == 1:
         mask &= torch.arange(k) % 4 == mask.view(n, -1, 4).int().argmax(-1).repeat_interleave(4, 1)
@@ -36,7 +42,9 @@ def by_hand(rows: torch.Tensor) -> tuple[list[list[float]], list[list[int]]]:
             kept += [group[i] for i in chosen]
             where += chosen
         values.append(kept)
-        places.append([sum(where[i + j] << 2 * j for j in range(4)) for i in range(0, len(where), 4)])
+        places.append(
+            [sum(where[i + j] << 2 * j for j in range(4)) for i in range(0, len(where), 4)]
+        )
     return values, places
 
 

@@ -24,17 +24,27 @@ CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
 
 
 def event(name, kernels=(), children=(), device=CPU):
-    return SimpleNamespace(name=name, device_type=device, cpu_children=list(children),
-                           kernels=[SimpleNamespace(name=kernel) for kernel in kernels])
+    return SimpleNamespace(
+        name=name,
+        device_type=device,
+        cpu_children=list(children),
+        kernels=[SimpleNamespace(name=kernel) for kernel in kernels],
+    )
 
 
 def profile():
     """Two calls of layer a with a nested operation, one of b, something beside them."""
     inner = event("aten::_cslt_sparse_mm", [SPARSE])
-    return [event(f"{RANGE}a", children=[event("aten::linear", ["pad_kernel"], [inner])]),
-            event(f"{RANGE}a", children=[event("op", children=[inner])]),
-            event(f"{RANGE}b", [DENSE]), event("aten::softmax", ["softmax"]), event(SPARSE, device=CUDA),
-            event(SPARSE, device=CUDA), event(DENSE, device=CUDA), event(f"{RANGE}a", device=CUDA)]
+    return [
+        event(f"{RANGE}a", children=[event("aten::linear", ["pad_kernel"], [inner])]),
+        event(f"{RANGE}a", children=[event("op", children=[inner])]),
+        event(f"{RANGE}b", [DENSE]),
+        event("aten::softmax", ["softmax"]),
+        event(SPARSE, device=CUDA),
+        event(SPARSE, device=CUDA),
+        event(DENSE, device=CUDA),
+        event(f"{RANGE}a", device=CUDA),
+    ]
 
 
 def test_a_kernel_belongs_to_the_layer_whose_range_holds_it():
@@ -47,30 +57,64 @@ def gemm(name, layer, **more) -> LayerGemm:
 
 
 def check(name, ok=True) -> TensorCheck:
-    return TensorCheck("torch", name, "F16", (64, 64), "2:4", 1, name, groups=1024, problems=() if ok else ("1 bad group",))
+    return TensorCheck(
+        "torch",
+        name,
+        "F16",
+        (64, 64),
+        "2:4",
+        1,
+        name,
+        groups=1024,
+        problems=() if ok else ("1 bad group",),
+    )
 
 
 def climb(gemms, kernels, ran=None):
-    found = evidence("arm", "torch", gemms, "fp16", {one.layer: 32 for one in gemms},
-                     {one.parameter: check(one.parameter, one.parameter != "broken") for one in gemms}, kernels, ran)
+    found = evidence(
+        "arm",
+        "torch",
+        gemms,
+        "fp16",
+        {one.layer: 32 for one in gemms},
+        {one.parameter: check(one.parameter, one.parameter != "broken") for one in gemms},
+        kernels,
+        ran,
+    )
     return found, {layer.parameter: layer for layer in found.layers}
 
 
 def test_each_rung_needs_its_own_proof():
-    gemms = [gemm("a", "a"), gemm("b", "b"), gemm("broken", "c"), gemm("narrow", "d", why_not="too narrow"),
-             gemm("slow", "e", kept_dense="sparse is slower")]
+    gemms = [
+        gemm("a", "a"),
+        gemm("b", "b"),
+        gemm("broken", "c"),
+        gemm("narrow", "d", why_not="too narrow"),
+        gemm("slow", "e", kept_dense="sparse is slower"),
+    ]
     found, rows = climb(gemms, by_layer(profile()))
     assert {name: (row.level, row.reason) for name, row in rows.items()} == {
-        "a": ("observed", "not checked"), "b": ("chosen", "unknown"), "broken": (None, "not in pattern"),
-        "narrow": ("pattern", "shape"), "slow": ("eligible", "dense was faster")}
+        "a": ("observed", "not checked"),
+        "b": ("chosen", "unknown"),
+        "broken": (None, "not in pattern"),
+        "narrow": ("pattern", "shape"),
+        "slow": ("eligible", "dense was faster"),
+    }
     assert DENSE in rows["b"].why_not and SPARSE in rows["a"].proofs["observed"]
-    assert found.share("observed") == 1 / 5 and "1 of 5 GEMMs (20% of their FLOPs) ran" in found.verdict
+    assert (
+        found.share("observed") == 1 / 5
+        and "1 of 5 GEMMs (20% of their FLOPs) ran" in found.verdict
+    )
     assert rows["a"].flops == 2 * 64 * 64 * 32
 
 
 def test_nothing_is_claimed_without_a_sparse_kernel():
     unwatched, rows = climb([gemm("a", "a")], None)
-    assert rows["a"].level == "chosen" and rows["a"].reason == "not checked" and NOT_SPARSE in unwatched.verdict
+    assert (
+        rows["a"].level == "chosen"
+        and rows["a"].reason == "not checked"
+        and NOT_SPARSE in unwatched.verdict
+    )
     dense, _ = climb([gemm("b", "b")], by_layer(profile()))
     assert NOT_SPARSE in dense.verdict
 

@@ -43,6 +43,8 @@ def test_a_packed_family_gives_what_the_pruned_model_gives(name, tmp_path):
         output = loaded.module(**inputs)
     found = TorchSparse.build(folder, {"mode": "dense", "device": "cpu"}).run(inputs)
     named = {"output": output} if isinstance(output, torch.Tensor) else dict(output.items())
-    key, wanted = next((key, value) for key, value in named.items() if isinstance(value, torch.Tensor))
+    key, wanted = next(
+        (key, value) for key, value in named.items() if isinstance(value, torch.Tensor)
+    )
     gap = (torch.from_numpy(found[key]) - wanted.float()).norm() / wanted.float().norm()
     assert gap < 0.01, key

@@ -1,4 +1,5 @@
-"""From a run to a packed PyTorch model and back: the same numbers, the promised size, and a sentence for everything wrong."""
+"""From a run to a packed PyTorch model and back: the same numbers, the promised size, and a
+sentence for everything wrong."""
 
 from __future__ import annotations
 
@@ -29,16 +30,27 @@ IDS = {"input_ids": torch.arange(24).view(2, 12)}
 
 
 def pruned(source, out) -> RunDir:
-    assert invoke(lambda: app(["--quiet", "prune", str(source), "--method", "magnitude", "--out", str(out)])) == 0
+    assert (
+        invoke(
+            lambda: app(
+                ["--quiet", "prune", str(source), "--method", "magnitude", "--out", str(out)]
+            )
+        )
+        == 0
+    )
     return RunDir(out)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, RunDir]:
-    """Pruned by magnitude and packed in fp16: a Llama with tied embeddings, and a GPT-2, whose weights lie the other way."""
+    """Pruned by magnitude and packed in fp16: a Llama with tied embeddings, and a GPT-2, whose
+    weights lie the other way."""
     folder = tmp_path_factory.mktemp("packed")
     made = {"llama": pico.llama(tie_word_embeddings=True), "gpt2": pico.gpt2()}
-    found = {name: pruned(pico.save(module, folder / name), folder / f"{name}-run") for name, module in made.items()}
+    found = {
+        name: pruned(pico.save(module, folder / name), folder / f"{name}-run")
+        for name, module in made.items()
+    }
     for run in found.values():
         export_torch(run, Pack())
     return found
@@ -59,11 +71,15 @@ def test_the_packed_model_is_the_pruned_one(runs, name):
     reference = load(str(run / "model"), torch.float16).module
     with torch.inference_mode():
         wanted = reference(**IDS).logits.float().numpy()
-    assert abs(outputs(run / "torch/fp16", "dense") - wanted).max() < (1e-3 if name == "llama" else 0.01)
+    assert abs(outputs(run / "torch/fp16", "dense") - wanted).max() < (
+        1e-3 if name == "llama" else 0.01
+    )
     with standing_in(StandIn()):
         found = outputs(run / "torch/fp16", "sparse")
         layers = TorchSparse.build(run / "torch/fp16", {"mode": "sparse"}).layers()
-    assert all(isinstance(layer, Sparse) for layer in layers.values()) and len(layers) == len(_masks(run).masks)
+    assert all(isinstance(layer, Sparse) for layer in layers.values()) and len(layers) == len(
+        _masks(run).masks
+    )
     assert abs(found - wanted).max() < 0.01
 
 
@@ -97,21 +113,34 @@ def test_every_mask_is_verified_in_the_packed_file(llama):
 @pytest.mark.parametrize("precision,share", (("bf16", 9 / 16), ("int8", 10 / 16), ("fp8", 10 / 16)))
 def test_other_precisions(llama, texts, precision, share):
     with standing_in(StandIn()):
-        row = export_torch(llama, Pack(precisions=(precision,), rows=(16,), rounds=5), machine=dry_machine())[0] \
-            if precision == "bf16" else _eight(llama, texts, precision)
+        row = (
+            export_torch(
+                llama, Pack(precisions=(precision,), rows=(16,), rounds=5), machine=dry_machine()
+            )[0]
+            if precision == "bf16"
+            else _eight(llama, texts, precision)
+        )
         assert row.share == share and row.verified == 14
         wanted = load(str(llama / "model")).module.float()(**IDS).logits.detach()
         found = torch.from_numpy(outputs(llama / f"torch/{precision}", "sparse"))
     assert (found - wanted).norm() / wanted.norm() < 0.1
     if precision != "bf16":
-        layers = TorchSparse.build(llama / f"torch/{precision}", {"mode": "dense", "device": "cpu"}).layers()
-        assert {layer.kind for layer in layers.values()} == {{"int8": torch.int8, "fp8": torch.float8_e4m3fn}[precision]}
+        layers = TorchSparse.build(
+            llama / f"torch/{precision}", {"mode": "dense", "device": "cpu"}
+        ).layers()
+        assert {layer.kind for layer in layers.values()} == {
+            {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[precision]
+        }
 
 
 def _eight(run: RunDir, texts, precision: str) -> PackedModel:
     """With the calibration sample of the run set to something that is here."""
     manifest = run.read_json("manifest.json")
-    manifest["recipe"]["calibration"] |= {"data": str(texts["calibration"]), "samples": 4, "length": 32}
+    manifest["recipe"]["calibration"] |= {
+        "data": str(texts["calibration"]),
+        "samples": 4,
+        "length": 32,
+    }
     run.write_json("manifest.json", manifest)
     return export_torch(run, Pack(precisions=(precision,)))[0]
 
@@ -120,7 +149,11 @@ def test_decisions_are_followed(llama):
     with standing_in(StandIn()):
         row = export_torch(llama, Pack(rows=(16, 24), rounds=5), machine=dry_machine())[0]
         made = json.loads(json.dumps(row.decisions.to_json()))
-        assert made["dry"] and made["shapes"] == 4 and sum(len(one["weights"]) for one in made["gemms"]) == 14
+        assert (
+            made["dry"]
+            and made["shapes"] == 4
+            and sum(len(one["weights"]) for one in made["gemms"]) == 14
+        )
         kept = made["gemms"][0]["weights"]
         for number, one in enumerate(made["gemms"]):
             one["keep"] = "sparse" if number == 0 else "dense"
@@ -178,15 +211,24 @@ def test_a_weight_that_fp16_cannot_hold_is_refused(llama):
 
 
 def test_the_command_line(llama, capfd):
-    assert invoke(lambda: app(["--json", "export", str(llama.path), "--torch", "--precision", "bf16"])) == 0
+    assert (
+        invoke(lambda: app(["--json", "export", str(llama.path), "--torch", "--precision", "bf16"]))
+        == 0
+    )
     data = json.loads(capfd.readouterr().out)
     assert data["artefacts"][0]["path"] == "torch/bf16" and data["artefacts"][0]["verified"] == 14
-    assert {row["precision"] for row in llama.read_json("torch.json")["artefacts"]} == {"fp16", "bf16"}
+    assert {row["precision"] for row in llama.read_json("torch.json")["artefacts"]} == {
+        "fp16",
+        "bf16",
+    }
     assert invoke(lambda: app(["verify", str(llama.path)])) == 0
     assert "torch/bf16" in capfd.readouterr().out
     assert invoke(lambda: app(["export", str(llama.path), "--torch", "--precision", "fp32"])) == 2
     if not torch.cuda.is_available():
-        for command in (["bench", str(llama.path), "--device", "cuda"], ["crossover", "--shape", "64x64"]):
+        for command in (
+            ["bench", str(llama.path), "--device", "cuda"],
+            ["crossover", "--shape", "64x64"],
+        ):
             assert invoke(lambda command=command: app(command)) == 1
             assert "needs an NVIDIA GPU" in capfd.readouterr().err
     assert invoke(lambda: app(["bench", str(llama.path), "--device", "tpu"])) == 2
