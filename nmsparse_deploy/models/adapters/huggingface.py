@@ -87,6 +87,10 @@ class HuggingFaceAdapter(ModelAdapter):
         _quieten()
         with _explained(source):
             checkpoint = identify(source)
+            place = checkpoint.place
+            stored = Path(place) if Path(place).exists() else cached_folder(place)
+            scheme = getattr(checkpoint.config, "quantization_config", None)
+            quantised.refuse(source, stored, scheme)
             module, weights = (_stream if stream else _load)(checkpoint, dtype)
             facts = {
                 **checkpoint.provenance,
@@ -280,7 +284,6 @@ def identify(source: str) -> Checkpoint:
     config = read_config(place)
     commit = None if Path(place).exists() else cached_folder(place)
     provenance |= {"revision": commit.name} if commit else {}
-    quantised.refuse(source, commit or Path(place), getattr(config, "quantization_config", None))
     return Checkpoint(
         place,
         path.stem if path.suffix == SUFFIX else path.name,
