@@ -92,7 +92,7 @@ def test_the_vit_through_every_stage(tmp_path):
     )
     assert len(data["images"]) == 6 and data["held_out"]["overlaps"] == 0
     (row,) = run.read_json("export.json")["files"]
-    assert row.agreement.max_abs < 1e-3 and row.links == 72
+    assert row["agreement"]["max_abs"] < 1e-3 and row["links"] == 72
 
 
 def test_the_sentence_encoder(tmp_path):
