@@ -113,7 +113,14 @@ def _text(
         parts.append(
             generated(loaded, wanted, spec.length, spec.seed, compute, progress)
             if name == GENERATED
-            else sample(load_text(name), loaded.processor, wanted, spec.length, spec.seed, fill)
+            else sample(
+                load_text(name, loaded.processor),
+                loaded.processor,
+                wanted,
+                spec.length,
+                spec.seed,
+                fill,
+            )
         )
         left -= len(parts[-1].ids)
     return mixed(parts, spec.seed) if len(parts) > 1 else parts[0]

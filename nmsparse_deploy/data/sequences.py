@@ -55,8 +55,9 @@ class PairedSample(SequenceSample):
 
 def paired(sample: TokenSample, config: Any) -> PairedSample:
     """Add the decoder's side to a sample."""
+    start = decoder_start(config)
     return PairedSample(
-        sample.ids, sample.windows, sample.source, sample.fingerprint, decoder_start(config)
+        sample.ids, sample.windows, sample.source, sample.fingerprint, sample.note, start
     )
 
 
@@ -94,7 +95,7 @@ def _wrapped(plain: TokenSample, tokenizer: Any) -> SequenceSample:
         torch.tensor(special[before:], dtype=torch.long).expand(rows, -1),
     ]
     ids = torch.cat(parts, 1)
-    return SequenceSample(ids, plain.windows, plain.source, plain.fingerprint)
+    return SequenceSample(ids, plain.windows, plain.source, plain.fingerprint, plain.note)
 
 
 def _leading(tokenizer: Any, special: list[int]) -> int:

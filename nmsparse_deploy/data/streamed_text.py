@@ -9,10 +9,12 @@ the sample is the same on every machine.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nmsparse_deploy.data.chat import Document, document
+from nmsparse_deploy.data.table_rows import Row
 from nmsparse_deploy.errors import MissingExtra, NmsparseError, UsageError, first_line
 
 CHARACTERS = 8_000_000
@@ -20,8 +22,8 @@ CHARACTERS = 8_000_000
 _SPEC = re.compile(r"datasets:(?P<name>[^@#]+)(?:@(?P<split>[^#]+))?(?:#(?P<field>.+))?")
 
 
-def streamed(source: str) -> tuple[str, ...]:
-    """Read the first documents of a data set.
+def streamed(source: str, tokenizer: Any = None) -> list[Document]:
+    """Read the first documents of a data set; chats as the template of `tokenizer` writes them.
 
     Raises `UsageError` for a wrong spec, `NmsparseError` for what cannot be had.
     """
@@ -33,13 +35,15 @@ def streamed(source: str) -> tuple[str, ...]:
     except ImportError as error:
         raise MissingExtra("datasets", "eval", f"Reading '{source}'") from error
     name, config = _name(match["name"])
-    split, field = match["split"] or "train", match["field"] or "text"
-    documents: list[str] = []
+    split, field = match["split"] or "train", match["field"]
+    documents: list[Document] = []
     size = 0
     try:
-        for row in datasets.load_dataset(name, config, split=split, streaming=True):
-            documents.append(_document(row, field, source))
-            size += len(documents[-1])
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        for number, values in enumerate(rows, start=1):
+            row = Row(f"Row {number}", source, tuple(values), values)
+            documents.append(document(row, field, tokenizer))
+            size += len(documents[-1].text)
             if size >= CHARACTERS:
                 break
     except NmsparseError:
@@ -49,9 +53,9 @@ def streamed(source: str) -> tuple[str, ...]:
             f"'{source}' could not be read: {first_line(error)}.",
             "give a text file or a folder instead",
         ) from error
-    if not any(document.strip() for document in documents):
+    if not any(each.text.strip() for each in documents):
         raise UsageError(f"The text '{source}' is empty.")
-    return tuple(documents)
+    return documents
 
 
 def _name(text: str) -> tuple[str, str | None]:
@@ -60,12 +64,6 @@ def _name(text: str) -> tuple[str, str | None]:
         return text, None
     parts = text.split("/")
     return ("/".join(parts[:2]), "/".join(parts[2:])) if len(parts) > 2 else (text, None)
-
-
-def _document(row: Mapping[str, Any], field: str, source: str) -> str:
-    if field not in row:
-        raise UsageError(f"'{source}' has no field '{field}'; it has {', '.join(row)}.")
-    return str(row[field])
 
 
 def hub_rows(
@@ -96,5 +94,5 @@ def hub_rows(
             f"{first_line(error)}.",
             instead,
         ) from error
-    for row in rows:
-        yield _document(row, field, what)
+    for number, values in enumerate(rows, start=1):
+        yield Row(f"Row {number}", what, tuple(values), values).text(field)

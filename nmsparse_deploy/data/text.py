@@ -4,20 +4,24 @@ identities."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nmsparse_deploy.data import chat
 from nmsparse_deploy.data.packaged import corpora
 from nmsparse_deploy.data.packaged.texts import packaged_documents
-from nmsparse_deploy.data.table_rows import TABLES, is_table, read_plain, read_rows
+from nmsparse_deploy.data.table_rows import LINES, PARQUET, is_table, read_plain, read_table
 from nmsparse_deploy.errors import NmsparseError, UsageError
 
 MIX = "+"
 """`A+B` as a source: as many samples of each."""
+IN_FOLDERS = (".txt", *PARQUET, *LINES)
+"""How the files of a folder end that are read; a .json file among them is more often settings."""
 NGRAM = 32
 """A run of this many equal tokens in two samples is the same text, not a coincidence."""
 
@@ -28,6 +32,8 @@ class Text:
 
     name: str
     documents: tuple[str, ...]
+    note: str = ""
+    """How chats became text, if there are any."""
 
     @property
     def fingerprint(self) -> str:
@@ -46,6 +52,7 @@ class TokenSample:
     windows: tuple[int, ...]
     source: str
     fingerprint: str
+    note: str = ""
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -63,50 +70,55 @@ class TokenSample:
             "samples": samples,
             "length": length,
             "windows": list(self.windows),
+            **({"note": self.note} if self.note else {}),
         }
 
 
-def load_text(source: str) -> Text:
+def load_text(source: str, tokenizer: Any = None) -> Text:
     """Read a packaged sample (`wikipedia`, `bbc`), `datasets:...`, a text file, a file of rows, or
     a folder of these.
 
-    Rows come from parquet or JSON lines (also gzipped); `FILE#FIELD` names the field, which is
-    `text` otherwise.
+    Rows come from parquet, a JSON list or JSON lines (also gzipped); `FILE#FIELD` names the field,
+    which is `text` otherwise. Rows that hold a chat are written by the template of `tokenizer`.
 
-    Raises `UsageError` for what is not there or empty.
+    Raises `UsageError` for what is not there, of another form or empty.
     """
     path = Path(source)
     named, _, field = source.rpartition("#")
     if source.startswith("datasets:"):
         from nmsparse_deploy.data.streamed_text import streamed
 
-        return Text(source, streamed(source))
+        return _text(source, streamed(source, tokenizer), tokenizer)
     if (packaged := packaged_documents(source)) is not None:
         return Text(source, packaged)
     if path.is_dir():
-        documents = tuple(
-            document
-            for file in sorted(path.rglob("*"))
-            if file.name.lower().endswith((".txt", *TABLES))
-            for document in _documents(file, "text")
-        )
+        files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(IN_FOLDERS))
+        documents = [document for file in files for document in _documents(file, None, tokenizer)]
     elif path.is_file():
-        documents = _documents(path, "text")
+        documents = _documents(path, None, tokenizer)
     elif field and Path(named).is_file():
-        path, documents = Path(named), _documents(Path(named), field)
+        path, documents = Path(named), _documents(Path(named), field, tokenizer)
     else:
         named = ", ".join(corpora("text"))
         raise UsageError(
             f"There is no text '{source}': no file, folder or packaged sample ({named}) has this name."
         )
-    if not any(document.strip() for document in documents):
+    if not any(document.text.strip() for document in documents):
         raise UsageError(f"The text '{source}' is empty.")
-    return Text(path.name, documents)
+    return _text(path.name, documents, tokenizer)
 
 
-def _documents(path: Path, field: str) -> tuple[str, ...]:
+def _documents(path: Path, field: str | None, tokenizer: Any) -> list[chat.Document]:
     """Read the rows of a table, or a plain file as one document."""
-    return tuple(read_rows(path, field)) if is_table(path) else (read_plain(path),)
+    if not is_table(path):
+        return [chat.Document(read_plain(path), False)]
+    fields = chat.FIELDS if field is None else (field,)
+    return [chat.document(row, field, tokenizer) for row in read_table(path, fields)]
+
+
+def _text(name: str, documents: Sequence[chat.Document], tokenizer: Any) -> Text:
+    note = chat.note(tokenizer) if any(document.chat for document in documents) else ""
+    return Text(name, tuple(document.text for document in documents), note)
 
 
 def windows(text: Text, tokenizer: Any, length: int) -> torch.Tensor:
@@ -155,6 +167,7 @@ def mixed(parts: Sequence[TokenSample], seed: int) -> TokenSample:
         ids=ids[order],
         windows=tuple(windows[place] for place in order.tolist()),
         source=MIX.join(part.source for part in parts),
+        note="; ".join(dict.fromkeys(part.note for part in parts if part.note)),
         fingerprint=digest,
     )
 
@@ -182,22 +195,38 @@ def _choose(text: Text, cut: torch.Tensor, samples: int, pick: Any, length: int)
             "ask for fewer samples or shorter ones, or give more text",
         )
     chosen = pick(len(cut))
-    return TokenSample(cut[chosen], tuple(chosen.tolist()), text.name, text.fingerprint)
+    return TokenSample(cut[chosen], tuple(chosen.tolist()), text.name, text.fingerprint, text.note)
 
 
-def check_disjoint(calibration: torch.Tensor, evaluation: torch.Tensor) -> int:
+def check_disjoint(
+    calibration: torch.Tensor,
+    evaluation: torch.Tensor,
+    chats: Callable[[], torch.Tensor] | None = None,
+) -> int:
     """Raise `NmsparseError` when calibration and evaluation share a run of `NGRAM` tokens; returns
-    runs compared."""
-    seen = set(_runs(calibration))
-    compared = 0
+    runs compared.
+
+    `chats` gives all windows of the text that `evaluation` is from, if it holds chats. What recurs
+    there, such as words of the template or a system prompt, is no overlap unless nothing else is
+    evaluated.
+    """
+    seen, shared, compared = set(_runs(calibration)), set(), 0
+    own = False
     for run in _runs(evaluation):
         compared += 1
         if run in seen:
-            raise NmsparseError(
-                f"Calibration and evaluation share a run of {NGRAM} tokens; a score on text that was "
-                "calibrated on means nothing.",
-                "choose another --eval-data or calibration text",
-            )
+            shared.add(run)
+        else:
+            own = True
+    if shared and own and chats is not None:
+        times = Counter(run for run in _runs(chats().reshape(1, -1)) if run in shared)
+        shared = {run for run in shared if times[run] == 1}
+    if shared:
+        raise NmsparseError(
+            f"Calibration and evaluation share a run of {NGRAM} tokens; a score on text that was "
+            "calibrated on means nothing.",
+            "choose another text for evaluate --data, or for the calibration",
+        )
     return compared
 
 

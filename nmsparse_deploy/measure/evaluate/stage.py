@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from nmsparse_deploy.data.latents import LATENT_HASHES
 from nmsparse_deploy.data.tensor_inputs import ENDING, SAMPLE_HASHES
-from nmsparse_deploy.data.text import check_disjoint, evaluation_sample, load_text
+from nmsparse_deploy.data.text import check_disjoint, evaluation_sample, load_text, windows
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.measure.evaluate.arms import DENSE, PRUNED, onnx_arms, torch_arm
 from nmsparse_deploy.measure.evaluate.diffusion import evaluate_diffusion
@@ -115,9 +115,12 @@ def _text(job: _Job) -> Evaluation:
     source = "bbc" if spec.data == AUTO else spec.data
     job.pruned.check_length(spec.context, "--context")
     job.progress(f"sampling {spec.tokens} tokens of {source}", 0, 0)
-    sample = evaluation_sample(load_text(source), job.pruned.processor, spec.tokens, spec.context)
+    tokenizer = job.pruned.processor
+    text = load_text(source, tokenizer)
+    sample = evaluation_sample(text, tokenizer, spec.tokens, spec.context)
     calibration = job.calibration()
-    compared = check_disjoint(calibration["ids"], sample.ids) if calibration else None
+    chats = (lambda: windows(text, tokenizer, spec.context)) if text.note else None
+    compared = check_disjoint(calibration["ids"], sample.ids, chats) if calibration else None
     results: dict[str, EvalResult] = {}
     texts: dict[str, list[Continuation]] = {}
     for label, loaded in job.models():
