@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from nmsparse_deploy.pattern import Pattern, Unstructured
+from nmsparse_deploy.prove.output_counter import OutputCounter
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,16 @@ class GroupCounter:
             "inf": word((top - inf) * repeat),
         }
 
-    def count(self, values: np.ndarray) -> GroupCount:
-        """Count one contiguous chunk of whole groups, given as its raw bytes (uint8, 1-D)."""
+    def count(self, values: np.ndarray, outputs: OutputCounter | None = None) -> GroupCount:
+        """Count one contiguous chunk of whole groups, given as its raw bytes (uint8, 1-D), and hand
+        the non-zeros of each group to `outputs`."""
         if values.nbytes * 8 % (self.pattern.alignment * self.inner * self.element.bits):
             raise ValueError("a chunk must hold whole groups")
-        return self._count_lanes(values) if self._word_bits else self._count_any(values)
+        count = self._count_lanes if self._word_bits else self._count_any
+        counts, negative_zeros, nonfinite = count(values)
+        if outputs is not None:
+            outputs.add(counts)
+        return self._summary(counts, negative_zeros, nonfinite)
 
     def _buffer(self, name: str, like: np.ndarray, dtype: type | None = None) -> np.ndarray:
         buffer = self._buffers.get(name)
@@ -128,7 +134,9 @@ class GroupCounter:
             buffer = self._buffers[name] = np.empty(like.size, dtype or like.dtype)
         return buffer[: like.size]
 
-    def _count_lanes(self, raw: np.ndarray) -> GroupCount:
+    def _count_lanes(self, raw: np.ndarray) -> tuple[np.ndarray, int, int]:
+        """Return the non-zeros of each group, and how many minus zeros and non-finite values there
+        are."""
         x = raw.view(f"u{self._word_bits // 8}")
         w = self._words
         flags, scratch = self._buffer("flags", x), self._buffer("scratch", x)
@@ -155,10 +163,10 @@ class GroupCounter:
         if words_per_group > 1:
             strided = [counts[i::words_per_group] for i in range(words_per_group)]
             counts = reduce(np.add, strided[1:], strided[0].astype(np.uint16))
-        return self._summary(counts, negative_zeros, nonfinite)
+        return counts, negative_zeros, nonfinite
 
-    def _count_any(self, raw: np.ndarray) -> GroupCount:
-        """Count any group size along any axis, by one comparison per value."""
+    def _count_any(self, raw: np.ndarray) -> tuple[np.ndarray, int, int]:
+        """Return the same for any group size along any axis, by one comparison per value."""
         x = raw.view(f"u{self.element.bits // 8}")
         magnitude = x & x.dtype.type(~self.element.sign & ((1 << self.element.bits) - 1))
         nonzero = magnitude != 0
@@ -169,7 +177,7 @@ class GroupCounter:
             .sum(axis=1, dtype=np.uint16)
             .reshape(-1)
         )
-        return self._summary(counts, negative_zeros, nonfinite)
+        return counts, negative_zeros, nonfinite
 
     def _summary(self, counts: np.ndarray, negative_zeros: int, nonfinite: int) -> GroupCount:
         nonzeros = int(counts.sum(dtype=np.int64))

@@ -8,6 +8,7 @@ from typing import Literal
 
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.prove.group_counter import GroupCount
+from nmsparse_deploy.prove.output_counter import OutputCount
 
 Place = Literal["torch", "file", "onnx"]
 
@@ -157,8 +158,19 @@ def describe_count(count: GroupCount, first_bad: tuple[int, ...] | None) -> str:
     return f"{count.bad:,} of {count.groups:,} groups break the pattern, the first at {list(first_bad or ())}"
 
 
+def describe_outputs(outputs: OutputCount, bad: int) -> str | None:
+    """Say how many outputs are dense beside others that hold; None when all break or stray values
+    do."""
+    if outputs.broken == outputs.outputs or 2 * bad < outputs.broken * outputs.groups:
+        return None
+    return (
+        f"{outputs.broken:,} of {outputs.outputs:,} outputs are dense, the first is output "
+        f"{outputs.first_broken}"
+    )
+
+
 def judge(
-    count: GroupCount, pattern: NMPattern
+    count: GroupCount, pattern: NMPattern, outputs: OutputCount | None = None
 ) -> Literal["sparse", "near miss", "by chance", "dense"]:
     """Judge a tensor of unknown intent by comparing it with the same number of zeros strewn at
     random.
@@ -167,7 +179,8 @@ def judge(
     probability q. `sparse`: every group is in the pattern, and chance does that less than once in a
     million (else `by chance`: an almost empty or tiny tensor). `near miss`: the share of good
     groups is more than half-way from q to 1 and six standard deviations above q, so neither a dense
-    tensor nor an unstructured one of any sparsity gets there.
+    tensor nor an unstructured one of any sparsity gets there; or whole outputs hold, more of them
+    than chance explains, beside others that do not.
     """
     if not count.nonzeros:
         return "by chance"
@@ -181,6 +194,8 @@ def judge(
     )
     if not count.bad:
         return "sparse" if q**count.groups < 1e-6 else "by chance"
+    if outputs is not None and outputs.beyond_chance(pattern):
+        return "near miss"
     share = 1 - count.bad / count.groups
     spread = math.sqrt(q * (1 - q) / count.groups)
     return "near miss" if share > (1 + q) / 2 and share > q + 6 * spread else "dense"

@@ -11,7 +11,13 @@ import numpy as np
 from nmsparse_deploy.masks import Mask
 from nmsparse_deploy.pattern import NMPattern, Pattern, Unstructured
 from nmsparse_deploy.prove.group_counter import ElementType, group_origin
-from nmsparse_deploy.prove.report import TensorCheck, describe_count, gemm_shape, judge
+from nmsparse_deploy.prove.report import (
+    TensorCheck,
+    describe_count,
+    describe_outputs,
+    gemm_shape,
+    judge,
+)
 from nmsparse_deploy.prove.scan import ByteSource, Scanned, Scanner, countable
 from nmsparse_deploy.system.sparse_cores import shape_verdict
 
@@ -69,7 +75,9 @@ def claim(row: TensorCheck, pattern: Pattern, scanned: Scanned, law4: bool) -> T
     count = scanned.counts[row.axis or 0]
     problems = list(row.problems)
     if count.bad:
-        problems.append(describe_count(count, row.first_bad))
+        outputs = scanned.outputs.get(row.axis or 0)
+        dense = describe_outputs(outputs, count.bad) if outputs else None
+        problems.append(", ".join(filter(None, (describe_count(count, row.first_bad), dense))))
     if row.mask_mismatch:
         problems.append(f"{row.mask_mismatch:,} values outside its mask are not zero")
     if row.nonfinite:
@@ -109,7 +117,10 @@ def foreign_check(
 ) -> TensorCheck:
     """Judge a tensor of unknown intent: sparse (a claim that holds), a near miss (one that fails),
     or dense (none)."""
-    verdicts = {axis: judge(count, pattern) for axis, count in scanned.counts.items()}
+    verdicts = {
+        axis: judge(count, pattern, scanned.outputs.get(axis))
+        for axis, count in scanned.counts.items()
+    }
     best_first: Sequence[str] = ("sparse", "near miss", "by chance", "dense")
     axis = min(verdicts, key=lambda a: best_first.index(verdicts[a]))
     row, verdict = replace(row, axis=axis), verdicts[axis]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import numpy as np
 from nmsparse_deploy.errors import NmsparseError, from_os_error
 from nmsparse_deploy.pattern import NMPattern, Pattern
 from nmsparse_deploy.prove.group_counter import ElementType, GroupCount, GroupCounter
+from nmsparse_deploy.prove.output_counter import OutputCount, OutputCounter, has_rows
 from nmsparse_deploy.prove.report import judge
 
 CHUNK = 1 << 20
@@ -115,6 +116,8 @@ class Scanned:
     """Per axis. The first axis that was asked for is always here."""
     mask_mismatch: int | None
     sha256: str | None
+    outputs: dict[int, OutputCount] = field(default_factory=dict)
+    """Per axis, where there was no mask and the tensor has rows to count."""
 
 
 class Scanner:
@@ -147,13 +150,18 @@ class Scanner:
         self.bytes_read += source.nbytes
         counters = {axis: self._counter(pattern, element, shape, axis) for axis in axes}
         totals = dict.fromkeys(axes, GroupCount())
+        rows = {
+            axis: OutputCounter(shape, axis, pattern)
+            for axis in axes
+            if mask is None and isinstance(pattern, NMPattern) and has_rows(shape, axis)
+        }
         size = _chunk_size(element, shape, axes, pattern)
         mismatch = 0 if mask is not None else None
         sha = hashlib.sha256() if digest else None
         done = 0
         for chunk in source.chunks(size):
             for axis, counter in counters.items():
-                totals[axis] += counter.count(chunk)
+                totals[axis] += counter.count(chunk, rows.get(axis))
             if mask is not None and mismatch is not None:
                 mismatch += _outside(chunk, element, mask[done * 8 // element.bits // 8 :])
             if sha:
@@ -168,7 +176,12 @@ class Scanner:
                 counters = {axes[0]: counters[axes[0]]}
                 totals = {axes[0]: totals[axes[0]]}
             done += chunk.size
-        return Scanned(totals, mismatch, sha.hexdigest() if sha else None)
+        return Scanned(
+            totals,
+            mismatch,
+            sha.hexdigest() if sha else None,
+            {axis: rows[axis].result() for axis in totals if axis in rows},
+        )
 
     def _counter(
         self, pattern: Pattern, element: ElementType, shape: tuple[int, ...], axis: int
