@@ -152,13 +152,13 @@ def test_the_dense_value_of_a_fused_projection_is_found(tmp_path, monkeypatch):
 
 
 def test_dense_outputs_of_an_onnx_weight_are_counted_along_its_reduction_axis(tmp_path):
-    weight = sparse(64, 90, axis=0)[0].numpy()
-    weight[:, ::3] = dense(64, 30).numpy()
-    good = sparse(90, 64, axis=0, seed=3)[0].numpy()
+    weight = sparse(64, 96, axis=0)[0].numpy()
+    weight[:, ::3] = dense(64, 32).numpy()
+    good = sparse(96, 64, axis=0, seed=3)[0].numpy()
     nodes = [node("MatMul", "x w", "y"), node("MatMul", "y good", "z")]
     report = verify_onnx(saved_onnx(tmp_path, nodes, [tensor("w", weight), tensor("good", good)]))
     assert report.failed == 1
-    assert "30 of 90 outputs are dense, the first is output 0." in report.summary()
+    assert "32 of 96 outputs are dense, the first is output 0." in report.summary()
 
 
 def test_a_stray_value_makes_no_output_dense(tmp_path):
