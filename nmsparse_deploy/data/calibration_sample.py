@@ -3,16 +3,20 @@ or noised ones."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from nmsparse_deploy.data.image_source import SUFFIXES
 from nmsparse_deploy.data.images import ImageSample, calibration_images
 from nmsparse_deploy.data.latents import calibration_latents, holds_latents
 from nmsparse_deploy.data.self_generated import GENERATED, generated
 from nmsparse_deploy.data.sequences import calibration_sequences, max_tokens, paired
-from nmsparse_deploy.data.tensor_inputs import ENDING, prepared
+from nmsparse_deploy.data.table_rows import TABLES
+from nmsparse_deploy.data.tensor_inputs import ENDING, prepared, tensors_hash
 from nmsparse_deploy.data.text import MIX, TokenSample, calibration_sample, load_text, mixed
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.models.loaded import LoadedModel
@@ -27,6 +31,9 @@ DEFAULTS = {
     "diffusion": "fashion-mnist",
 }
 """What `auto` means for each family."""
+DATASETS = "datasets:"
+MAX_HASHED = 16 << 30
+"""Bytes of calibration data that are hashed whole."""
 
 
 class Sample(Protocol):
@@ -78,6 +85,40 @@ def draw(
     return _in_vocabulary(
         paired(drawn, loaded.module.config) if loaded.family == "seq2seq" else drawn, loaded
     )
+
+
+def sample_hash(sample: Sample) -> str:
+    """Return the SHA-256 of what a sample is recorded as: its tokens or the content of its
+    images, and where they are from."""
+    described = json.dumps(sample.to_json(), sort_keys=True)
+    return hashlib.sha256((described + tensors_hash(sample.record())).encode()).hexdigest()
+
+
+def source_files(source: str) -> dict[str, Path]:
+    """List the local files that calibration data is read from, by name.
+
+    None of a source that holds more than `MAX_HASHED` bytes: of such a one the sample alone is
+    compared.
+    """
+    files: dict[str, Path] = {}
+    for part in _sources(source):
+        place = next(filter(Path.exists, _places(part)), None)
+        inside = sorted(place.rglob("*")) if place and place.is_dir() else [place] if place else []
+        files |= {str(file): file for file in inside if file.is_file() and _is_read(file, place)}
+    return files if sum(file.stat().st_size for file in files.values()) <= MAX_HASHED else {}
+
+
+def _places(source: str) -> list[Path]:
+    """Return where a source may lie: `FILE`, `FILE#FIELD`, `datasets:FOLDER@SPLIT#FIELD`."""
+    bare = source.removeprefix(DATASETS)
+    names = (bare, bare.rpartition("#")[0], bare.partition("#")[0].partition("@")[0])
+    return [Path(name).expanduser() for name in names if name]
+
+
+def _is_read(file: Path, source: Path | None) -> bool:
+    """Decide whether data is read from a file of a folder; a file that is named itself is."""
+    name = file.name.lower()
+    return file == source or name.endswith((".txt", *TABLES, *SUFFIXES)) or "-ubyte" in name
 
 
 def some(sample: Sample, count: int) -> dict[str, torch.Tensor]:

@@ -27,6 +27,7 @@ from nmsparse_deploy.models.base import Target
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.recipe import Prune, fingerprint
+from nmsparse_deploy.runs.inputs import read_inputs
 from nmsparse_deploy.runs.manifest import ImportedFrom, RecipeRecord
 from nmsparse_deploy.runs.run_dir import RUNS, RunDir
 from nmsparse_deploy.system.memory import peak_memory_mb
@@ -133,7 +134,13 @@ def import_result(
         update={"method": "imported", "imported": source}
     )
     normalised = _apply(pruned, kept)
-    run = RunDir.create(path, recipe, fingerprint(f"{model} {masks} {sparse}", spec), force=True)
+    run = RunDir.create(
+        path,
+        recipe,
+        fingerprint(f"{model} {masks} {sparse}", spec),
+        True,
+        read_inputs(models.files(dense.source), spec),
+    )
     with run.lock():
         write_model(run, pruned)
         packed = {

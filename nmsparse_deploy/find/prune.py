@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from nmsparse_deploy import models
-from nmsparse_deploy.data.calibration_sample import Sample, draw, some
+from nmsparse_deploy.data.calibration_sample import Sample, draw, sample_hash, some
 from nmsparse_deploy.find.block_file import BlockContent, BlockFile, LayerRecord
 from nmsparse_deploy.find.calibration.block_walk import BlockWalk
 from nmsparse_deploy.find.calibration.buffers import DiskBuffers
@@ -37,7 +37,8 @@ from nmsparse_deploy.models.base import from_rows
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.recipe import DEFAULT_MODEL, Prune, fingerprint
 from nmsparse_deploy.registry import METHODS, REFINEMENTS
-from nmsparse_deploy.runs.manifest import RecipeRecord
+from nmsparse_deploy.runs.inputs import hashes, read_inputs
+from nmsparse_deploy.runs.manifest import InputsRecord, RecipeRecord
 from nmsparse_deploy.runs.run_dir import RUNS, RunDir
 from nmsparse_deploy.system import distributed, hardware
 from nmsparse_deploy.system.distributed import ALONE, Processes
@@ -67,17 +68,20 @@ def prune(
     recipe = RecipeRecord.of(model, spec)
     identity = fingerprint(model, spec)
     path = out or _default_path(model, spec, identity)
-    if not force and (path / "manifest.json").is_file():
-        run = RunDir.create(
-            path, recipe, identity, force=False
-        )  # refuses another recipe before anything is loaded
+    team = distributed.current()
+    begun = not force and (path / "manifest.json").is_file()
+    if begun:  # refuses another recipe before anything is read
+        run = RunDir.create(path, recipe, identity, force=False)
+    files = models.files(model) if team.first else {}
+    inputs = read_inputs(files, spec, progress) if team.first else InputsRecord()
+    if begun:
+        run.check_inputs(inputs)
         if run.finished("prune"):
             progress(f"'{path}' is finished; --force starts over", 0, 0)
             return run
     start_run()
     device = hardware.device()
     spec = spec.settled(gpu=device.type == "cuda")
-    team = distributed.current()
     if team.world > 1:
         progress = progress if team.first else silent
         check_shared(spec, team)
@@ -93,7 +97,10 @@ def prune(
     idle = spec.needs == "none" and not spec.learn and not spec.finetune
     sample = None if idle else draw(loaded, spec.calibration, progress, compute)
     if team.first:
-        RunDir.create(path, recipe, identity, force)
+        if (loaded_from := models.files(loaded.source)) != files:  # it has just been downloaded
+            inputs = read_inputs(loaded_from, spec, progress)
+        inputs = inputs.model_copy(update={"sample": sample and sample_hash(sample)})
+        RunDir.create(path, recipe, identity, force, inputs)
     team.wait()
     run = RunDir(path)
     loaded.to(device)
@@ -212,6 +219,9 @@ class _Stage:
     def _finish(
         self, records: Sequence[LayerRecord], retuned: Mapping[str, Mask], seconds: float
     ) -> None:
+        if self.loaded.streamed:  # its files were read until now
+            files = models.files(self.loaded.source)
+            self.run.check_inputs(InputsRecord(model=hashes(files, self.progress)))
         self.progress("saving and verifying", 0, 0)
         masks = write_blocks(
             self.run, self.loaded, self.spec, self.files, records, self.refinements, retuned

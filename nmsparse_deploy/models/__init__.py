@@ -49,18 +49,29 @@ def load(source: str, dtype: torch.dtype | None = None, stream: bool = False) ->
     try:
         return adapter.load(source, dtype, stream)
     except NmsparseError:
-        bare = "/" not in source and not Path(source).exists()
-        other = next(
-            (
-                other
-                for other in libraries()
-                if bare and other is not adapter and other.knows(source)
-            ),
-            None,
-        )
+        other = _named_architecture(source, adapter)
         if other is None:
             raise
         return other.load(f"{other.prefix}{source}", dtype)
+
+
+def _named_architecture(source: str, asked: ModelAdapter) -> ModelAdapter | None:
+    """Return the library that knows a bare name as one of its own, when `asked` does not have
+    it."""
+    bare = "/" not in source and not Path(source).exists()
+    others = (other for other in libraries() if bare and other is not asked)
+    return next((other for other in others if other.knows(source)), None)
+
+
+def files(source: str) -> dict[str, Path]:
+    """List the files on this machine that MODEL is loaded from, by name; none for a hub model that
+    is not here yet."""
+    asset = packaged_model(source)
+    place = source if asset is None else location(asset)
+    adapter = adapter_for(place)
+    read = adapter.files(place)
+    other = None if read or asset else _named_architecture(place, adapter)
+    return other.files(f"{other.prefix}{place}") if other else read
 
 
 def checkpoint(source: str) -> Path | None:

@@ -16,6 +16,8 @@ from torch import nn
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.models.base import Discovery
 from nmsparse_deploy.models.discovery import discover
+from nmsparse_deploy.models.hub_cache import cached_folder
+from nmsparse_deploy.models.model_folder import by_name, loaded_files
 from nmsparse_deploy.models.outputs import Features, primary_output
 from nmsparse_deploy.models.preprocess import ImagePipeline
 from nmsparse_deploy.models.weight_store import IN_MEMORY, WeightStore
@@ -189,6 +191,21 @@ class ModelAdapter(Protocol):
             if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) and not Path(name).exists()
             else None
         )
+
+    def folder(self, source: str) -> Path | None:
+        """Return the folder on this machine that MODEL is loaded from; None where it is a file, or
+        is not here."""
+        place = Path(source if Path(source).exists() else self.reference(source)).expanduser()
+        if place.exists():
+            return place if place.is_dir() else None
+        name = self.hub_name(source)
+        return cached_folder(name) if name else None
+
+    def files(self, source: str) -> dict[str, Path]:
+        """List the files on this machine that MODEL is loaded from, by name: weights,
+        configuration, tokenizer."""
+        folder = self.folder(source)
+        return by_name(loaded_files(folder), folder) if folder else {}
 
     def checkpoint(self, source: str) -> Path | None:
         """Return the folder of safetensors files that MODEL stands for, if it can be streamed and

@@ -10,17 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+from nmsparse_deploy.models.model_folder import is_weight
 
 
 def description(folder: Path) -> list[Path]:
     """List what describes a saved model beside its weights: configuration, tokenizer,
     preprocessing."""
-    return [
-        file
-        for file in sorted(folder.iterdir())
-        if file.is_file() and not file.name.endswith(WEIGHTS)
-    ]
+    return [file for file in sorted(folder.iterdir()) if file.is_file() and not is_weight(file)]
 
 
 def settle(module: Any, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -9,6 +9,8 @@ from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.permutations import Permutations
+from nmsparse_deploy.runs.inputs import hashes
+from nmsparse_deploy.runs.manifest import InputsRecord
 from nmsparse_deploy.runs.run_dir import RunDir
 
 
@@ -25,7 +27,8 @@ def load_pruned(run: RunDir, dtype: torch.dtype | None = None) -> LoadedModel:
 def load_dense(run: RunDir) -> LoadedModel:
     """Load the dense twin, its channels in the run's order.
 
-    Raises `CheckFailed` when it is not the very model that the masks were found for.
+    Raises `CheckFailed` when it is not the very model that the masks were found for, `UsageError`
+    when another of its files has changed since.
     """
     recipe = run.manifest().recipe
     source = recipe.imported
@@ -39,4 +42,5 @@ def load_dense(run: RunDir) -> LoadedModel:
     if (run / "permutations.safetensors").is_file():
         Permutations.load(run / "permutations.safetensors").apply(loaded.module)
     MaskSet.load(run / "masks.safetensors").check_base(dict(loaded.module.named_parameters()))
+    run.check_inputs(InputsRecord(model=hashes(models.files(loaded.source))))
     return loaded

@@ -115,6 +115,34 @@ class StageRecord(Recorded):
     """Imported masks: groups whose kept places had to be guessed, by parameter."""
 
 
+class InputsRecord(Recorded):
+    """What a run is made from, by content: SHA-256 by file, and of the calibration sample."""
+
+    model: dict[str, str] = {}
+    data: dict[str, str] = {}
+    """Local files of calibration data, and masks that learning may start from."""
+    sample: str | None = None
+
+    def changes(self, now: InputsRecord) -> list[str]:
+        """Say which inputs are others now. What is not known on one side is not compared."""
+        changed = [
+            change
+            for before, after in ((self.model, now.model), (self.data, now.data))
+            if before and after
+            for change in _changed_files(before, after)
+        ]
+        if not changed and self.sample and now.sample and self.sample != now.sample:
+            return ["the calibration sample"]
+        return changed
+
+
+def _changed_files(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """Name the files that are others in `after`, or in one of both alone."""
+    changed = [f"'{name}'" for name in before if after.get(name, before[name]) != before[name]]
+    gone = [f"'{name}' (gone)" for name in before if name not in after]
+    return [*changed, *gone, *(f"'{name}' (new)" for name in after if name not in before)]
+
+
 class Manifest(Recorded):
     """The content of `manifest.json`."""
 
@@ -125,9 +153,10 @@ class Manifest(Recorded):
     versions: dict[str, str]
     hardware: Hardware
     stages: dict[str, StageRecord]
+    inputs: InputsRecord | None = None
 
     @classmethod
-    def new(cls, recipe: RecipeRecord, fingerprint: str) -> Self:
+    def new(cls, recipe: RecipeRecord, fingerprint: str, inputs: InputsRecord | None) -> Self:
         """Return the manifest of a run that begins here and now."""
         return cls(
             format=FORMAT,
@@ -136,6 +165,7 @@ class Manifest(Recorded):
             created=now(),
             **environment(),
             stages={},
+            **({"inputs": inputs} if inputs is not None else {}),
         )
 
     @classmethod

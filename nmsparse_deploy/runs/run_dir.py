@@ -2,7 +2,7 @@
 resume.
 
     RUN/
-      manifest.json        recipe, fingerprint, versions, hardware, data, finished stages
+      manifest.json        recipe, fingerprint, hashes of inputs, versions, hardware, finished stages
       blocks/NNN.*         finished blocks while pruning (gone when the stage is)
       model/               pruned weights that the stock library loads
       masks.safetensors    the masks
@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.recipe import differences
-from nmsparse_deploy.runs.manifest import Manifest, RecipeRecord
+from nmsparse_deploy.runs.manifest import InputsRecord, Manifest, RecipeRecord
 
 RUNS = Path("runs")
 GRAPH = "model"
@@ -70,12 +70,19 @@ class RunDir:
         return run
 
     @classmethod
-    def create(cls, path: Path, recipe: RecipeRecord, fingerprint: str, force: bool) -> RunDir:
+    def create(
+        cls,
+        path: Path,
+        recipe: RecipeRecord,
+        fingerprint: str,
+        force: bool,
+        inputs: InputsRecord | None = None,
+    ) -> RunDir:
         """Make a new run, or open the same run to be resumed.
 
         `force` starts a run over: it deletes the folder of a run, and no other. Raises `UsageError`
-        when the folder holds a run of another recipe (naming the fields) and `force` is not given,
-        and for foreign files at all times.
+        when the folder holds a run of another recipe (naming the fields) or of other inputs and
+        `force` is not given, and for foreign files at all times.
         """
         run = cls(path)
         if force and (path / "manifest.json").is_file():
@@ -96,11 +103,13 @@ class RunDir:
                     f"'{path}' holds a run of another recipe: {changed}.",
                     "choose another --out, or --force to start over",
                 )
+            if inputs is not None:
+                run.check_inputs(inputs)
             return run
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UsageError(f"'{path}' exists and is not a run folder.", "choose another --out")
         path.mkdir(parents=True, exist_ok=True)
-        run.write_json("manifest.json", Manifest.new(recipe, fingerprint).to_json())
+        run.write_json("manifest.json", Manifest.new(recipe, fingerprint, inputs).to_json())
         return run
 
     def _is_ours(self) -> bool:
@@ -114,6 +123,18 @@ class RunDir:
     def manifest(self) -> Manifest:
         """Read the manifest. Raises `UsageError` when it is missing, damaged or foreign."""
         return Manifest.parse(self.read_json("manifest.json"), self.path)
+
+    def check_inputs(self, now: InputsRecord) -> None:
+        """Raise `UsageError` naming the inputs whose content is not what the run was begun with."""
+        begun_with = self.manifest().inputs
+        changed = begun_with.changes(now) if begun_with else []
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise UsageError(
+                f"'{self.path}' was begun with other inputs; changed since: "
+                f"{', '.join(changed[:3])}{more}.",
+                "put back what it was begun with, choose another --out, or --force to start over",
+            )
 
     def read_json(self, name: str) -> Any:
         """Read a file of the run. Raises `UsageError` when it is missing or damaged."""

@@ -28,8 +28,10 @@ from nmsparse_deploy.models.denoising import (
     conditions,
     sample_size,
 )
+from nmsparse_deploy.models.hub_cache import cached_folder
 from nmsparse_deploy.models.hub_errors import hub_error
 from nmsparse_deploy.models.loaded import Changed, HubCard, LoadedModel, ModelAdapter
+from nmsparse_deploy.models.model_folder import by_name, loaded_files
 from nmsparse_deploy.models.own_code import diffusers_class
 from nmsparse_deploy.models.preprocess import Preprocess
 
@@ -68,6 +70,27 @@ class DiffusersAdapter(ModelAdapter):
             or (path / INDEX).is_file()
             or "_diffusers_version" in _settings(path)
         )
+
+    def folder(self, source: str) -> Path | None:
+        """Return the transformer's folder; in a pipeline it is one of several."""
+        whole = self._whole(source)
+        return whole / "transformer" if whole and (whole / INDEX).is_file() else whole
+
+    def files(self, source: str) -> dict[str, Path]:
+        whole, place = self._whole(source), self.folder(source)
+        if whole is None or place is None:
+            return {}
+        autoencoder = source.partition("?vae=")[2]
+        vae = Path(autoencoder).expanduser() if autoencoder else whole / "vae"
+        beside = [file for at in {place, whole} for file in loaded_files(at / SCHEDULER)]
+        return by_name([*loaded_files(place), *sorted(beside), *loaded_files(vae)], whole)
+
+    def _whole(self, source: str) -> Path | None:
+        local = Path(self.reference(source)).expanduser()
+        name = self.hub_name(source)
+        if local.exists() or name is None:
+            return local if local.is_dir() else None
+        return cached_folder(name, INDEX) or cached_folder(name)
 
     def load(
         self, source: str, dtype: torch.dtype | None = None, stream: bool = False

@@ -173,6 +173,10 @@ class HuggingFaceAdapter(ModelAdapter):
     def hub_name(self, source: str) -> str | None:
         return None if source.endswith(SUFFIX) else super().hub_name(source)
 
+    def files(self, source: str) -> dict[str, Path]:
+        path = Path(source)
+        return {path.name: path} if path.is_file() else super().files(source)
+
     def checkpoint(self, source: str) -> Path | None:
         path = Path(source)
         folder = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,6 +52,23 @@ class TimmAdapter(ModelAdapter):
         owned = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
         return super().hub_name(owned if "/" in name else f"timm/{name}")
 
+    def folder(self, source: str) -> Path | None:
+        if not source.startswith(self.prefix):
+            return Path(source)
+        name = self.reference(source)
+        owned = re.sub("^hf[-_]hub:", "", name)
+        if "?" in source or owned != name:
+            return None if "?" in source else _cached({"hf_hub_id": owned})
+        try:
+            about = _timm().get_pretrained_cfg(name)
+        except RuntimeError:  # loading it says why
+            return None
+        return _cached(about.to_dict()) if about else None
+
+    def files(self, source: str) -> dict[str, Path]:
+        checkpoint = Path(source.partition("?checkpoint=")[2]).expanduser()
+        return {checkpoint.name: checkpoint} if checkpoint.is_file() else super().files(source)
+
     def load(
         self, source: str, dtype: torch.dtype | None = None, stream: bool = False
     ) -> LoadedModel:
@@ -83,10 +101,10 @@ class TimmAdapter(ModelAdapter):
         commit = (
             None
             if checkpoint or not source.startswith(self.prefix)
-            else _commit(module.pretrained_cfg)
+            else _cached(module.pretrained_cfg)
         )
         facts = {
-            **({"revision": commit} if commit else {}),
+            **({"revision": commit.name} if commit else {}),
             "architecture": str(module.pretrained_cfg.get("architecture", name)),
             "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
         }
@@ -217,13 +235,13 @@ def _timm() -> Any:
     return timm
 
 
-def _commit(about: Mapping[str, Any]) -> str | None:
-    """Tell which commit of the hub the weights came from; timm does not say, so the cache is
-    asked."""
+def _cached(about: Mapping[str, Any]) -> Path | None:
+    """Return the folder of the hub's commit that the weights come from; timm does not say, so the
+    cache is asked."""
     name, _, revision = str(about.get("hf_hub_id") or "").partition("@")
     files = filter(None, (about.get("hf_hub_filename"), "model.safetensors", "pytorch_model.bin"))
     folders = (cached_folder(name, file, revision or None) for file in files) if name else iter(())
-    return next((folder.name for folder in folders if folder), None)
+    return next((folder for folder in folders if folder), None)
 
 
 def _from_checkpoint(timm: Any, name: str, path: Path) -> nn.Module:

@@ -1,0 +1,42 @@
+"""The content of what a run is made from. A name or a time of change proves nothing, so files are
+always read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from nmsparse_deploy.data.calibration_sample import source_files
+from nmsparse_deploy.recipe import Prune
+from nmsparse_deploy.runs.manifest import InputsRecord
+from nmsparse_deploy.system.assets import digest
+from nmsparse_deploy.system.progress import Progress, silent
+
+WORKERS = 4
+"""Files that are hashed at a time."""
+LARGE = 1 << 30
+"""Bytes that take a second; of less nothing is said."""
+
+
+def read_inputs(
+    files: Mapping[str, Path], spec: Prune, progress: Progress = silent
+) -> InputsRecord:
+    """Hash `files` of a model, and those that pruning it as `spec` says reads besides; the sample
+    is not drawn yet."""
+    priors = spec.learn.prior_files if spec.learn else ()
+    data = source_files(spec.calibration.data) | {name: Path(name) for name in priors}
+    there = {name: file for name, file in data.items() if file.is_file()}
+    return InputsRecord(model=hashes(files, progress), data=hashes(there, progress))
+
+
+def hashes(files: Mapping[str, Path], progress: Progress = silent) -> dict[str, str]:
+    """Return the SHA-256 of files by name."""
+    sizes = [file.stat().st_size for file in files.values()]
+    digests: list[str] = []
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for name, hashed in zip(files, pool.map(digest, files.values())):
+            digests.append(hashed)
+            if sum(sizes) > LARGE:
+                progress(f"hashing {name}", sum(sizes[: len(digests)]), sum(sizes))
+    return dict(zip(files, digests))
