@@ -8,7 +8,7 @@ from urllib.error import URLError
 import pytest
 from huggingface_hub import errors as hub
 
-from nmsparse_deploy.models.adapters.huggingface import explain
+from nmsparse_deploy.models.load_errors import explain
 
 
 def response(code: int) -> SimpleNamespace:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ import torch
 
 from nmsparse_deploy.errors import NmsparseError, UsageError, first_line
 from nmsparse_deploy.models import own_code, quantised
-from nmsparse_deploy.models.adapters import transformers_private
+from nmsparse_deploy.models.adapters import peft, transformers_private
 from nmsparse_deploy.models.adapters.gguf import SUFFIX, dequantised
 from nmsparse_deploy.models.hub_cache import cached_folder
-from nmsparse_deploy.models.hub_errors import causes, hub_error
+from nmsparse_deploy.models.load_errors import explained
 from nmsparse_deploy.models.loaded import (
     Batch,
     Changed,
@@ -65,6 +64,8 @@ class Checkpoint:
     auto: str
     """The class of Transformers that loads it with its head."""
     provenance: dict[str, str] = field(default_factory=dict)
+    adapter: peft.AdapterFolder | None = None
+    """What is merged into its weights."""
 
 
 class HuggingFaceAdapter(ModelAdapter):
@@ -85,12 +86,12 @@ class HuggingFaceAdapter(ModelAdapter):
         reached. Remote code is never run.
         """
         _quieten()
-        with _explained(source):
+        with explained(source):
             checkpoint = identify(source)
             place = checkpoint.place
             stored = Path(place) if Path(place).exists() else cached_folder(place)
             scheme = getattr(checkpoint.config, "quantization_config", None)
-            quantised.refuse(source, stored, scheme)
+            quantised.refuse(place if checkpoint.adapter else source, stored, scheme)
             module, weights = (_stream if stream else _load)(checkpoint, dtype)
             facts = {
                 **checkpoint.provenance,
@@ -100,7 +101,7 @@ class HuggingFaceAdapter(ModelAdapter):
             return self._loaded(module, source, checkpoint, facts, weights)
 
     def meta_model(self, folder: Path, dtype: torch.dtype) -> LoadedModel:
-        with _explained(str(folder)):
+        with explained(str(folder)):
             checkpoint = identify(str(folder))
             module = unfilled(checkpoint, dtype)
             return self._loaded(module, str(folder), checkpoint, {"class": type(module).__name__})
@@ -109,6 +110,8 @@ class HuggingFaceAdapter(ModelAdapter):
         import transformers
         from transformers.utils import logging
 
+        if (adapter := peft.adapter_folder(source)) is not None:
+            source = adapter.base
         local = config is None and (Path(source) / "config.json").is_file()
         if config is None and not local:
             raise unknown_shapes(source)
@@ -186,7 +189,9 @@ class HuggingFaceAdapter(ModelAdapter):
             if path.exists()
             else cached_folder(source)
         )
-        return folder if folder is not None and any(folder.glob("*.safetensors")) else None
+        if folder is None or (folder / peft.CONFIG).is_file():  # what is merged is not streamed
+            return None
+        return folder if any(folder.glob("*.safetensors")) else None
 
     def download(self, source: str) -> Path | None:
         from huggingface_hub import snapshot_download
@@ -278,6 +283,8 @@ def identify(source: str) -> Checkpoint:
     it does not take.
     """
     path, place, provenance = Path(source), source, {}
+    if (adapter := peft.adapter_folder(source)) is not None:
+        return _under(adapter)
     if path.suffix == SUFFIX:
         folder = dequantised(path)
         place, provenance = str(folder), {"gguf_sha256": folder.name}
@@ -285,7 +292,12 @@ def identify(source: str) -> Checkpoint:
         raise UsageError(f"'{source}' is not a model: the folder has no config.json.")
     elif not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise UsageError(f"There is no model '{source}'.")
-    config = read_config(place)
+    try:
+        config = read_config(place)
+    except OSError:
+        if path.exists() or (adapter := peft.fetch(source)) is None:
+            raise
+        return _under(adapter)
     commit = None if Path(place).exists() else cached_folder(place)
     provenance |= {"revision": commit.name} if commit else {}
     return Checkpoint(
@@ -295,6 +307,21 @@ def identify(source: str) -> Checkpoint:
         auto_class(config),
         provenance,
     )
+
+
+def _under(adapter: peft.AdapterFolder) -> Checkpoint:
+    """Return the base of an adapter, which will be merged into it."""
+    try:
+        with explained(adapter.base):
+            base = identify(adapter.base)
+    except NmsparseError as error:
+        message = (
+            f"'{adapter.source}' is a PEFT adapter, and its base is not to be had: {error.message}"
+        )
+        raise type(error)(message, peft.MERGE) from error
+    name = Path(adapter.source).name
+    provenance = {**base.provenance, **adapter.provenance()}
+    return replace(base, name=name, provenance=provenance, adapter=adapter)
 
 
 def read_config(place: str, **options: Any) -> Any:
@@ -337,6 +364,8 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, Weigh
     if info["unexpected_keys"]:
         unused = sorted(info["unexpected_keys"])
         checkpoint.provenance["unused_tensors"] = f"{len(unused)}: {', '.join(unused[:10])}"
+    if checkpoint.adapter is not None:
+        module = peft.merged(module, checkpoint.adapter)
     return module, IN_MEMORY
 
 
@@ -345,6 +374,8 @@ def _stream(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, Wei
     from nmsparse_deploy.models.adapters.streamed import StreamedWeights, stored_dtype
 
     place, config = checkpoint.place, checkpoint.config
+    if checkpoint.adapter is not None:
+        raise UsageError("An adapter is merged in memory, so it cannot be streamed.", peft.MERGE)
     folder = ADAPTER.checkpoint(place)
     if folder is None:
         raise UsageError(
@@ -396,8 +427,11 @@ def _processor(checkpoint: Checkpoint, kind: str) -> Any:
         )
     from transformers import AutoTokenizer
 
+    adapter = checkpoint.adapter
+    own = adapter is not None and adapter.has_tokenizer
+    place = str(adapter.folder) if adapter is not None and own else checkpoint.place
     try:
-        tokenizer = own_code.without(AutoTokenizer, checkpoint.place)
+        tokenizer = own_code.without(AutoTokenizer, place)
         tokenizer.init_kwargs.pop(
             "auto_map", None
         )  # it would be saved with a model, and the code it names would not
@@ -416,41 +450,6 @@ def _quieten() -> None:
 
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
-
-
-@contextmanager
-def _explained(source: str) -> Iterator[None]:
-    try:
-        yield
-    except NmsparseError:
-        raise
-    except Exception as error:
-        raise explain(error, source) from error
-
-
-def explain(error: Exception, source: str) -> NmsparseError:
-    """Put the many ways in which loading fails into one sentence."""
-    from safetensors import SafetensorError
-
-    if refused := hub_error(
-        error, source, "give a local folder, or leave MODEL out to use the demo model"
-    ):
-        return refused
-    if any(isinstance(e, SafetensorError) for e in causes(error)):
-        return UsageError(
-            f"The weights of '{source}' are damaged or truncated: {first_line(causes(error)[-1])}."
-        )
-    if isinstance(error, (OSError, ValueError, KeyError, ImportError, RuntimeError)):
-        line = first_line(error)
-        hint = (
-            f"diffusers:{source} if it is a pipeline of diffusers"
-            if "config.json" in line
-            else None
-        )
-        return UsageError(f"'{source}' cannot be loaded as a model: {line}.", hint)
-    return NmsparseError(
-        f"'{source}' cannot be loaded: {type(error).__name__}: {first_line(error)}."
-    )
 
 
 def _noise(model: LoadedModel, shape: tuple[int, ...]) -> torch.Tensor:
