@@ -11,11 +11,13 @@ from pathlib import Path
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, Pattern
 from nmsparse_deploy.prove.group_counter import ELEMENT_TYPES
+from nmsparse_deploy.prove.layout import Layout, Layouts, family, read_config, settle
 from nmsparse_deploy.prove.report import TensorCheck, VerifyReport
 from nmsparse_deploy.prove.rows import foreign_check, masked_check, unmatched
 from nmsparse_deploy.prove.scan import Scanner, countable
 from nmsparse_deploy.prove.tensor_files import StoredTensor, find_tensors
 from nmsparse_deploy.system.progress import Progress, silent
+from nmsparse_deploy.system.sparse_cores import shape_verdict
 
 
 def verify_checkpoint(
@@ -29,24 +31,29 @@ def verify_checkpoint(
 
     With masks: every masked tensor is there, in the pattern of its mask, zero outside the mask,
     finite and free of minus zeros; the others make no claim. Without: every weight is judged by its
-    values (`types.judge`); a tensor that is nearly in the pattern fails, and so does a checkpoint
-    in which nothing is sparse. `expect` names tensors (glob patterns) that have to be sparse.
+    values (`report.judge`) along the axis that its layer reduces (`layout`). A tensor that is
+    nearly in the pattern fails, and so does a checkpoint in which nothing is sparse. `expect` names
+    tensors (glob patterns) that have to be sparse.
     Raises `UsageError` when a file is missing or damaged.
     """
     start, scanner, path = time.perf_counter(), Scanner(), Path(path)
     tensors = find_tensors(path)
     total, done = sum(tensor.source.nbytes for tensor in tensors), 0
     checks = []
+    folder = path if path.is_dir() else path.parent
+    layouts = Layouts({tensor.name: tensor.shape for tensor in tensors}, read_config(folder))
     for tensor in tensors:
         progress(f"verifying {path}", done, total)
         expected = any(fnmatchcase(tensor.name, glob) for glob in expect)
         checks.append(
             _with_mask(tensor, masks, expected, scanner)
             if masks is not None
-            else _without_mask(tensor, pattern, expected, scanner)
+            else _without_mask(tensor, layouts.of(tensor.name), pattern, expected, scanner)
         )
         done += tensor.source.nbytes
     progress(f"verifying {path}", done, total)
+    if masks is None:
+        checks = settle(checks, layouts)
     names = [tensor.name for tensor in tensors]
     problems = (
         _missing(path, masks, names)
@@ -82,36 +89,29 @@ def _with_mask(
     return masked_check(row, element, tensor.source, mask, scanner)
 
 
-def candidate_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the axes that a stored weight may be reduced along, the likeliest first.
-
-    [out, in] of a linear layer, [in, out] of an HF `Conv1D`, stacks of either, [M, C, R, S] of a
-    convolution.
-    """
-    if len(shape) < 2:
-        return ()
-    return (1,) if len(shape) > 3 else (len(shape) - 1, len(shape) - 2)
-
-
 def _without_mask(
-    tensor: StoredTensor, pattern: NMPattern, expected: bool, scanner: Scanner
+    tensor: StoredTensor, layout: Layout, pattern: NMPattern, expected: bool, scanner: Scanner
 ) -> TensorCheck:
-    row = _row(tensor, pattern)
-    element, axes = ELEMENT_TYPES.get(tensor.dtype), candidate_axes(tensor.shape)
-    fitting = [axis for axis in axes if element and countable(tensor.shape, axis, element, pattern)]
-    if element and fitting:
-        return foreign_check(
-            row,
-            pattern,
-            scanner.scan(tensor.source, element, tensor.shape, fitting, pattern),
-            expected,
-        )
+    row, shape = _row(tensor, pattern), tensor.shape
+    element, parts = ELEMENT_TYPES.get(tensor.dtype), layout.parts
+    fitting = [axis for axis in layout.axes if element and countable(shape, axis, element, pattern)]
+    if layout.gemm:
+        row = replace(row, shape_verdict=shape_verdict(*layout.gemm, pattern))
     if element is None:
         reason = f"values of type {tensor.dtype} cannot be checked"
-    elif not axes:
+    elif not layout.axes:
         reason = "not a weight matrix"
+    elif parts > 1 and shape[0] // parts % pattern.group:
+        reason = (
+            f"each of its {parts} groups has {shape[0] // parts} inputs, which cannot be checked in "
+            f"groups of {pattern.group}"
+        )
+    # A depthwise kernel has no inputs to group, whatever its outputs are.
+    elif not fitting or (family(shape) == "kernel" and layout.axes[0] not in fitting):
+        reason = f"no axis of {list(shape)} can be checked in groups of {pattern.group}"
     else:
-        reason = f"no axis of {list(tensor.shape)} can be checked in groups of {pattern.group}"
+        scanned = scanner.scan(tensor.source, element, shape, fitting, pattern)
+        return foreign_check(row, pattern, scanned, expected)
     row = replace(row, skipped=reason)
     return unmatched(row, f"expected to be sparse, but {reason}") if expected else row
 

@@ -15,12 +15,12 @@ Place = Literal["torch", "file", "onnx"]
 
 def gemm_shape(shape: tuple[int, ...], axis: int) -> tuple[int, int]:
     """Return (K, N) of a stored weight: N is the other axis of a matrix or of a stack's last two, a
-    kernel's first."""
+    kernel's first (its second, if it is transposed)."""
     axis %= len(shape)
     if len(shape) == 1:
         return shape[0], 1
     if len(shape) > 3:
-        return shape[axis], shape[0]
+        return shape[axis], shape[1 if axis == 0 else 0]
     last = len(shape) - 1
     return shape[axis], shape[last - 1 if axis == last else last]
 
@@ -54,6 +54,8 @@ class TensorCheck:
     """Hash of the stored bytes, to tie an engine to what was verified here."""
     skipped: str | None = None
     """Why the tensor makes no claim."""
+    note: str | None = None
+    """What the row takes for granted."""
     problems: tuple[str, ...] = ()
 
     @property

@@ -122,8 +122,10 @@ def test_a_masked_tensor_of_an_unreadable_type_fails(tmp_path):
 )
 def test_the_sparse_axis_is_found(tmp_path, shape, axis):
     weight, _ = sparse(*shape, axis=axis, dtype=torch.bfloat16)
+    outputs = [size for i, size in enumerate(shape[:3]) if i != axis]
+    bias = torch.zeros(outputs if len(shape) < 4 else shape[0])
     report = verify_checkpoint(
-        saved(tmp_path, w=weight, embedding=dense(100, 64), bias=torch.zeros(64))
+        saved(tmp_path, w=weight, w_bias=bias, embedding=dense(100, 64), bias=torch.zeros(64))
     )
     assert report.ok and report.checked == 1, report.summary()
     assert by_name(report)["w"].axis == axis
