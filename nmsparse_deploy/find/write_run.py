@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from safetensors.torch import save_file
 
+from nmsparse_deploy import models
 from nmsparse_deploy.errors import CheckFailed
 from nmsparse_deploy.find.block_file import BlockFile, LayerRecord
 from nmsparse_deploy.find.facts import RefinementRecord
@@ -28,10 +30,15 @@ def write_model(
     loaded: LoadedModel,
     changed: Mapping[str, Callable[[], torch.Tensor]] | None = None,
 ) -> None:
-    """Write the weights; `changed` reads those that differ from the files of a streamed model."""
+    """Write the weights, with everything else that the model's folder had; `changed` reads the
+    weights that differ from the files of a streamed model."""
     with run.replacing("model") as folder:
         folder.mkdir()
         loaded.save(folder, changed)
+        for name, file in models.carried(loaded).items():
+            if not (folder / name).exists():  # what was just written is the pruned model's own
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, folder / name)
 
 
 def write_masks(

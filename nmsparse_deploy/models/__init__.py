@@ -74,6 +74,13 @@ def files(source: str) -> dict[str, Path]:
     return other.files(f"{other.prefix}{place}") if other else read
 
 
+def carried(loaded: LoadedModel) -> dict[str, Path]:
+    """List what a pruned copy of a model takes over from where it was loaded, by name."""
+    asset = packaged_model(loaded.source)
+    place = loaded.source if asset is None else location(asset)
+    return loaded.adapter.carried(place, loaded.provenance.get("revision"))
+
+
 def checkpoint(source: str) -> Path | None:
     """Return the folder of safetensors files that MODEL stands for, if it can be streamed and is on
     this machine."""

@@ -1,8 +1,10 @@
-"""What the cache of the model hub holds on this machine. Nothing here downloads."""
+"""The cache of the model hub on this machine."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from nmsparse_deploy.models.model_folder import WEIGHTS
 
 
 def cached_folder(name: str, file: str = "config.json", revision: str | None = None) -> Path | None:
@@ -14,3 +16,13 @@ def cached_folder(name: str, file: str = "config.json", revision: str | None = N
     except ValueError:  # not the name of a model
         path = None
     return Path(path).parent if isinstance(path, str) else None
+
+
+def fetch_description(name: str, revision: str) -> None:
+    """Bring what a hub model has beside its weights into the cache, if the hub answers."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(name, revision=revision, ignore_patterns=[f"*{end}" for end in WEIGHTS])
+    except Exception:  # the hub's clients fail in many ways; what is here has to do
+        return

@@ -17,7 +17,7 @@ from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.models.base import Discovery
 from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.models.hub_cache import cached_folder
-from nmsparse_deploy.models.model_folder import by_name, loaded_files
+from nmsparse_deploy.models.model_folder import by_name, carried_files, loaded_files
 from nmsparse_deploy.models.outputs import Features, primary_output
 from nmsparse_deploy.models.preprocess import ImagePipeline
 from nmsparse_deploy.models.weight_store import IN_MEMORY, WeightStore
@@ -206,6 +206,12 @@ class ModelAdapter(Protocol):
         configuration, tokenizer."""
         folder = self.folder(source)
         return by_name(loaded_files(folder), folder) if folder else {}
+
+    def carried(self, source: str, revision: str | None) -> dict[str, Path]:
+        """List what a pruned copy of MODEL takes over as it is, by name; `revision` is the hub's
+        commit."""
+        folder = self.folder(source)
+        return carried_files(folder) if folder else {}
 
     def checkpoint(self, source: str) -> Path | None:
         """Return the folder of safetensors files that MODEL stands for, if it can be streamed and

@@ -27,6 +27,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         whole = place / "transformer" if name == "a/dit" else place
         whole.mkdir(parents=True)
         FAMILIES[family].build(whole)
+    (found["a/llama"] / "NOTICE").write_text("Fetched, for it is no weight.")
     pipeline = found["a/dit"]
     (pipeline / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
     (pipeline / "transformer/scheduler").rename(pipeline / "scheduler")
@@ -91,6 +92,7 @@ def test_a_model_is_pruned_by_its_name_and_only_its_weights_are_fetched(
         f"{name}/{WEIGHTS[name]}"
     ]
     manifest = (tmp_path / "run/manifest.json").read_text()
+    assert (tmp_path / "run/model/NOTICE").is_file() == (source == "a/llama")  # not asked of others
     assert hub_name(source) == name and COMMIT in manifest
 
 

@@ -14,7 +14,7 @@ from nmsparse_deploy.errors import NmsparseError, UsageError, first_line
 from nmsparse_deploy.models import own_code, quantised
 from nmsparse_deploy.models.adapters import peft, transformers_private
 from nmsparse_deploy.models.adapters.gguf import SUFFIX, dequantised
-from nmsparse_deploy.models.hub_cache import cached_folder
+from nmsparse_deploy.models.hub_cache import cached_folder, fetch_description
 from nmsparse_deploy.models.load_errors import explained
 from nmsparse_deploy.models.loaded import (
     Batch,
@@ -25,6 +25,7 @@ from nmsparse_deploy.models.loaded import (
     ModelAdapter,
     unknown_shapes,
 )
+from nmsparse_deploy.models.model_folder import carried_files
 from nmsparse_deploy.models.outputs import Features
 from nmsparse_deploy.models.preprocess import from_config
 from nmsparse_deploy.models.weight_store import IN_MEMORY, WeightStore
@@ -179,6 +180,13 @@ class HuggingFaceAdapter(ModelAdapter):
     def files(self, source: str) -> dict[str, Path]:
         path = Path(source)
         return {path.name: path} if path.is_file() else super().files(source)
+
+    def carried(self, source: str, revision: str | None) -> dict[str, Path]:
+        if revision is None:
+            return super().carried(source, None)
+        fetch_description(source, revision)
+        folder = cached_folder(source, revision=revision)
+        return carried_files(folder) if folder else {}
 
     def checkpoint(self, source: str) -> Path | None:
         path = Path(source)
