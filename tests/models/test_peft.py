@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 
@@ -202,3 +203,19 @@ def test_an_adapter_of_a_hub_is_merged_into_a_base_of_the_hub(tuned, tmp_path):
             assert done.returncode == 0, done.stderr
     facts = json.loads((out / "manifest.json").read_text())["stages"]["prune"]["provenance"]
     assert facts["adapter_base"] == "a/base" and facts["revision"]
+
+
+@pytest.mark.parametrize("changed", ["adapter_model.safetensors", "adapter_config.json", "base"])
+def test_a_run_is_bound_to_the_adapter_and_to_its_base(changed, tuned, tmp_path):
+    base = tuned.parent / "base"
+    (base / "NOTICE").write_text("of the base")
+    spec = nms.Prune(method="magnitude")
+    run = nms.prune(str(tuned), spec, tmp_path / "r")
+    assert (run.path / "model/NOTICE").read_text() == "of the base"
+    if changed == "base":
+        pico.llama(seed=3).to(torch.bfloat16).save_pretrained(base)
+        changed = f"{base}/model.safetensors"
+    else:
+        (tuned / changed).write_bytes((tuned / changed).read_bytes() + b" ")
+    with pytest.raises(UsageError, match=re.escape(f"'{changed}'")):
+        nms.prune(str(tuned), spec, tmp_path / "r")

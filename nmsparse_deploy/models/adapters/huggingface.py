@@ -25,7 +25,7 @@ from nmsparse_deploy.models.loaded import (
     ModelAdapter,
     unknown_shapes,
 )
-from nmsparse_deploy.models.model_folder import carried_files
+from nmsparse_deploy.models.model_folder import by_name, carried_files, loaded_files
 from nmsparse_deploy.models.outputs import Features
 from nmsparse_deploy.models.preprocess import from_config
 from nmsparse_deploy.models.weight_store import IN_MEMORY, WeightStore
@@ -178,10 +178,16 @@ class HuggingFaceAdapter(ModelAdapter):
         return None if source.endswith(SUFFIX) else super().hub_name(source)
 
     def files(self, source: str) -> dict[str, Path]:
+        if (adapter := peft.adapter_folder(source)) is not None:
+            base = self.files(adapter.base)
+            under = {f"{adapter.base}/{name}": file for name, file in base.items()}
+            return by_name(loaded_files(adapter.folder), adapter.folder) | under
         path = Path(source)
         return {path.name: path} if path.is_file() else super().files(source)
 
     def carried(self, source: str, revision: str | None) -> dict[str, Path]:
+        if (adapter := peft.adapter_folder(source)) is not None:
+            return self.carried(adapter.base, revision) | carried_files(adapter.folder)
         if revision is None:
             return super().carried(source, None)
         fetch_description(source, revision)
