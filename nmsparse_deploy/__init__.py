@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what an editor and a type checker see of the names below
     from nmsparse_deploy.errors import UsageError as UsageError
     from nmsparse_deploy.find.import_masks import import_result as import_result
     from nmsparse_deploy.find.inspect import inspect as inspect
+    from nmsparse_deploy.find.keep_pattern import keep_pattern as keep_pattern
     from nmsparse_deploy.find.plan.stage import plan as plan
     from nmsparse_deploy.find.prune import prune as prune
     from nmsparse_deploy.masks import Mask as Mask
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # what an editor and a type checker see of the names below
     from nmsparse_deploy.pattern import Unstructured as Unstructured
     from nmsparse_deploy.pattern import parse_pattern as parse_pattern
     from nmsparse_deploy.pipeline import run_recipe as run_recipe
+    from nmsparse_deploy.prove.checkpoint import verify_checkpoint as verify_checkpoint
     from nmsparse_deploy.prove.group_counter import check as check
     from nmsparse_deploy.recipe import Allocate as Allocate
     from nmsparse_deploy.recipe import Bench as Bench
@@ -60,6 +62,7 @@ _PUBLIC = {
     "parse_pattern": "pattern",
     "project": "masks",
     "check": "prove.group_counter",
+    "verify_checkpoint": "prove.checkpoint",
     "Mask": "masks",
     "MaskSet": "masks",
     "Recipe": "recipe",
@@ -76,6 +79,7 @@ _PUBLIC = {
     "plan": "find.plan.stage",
     "inspect": "find.inspect",
     "import_result": "find.import_masks",
+    "keep_pattern": "find.keep_pattern",
     "verify": "ship.verify_run",
     "export": "ship.onnx.stage",
     "evaluate": "measure.evaluate.stage",

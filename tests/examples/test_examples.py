@@ -16,14 +16,14 @@ from tests import ROOT
 EXAMPLES = ROOT / "examples"
 
 
-def run(script: str, *arguments: object, cwd: Path) -> str:
+def run(script: str, *arguments: object, cwd: Path, code: int = 0) -> str:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / script), *map(str, arguments)],
         cwd=cwd,
         text=True,
         capture_output=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
     return done.stdout
 
 
@@ -56,6 +56,18 @@ def test_import_mask(folder, tmp_path, request):
     )
     assert "masks imported and verified" in printed
     assert all(report.ok for report in nms.verify(nms.RunDir.open(tmp_path / "imported")))
+
+
+@pytest.mark.parametrize("how", [[], ["--full"]])
+@pytest.mark.parametrize("kept", [True, False])
+def test_finetune(how, kept, llama_dir, texts, tmp_path):
+    forget = [] if kept else ["--forget"]
+    data = ["--data", texts["calibration"], "--steps", 3, "--length", 32]
+    out = ["--out", tmp_path / "run"]
+    printed = run(
+        "finetune.py", llama_dir, *data, *out, *how, *forget, cwd=tmp_path, code=0 if kept else 1
+    )
+    assert ("14 checked, 0 failed" in printed) == kept
 
 
 def test_every_program_has_a_test():
