@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from nmsparse_deploy.errors import NmsparseError
+from nmsparse_deploy.errors import NmsparseError, first_line
 from nmsparse_deploy.models.base import Discovery, Skipped, Target, block_index, weights
 from nmsparse_deploy.models.experts import expert_lists, is_router, sibling
 from nmsparse_deploy.models.input_trace import InputTrace, Read, group_axis, trace
@@ -37,7 +37,7 @@ def discover(
         raise NmsparseError(
             "Found no repeated blocks in this model, so there is nothing to prune block by block."
         )
-    traced = trace(module, repeated, inputs, store)
+    traced = _traced(module, repeated, inputs, store)
     again = next((path for path in traced.order if traced.order.count(path) > 1), None)
     if again is not None:
         raise NmsparseError(
@@ -80,6 +80,25 @@ def discover(
             )
         )
     return Discovery(blocks, tuple(targets), tuple(skipped))
+
+
+def _traced(
+    module: nn.Module,
+    blocks: tuple[str, ...],
+    inputs: Mapping[str, torch.Tensor],
+    store: WeightStore,
+) -> InputTrace:
+    """Trace a trial pass. Raises `NmsparseError` when the model does not take the inputs."""
+    try:
+        return trace(module, blocks, inputs, store)
+    except NmsparseError:
+        raise
+    except Exception as error:  # any code of any model
+        given = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+        raise NmsparseError(
+            f"{type(module).__name__} does not take the inputs that its layers are looked for with "
+            f"({given}): {type(error).__name__}: {first_line(error)}."
+        ) from error
 
 
 def trace_inputs(

@@ -25,6 +25,7 @@ from nmsparse_deploy.models.loaded import (
     ModelAdapter,
     unknown_shapes,
 )
+from nmsparse_deploy.models.missing_tokenizer import MissingTokenizer
 from nmsparse_deploy.models.model_folder import by_name, carried_files, loaded_files
 from nmsparse_deploy.models.outputs import Features
 from nmsparse_deploy.models.preprocess import from_config
@@ -167,7 +168,7 @@ class HuggingFaceAdapter(ModelAdapter):
             model.weights.save(folder, changed or {})
         else:  # the older names that the library would restore are not the ones that masks are stored under
             module.save_pretrained(folder, save_original_format=False)
-        if model.processor is not None:
+        if not isinstance(model.processor, MissingTokenizer):
             model.processor.save_pretrained(folder)
 
     def short_name(self, source: str) -> str:
@@ -227,6 +228,7 @@ class HuggingFaceAdapter(ModelAdapter):
 
     def sample_inputs(self, model: LoadedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
         config: Any = model.module.config
+        batch = 1 if _one_at_a_time(model) else batch
         if model.family == "vision":
             height, width = model.processor.size
             return {
@@ -247,6 +249,7 @@ class HuggingFaceAdapter(ModelAdapter):
     ) -> list[Batch]:
         # A cache would only cost memory.
         extra: Batch = {"use_cache": False} if model.family in ("llm", "seq2seq") else {}
+        size = 1 if _one_at_a_time(model) else size
         return [{**batch, **extra} for batch in super().batches(model, inputs, size)]
 
     def max_length(self, model: LoadedModel) -> int | None:
@@ -409,7 +412,9 @@ def auto_class(config: Any) -> str:
     architecture = (config.architectures or [""])[0]
     if architecture.endswith(GENERATES) and hasattr(transformers, architecture):
         return str(architecture)
-    return next((name for end, name in HEADS.items() if architecture.endswith(end)), "AutoModel")
+    auto = next((name for end, name in HEADS.items() if architecture.endswith(end)), "AutoModel")
+    known = transformers_private.takes(getattr(transformers, auto), config)
+    return auto if known or not hasattr(transformers, architecture) else str(architecture)
 
 
 def unfilled(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
@@ -450,10 +455,8 @@ def _processor(checkpoint: Checkpoint, kind: str) -> Any:
             "auto_map", None
         )  # it would be saved with a model, and the code it names would not
         return tokenizer
-    except (OSError, ValueError, TypeError):
-        if kind != "seq2seq":
-            raise
-        return None  # speech comes in as features; calibration data has to be prepared then
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        return MissingTokenizer(checkpoint.place, first_line(error))
 
 
 def _quieten() -> None:
@@ -464,6 +467,14 @@ def _quieten() -> None:
 
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
+
+
+def _one_at_a_time(model: LoadedModel) -> bool:
+    """Is this a classifier that looks for the last token before the padding, and knows no
+    padding?"""
+    named = type(model.module).__name__.endswith("ForSequenceClassification")
+    config: Any = model.module.config
+    return named and config.get_text_config().pad_token_id is None
 
 
 def _noise(model: LoadedModel, shape: tuple[int, ...]) -> torch.Tensor:

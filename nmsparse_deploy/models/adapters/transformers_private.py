@@ -23,6 +23,11 @@ def image_processor_settings(place: str) -> Mapping[str, Any] | None:
         return None
 
 
+def takes(auto: Any, config: Any) -> bool:
+    """Decide whether an automatic class has a model for the configuration."""
+    return type(config) in auto._model_mapping
+
+
 def module_from_config(auto: Any, config: Any, dtype: torch.dtype | None, **options: Any) -> Any:
     """Make the module of `config`, by an automatic class or by the model's own; always with the
     library's code."""
