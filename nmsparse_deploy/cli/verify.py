@@ -11,6 +11,7 @@ from nmsparse_deploy.errors import CheckFailed
     target="run folder, checkpoint (file or folder), .onnx or .engine; left out: the newest run",
     pattern="keep:group, for files without a run",
     expect="glob on tensors that have to be sparse, for files without a run",
+    strict="fail when a weight of an ONNX model could not be followed to its multiplication",
     counters="CSV of Nsight Compute, for an .engine",
 )
 def verify(
@@ -18,6 +19,7 @@ def verify(
     *,
     pattern: str = "2:4",
     expect: tuple[str, ...] = (),
+    strict: bool = False,
     counters: Path | None = None,
 ) -> None:
     """Check every tensor of a run or of any checkpoint or ONNX file; for an engine, show which
@@ -28,6 +30,8 @@ def verify(
     from nmsparse_deploy.ship.verify_run import verify_any
 
     reports, missing = verify_any(target, pattern, expect, output.progress)
+    if strict:
+        reports = [report.strict() for report in reports]
     failures = [failure for report in reports for failure in report.failures()]
     foreign = [
         check

@@ -19,9 +19,10 @@ from nmsparse_deploy.prove.checkpoint import nothing_sparse, unmatched_globs
 from nmsparse_deploy.prove.group_counter import ELEMENT_TYPES
 from nmsparse_deploy.prove.onnx_graph import OnnxGraph, Untraced, WeightUse
 from nmsparse_deploy.prove.onnx_tensor import dtype_name, element_name, source_of, stored_bytes
-from nmsparse_deploy.prove.report import TensorCheck, VerifyReport
+from nmsparse_deploy.prove.onnx_weight import UsedWeight
+from nmsparse_deploy.prove.report import TensorCheck, VerifyReport, judge
 from nmsparse_deploy.prove.rows import foreign_check, masked_check, unmatched
-from nmsparse_deploy.prove.scan import Scanned, Scanner, countable
+from nmsparse_deploy.prove.scan import Scanned, Scanner
 from nmsparse_deploy.system.progress import Progress, silent
 from nmsparse_deploy.system.sparse_cores import shape_verdict
 
@@ -99,7 +100,7 @@ class _Run:
         self.graph, self.pattern, self.expect, self.progress = graph, pattern, expect, progress
         self.scanner = Scanner()
         self.checks: list[TensorCheck] = []
-        self._scans: dict[tuple[str, int], Scanned] = {}
+        self._scans: dict[tuple[str, int, int], Scanned] = {}
         self._total = sum(
             stored_bytes(graph.tensors[name]) for name in {use.tensor for use in graph.uses}
         )
@@ -111,8 +112,9 @@ class _Run:
     def names(self, use: WeightUse | Untraced) -> list[str]:
         """Return everything that `expect` may call a weight."""
         scopes = use.scopes if isinstance(use, WeightUse) else ()
-        plain = self.graph.plain.get(use.tensor, use.tensor)
-        return [use.tensor, plain, use.node, *scopes, *(f"{scope}.weight" for scope in scopes)]
+        tensors = [use.tensor, *(use.others if isinstance(use, Untraced) else ())]
+        plain = [self.graph.plain.get(name, name) for name in tensors]
+        return [*tensors, *plain, use.node, *scopes, *(f"{scope}.weight" for scope in scopes)]
 
     def row(self, use: WeightUse, pattern: Pattern, parameter: str | None = None) -> TensorCheck:
         """Return an empty row for a use."""
@@ -162,7 +164,8 @@ class _Run:
         for use in self.graph.uses:
             if id(use) not in done:
                 self.checks.append(self._unlinked(use, linked.get(use.tensor)))
-        self.checks += [self._untraced(item) for item in self.graph.untraced]
+        for item in self.graph.untraced:
+            self.checks += self._untraced(item)
         return problems
 
     def _why(self, tensor: str) -> str:
@@ -173,6 +176,10 @@ class _Run:
 
     def _masked(self, use: WeightUse, parameter: str, mask: Mask, axis: int) -> TensorCheck:
         row = self.row(use, mask.pattern, parameter)
+        problems = [*use.doubts, *([use.blind] if use.blind else [])]
+        if use.zero is not None:
+            problems.append(use.zero.moved())
+        row = replace(row, problems=(*row.problems, *problems))
         if axis % len(use.shape) != use.axis:
             return unmatched(
                 row, f"the link map says axis {axis}, but node '{use.node}' reduces axis {use.axis}"
@@ -214,57 +221,92 @@ class _Run:
 
     def foreign(self) -> list[str]:
         """Judge every weight by its values; return the problems of no single tensor."""
-        self.checks += [self._judged(use) for use in self.graph.uses]
+        judged = [self._judged(use) for use in self.graph.uses]
         rows_of: dict[str, list[TensorCheck]] = defaultdict(list)
-        for check in self.checks:
+        for check, _ in judged:
             rows_of[check.tensor].append(check)
-        self.checks = [_conflict(check, rows_of[check.tensor]) for check in self.checks]
-        self.checks += [self._untraced(item) for item in self.graph.untraced]
-        return nothing_sparse(str(self.graph.path), self.checks, self.pattern)
+        for check, other in judged:
+            row = _conflict(check, rows_of[check.tensor])
+            self.checks.append(_wrong_axis(row, other, self.pattern) if row is check else row)
+        for item in self.graph.untraced:
+            self.checks += self._untraced(item)
+        missed = next((check for check in self.checks if not check.followed), None)
+        if missed is None or any(check.skipped is None for check in self.checks):
+            return nothing_sparse(str(self.graph.path), self.checks, self.pattern)
+        count = sum(not check.followed for check in self.checks)
+        return [
+            f"{count} weights of '{self.graph.path}' could not be followed, so it is not known whether "
+            f"any is {self.pattern} sparse; the first is '{missed.tensor}' ({missed.skipped})."
+        ]
 
-    def _judged(self, use: WeightUse) -> TensorCheck:
+    def _judged(self, use: WeightUse) -> tuple[TensorCheck, int | None]:
+        """Return the row of a use, and the other axis along which its pattern lies, if it does."""
         row, expected = self.row(use, self.pattern), self.expected(use)
-        element = ELEMENT_TYPES.get(element_name(use.dtype))
-        if element and countable(use.shape, use.axis, element, self.pattern):
-            key = (use.tensor, use.axis)
-            if key not in self._scans:
-                source = source_of(self.graph.tensors[use.tensor], self.graph.folder)
-                self._scans[key] = self.scanner.scan(
-                    source, element, use.shape, [use.axis], self.pattern, digest=True
-                )
-            return foreign_check(row, self.pattern, self._scans[key], expected)
-        reason = (
-            f"axis {use.axis} of {list(use.shape)} cannot be checked in groups of {self.pattern.group}"
-            if element
-            else f"values of type {use.dtype} cannot be checked"
-        )
-        if expected:
-            return unmatched(row, f"expected to be sparse, but {reason}")
-        return row if row.problems else replace(row, skipped=reason)
+        values = UsedWeight(self.graph.tensors[use.tensor], self.graph.folder, use)
+        row = replace(row, shape=values.shape)
+        reason, looked_at = values.hidden(self.pattern)
+        if reason:
+            if expected:
+                row = unmatched(row, f"expected to be sparse, but {reason}")
+            if not looked_at:
+                return _missed(row, reason, expected or bool(row.problems)), None
+            return (row if row.problems else replace(row, skipped=reason)), None
+        key = (use.tensor, use.axis, values.key)
+        if key not in self._scans:
+            self._scans[key] = values.scan(self.scanner, self.pattern)
+        scanned = self._scans[key]
+        verdicts = {
+            axis: judge(count, self.pattern, scanned.outputs.get(axis))
+            for axis, count in scanned.counts.items()
+        }
+        claims = expected or verdicts[use.axis] in ("sparse", "near miss")
+        problems = list(use.doubts) if claims else []
+        if use.blind:
+            if not claims:
+                return _missed(row, use.blind, bool(row.problems)), None
+            problems.append(use.blind)
+        if use.zero is not None:
+            problems += values.moved(self.scanner, self.pattern, verdicts[use.axis])
+        row = replace(row, problems=(*row.problems, *problems))
+        own = replace(scanned, counts={use.axis: scanned.counts[use.axis]})
+        checked = foreign_check(row, self.pattern, own, expected)
+        first = checked.first_bad
+        if first is not None:
+            checked = replace(checked, first_bad=values.stored_place(first))
+        if verdicts[use.axis] in ("sparse", "near miss") and not expected:
+            return checked, None
+        return checked, next((axis for axis, said in verdicts.items() if said == "sparse"), None)
 
-    def _untraced(self, item: Untraced) -> TensorCheck:
-        tensor = self.graph.tensors.get(item.tensor)
-        shape, dtype = (tuple(tensor.dims), dtype_name(tensor)) if tensor is not None else ((), "")
-        row = TensorCheck(
-            "onnx",
-            item.tensor,
-            dtype,
-            shape,
-            str(self.pattern),
-            node=item.node,
-            skipped=f"it {item.reason}",
-        )
-        return (
-            unmatched(row, f"expected to be sparse, but it {item.reason}")
-            if self.expected(item)
-            else row
-        )
+    def _untraced(self, item: Untraced) -> list[TensorCheck]:
+        """Return a row for every matrix that went into what was not followed."""
+        rows = []
+        for name in (item.tensor, *item.others):
+            tensor = self.graph.tensors.get(name)
+            row = TensorCheck(
+                "onnx",
+                name,
+                dtype_name(tensor) if tensor is not None else "",
+                tuple(tensor.dims) if tensor is not None else (),
+                str(self.pattern),
+                node=item.node,
+            )
+            expected = self.expected(replace(item, tensor=name))
+            if expected:
+                row = unmatched(row, f"expected to be sparse, but it {item.reason}")
+            rows.append(_missed(row, item.reason, expected))
+        return rows
+
+
+def _missed(row: TensorCheck, reason: str, fails: bool) -> TensorCheck:
+    """Return the row of a weight that could not be looked at."""
+    skipped = None if fails else f"not followed: {reason.removeprefix('is ')}"
+    return replace(row, followed=False, skipped=skipped)
 
 
 def _conflict(row: TensorCheck, rows: Sequence[TensorCheck]) -> TensorCheck:
     """Fail the row of a tensor that is sparse along another of its reduction axes and not along
     this one."""
-    sparse = next((o for o in rows if o.axis != row.axis and o.skipped is None and not o.bad), None)
+    sparse = next((o for o in rows if o.axis != row.axis and o.skipped is None and o.ok), None)
     if sparse is None or (row.skipped is None and not row.bad):
         return row
     return unmatched(
@@ -272,6 +314,17 @@ def _conflict(row: TensorCheck, rows: Sequence[TensorCheck]) -> TensorCheck:
         f"conflict: node '{sparse.node}' reduces axis {sparse.axis}, along which it is sparse, and "
         f"node '{row.node}' axis {row.axis}, along which it is not",
     )
+
+
+def _wrong_axis(row: TensorCheck, axis: int | None, pattern: NMPattern) -> TensorCheck:
+    """Fail the row of a weight whose pattern lies along an axis that its node does not reduce."""
+    if axis is None or axis == row.axis:
+        return row
+    problem = (
+        f"it is {pattern} along axis {axis}, but node '{row.node}' reduces axis {row.axis}: "
+        "the pattern lies along the wrong axis"
+    )
+    return replace(row, skipped=None, problems=(problem, *row.problems))
 
 
 def fit_mask(mask: Mask, use: WeightUse) -> Mask | None:

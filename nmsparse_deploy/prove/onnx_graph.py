@@ -1,17 +1,18 @@
 """Every place where an ONNX graph multiplies by a constant weight, and which axis of the stored
 tensor it reduces.
 
-Values made from one stored tensor are followed forwards, node by node in the order of the file,
-through the operators that keep zeros where they are; what reaches a MatMul, Gemm or Conv is a
-weight use.
+Values made from stored tensors are followed forwards, node by node in the order of the file,
+through the operators that keep zeros where they are; what reaches an operator that multiplies and
+sums is a weight use, and what does so on a way that is not followed is said to.
 """
 
 from __future__ import annotations
 
 import ast
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,15 +20,32 @@ import numpy as np
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.prove.onnx_file import load_model, subgraphs
+from nmsparse_deploy.prove.onnx_fold import Constants, Shape, inferred_shapes
+from nmsparse_deploy.prove.onnx_follow import follow, zero_pointed
+from nmsparse_deploy.prove.onnx_readers import Operand, operands
 from nmsparse_deploy.prove.onnx_tensor import decode, dtype_name
-from nmsparse_deploy.prove.onnx_values import FOLLOW, Opaque, Stored, Value, constant_tensor, number
+from nmsparse_deploy.prove.onnx_values import (
+    STANDARD,
+    Opaque,
+    Several,
+    Stored,
+    Value,
+    ZeroPoint,
+    constant_tensor,
+    dims,
+    is_matrix,
+    is_selected,
+    label_of,
+    lost,
+    number,
+    numbers,
+)
 
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto, TensorProto
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 MAX_PATH = 64
-STANDARD = ("", "ai.onnx")
 
 
 @dataclass(frozen=True)
@@ -50,16 +68,27 @@ class WeightUse:
     """Operators between the stored tensor and the node."""
     problems: tuple[str, ...] = ()
     """Why the stored values do not prove what the node multiplies by."""
+    doubts: tuple[str, ...] = ()
+    """The same, if the weight is meant to be sparse."""
+    blind: str = ""
+    """Why it is not known which stored values mean zero."""
+    start: int = 0
+    """Where the weight begins along the reduction axis, when it is joined to others there."""
+    picks: tuple[np.ndarray | None, ...] = field(default=(), compare=False)
+    """By stored axis: the places that the node multiplies by, where these are not all."""
+    zero: ZeroPoint | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
 class Untraced:
-    """A constant weight whose stored tensor could not be tied to the reduction axis."""
+    """Constant weights whose stored tensor could not be tied to the reduction axis."""
 
     node: str
     op: str
     tensor: str
     reason: str
+    others: tuple[str, ...] = ()
+    """Matrices that went into the same value."""
 
 
 class OnnxGraph:
@@ -74,7 +103,15 @@ class OnnxGraph:
         self.plain: dict[str, str] = {}
         """The name in the file of a tensor that shares it with a tensor of another branch."""
         self._values: ChainMap[str, Value | None] = ChainMap()
-        self._walk(load_model(path).graph, "")
+        self._model = load_model(path)
+        opset = max(
+            (o.version for o in self._model.opset_import if o.domain in STANDARD), default=1
+        )
+        self._constants = Constants(self.folder, opset, self.shape)
+        self._graphs: list[int] = []
+        """The numbers of the graphs that are being read, the outermost first."""
+        self._count = 0
+        self._walk(self._model.graph, "")
 
     @property
     def folder(self) -> Path:
@@ -87,22 +124,57 @@ class OnnxGraph:
             raise UsageError(f"'{self.path}' has no tensor '{tensor}'.")
         return decode(self.tensors[tensor], self.folder)
 
-    def _walk(self, graph: GraphProto, where: str) -> list[Value | None]:
+    # --- what a node asks about its inputs ---
+
+    def constant(self, name: str) -> np.ndarray | None:
+        """Return a small value that does not depend on the inputs of the model."""
+        return self._constants.value(name)
+
+    def shape(self, name: str) -> Shape | None:
+        """Return the shape of a value, as far as it is known."""
+        value = self._values.get(name)
+        if isinstance(value, Stored):
+            return value.shape
+        for number_of_graph in reversed(self._graphs):
+            if number_of_graph < len(self._inferred) and name in self._inferred[number_of_graph]:
+                return self._inferred[number_of_graph][name]
+        return None
+
+    @cached_property
+    def _inferred(self) -> list[dict[str, Shape]]:
+        return inferred_shapes(self._model)
+
+    # --- graphs ---
+
+    def _walk(
+        self, graph: GraphProto, where: str, bound: Sequence[Value | None] = ()
+    ) -> list[Value | None]:
         """Read one graph; return the values of its outputs. `where` names the node and attribute
-        that hold it."""
+        that hold it, `bound` gives the values of its inputs."""
+        self._graphs.append(self._count)
+        self._count += 1
+        for i, given in enumerate(graph.input if where else ()):
+            self._values[given.name] = bound[i] if i < len(bound) else None
+            self._constants.makers[given.name] = None
         for tensor in graph.initializer:
             self._store(tensor, tensor.name, where)
         for sparse in graph.sparse_initializer:
-            self._values[sparse.values.name] = Opaque(
-                sparse.values.name, "is stored in ONNX's sparse format"
-            )
+            name = sparse.values.name
+            self._values[name] = Opaque((name,), "is stored in ONNX's sparse format")
         for node in graph.node:
-            for name, inner in subgraphs(node):
-                outer, self._values = self._values, self._values.new_child()
-                self._walk(inner, f"{node.name or node.op_type}.{name}")
-                self._values = outer
             self._step(node, where)
+        self._graphs.pop()
         return [self._values.get(output.name) for output in graph.output]
+
+    def _inner(
+        self, node: NodeProto, name: str, graph: GraphProto, bound: Sequence[Value | None]
+    ) -> list[Value | None]:
+        """Read a graph that a node holds; its names are its own."""
+        values, makers = self._values, self._constants.makers
+        self._values, self._constants.makers = values.new_child(), makers.new_child()
+        results = self._walk(graph, f"{node.name or node.op_type}.{name}", bound)
+        self._values, self._constants.makers = values, makers
+        return results
 
     def _claim(self, name: str, value: Value | None = None) -> None:
         """Give a name its one value in this graph: names are local to a graph, and seen by the
@@ -116,131 +188,208 @@ class OnnxGraph:
     def _store(self, tensor: TensorProto, name: str, where: str) -> None:
         label = name
         if name in self.tensors and name not in self._values:
-            number = sum(other == name for other in self.plain.values())
-            label = f"{name}@{where}" + (f"#{number}" if number else "")
+            same = sum(other == name for other in self.plain.values())
+            label = f"{name}@{where}" + (f"#{same}" if same else "")
             self.plain[label] = name
         shape = tuple(tensor.dims)
-        self._claim(name, Stored(label, shape, tuple(range(len(shape)))))
+        none = (None,) * len(shape)
+        self._claim(name, Stored(label, shape, tuple(range(len(shape))), none))
         self.tensors[label] = tensor
+        self._constants.makers[name] = tensor
 
-    def _constant(self, node: NodeProto, where: str) -> None:
+    def _constant_node(self, node: NodeProto, where: str) -> None:
         tensor = constant_tensor(node)
         for name in node.output[:1]:
             if tensor is None:
-                self._claim(name, Opaque(name, "is a constant of a kind that is no tensor"))
+                self._claim(name, Opaque((name,), "is a constant of a kind that is no tensor"))
             else:
                 self._store(tensor, name, where)
 
     def _step(self, node: NodeProto, where: str) -> None:
         if node.domain in STANDARD and node.op_type == "Constant":
-            return self._constant(node, where)
+            return self._constant_node(node, where)
+        inputs = [self._values.get(name) if name else None for name in node.input]
+        inner = [(name, graph) for name, graph in subgraphs(node)]
+        results: list[Value | None] = []
+        if inner:
+            results = self._controlled(node, inputs, inner)
         for name in node.output:
             if name:
                 self._claim(name)
-        if node.domain in STANDARD and node.op_type in _WEIGHTS:
-            self._use(node)
-        result = self._follow(node)
-        if result is not None:
-            self._values.update((name, result) for name in node.output if name)
+                self._constants.makers[name] = node if name == node.output[0] else None
+        for operand in operands(node, inputs, self):
+            self._use(node, operand)
+        if not inner:
+            results = self._follow(node, inputs)
+        self._values.update((name, value) for name, value in zip(node.output, results) if name)
 
-    def _follow(self, node: NodeProto) -> Value | None:
-        """Return what the node makes of constants; None when anything in it is computed at run
+    def _follow(self, node: NodeProto, inputs: Sequence[Value | None]) -> list[Value | None]:
+        """Return what the node makes of constants, by output; None for what is computed at run
         time."""
-        inputs = [self._values.get(name) if name else None for name in node.input]
-        follow = FOLLOW.get(node.op_type) if node.domain in STANDARD else None
-        if follow and inputs:
-            followed = follow(node, inputs, lambda value: self.tensors[value.tensor], self.folder)
-            if isinstance(followed, Stored) and len(followed.path) > MAX_PATH:
-                return Opaque(followed.tensor, f"passes through more than {MAX_PATH} operators")
-            if followed is not None:
-                return followed
-        first = next((value for value in inputs if value is not None), None)
-        if first is not None and all(
-            value is not None or not name for value, name in zip(inputs, node.input)
-        ):
-            reason = first.reason if isinstance(first, Opaque) else f"passes through {node.op_type}"
-            return Opaque(first.tensor, reason)
+        followed = follow(node, inputs, self)
+        if isinstance(followed, list):
+            return [self._bounded(value) for value in followed]
+        if followed is not None:
+            return [self._bounded(followed)]
+        constant = [value for value, name in zip(inputs, node.input) if name]
+        if not constant or any(is_selected(value) for value in constant):
+            return []
+        reason = f"passes through {node.op_type}"
+        return [lost(constant, self, reason) for _ in node.output]
+
+    def _bounded(self, value: Value) -> Value:
+        if isinstance(value, Stored) and len(value.path) > MAX_PATH:
+            reason = f"passes through more than {MAX_PATH} operators"
+            return Opaque((value.tensor,), reason, value.selected)
+        return value
+
+    # --- control flow ---
+
+    def _controlled(
+        self,
+        node: NodeProto,
+        inputs: Sequence[Value | None],
+        inner: Sequence[tuple[str, GraphProto]],
+    ) -> list[Value | None]:
+        """Read the graphs of a node; return the values of its outputs that are constant."""
+        if node.op_type not in ("Loop", "Scan"):
+            branches = [self._inner(node, name, graph, ()) for name, graph in inner]
+            if node.op_type != "If":
+                return []
+            return [_either([value for value in values if value]) for values in zip(*branches)]
+        (name, graph), *rest = inner
+        for other, unused in rest:
+            self._inner(node, other, unused, ())
+        if node.op_type == "Loop":
+            return self._loop(node, name, graph, inputs[2:], [None, None], [], 1)
+        scanned = min(max(0, number(node, "num_scan_inputs")), len(inputs))
+        axes = numbers(node, "scan_input_axes") or [0] * scanned
+        stacks = list(inputs[len(inputs) - scanned :])
+        slices = [_slices(value, axis) for value, axis in zip(stacks, axes)]
+        return self._loop(node, name, graph, inputs[: len(inputs) - scanned], [], slices, 0)
+
+    def _loop(
+        self,
+        node: NodeProto,
+        name: str,
+        graph: GraphProto,
+        states: Sequence[Value | None],
+        before: Sequence[Value | None],
+        after: Sequence[Value | None],
+        skipped: int,
+    ) -> list[Value | None]:
+        """Read a body whose inputs are `before`, the states and `after`. A state that it hands
+        through stays what it is; `skipped` outputs come before the states."""
+        carried = f"is carried from step to step by a {node.op_type}"
+        bound: list[Value | None] = []
+        for i, state in enumerate(states):
+            fixed = _handed_through(graph, len(before) + i, skipped + i)
+            bound.append(state if fixed or state is None else lost([state], self, carried, True))
+        results = self._inner(node, name, graph, [*before, *bound, *after])[skipped:]
+        made = [
+            None if value is None else lost([value], self, f"passes through a {node.op_type}", True)
+            for value in results
+        ]
+        return [
+            bound[i]
+            if i < len(bound) and _handed_through(graph, len(before) + i, skipped + i)
+            else m
+            for i, m in enumerate(made)
+        ]
+
+    # --- uses ---
+
+    def _use(self, node: NodeProto, operand: Operand) -> None:
+        value, start = operand.value, 0
+        if not isinstance(value, Several):
+            return self._part(node, operand, value, 0, False)
+        for part in value.parts:
+            rank = len(part.shape) if isinstance(part, Stored) else 0
+            axis = operand.axis - rank if operand.axis >= 0 else operand.axis
+            joined = value.axis is not None and axis == value.axis
+            self._part(node, operand, part, start if joined else 0, joined)
+            start += part.shape[axis] if joined and isinstance(part, Stored) else 0
+
+    def _part(
+        self, node: NodeProto, operand: Operand, value: Stored | Opaque, start: int, joined: bool
+    ) -> None:
+        reason = operand.unknown or (value.reason if isinstance(value, Opaque) else "")
+        if isinstance(value, Opaque):
+            return self._lose(node, value.tensors, reason)
+        axis, rank = operand.axis, len(value.shape)
+        if not reason and not -rank <= axis < rank:
+            return None  # not a shape that the operator takes
+        if not reason and operand.zero:
+            value = zero_pointed(value, operand.zero, operand.zero_axes, self)
+        origin = value.origin[axis] if not reason else None
+        if origin is None:
+            mixed = "is reshaped so that its reduction axis is mixed with another"
+            return self._lose(node, (value.tensor,), reason or mixed)
+        stored, n_axis = self.tensors[value.tensor], operand.n_axis
+        n = value.shape[n_axis] if n_axis is not None and -rank <= n_axis < rank else 1
+        use = WeightUse(
+            label_of(node),
+            node.op_type,
+            value.tensor,
+            origin,
+            tuple(stored.dims),
+            dtype_name(stored),
+            value.shape[axis] // operand.groups,
+            n,
+            _scopes(node),
+            value.path,
+            value.problems,
+            value.doubts,
+            value.blind,
+            start,
+            value.picks if any(picks is not None for picks in value.picks) else (),
+            value.zero,
+        )
+        self.uses.append(use)
+
+    def _lose(self, node: NodeProto, tensors: Sequence[str], reason: str) -> None:
+        first, *rest = tensors
+        others = tuple(name for name in rest if is_matrix(dims(self, name)))
+        self.untraced.append(Untraced(label_of(node), node.op_type, first, reason, others))
+
+
+def _either(values: Sequence[Value]) -> Value | None:
+    """Return the value of an If's output: one of the constants that its branches give."""
+    parts = [
+        part
+        for value in values
+        for part in (value.parts if isinstance(value, Several) else [value])
+    ]
+    if not parts:
         return None
-
-    def _use(self, node: NodeProto) -> None:
-        for value, axis, n_axis in _WEIGHTS[node.op_type](node, self._values):
-            name = node.name or (node.output[0] if node.output else "")
-            if isinstance(value, Opaque):
-                self.untraced.append(Untraced(name, node.op_type, value.tensor, value.reason))
-                continue
-            origin = value.origin[axis]
-            if origin is None:
-                self.untraced.append(
-                    Untraced(
-                        name,
-                        node.op_type,
-                        value.tensor,
-                        "is reshaped so that its reduction axis is mixed with another",
-                    )
-                )
-                continue
-            stored = self.tensors[value.tensor]
-            self.uses.append(
-                WeightUse(
-                    name,
-                    node.op_type,
-                    value.tensor,
-                    origin,
-                    tuple(stored.dims),
-                    dtype_name(stored),
-                    value.shape[axis],
-                    value.shape[n_axis] if n_axis is not None else 1,
-                    _scopes(node),
-                    value.path,
-                    value.problems,
-                )
-            )
+    chosen = tuple(replace(part, selected=True) for part in parts)
+    return Several(chosen, None, selected=True)
 
 
-Values = Mapping[str, Value | None]
-Operands = Iterable[tuple[Value, int, int | None]]
-"""(value, its reduction axis, the axis of the outputs)."""
+def _slices(value: Value | None, axis: int) -> Value | None:
+    """Return what a Scan hands on of a stack: one slice after the other."""
+    if not isinstance(value, Stored):
+        return None if value is None else replace(value, selected=True)
+    if not -len(value.shape) <= axis < len(value.shape):
+        return Opaque((value.tensor,), "is scanned along an axis that it does not have")
+    axis %= len(value.shape)
+    return replace(
+        value,
+        shape=value.shape[:axis] + value.shape[axis + 1 :],
+        origin=value.origin[:axis] + value.origin[axis + 1 :],
+        in_order=False,
+    ).then("Scan")
 
 
-def _ranked(value: Value | None, min_rank: int, max_rank: int = 64) -> bool:
-    return isinstance(value, Opaque) or (
-        isinstance(value, Stored) and min_rank <= len(value.shape) <= max_rank
+def _handed_through(graph: GraphProto, given: int, result: int) -> bool:
+    """Tell whether an output of a body is one of its inputs, unchanged."""
+    if given >= len(graph.input) or result >= len(graph.output):
+        return False
+    name, wanted = graph.input[given].name, graph.output[result].name
+    return name == wanted or any(
+        node.op_type == "Identity" and list(node.input) == [name] and wanted in node.output
+        for node in graph.node
     )
-
-
-def _inputs(node: NodeProto, values: Values) -> list[Value | None]:
-    return [values.get(name) for name in node.input[:2]] + [None] * (2 - len(node.input[:2]))
-
-
-def _matmul(node: NodeProto, values: Values) -> Operands:
-    a, b = _inputs(node, values)
-    if b is not None and _ranked(b, 1):
-        vector = isinstance(b, Stored) and len(b.shape) == 1
-        yield (b, 0, None) if vector else (b, -2, -1)
-    if a is not None and _ranked(a, 1):
-        vector = isinstance(a, Stored) and len(a.shape) == 1
-        yield (a, 0, None) if vector else (a, -1, -2)
-
-
-def _gemm(node: NodeProto, values: Values) -> Operands:
-    a, b = _inputs(node, values)
-    if b is not None and _ranked(b, 2, 2):
-        yield (b, 1, 0) if number(node, "transB") else (b, 0, 1)
-    if a is not None and _ranked(a, 2, 2):
-        yield (a, 0, 1) if number(node, "transA") else (a, 1, 0)
-
-
-def _conv(node: NodeProto, values: Values) -> Operands:
-    weight = _inputs(node, values)[1]
-    if weight is not None and _ranked(weight, 3):
-        yield weight, 1, 0
-
-
-_WEIGHTS: dict[str, Callable[[NodeProto, Values], Operands]] = {
-    "MatMul": _matmul,
-    "Gemm": _gemm,
-    "Conv": _conv,
-}
 
 
 def _scopes(node: NodeProto) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ untrusted input."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,14 +179,27 @@ def _typed(tensor: TensorProto, dtype: str, where: str) -> np.ndarray:
     return values.view(np.uint8)
 
 
-def any_nonzero(tensor: TensorProto, folder: Path) -> bool:
-    """Tell whether any stored bit is set, which means that a zero point is not zero."""
-    return any(chunk.any() for chunk in source_of(tensor, folder).chunks(1 << 20))
+def used_values(
+    tensor: TensorProto, folder: Path, picks: Sequence[np.ndarray | None], zero: np.ndarray | None
+) -> np.ndarray:
+    """Return, in memory, the places of a tensor that are used: the bits of its values, or where a
+    zero point is given, 1 for every value that differs from it."""
+    source, name = source_of(tensor, folder), element_name(dtype_name(tensor))
+    raw = np.concatenate([chunk.copy() for chunk in source.chunks(1 << 24)] or [np.empty(0, "u1")])
+    values: np.ndarray = raw.view(f"u{BITS[name] // 8}").reshape(tuple(tensor.dims))
+    for axis, places in enumerate(picks):
+        if places is not None:
+            values = values.take(places, axis=axis)
+    if zero is None:
+        return values
+    codes = values.view(number_type(name))
+    wanted = zero.astype(codes.dtype)
+    differs: np.ndarray = ((codes != wanted) | (wanted != zero)).view(np.uint8)
+    return differs
 
 
-def decode(tensor: TensorProto, folder: Path) -> np.ndarray:
-    """Read the whole tensor into NumPy's type for it (`ml_dtypes` for the small floats, I8/U8 for
-    4-bit)."""
+def number_type(name: str) -> np.dtype[np.generic]:
+    """Return NumPy's type (`ml_dtypes` for the small floats)."""
     import ml_dtypes
 
     small = {
@@ -194,9 +208,13 @@ def decode(tensor: TensorProto, folder: Path) -> np.ndarray:
         "F8_E5M2": ml_dtypes.float8_e5m2,
         "BOOL": np.bool_,
     }
-    source, name = source_of(tensor, folder), element_name(dtype_name(tensor))
-    kind = np.dtype(small.get(name, f"{name[0].lower()}{BITS[name] // 8}"))
-    chunks = [chunk.copy() for chunk in source.chunks(1 << 24)]
-    raw: np.ndarray = np.concatenate(chunks or [np.empty(0, np.uint8)])
-    decoded: np.ndarray = raw.view(kind).reshape(tuple(tensor.dims))
+    kind: np.dtype[np.generic] = np.dtype(small.get(name, f"{name[0].lower()}{BITS[name] // 8}"))
+    return kind
+
+
+def decode(tensor: TensorProto, folder: Path) -> np.ndarray:
+    """Read the whole tensor into NumPy's type for it (`ml_dtypes` for the small floats, I8/U8 for
+    4-bit)."""
+    bits = used_values(tensor, folder, (), None)
+    decoded: np.ndarray = bits.view(number_type(element_name(dtype_name(tensor))))
     return decoded

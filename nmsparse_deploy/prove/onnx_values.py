@@ -1,24 +1,41 @@
-"""Operators that a stored tensor may pass through on its way to a multiplication, and what they do
-to its axes."""
+"""What is known of the values in an ONNX graph: how each is made from stored constants, and how
+attributes of a node are read."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from nmsparse_deploy.errors import UsageError
-from nmsparse_deploy.prove.onnx_tensor import any_nonzero, decode, dtype_name
 
 if TYPE_CHECKING:
     from onnx import AttributeProto, NodeProto, TensorProto
 
+STANDARD = ("", "ai.onnx")
+MICROSOFT = "com.microsoft"
+MAX_SOURCES = 32
+MAX_AXIS = 1 << 24
+"""Longest axis that is cut by index."""
+
 
 @dataclass(frozen=True)
+class ZeroPoint:
+    """The stored integers that mean zero. `values` broadcasts against the stored tensor, or what
+    was picked of it, in the order of the stored axes."""
+
+    name: str
+    values: np.ndarray
+
+    def moved(self) -> str:
+        """Say what is wrong with it."""
+        return f"the zero point '{self.name}' is not zero"
+
+
+@dataclass(frozen=True, eq=False)
 class Stored:
     """A value whose zeros are those of one stored tensor. `origin` gives the stored axis behind
     every axis of it."""
@@ -26,8 +43,20 @@ class Stored:
     tensor: str
     shape: tuple[int, ...]
     origin: tuple[int | None, ...]
+    picks: tuple[np.ndarray | None, ...]
+    """By stored axis: the places that are used, where these are not all."""
     path: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    """Why the stored values do not prove what is multiplied."""
+    doubts: tuple[str, ...] = ()
+    """The same, for a weight that looks sparse; a dense one may have them."""
+    zero: ZeroPoint | None = None
+    blind: str = ""
+    """Why it is not known which stored values mean zero."""
+    selected: bool = False
+    """Something that is computed at run time chooses it or scales it: it may be an activation."""
+    in_order: bool = True
+    """The values lie in the order of the stored tensor."""
 
     def then(self, op: str, *problems: str) -> Stored:
         """Return the value behind one more operator."""
@@ -36,47 +65,190 @@ class Stored:
 
 @dataclass(frozen=True)
 class Opaque:
-    """A constant that could not be followed. `reason` continues a sentence that begins with the
-    tensor's name."""
+    """Constants that could not be followed, the largest first. `reason` continues a sentence that
+    begins with a tensor's name."""
 
-    tensor: str
+    tensors: tuple[str, ...]
     reason: str
+    selected: bool = False
+
+    @property
+    def tensor(self) -> str:
+        """The largest one."""
+        return self.tensors[0]
 
 
-Value = Stored | Opaque
-Lookup = Callable[[Stored], "TensorProto"]
-"""Gives the tensor behind a value."""
+@dataclass(frozen=True, eq=False)
+class Several:
+    """Constants that are joined along `axis` (counted from the last), or of which one is chosen
+    (None)."""
+
+    parts: tuple[Stored | Opaque, ...]
+    axis: int | None
+    selected: bool = False
 
 
-def _entry(node: NodeProto, name: str) -> AttributeProto | None:
+Value = Stored | Opaque | Several
+
+
+class Scope(Protocol):
+    """What a node can ask about its inputs."""
+
+    def constant(self, name: str) -> np.ndarray | None:
+        """Return a small value that does not depend on the inputs of the model."""
+        ...
+
+    def shape(self, name: str) -> tuple[int | None, ...] | None:
+        """Return the shape of a value that is computed at run time, as far as it is known."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorProto]:
+        """Everything that is stored."""
+        ...
+
+
+def dims(scope: Scope, tensor: str) -> tuple[int, ...]:
+    """Return the shape of a stored tensor; none for a constant that is no tensor."""
+    return tuple(scope.tensors[tensor].dims) if tensor in scope.tensors else ()
+
+
+def sources(values: Iterable[Value | None]) -> Iterable[str]:
+    """Yield the stored tensors behind values."""
+    for value in values:
+        if isinstance(value, Stored):
+            yield value.tensor
+        elif isinstance(value, Opaque):
+            yield from value.tensors
+        elif value is not None:
+            yield from sources(value.parts)
+
+
+def lost(
+    values: Sequence[Value | None], scope: Scope, reason: str, selected: bool = False
+) -> Opaque:
+    """Return what is left of constants that cannot be followed any further; what was lost before
+    keeps its reason."""
+    names = list(dict.fromkeys(sources(values)))
+    names.sort(key=lambda name: math.prod(dims(scope, name)), reverse=True)
+    before = [value for value in values if isinstance(value, Opaque) and not value.selected]
+    first = next((value.reason for value in before if value.tensor == names[0]), reason)
+    return Opaque(tuple(names[:MAX_SOURCES]), first, selected)
+
+
+def is_selected(value: Value | None) -> bool:
+    """Tell whether run-time values have a part in it, so that it may be an activation."""
+    return value is None or value.selected
+
+
+def is_matrix(shape: Iterable[int]) -> bool:
+    """Tell whether two axes or more hold more than one value."""
+    return sum(size > 1 for size in shape) > 1
+
+
+def squeezed(array: np.ndarray) -> np.ndarray:
+    """Return the array without its repetitions: an axis that repeats one value has length one."""
+    for axis, stride in enumerate(array.strides):
+        if stride == 0 and array.shape[axis] > 1:
+            array = array[(slice(None),) * axis + (slice(0, 1),)]
+    return array
+
+
+def with_zero(value: Stored, zero: np.ndarray, name: str) -> Stored:
+    """Return a value from which `zero`, which broadcasts against it, is subtracted."""
+    zero = squeezed(zero)
+    if not zero.any():
+        return value
+    point = ZeroPoint(name, zero)
+    if "QuantizeLinear" in value.path:  # what is stored are real values; the integers come later
+        return replace(value, doubts=(*value.doubts, point.moved()))
+    lead = zero.ndim - len(value.shape)
+    if lead > 0:
+        zero = zero.reshape(zero.shape[lead:]) if set(zero.shape[:lead]) == {1} else zero
+    zero = zero.reshape((1,) * (len(value.shape) - zero.ndim) + zero.shape)
+    if value.zero is not None or zero.ndim != len(value.shape):
+        return replace(value, blind=f"has a zero point '{name}' that cannot be followed")
+    sizes = [1] * len(value.picks)
+    kept = [axis for axis, size in enumerate(zero.shape) if size > 1]
+    for axis in kept:
+        origin = value.origin[axis]
+        if origin is None or zero.shape[axis] != value.shape[axis]:
+            return replace(value, blind=f"has a zero point '{name}' that does not fit its axes")
+        sizes[origin] = zero.shape[axis]
+    order = sorted(kept, key=lambda axis: value.origin[axis] or 0)
+    rest = [axis for axis in range(zero.ndim) if axis not in kept]
+    stored = zero.transpose([*order, *rest]).reshape(sizes)
+    return replace(value, zero=ZeroPoint(name, stored.astype(np.float64)))
+
+
+def along(zero: np.ndarray, axes: Sequence[int], shape: Sequence[int]) -> np.ndarray:
+    """Lay a zero point out against a weight: its own axes along `axes`, blocks repeated; anything
+    else as it is."""
+    zero = squeezed(zero)
+    if zero.size == 1:
+        return zero.reshape(())
+    places = axes[: zero.ndim]
+    if zero.ndim == len(places) and all(-len(shape) <= axis < len(shape) for axis in places):
+        sizes = [1] * len(shape)
+        for axis, size in zip(places, zero.shape):
+            sizes[axis] = size
+        return zero.reshape(sizes)
+    if zero.ndim == len(shape):
+        for i, (size, whole) in enumerate(zip(zero.shape, shape)):
+            if 1 < size < whole and math.prod(shape) <= 1 << 28:
+                zero = zero.repeat(-(-whole // size), axis=i).take(range(whole), axis=i)
+    return zero
+
+
+# --- attributes ---
+
+
+def entry_of(node: NodeProto, name: str) -> AttributeProto | None:
+    """Return an attribute; None when it is absent."""
     return next((entry for entry in node.attribute if entry.name == name), None)
 
 
 def number(node: NodeProto, name: str, default: int = 0) -> int:
     """Return an attribute that is one number."""
-    entry = _entry(node, name)
+    entry = entry_of(node, name)
     if entry is None:
         return default
     if not entry.HasField("i"):
-        raise _damaged(node, name, "number")
+        raise damaged(node, name, "number")
     return int(entry.i)
 
 
 def numbers(node: NodeProto, name: str) -> list[int] | None:
     """Return an attribute that is a list of numbers; None when it is absent."""
-    entry = _entry(node, name)
+    entry = entry_of(node, name)
     if entry is None:
         return None
     if entry.type not in (entry.UNDEFINED, entry.INTS) or (not entry.ints and entry.HasField("i")):
-        raise _damaged(node, name, "list of numbers")
+        raise damaged(node, name, "list of numbers")
     return list(entry.ints)
 
 
-def _damaged(node: NodeProto, name: str, kind: str) -> UsageError:
+def text(node: NodeProto, name: str) -> str:
+    """Return an attribute that is a text; empty when it is absent."""
+    entry = entry_of(node, name)
+    if entry is None:
+        return ""
+    if not entry.HasField("s"):
+        raise damaged(node, name, "text")
+    return entry.s.decode("utf-8", "replace")
+
+
+def damaged(node: NodeProto, name: str, kind: str) -> UsageError:
+    """Return the refusal of an attribute that is not what its operator says."""
     return UsageError(
         f"The ONNX model is damaged: '{name}' of the {node.op_type} "
-        f"'{node.name or next(iter(node.output), '')}' is no {kind}."
+        f"'{label_of(node)}' is no {kind}."
     )
+
+
+def label_of(node: NodeProto) -> str:
+    """Return the name of a node; of one without, its first output."""
+    return node.name or next(iter(node.output), "")
 
 
 def constant_tensor(node: NodeProto) -> TensorProto | None:
@@ -96,158 +268,3 @@ def constant_tensor(node: NodeProto) -> TensorProto | None:
                 np.array(entry.f if entry.name == "value_float" else entry.floats, np.float32)
             )
     return None
-
-
-def _same(
-    node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path
-) -> Value | None:
-    value = inputs[0]
-    return value.then(node.op_type) if isinstance(value, Stored) else None
-
-
-def _transpose(
-    node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path
-) -> Value | None:
-    value = inputs[0]
-    if not isinstance(value, Stored):
-        return None
-    perm = numbers(node, "perm") or list(reversed(range(len(value.shape))))
-    if sorted(perm) != list(range(len(value.shape))):
-        return Opaque(value.tensor, f"passes through a Transpose with a bad perm {perm}")
-    moved = replace(
-        value,
-        shape=tuple(value.shape[p] for p in perm),
-        origin=tuple(value.origin[p] for p in perm),
-    )
-    return moved.then("Transpose")
-
-
-def _quantize(
-    node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path
-) -> Value | None:
-    """Follow a weight through a scale, which keeps zeros, and a zero point, which moves them."""
-    value = inputs[0]
-    if not isinstance(value, Stored):
-        return None
-    if len(inputs) < 3 or not node.input[2]:
-        return value.then(node.op_type)
-    zero_point = inputs[2]
-    if not isinstance(zero_point, Stored):
-        return value.then(
-            node.op_type, f"the zero point '{node.input[2]}' is not a stored constant"
-        )
-    if any_nonzero(tensor(zero_point), folder):
-        return value.then(
-            node.op_type,
-            f"the zero point '{zero_point.tensor}' is not zero, so quantisation is "
-            "asymmetric and destroys the pattern",
-        )
-    return value.then(node.op_type)
-
-
-def _reshape(
-    node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path
-) -> Value | None:
-    value, target = inputs[0], inputs[1] if len(inputs) > 1 else None
-    if not isinstance(value, Stored):
-        return None
-    if not isinstance(target, Stored):
-        return Opaque(value.tensor, "is reshaped to a shape that is computed at run time")
-    shape = _target(value.shape, tensor(target), folder, bool(number(node, "allowzero")))
-    if shape is None:
-        return Opaque(value.tensor, "passes through a Reshape with a bad shape")
-    # An axis survives when as many values lie before it, and in it, as before.
-    starts = {
-        (math.prod(value.shape[:i]), size): origin
-        for i, (size, origin) in enumerate(zip(value.shape, value.origin))
-    }
-    origin = tuple(starts.get((math.prod(shape[:i]), size)) for i, size in enumerate(shape))
-    return replace(value, shape=shape, origin=origin).then("Reshape")
-
-
-def _target(
-    shape: tuple[int, ...], target: TensorProto, folder: Path, allowzero: bool
-) -> tuple[int, ...] | None:
-    if dtype_name(target) != "I64" or math.prod(target.dims) > 64:
-        return None
-    sizes = [int(size) for size in decode(target, folder).reshape(-1)]
-    if not allowzero:
-        sizes = [shape[i] if size == 0 and i < len(shape) else size for i, size in enumerate(sizes)]
-    if sizes.count(-1) == 1:
-        rest = math.prod(size for size in sizes if size != -1)
-        sizes = [math.prod(shape) // rest if size == -1 and rest else size for size in sizes]
-    return (
-        tuple(sizes)
-        if min(sizes, default=0) >= 0 and math.prod(sizes) == math.prod(shape)
-        else None
-    )
-
-
-def _multiply(
-    node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path
-) -> Value | None:
-    """Follow a product: a vector keeps zeros, something as large as the weight makes zeros that are
-    not stored."""
-    if len(inputs) != 2 or not all(isinstance(value, Stored) for value in inputs):
-        return None
-    a, b = (value for value in inputs if isinstance(value, Stored))
-    try:
-        shape = np.broadcast_shapes(a.shape, b.shape)
-    except ValueError:
-        return Opaque(a.tensor, f"passes through a {node.op_type} of shapes that do not fit")
-    size = math.prod(shape)
-    if size == math.prod(a.shape) == math.prod(b.shape) and sum(n > 1 for n in shape) > 1:
-        weight, mask = (b, a) if _is_bool(a, tensor) else (a, b)
-        return _broadcast(weight, shape).then(node.op_type, unbaked(weight, mask, node))
-    if node.op_type == "Div" and size != math.prod(a.shape):
-        return None
-    weight = a if size == math.prod(a.shape) else b
-    if size != math.prod(weight.shape):
-        return Opaque(weight.tensor, f"passes through a {node.op_type} that enlarges it")
-    return _broadcast(weight, shape).then(node.op_type)
-
-
-def _where(
-    node: NodeProto, inputs: Sequence[Value | None], tensor: Lookup, folder: Path
-) -> Value | None:
-    """Follow a choice between a weight and something smaller, which is a mask that was not
-    baked."""
-    if len(inputs) != 3 or not all(isinstance(value, Stored) for value in inputs):
-        return None
-    condition, yes, no = (value for value in inputs if isinstance(value, Stored))
-    weight = max((yes, no), key=lambda value: math.prod(value.shape))
-    if math.prod(condition.shape) != math.prod(weight.shape):
-        return None
-    return weight.then("Where", unbaked(weight, condition, node))
-
-
-def unbaked(weight: Stored, mask: Stored, node: NodeProto) -> str:
-    """Say that a node applies a mask that should be in the weight."""
-    return (
-        f"mask was not baked: node '{node.name or node.output[0]}' applies '{mask.tensor}' to the stored "
-        f"'{weight.tensor}' ({node.op_type})"
-    )
-
-
-def _is_bool(value: Stored, tensor: Lookup) -> bool:
-    return dtype_name(tensor(value)) == "BOOL"
-
-
-def _broadcast(value: Stored, shape: tuple[int, ...]) -> Stored:
-    """Put new axes of length one in front, if any."""
-    extra: tuple[int | None, ...] = (None,) * (len(shape) - len(value.shape))
-    return replace(value, shape=shape, origin=(*extra, *value.origin))
-
-
-Follow = Callable[["NodeProto", Sequence[Value | None], Lookup, Path], Value | None]
-FOLLOW: dict[str, Follow] = {
-    "Identity": _same,
-    "Cast": _same,
-    "Transpose": _transpose,
-    "Reshape": _reshape,
-    "QuantizeLinear": _quantize,
-    "DequantizeLinear": _quantize,
-    "Mul": _multiply,
-    "Div": _multiply,
-    "Where": _where,
-}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from nmsparse_deploy.pattern import NMPattern
@@ -56,6 +56,8 @@ class TensorCheck:
     """Why the tensor makes no claim."""
     note: str | None = None
     """What the row takes for granted."""
+    followed: bool = True
+    """Whether its values, or the axis that its reader reduces, could be looked at."""
     problems: tuple[str, ...] = ()
 
     @property
@@ -104,6 +106,18 @@ class VerifyReport:
         return sum(check.skipped is not None for check in self.checks)
 
     @property
+    def not_followed(self) -> int:
+        """Rows of weights that could not be looked at."""
+        return sum(not check.followed for check in self.checks)
+
+    def strict(self) -> VerifyReport:
+        """Return the report of a reader who takes no weight on trust: what could not be followed
+        is a problem."""
+        rows = [check for check in self.checks if not check.followed and check.ok]
+        problems = [f"'{check.tensor}' at '{check.node}': {check.skipped}." for check in rows]
+        return replace(self, problems=(*self.problems, *problems))
+
+    @property
     def zero_share(self) -> float | None:
         """Share of zeros where there were no groups to count, that is under unstructured masks."""
         compared = [
@@ -130,6 +144,7 @@ class VerifyReport:
             "checked": self.checked,
             "failed": self.failed,
             "skipped": self.skipped,
+            "not_followed": self.not_followed,
             "zero_share": self.zero_share,
             "problems": list(self.problems),
             "bytes_read": self.bytes_read,
@@ -145,9 +160,13 @@ class VerifyReport:
             if groups or self.zero_share is None
             else f"{self.zero_share:.1%} zeros"
         )
+        lost = sum(check.skipped is not None for check in self.checks if not check.followed)
         text = (
-            f"{self.artefact}: {self.checked} tensors checked ({counted}), {self.skipped} skipped"
+            f"{self.artefact}: {self.checked} tensors checked ({counted}), "
+            f"{self.skipped - lost} skipped"
         )
+        if self.not_followed:
+            text += f", {self.not_followed} not followed"
         if self.ok:
             return f"{text}; all hold."
         failures = self.failures()
