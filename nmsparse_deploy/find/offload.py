@@ -23,6 +23,9 @@ from nmsparse_deploy.system import memory
 from nmsparse_deploy.system.memory import megabytes
 from nmsparse_deploy.system.progress import Progress, silent
 
+SPARE = 4
+"""One part in so many of the free memory may be used to save computing."""
+
 
 @dataclass(frozen=True)
 class OpenedModel:
@@ -36,6 +39,12 @@ class OpenedModel:
     """Peak memory in bytes."""
     limit: int | None
     """What the user allows, in bytes."""
+
+    def spare(self) -> int:
+        """Return the bytes beyond the predicted ones that may be used to save computing: a part
+        of what is free, and none where memory is short."""
+        short = self.limit is not None or self.loaded.streamed or self.on_disk
+        return 0 if short else memory.free_memory(self.loaded.device) // SPARE
 
     def to_json(self) -> Json:
         return {

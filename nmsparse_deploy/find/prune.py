@@ -272,6 +272,7 @@ class _Stage:
             self.loaded.weights,
             buffers,
             self.team,
+            self.opened.spare(),
         )
 
     def _probe(self) -> BlockWalk | None:

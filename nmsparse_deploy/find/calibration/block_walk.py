@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ from torch import nn
 
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.find.calibration.block_runner import BlockRunner, Output, hidden_states_of
+from nmsparse_deploy.find.calibration.block_trace import BlockTrace, Wanted, trace_block
 from nmsparse_deploy.find.calibration.block_wiring import find_wiring
 from nmsparse_deploy.find.calibration.buffers import Buffer, MakeBuffer
 from nmsparse_deploy.find.calibration.expert_statistics import ExpertAccumulator, accumulator
@@ -27,27 +25,12 @@ from nmsparse_deploy.find.calibration.hidden_states import CalibrationStream
 from nmsparse_deploy.find.calibration.layer_stats import LayerStats, Need, StatsAccumulator
 from nmsparse_deploy.find.calibration.shared import share
 from nmsparse_deploy.models.base import Target
-from nmsparse_deploy.models.capture import OnInput, capture
 from nmsparse_deploy.models.loaded import Batch
-from nmsparse_deploy.models.matmul_observer import MatmulObserver, Product
-from nmsparse_deploy.models.residual_stream import EXIT, residual_writers
+from nmsparse_deploy.models.residual_stream import residual_writers
 from nmsparse_deploy.models.weight_store import IN_MEMORY, WeightStore
 from nmsparse_deploy.system.distributed import ALONE, Processes
 
 Accumulator = StatsAccumulator | ExpertAccumulator
-
-
-@dataclass
-class _BlockTrace:
-    """A record of one run of a block: the input of each fusion group, the output of each residual
-    writer and what it was added to, and the block's output. Where products are observed, `products`
-    has the input of each matrix."""
-
-    reads: dict[str, torch.Tensor] = field(default_factory=dict)
-    products: dict[str, list[tuple[int, torch.Tensor]]] = field(default_factory=dict)
-    written: dict[str, torch.Tensor] = field(default_factory=dict)
-    rests: dict[str, torch.Tensor] = field(default_factory=dict)
-    output: Output = None
 
 
 class BlockWalk:
@@ -56,7 +39,8 @@ class BlockWalk:
     `hidden` is what the pruned model computes there; with `both`, `dense` is what the dense model
     computes. Collecting statistics moves `dense` to the exit of the block and leaves what it was at
     the entrance in `entered`. With a `team` the batches are this process's share, and statistics
-    are those of all processes.
+    are those of all processes. With `spare` bytes a stream remembers what parts of a block have put
+    out, and does not compute it again; the results are the same.
     """
 
     def __init__(
@@ -69,6 +53,7 @@ class BlockWalk:
         weights: WeightStore = IN_MEMORY,
         buffer: MakeBuffer = list,
         team: Processes = ALONE,
+        spare: int = 0,
     ) -> None:
         self.module = module.eval()
         self._team = team
@@ -86,12 +71,16 @@ class BlockWalk:
             hidden.append(x)
             calls.append(batch_calls)
             self._shapes = self._shapes or shapes
-        self._stream = CalibrationStream(runner, wiring, batches, hidden, calls, buffer)
+        self._stream = CalibrationStream(
+            runner, wiring, batches, hidden, calls, buffer, spare // (1 + both)
+        )
         self._dense = self._stream.twin() if both else None
         self.entered: Buffer | None = None
         self._items: int | None = None
         """How many items the last whole run of a block returned; None: just the hidden states."""
         self._layouts: dict[tuple[str, ...], dict[str, str]] = {}
+        self._tried: set[tuple[object, ...]] = set()
+        """Runs whose memory was compared with a run that computes everything."""
 
     @property
     def hidden(self) -> Buffer:
@@ -137,6 +126,10 @@ class BlockWalk:
             fusion: accumulator(need, target, device, twin) for fusion, target in readers.items()
         }
 
+        self._stream.memo.start(pruned)
+        if self._dense is not None:
+            self._dense.memo.start(dense)
+
         def passes() -> Iterator[Output]:
             """Add batch by batch to the sums; yield what leaves the block in the dense stream,
             where it moves."""
@@ -144,10 +137,10 @@ class BlockWalk:
                 dense_trace = None
                 if self._dense is not None and (twin or last):
                     dense_trace = self._trace(
-                        dense, index, number, self._dense, readers, writers, whole=last
+                        dense, index, number, self._dense, targets, writers, last, keep=not last
                     )
                 trace = self._trace(
-                    pruned, index, number, self._stream, readers, writers, whole=False
+                    pruned, index, number, self._stream, targets, writers, False, keep=True
                 )
                 self._add(sums, readers, index, pruned, trace, dense_trace if twin else None)
                 yield dense_trace.output if dense_trace else None
@@ -167,8 +160,8 @@ class BlockWalk:
         readers: Mapping[str, Target],
         index: int,
         pruned: nn.Module,
-        trace: _BlockTrace,
-        dense_trace: _BlockTrace | None,
+        trace: BlockTrace,
+        dense_trace: BlockTrace | None,
     ) -> None:
         """Add one batch to the sums: what was read in the pruned stream, and beside it in the dense
         one."""
@@ -185,14 +178,19 @@ class BlockWalk:
                 if dense_trace and path in trace.rests
                 else None
             )
-            total.update(layer, trace.reads[fusion], dense_input, drift)
+            wanted = None
+            if dense_trace and drift is not None and path in dense_trace.written:
+                bias = getattr(layer, "bias", None)
+                wanted = dense_trace.written[path]
+                wanted = wanted if bias is None else wanted - bias
+            total.update(layer, trace.reads[fusion], dense_input, drift, wanted)
 
     def _inside(self, index: int, name: str) -> str:
         return name.removeprefix(self.blocks[index] + ".")
 
     def _writers(self, block: nn.Module, index: int) -> dict[str, str]:
         """Find what writes to the residual stream, once for each make of block."""
-        layout = tuple(name for name, _ in block.named_parameters())
+        layout = _layout(block)
         if layout not in self._layouts:
             entrance = self.hidden[0]
             self._layouts[layout] = residual_writers(
@@ -206,62 +204,43 @@ class BlockWalk:
         index: int,
         number: int,
         stream: CalibrationStream,
-        readers: Mapping[str, Target],
+        targets: Sequence[Target],
         writers: Mapping[str, str],
         whole: bool,
-    ) -> _BlockTrace:
-        """Run a block and record; the run ends when everything wanted was seen, unless `whole`."""
-        trace = _BlockTrace()
-        layers = {
-            self._inside(index, t.module): fusion for fusion, t in readers.items() if not t.watched
-        }
-        observed = {
-            self._inside(index, t.name): fusion for fusion, t in readers.items() if t.watched
-        }
-        places = {layer: writers[layer] for layer in layers if layer in writers}
-        waiting = {*layers, *places.values(), *observed}
+        keep: bool,
+    ) -> BlockTrace:
+        """Run a block on a batch and record what the targets read. With `keep` what it puts out
+        before them is remembered for the next run.
 
-        def reads(layer: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            trace.reads[layers[layer]] = args[0] if args else next(iter(named.values()))
-            waiting.discard(layer)
+        The first run that remembers anything is compared with one that computes everything.
+        """
+        readers = {target.fusion: target for target in reversed(targets)}.values()
+        layers = {self._inside(index, t.module): t.fusion for t in readers if not t.watched}
+        wanted = Wanted(
+            layers,
+            {self._inside(index, t.name): t.fusion for t in readers if t.watched},
+            {layer: writers[layer] for layer in layers if layer in writers},
+        )
 
-        def multiplied(product: Product) -> None:
-            trace.products.setdefault(observed[product.weight], []).append(
-                (product.expert, product.rows)
-            )
-
-        def writes(layer: str, _args: tuple[Any, ...], output: torch.Tensor) -> None:
-            trace.written[layer] = output
-
-        def arrives(place: str, args: tuple[Any, ...], _named: dict[str, Any]) -> None:
-            state = args[0]
-            for layer in (layer for layer in places if places[layer] == place):
-                trace.rests[layer] = (
-                    state.reshape(trace.written[layer].shape).float() - trace.written[layer].float()
-                )
-            waiting.discard(place)
-
-        inputs: dict[str, OnInput] = {layer: partial(reads, layer) for layer in layers}
-        inputs |= {place: partial(arrives, place) for place in {*places.values()} - {EXIT}}
-        observer: AbstractContextManager = nullcontext()
-        if observed:
-            observer = MatmulObserver(
-                {name: block.get_parameter(name) for name in observed}, multiplied
-            )
-        with (
-            observer,
-            torch.no_grad(),
-            capture(
+        def trace() -> BlockTrace:
+            return trace_block(
                 block,
-                inputs,
-                {layer: partial(writes, layer) for layer in places},
-                stop=lambda: not whole and not waiting,
-            ),
-        ):
-            trace.output = self._call(block, index, number, stream.hidden[number], stream)
-            self._items = len(trace.output) if isinstance(trace.output, (tuple, list)) else None
-            arrives(EXIT, (hidden_states_of(trace.output, self._stream.wiring.place),), {})
-        return trace
+                lambda: self._call(block, index, number, stream.hidden[number], stream),
+                lambda output: hidden_states_of(output, self._stream.wiring.place),
+                wanted,
+                whole,
+                silent=stream is self._stream,
+            )
+
+        changing = [self._inside(index, target.module) for target in targets] if keep else None
+        with stream.memo.running(block, number, changing):
+            done = trace()
+        if self._untried(block, stream, [*layers]) and not done.same(plain := trace()):
+            self._distrust()
+            return plain
+        if done.output is not None:
+            self._items = len(done.output) if isinstance(done.output, (tuple, list)) else None
+        return done
 
     def pass_dense(self, index: int) -> None:
         """Move the dense stream past a still dense block whose statistics are not needed."""
@@ -281,10 +260,38 @@ class BlockWalk:
         weights: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         block = self._working_copy(index, weights)
-        stream.move(
-            index,
-            (self._call(block, index, number, x, stream) for number, x in enumerate(stream.hidden)),
-        )
+        stream.memo.start(block)
+
+        def passes() -> Iterator[Output]:
+            for number, x in enumerate(stream.hidden):
+                with stream.memo.running(block, number, None):
+                    output = self._call(block, index, number, x, stream)
+                if self._untried(block, stream, []):
+                    plain = self._call(block, index, number, x, stream)
+                    place = stream.wiring.place
+                    if not torch.equal(
+                        hidden_states_of(plain, place), hidden_states_of(output, place)
+                    ):
+                        self._distrust()
+                        output = plain
+                yield output
+
+        stream.move(index, passes())
+
+    def _untried(self, block: nn.Module, stream: CalibrationStream, read: list[str]) -> bool:
+        """Tell whether this is the first run of its kind in which modules answer from memory."""
+        kind = (_layout(block), stream is self._dense, *read)
+        if not stream.memo.answers or kind in self._tried:
+            return False
+        self._tried.add(kind)
+        return True
+
+    def _distrust(self) -> None:
+        """Compute everything from now on: a block does more than its modules' outputs tell."""
+        for stream in (self._stream, self._dense):
+            if stream is not None:
+                stream.memo.budget = 0
+                stream.memo.forget()
 
     def _working_copy(
         self, index: int, weights: Mapping[str, torch.Tensor] | None = None
@@ -334,3 +341,7 @@ class BlockWalk:
         mixed = next(block.parameters()).dtype != self.compute
         with torch.autocast(x.device.type, self.compute, enabled=mixed):
             return stream.call(index, number)(block, x)
+
+
+def _layout(block: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, _ in block.named_parameters())

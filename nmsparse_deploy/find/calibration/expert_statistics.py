@@ -34,6 +34,7 @@ class ExpertAccumulator:
         x: torch.Tensor,
         dense: torch.Tensor | None = None,
         drift: torch.Tensor | None = None,
+        wanted: torch.Tensor | None = None,
         expert: int = 0,
     ) -> None:
         if x.numel():

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 
+from nmsparse_deploy.find.calibration.block_memo import BlockMemo
 from nmsparse_deploy.find.calibration.block_runner import (
     BlockRunner,
     Call,
@@ -34,9 +35,11 @@ class CalibrationStream:
         hidden: Buffer,
         calls: Sequence[Sequence[Call]],
         buffer: MakeBuffer = list,
+        spare: int = 0,
     ) -> None:
         self.runner, self.wiring, self.batches = runner, wiring, batches
         self.hidden = hidden
+        self.memo = BlockMemo(spare)
         self.calls = [list(row) for row in calls]
         self._buffer = buffer
         self._ends = ends_of(wiring, len(runner.blocks))
@@ -45,7 +48,13 @@ class CalibrationStream:
     def twin(self) -> CalibrationStream:
         """Make another stream that starts at the same place."""
         return CalibrationStream(
-            self.runner, self.wiring, self.batches, self.hidden, self.calls, self._buffer
+            self.runner,
+            self.wiring,
+            self.batches,
+            self.hidden,
+            self.calls,
+            self._buffer,
+            self.memo.budget,
         )
 
     def call(self, index: int, number: int) -> Call:
@@ -62,8 +71,10 @@ class CalibrationStream:
             for output in outputs:
                 after.append(hidden_states_of(output, self.wiring.place))
             self.hidden = after
+            self.memo.forget()
             return
         self._passed[index] = list(outputs)
+        self.memo.forget()
         for number, batch in enumerate(self.batches):
             x, self.calls[number][index + 1] = self.runner.entrance(
                 batch, index + 1, partial(self._answer, number)

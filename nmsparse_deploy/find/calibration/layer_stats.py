@@ -12,6 +12,10 @@ from torch import nn
 from nmsparse_deploy.errors import NmsparseError
 from nmsparse_deploy.registry import Need
 
+STRIP, STRIPS = 192, 8
+"""Of a symmetric product only the upper triangle is computed, in at most so many strips, none
+narrower than a matrix product needs to be fast."""
+
 
 @dataclass(frozen=True)
 class ExpertTokens:
@@ -28,9 +32,10 @@ class LayerStats:
 
     `square_sum[j]` is the sum of squares of column j and `total[j]` its sum (fp32); `gram` is `XᵀX`
     (fp32, symmetric) or None; `cross` is `X_dᵀX` with `X_d` the inputs that the dense model gives
-    the same layer for the same tokens, or None. `drift` is `(R_d - R)ᵀX` `[outputs, n]` for a layer
-    that writes to the residual stream, with `R` what its output is added to and `R_d` the same in
-    the dense model; None for other layers.
+    the same layer for the same tokens, or None. For a layer that writes to the residual stream
+    `drift` is `(R_d - R)ᵀX` `[outputs, n]`, with `R` what its output is added to and `R_d` the same
+    in the dense model; and where it has fewer outputs than inputs, `wanted` stands in for `cross`:
+    `Y_dᵀX` `[outputs, n]`, with `Y_d = X_d Wᵀ` what it puts out there.
 
     A stack of matrices has the statistics of each in `experts`. Those of an expert that hardly any
     token reached are `white` instead: as if its inputs were uncorrelated and of equal size, so that
@@ -43,6 +48,7 @@ class LayerStats:
     cross: torch.Tensor | None = None
     total: torch.Tensor | None = None
     drift: torch.Tensor | None = None
+    wanted: torch.Tensor | None = None
     experts: tuple[LayerStats, ...] = ()
     white: bool = False
 
@@ -90,12 +96,13 @@ class LayerStats:
             cross=both(self.cross),
             total=None if self.total is None else self.total[order],
             drift=None if self.drift is None else self.drift[:, order],
+            wanted=None if self.wanted is None else self.wanted[:, order],
         )
 
 
 class StatsAccumulator:
     """Sums of statistics over batches, in fp32 and outside autocast whatever dtype the forward pass
-    runs in."""
+    runs in; products of the two streams are taken in bf16 where that is what the streams are."""
 
     def __init__(self, need: Need) -> None:
         self.need = need
@@ -105,6 +112,7 @@ class StatsAccumulator:
         self.cross: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
         self.drift: torch.Tensor | None = None
+        self.wanted: torch.Tensor | None = None
 
     @torch.no_grad()
     def update(
@@ -113,10 +121,12 @@ class StatsAccumulator:
         x: torch.Tensor,
         dense: torch.Tensor | None = None,
         drift: torch.Tensor | None = None,
+        wanted: torch.Tensor | None = None,
         expert: int = 0,
     ) -> None:
-        """Add one batch of a layer's inputs, what the dense model feeds it for the same tokens, and
-        by how much the residual stream beside it has drifted away from the dense model's.
+        """Add one batch of a layer's inputs, what the dense model feeds it for the same tokens, by
+        how much the residual stream beside it has drifted away from the dense model's, and what the
+        layer puts out there without its bias (where that is narrower than its inputs).
 
         Convolutions are unfolded in the order of `to_rows`.
         """
@@ -125,17 +135,14 @@ class StatsAccumulator:
             self.tokens += rows.shape[0]
             self.total = rows.sum(0) if self.total is None else self.total.add_(rows.sum(0))
             if self.need == "gram":
-                self.gram = rows.T @ rows if self.gram is None else self.gram.addmm_(rows.T, rows)
-                if dense is not None:
-                    other = as_rows(layer, dense)
-                    self.cross = (
-                        other.T @ rows if self.cross is None else self.cross.addmm_(other.T, rows)
-                    )
+                self.gram = _add_gram(self.gram, rows)
+                native = rows.bfloat16() if x.dtype == torch.bfloat16 else rows
+                if wanted is not None and wanted.shape[-1] < rows.shape[-1]:
+                    self.wanted = _add_product(self.wanted, wanted, native)
+                elif dense is not None:
+                    self.cross = _add_product(self.cross, as_rows(layer, dense), native)
                 if drift is not None:
-                    away = drift.float().reshape(-1, drift.shape[-1])
-                    self.drift = (
-                        away.T @ rows if self.drift is None else self.drift.addmm_(away.T, rows)
-                    )
+                    self.drift = _add_product(self.drift, drift, native)
             else:
                 squares = rows.square().sum(0)
                 self.square_sum = (
@@ -149,19 +156,49 @@ class StatsAccumulator:
     def finish(self) -> LayerStats:
         """Return everything summed so far. Raises `NmsparseError` when the model's activations have
         overflowed."""
-        for total in (self.gram, self.cross, self.drift, self.square_sum):
+        for total in (self.gram, self.cross, self.drift, self.wanted, self.square_sum):
             if total is not None and not torch.isfinite(total).all():
                 raise NmsparseError(
                     "The calibration statistics contain NaN or Inf: the model's activations overflow.",
                     "set compute to fp32 in the recipe, or look at the model's outputs first",
                 )
         if self.gram is not None:
-            gram = (self.gram + self.gram.T).mul_(0.5)
+            gram = self.gram.triu() + self.gram.triu(1).T
             return LayerStats(
-                self.tokens, gram.diagonal().clone(), gram, self.cross, self.total, self.drift
+                self.tokens,
+                gram.diagonal().clone(),
+                gram,
+                self.cross,
+                self.total,
+                self.drift,
+                self.wanted,
             )
         square_sum = self.square_sum if self.square_sum is not None else torch.zeros(0)
         return LayerStats(self.tokens, square_sum, total=self.total)
+
+
+def _add_gram(gram: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+    """Add `XᵀX` to the upper triangle of a Gram, in strips of rows; what lies below is not meant."""
+    width = rows.shape[1]
+    gram = rows.new_zeros(width, width) if gram is None else gram
+    strip = max(STRIP, -(-width // STRIPS))
+    for start in range(0, width, strip):
+        gram[start : start + strip, start:].addmm_(
+            rows[:, start : start + strip].T, rows[:, start:]
+        )
+    return gram
+
+
+def _add_product(
+    total: torch.Tensor | None, other: torch.Tensor, rows: torch.Tensor
+) -> torch.Tensor:
+    """Add the product of two different matrices, in the dtype of `rows`, to a sum in fp32.
+
+    Rounding each batch's product to bf16 is an error far below that of a finite sample, and nothing
+    is factorised that comes of it.
+    """
+    product = other.to(rows.dtype).reshape(-1, other.shape[-1]).T @ rows
+    return product.float() if total is None else total.add_(product)
 
 
 def as_rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from nmsparse_deploy.find.calibration.layer_stats import StatsAccumulator
 from nmsparse_deploy.system.distributed import Processes
 
-SUMS = ("total", "square_sum", "gram", "cross", "drift")
+SUMS = ("total", "square_sum", "gram", "cross", "drift", "wanted")
 
 
 def share(accumulators: Iterable[StatsAccumulator], device: torch.device, team: Processes) -> None:

@@ -15,23 +15,28 @@ def conjugate_gradients(
 ) -> torch.Tensor:
     """Solve `x_S H_SS = wanted_S` for every row of `[R, n]`, starting from `x`; a row that is
     solved stays as it is."""
-    residual = torch.where(mask, wanted - x @ hessian, 0.0)
-    direction, norm = residual.clone(), residual.square().sum(1, keepdim=True)
+    keep = mask.to(x.dtype)
+    x = x.clone()
+    residual = torch.addmm(wanted, x, hessian, alpha=-1).mul_(keep)
+    direction, moved = residual.clone(), torch.empty_like(residual)
+    norm = _dot(residual, residual)
     # Below the rounding of the right-hand side a step only amplifies noise, and its ratios
     # underflow.
-    solved = torch.finfo(x.dtype).eps ** 2 * torch.where(mask, wanted, 0.0).square().sum(
-        1, keepdim=True
-    )
+    wanted = wanted * keep
+    solved = torch.finfo(x.dtype).eps ** 2 * _dot(wanted, wanted)
     for _ in range(steps):
-        moved = torch.where(mask, direction @ hessian, 0.0)
-        length = torch.where(
-            norm > solved, _ratio(norm, (direction * moved).sum(1, keepdim=True)), 0.0
-        )
-        x = x + length * direction
-        residual = residual - length * moved
-        before, norm = norm, residual.square().sum(1, keepdim=True)
-        direction = residual + _ratio(norm, before) * direction
+        torch.mm(direction, hessian, out=moved).mul_(keep)
+        length = torch.where(norm > solved, _ratio(norm, _dot(direction, moved)), 0.0)
+        x.addcmul_(length, direction)
+        residual.addcmul_(length, moved, value=-1)
+        before, norm = norm, _dot(residual, residual)
+        direction.mul_(_ratio(norm, before)).add_(residual)
     return x
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the products of rows, `[R, 1]`."""
+    return torch.linalg.vecdot(a, b).unsqueeze(1)
 
 
 def _ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -43,15 +43,21 @@ def refit(
 ) -> torch.Tensor:
     """Return weights `[R, n]` on `mask` for the dense `weight`, warm-started from `start`.
 
-    Needs `stats.gram`, and `stats.cross` when `blend` is not 0.
+    Needs `stats.gram`, and `stats.cross` or `stats.wanted` when `blend` is not 0.
     """
     assert stats.gram is not None
     scale = stats.gram.diagonal().sqrt()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     outer = scale.outer(scale)
     hessian = stats.gram / outer
-    target = hessian if not blend else torch.lerp(hessian, _cross(stats) / outer, blend)
-    wanted = (weight * scale) @ target + damping * (weight * scale)
+    scaled = weight * scale
+    if not blend:
+        wanted = scaled @ hessian
+    elif stats.wanted is not None:
+        wanted = torch.lerp(scaled @ hessian, stats.wanted / scale, blend)
+    else:
+        wanted = scaled @ torch.lerp(hessian, _cross(stats) / outer, blend)
+    wanted += damping * scaled
     if residual and stats.drift is not None:
         wanted += residual * stats.drift / scale
     hessian.diagonal().add_(damping)

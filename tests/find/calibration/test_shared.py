@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.calibration.layer_stats import StatsAccumulator
-from nmsparse_deploy.find.calibration.shared import share
+from nmsparse_deploy.find.calibration.shared import SUMS, share
 from nmsparse_deploy.find.prune_checks import check_shared
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.system.distributed import Processes
@@ -128,7 +128,7 @@ class Team(Processes):
                     each.tokens,
                     [
                         None if (v := getattr(each, name)) is None else tuple(v.shape)
-                        for name in ("total", "square_sum", "gram", "cross", "drift")
+                        for name in SUMS
                     ],
                 )
             ]
@@ -136,9 +136,9 @@ class Team(Processes):
         ]
         present = [
             name
-            for name in ("total", "square_sum", "gram", "cross", "drift")
+            for name in SUMS
             if any(getattr(each, name) is not None for each in self.others)
-            or value[0][1][("total", "square_sum", "gram", "cross", "drift").index(name)]
+            or value[0][1][SUMS.index(name)]
         ]
         object.__setattr__(self, "field", iter(present))
         return [value, *shapes]
@@ -153,20 +153,21 @@ class Team(Processes):
 
 @pytest.mark.parametrize("need", ["norms", "gram"])
 @pytest.mark.parametrize("shares", [(5, 3, 2), (0, 6, 4), (10, 0, 0)])
-def test_sums_of_shares_are_the_sum(need, shares):
+@pytest.mark.parametrize("narrow", [False, True])
+def test_sums_of_shares_are_the_sum(need, shares, narrow):
     """Also where a process saw nothing, as an expert may."""
     layer, x, drift = torch.nn.Linear(6, 4), torch.randn(10, 6), torch.randn(10, 4)
     parts = []
     for rows, away in zip(x.split(shares), drift.split(shares)):
         parts.append(StatsAccumulator(need))
         if len(rows):
-            parts[-1].update(layer, rows, 2 * rows, away)
+            parts[-1].update(layer, rows, 2 * rows, away, away if narrow else None)
     share([parts[0]], torch.device("cpu"), Team(parts[1:]))
     found, whole = parts[0].finish(), StatsAccumulator(need)
-    whole.update(layer, x, 2 * x, drift)
+    whole.update(layer, x, 2 * x, drift, drift if narrow else None)
     wanted = whole.finish()
     assert found.tokens == wanted.tokens == 10
-    for name in ("square_sum", "total", "gram", "cross", "drift"):
+    for name in SUMS:
         if getattr(wanted, name) is None:
             assert getattr(found, name) is None
         else:
