@@ -53,7 +53,7 @@ class Cost:
 def estimate(loaded: LoadedModel, plan: Plan, spec: Prune, rates: Rates) -> Cost:
     """Predict what the settled prune section `spec` would take on `loaded` under `plan`."""
     module, targets = loaded.module, [row.target for row in plan.pruned()]
-    forward = forward_passes(module, plan, spec)
+    forward = forward_passes(module, plan, spec, again=spec.sequential and loaded.streamed)
     training = training_passes(module, plan, spec)
     grams, factors = statistics(targets, spec), factorisations(targets, spec)
     swept, refitted = sweeps(targets, spec), refits(targets, spec)
@@ -79,17 +79,18 @@ def estimate(loaded: LoadedModel, plan: Plan, spec: Prune, rates: Rates) -> Cost
     )
 
 
-def forward_passes(module: nn.Module, plan: Plan, spec: Prune) -> int:
+def forward_passes(module: nn.Module, plan: Plan, spec: Prune, again: bool) -> int:
     """Count passes through the blocks without learning: `2·T·P` each.
 
-    One advances the stream; each stream takes one for its statistics, two when sequential; an epoch
-    of reconstruction takes three. Where a block looks at the model's output, an epoch takes three
-    through what is not in the blocks, and one for the dense model's output.
+    One advances the stream; each stream takes one for its statistics, two where they are sequential
+    and what was computed before is computed `again`; an epoch of reconstruction takes three. Where
+    a block looks at the model's output, an epoch takes three through what is not in the blocks, and
+    one for the dense model's output.
     """
     tokens, inside = _tokens(spec), _inside(plan)
     streams = 1 + (spec.dense_stream or spec.learn is not None)
     steps = [step for step in spec.refine if isinstance(step, Reconstruct)]
-    passes = 1 + streams * (1 + spec.sequential) + 3 * sum(step.epochs for step in steps)
+    passes = 1 + streams * (1 + again) + 3 * sum(step.epochs for step in steps)
     outside = max(0, _multiplied(module) - inside) if steps else 0
     blocks = range(1, len(plan.blocks) + 1)
     looking = sum(step.epochs * step.outlook(left) for step in steps for left in blocks)

@@ -93,7 +93,7 @@ def test_every_layer_is_computed_once_a_stream():
     block = "model.layers.1."
     for path in ("self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
         assert once[block + path] <= 2 * len(BATCHES) + 2
-        assert often[block + path] >= 4 * len(BATCHES)
+        assert often[block + path] >= 3 * len(BATCHES)
 
 
 class Moody(torch.nn.Linear):
