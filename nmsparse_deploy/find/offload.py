@@ -23,8 +23,8 @@ from nmsparse_deploy.system import memory
 from nmsparse_deploy.system.memory import megabytes
 from nmsparse_deploy.system.progress import Progress, silent
 
-SPARE = 4
-"""One part in so many of the free memory may be used to save computing."""
+SPARE = 0.25
+"""The share of free memory that may be used to save computing."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class OpenedModel:
         """Return the bytes beyond the predicted ones that may be used to save computing: a part
         of what is free, and none where memory is short."""
         short = self.limit is not None or self.loaded.streamed or self.on_disk
-        return 0 if short else memory.free_memory(self.loaded.device) // SPARE
+        return 0 if short else int(SPARE * memory.free_memory(self.loaded.device))
 
     def to_json(self) -> Json:
         return {
