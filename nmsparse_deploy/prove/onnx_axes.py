@@ -20,6 +20,7 @@ from nmsparse_deploy.prove.onnx_values import (
     lost,
     number,
     numbers,
+    rank_of,
 )
 
 if TYPE_CHECKING:
@@ -314,14 +315,30 @@ def _chosen(node: NodeProto, value: Stored, axis: int, scope: Scope) -> Result:
     return replace(value, shape=shape, origin=origin, selected=True, in_order=False).then("Gather")
 
 
+def _gather_nd(node: NodeProto, inputs: Inputs, scope: Scope) -> Result:
+    """Follow a GatherND that picks by computed indices from the first axes."""
+    value = inputs[0]
+    if not isinstance(value, Stored) or len(node.input) < 2 or not is_matrix(value.shape):
+        return None
+    index = scope.shape(node.input[1])
+    *sizes, picked = [size for size in index or () if size is not None] or [0]
+    reason = "is picked from by a GatherND"
+    if scope.constant(node.input[1]) is not None or number(node, "batch_dims"):
+        return lost([value], scope, reason)
+    if index is None or None in index or not 0 < picked <= len(value.shape):
+        return lost([value], scope, f"{reason} with a computed index", True)
+    shape = (*sizes, *value.shape[picked:])
+    origin = (*[None] * len(sizes), *value.origin[picked:])
+    return replace(value, shape=shape, origin=origin, selected=True, in_order=False).then(
+        "GatherND"
+    )
+
+
 def _concat(node: NodeProto, inputs: Inputs, scope: Scope) -> Result:
-    parts = [value for value in inputs if isinstance(value, Stored | Opaque)]
-    stored = [value for value in parts if isinstance(value, Stored)]
-    ranks = {len(value.shape) for value in stored}
+    parts = [value for value in inputs if value is not None]
+    ranks = {rank for rank in map(rank_of, parts) if rank is not None}
     if len(parts) < len(inputs) or len(ranks) != 1:
         return None
-    if len(parts) == 1 and stored:
-        return stored[0].then("Concat")
     axis, (rank,) = number(node, "axis", -1), ranks
     if not -rank <= axis < rank:
         return None
@@ -330,13 +347,36 @@ def _concat(node: NodeProto, inputs: Inputs, scope: Scope) -> Result:
 
 
 def _sequence(node: NodeProto, inputs: Inputs, scope: Scope) -> Result:
-    parts = tuple(value for value in inputs if isinstance(value, Stored | Opaque))
+    parts = tuple(value for value in inputs if value is not None)
     return Several(parts, None) if len(parts) == len(inputs) else None
 
 
 def _from_sequence(node: NodeProto, inputs: Inputs, scope: Scope) -> Result:
     value = inputs[0]
     return replace(value, selected=True) if isinstance(value, Several) else None
+
+
+def moved_axis(node: NodeProto, scope: Scope, axis: int, rank: int | None) -> int | None:
+    """Return where the joint axis of several values lies behind an operator, counted from the last;
+    None when it does not stay whole."""
+    if rank is None:
+        return None
+    if node.op_type == "Transpose":
+        perm = numbers(node, "perm") or list(reversed(range(rank)))
+        return perm.index(axis + rank) - rank if sorted(perm) == list(range(rank)) else None
+    if node.op_type == "Unsqueeze":
+        given = scope.constant(node.input[1]) if len(node.input) > 1 else numbers(node, "axes")
+        wider = rank + (0 if given is None else np.size(given))
+        axes = _axes(node, scope, wider)
+        if isinstance(axes, list):
+            kept = [place for place in range(wider) if place not in axes]
+            return kept[axis] - wider
+    if node.op_type == "Squeeze":
+        axes = _axes(node, scope, rank)
+        if isinstance(axes, list) and axis + rank not in axes:
+            kept = [place for place in range(rank) if place not in axes]
+            return kept.index(axis + rank) - len(kept)
+    return None
 
 
 LAYOUT: dict[str, Follow] = {
@@ -349,6 +389,7 @@ LAYOUT: dict[str, Follow] = {
     "Slice": _slice,
     "Split": _split,
     "Gather": _gather,
+    "GatherND": _gather_nd,
     "Concat": _concat,
     "SequenceConstruct": _sequence,
     "SequenceAt": _from_sequence,

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nmsparse_deploy.prove.onnx_axes import LAYOUT, RUN_TIME, Follow, Inputs, Result, broadcast
+from nmsparse_deploy.prove.onnx_axes import (
+    LAYOUT,
+    RUN_TIME,
+    Follow,
+    Inputs,
+    Result,
+    broadcast,
+    moved_axis,
+)
 from nmsparse_deploy.prove.onnx_tensor import dtype_name
 from nmsparse_deploy.prove.onnx_values import (
     MICROSOFT,
@@ -24,7 +32,7 @@ from nmsparse_deploy.prove.onnx_values import (
     label_of,
     lost,
     number,
-    numbers,
+    rank_of,
     squeezed,
     with_zero,
 )
@@ -53,23 +61,16 @@ def _partwise(
 ) -> Result:
     """Follow every part of a value on its own, where the operator leaves the joint axis alone."""
     axis = several.axis
-    parts: list[Stored | Opaque] = []
-    if axis is not None and node.op_type == "Transpose":
-        first = next((part for part in several.parts if isinstance(part, Stored)), None)
-        if first is None:
+    if axis is not None and rule not in (_same, _quantize, _multiply):
+        axis = moved_axis(node, scope, axis, rank_of(several))
+        if axis is None:
             return None
-        rank = len(first.shape)
-        perm = numbers(node, "perm") or list(reversed(range(rank)))
-        if sorted(perm) != list(range(rank)):
-            return None
-        axis = perm.index(axis + rank) - rank
-    elif axis is not None and rule not in (_same, _quantize, _multiply):
-        return None
+    parts: list[Stored | Opaque | Several] = []
     for part in several.parts:
-        result = rule(node, [*inputs[:place], part, *inputs[place + 1 :]], scope)
+        result = follow(node, [*inputs[:place], part, *inputs[place + 1 :]], scope)
         if isinstance(part, Opaque):
             parts.append(part)
-        elif isinstance(result, Stored | Opaque):
+        elif isinstance(result, Stored | Opaque | Several):
             parts.append(result)
         else:
             return None
@@ -279,5 +280,5 @@ FOLLOW: dict[tuple[str, str], Follow] = {
     ("", "Add"): _mixed,
     ("", "Where"): _where,
     **{("", op): _made for op in ("Shape", "Size", "ConstantOfShape", "Range")},
-    **{("", op): _picked for op in ("GatherElements", "GatherND", "Tile", "Pad", "Compress")},
+    **{("", op): _picked for op in ("GatherElements", "Tile", "Pad", "Compress")},
 }

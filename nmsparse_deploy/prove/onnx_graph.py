@@ -22,7 +22,7 @@ from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.prove.onnx_file import load_model, subgraphs
 from nmsparse_deploy.prove.onnx_fold import Constants, Shape, inferred_shapes
 from nmsparse_deploy.prove.onnx_follow import follow, zero_pointed
-from nmsparse_deploy.prove.onnx_readers import Operand, operands
+from nmsparse_deploy.prove.onnx_readers import READERS, Operand, operands
 from nmsparse_deploy.prove.onnx_tensor import decode, dtype_name
 from nmsparse_deploy.prove.onnx_values import (
     STANDARD,
@@ -36,9 +36,11 @@ from nmsparse_deploy.prove.onnx_values import (
     is_matrix,
     is_selected,
     label_of,
+    length_of,
     lost,
     number,
     numbers,
+    rank_of,
 )
 
 if TYPE_CHECKING:
@@ -234,8 +236,10 @@ class OnnxGraph:
         constant = [value for value, name in zip(inputs, node.input) if name]
         if not constant or any(is_selected(value) for value in constant):
             return []
+        # A product of constants is like an activation; its factors have rows of their own.
+        product = (node.domain if node.domain not in STANDARD else "", node.op_type) in READERS
         reason = f"passes through {node.op_type}"
-        return [lost(constant, self, reason) for _ in node.output]
+        return [lost(constant, self, reason, product) for _ in node.output]
 
     def _bounded(self, value: Value) -> Value:
         if isinstance(value, Stored) and len(value.path) > MAX_PATH:
@@ -300,20 +304,22 @@ class OnnxGraph:
     # --- uses ---
 
     def _use(self, node: NodeProto, operand: Operand) -> None:
-        value, start = operand.value, 0
-        if not isinstance(value, Several):
-            return self._part(node, operand, value, 0, False)
-        for part in value.parts:
-            rank = len(part.shape) if isinstance(part, Stored) else 0
-            axis = operand.axis - rank if operand.axis >= 0 else operand.axis
-            joined = value.axis is not None and axis == value.axis
-            self._part(node, operand, part, start if joined else 0, joined)
-            start += part.shape[axis] if joined and isinstance(part, Stored) else 0
+        found: list[WeightUse] = []
+        self._part(node, operand, operand.value, 0, found)
+        self.uses += _merged(found)
 
     def _part(
-        self, node: NodeProto, operand: Operand, value: Stored | Opaque, start: int, joined: bool
+        self, node: NodeProto, operand: Operand, value: Value, start: int, found: list[WeightUse]
     ) -> None:
+        """Add the uses of a value that begins at `start` of the reduction axis."""
         reason = operand.unknown or (value.reason if isinstance(value, Opaque) else "")
+        if isinstance(value, Several):
+            rank = rank_of(value) or 0
+            axis = operand.axis - rank if operand.axis >= 0 else operand.axis
+            for part in value.parts:
+                self._part(node, operand, part, start, found)
+                start += length_of(part, axis) if axis == value.axis else 0
+            return None
         if isinstance(value, Opaque):
             return self._lose(node, value.tensors, reason)
         axis, rank = operand.axis, len(value.shape)
@@ -327,30 +333,68 @@ class OnnxGraph:
             return self._lose(node, (value.tensor,), reason or mixed)
         stored, n_axis = self.tensors[value.tensor], operand.n_axis
         n = value.shape[n_axis] if n_axis is not None and -rank <= n_axis < rank else 1
-        use = WeightUse(
-            label_of(node),
-            node.op_type,
-            value.tensor,
-            origin,
-            tuple(stored.dims),
-            dtype_name(stored),
-            value.shape[axis] // operand.groups,
-            n,
-            _scopes(node),
-            value.path,
-            value.problems,
-            value.doubts,
-            value.blind,
-            start,
-            value.picks if any(picks is not None for picks in value.picks) else (),
-            value.zero,
+        found.append(
+            WeightUse(
+                label_of(node),
+                node.op_type,
+                value.tensor,
+                origin,
+                tuple(stored.dims),
+                dtype_name(stored),
+                value.shape[axis] // operand.groups,
+                n,
+                _scopes(node),
+                value.path,
+                value.problems,
+                value.doubts,
+                value.blind,
+                start,
+                value.picks if any(picks is not None for picks in value.picks) else (),
+                value.zero,
+            )
         )
-        self.uses.append(use)
 
     def _lose(self, node: NodeProto, tensors: Sequence[str], reason: str) -> None:
         first, *rest = tensors
         others = tuple(name for name in rest if is_matrix(dims(self, name)))
         self.untraced.append(Untraced(label_of(node), node.op_type, first, reason, others))
+
+
+def _merged(uses: Sequence[WeightUse]) -> list[WeightUse]:
+    """Join the parts of one tensor that were cut out and put together again, such as the gates of a
+    recurrent layer in another order."""
+    merged: list[WeightUse] = []
+    for use in uses:
+        for i, other in enumerate(merged):
+            whole = _joined(other, use)
+            if whole is not None:
+                merged[i] = whole
+                break
+        else:
+            merged.append(use)
+    return merged
+
+
+def _joined(first: WeightUse, second: WeightUse) -> WeightUse | None:
+    plain = first.picks and second.picks and first.zero is None and second.zero is None
+    if not plain or first != replace(second, n=first.n):
+        return None
+    differ = [
+        axis
+        for axis, (a, b) in enumerate(zip(first.picks, second.picks))
+        if not (a is b or (a is not None and b is not None and np.array_equal(a, b)))
+    ]
+    if len(differ) != 1 or differ[0] == first.axis:
+        return None
+    a, b = first.picks[differ[0]], second.picks[differ[0]]
+    if a is None or b is None:
+        return None
+    places: np.ndarray | None = np.unique(np.concatenate([a, b]))
+    if places is not None and places.size == first.shape[differ[0]]:
+        places = None
+    picks = (*first.picks[: differ[0]], places, *first.picks[differ[0] + 1 :])
+    any_left = any(place is not None for place in picks)
+    return replace(first, n=first.n + second.n, picks=picks if any_left else ())
 
 
 def _either(values: Sequence[Value]) -> Value | None:

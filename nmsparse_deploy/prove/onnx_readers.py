@@ -14,14 +14,12 @@ from nmsparse_deploy.prove.onnx_tensor import dtype_name
 from nmsparse_deploy.prove.onnx_values import (
     MICROSOFT,
     STANDARD,
-    Opaque,
     Scope,
-    Several,
-    Stored,
     Value,
     dims,
     is_matrix,
     number,
+    rank_of,
     sources,
     text,
 )
@@ -60,14 +58,6 @@ def _name(node: NodeProto, place: int) -> str:
     return node.input[place] if 0 <= place < len(node.input) else ""
 
 
-def _rank(value: Value) -> int | None:
-    """Return how many axes a value has, None where that is not known."""
-    part: Value | None = value
-    if isinstance(value, Several):
-        part = next((part for part in value.parts if isinstance(part, Stored)), None)
-    return len(part.shape) if isinstance(part, Stored) else None
-
-
 def _computed(others: Iterable[Value | None], value: Value) -> bool:
     """Tell whether something beside a value is computed at run time, and not from the same
     constant."""
@@ -94,7 +84,7 @@ def _matmul(
         value, other = _at(inputs, place), _at(inputs, a + b - place)
         if value is None or (value.selected and (place == a or not _computed([other], value))):
             continue
-        rank = _rank(value)
+        rank = rank_of(value)
         k, n = usual
         if rank == 1:
             yield Operand(value, 0, None, zero=_name(node, zero), zero_axes=(0,))
@@ -114,12 +104,12 @@ def _gemm(
     left, right = _at(inputs, 0), _at(inputs, b)
     if (
         right is not None
-        and _rank(right) in (None, 2)
+        and rank_of(right) in (None, 2)
         and (not right.selected or _computed([left], right))
     ):
         k, n = (-1, -2) if number(node, "transB") else (-2, -1)
         yield Operand(right, k, n, zero=_name(node, zero), zero_axes=(n,))
-    if left is not None and _rank(left) in (None, 2) and not left.selected:
+    if left is not None and rank_of(left) in (None, 2) and not left.selected:
         k, n = (-2, -1) if number(node, "transA") else (-1, -2)
         yield Operand(left, k, n)
 
@@ -129,7 +119,7 @@ def _conv(
 ) -> Iterable[Operand]:
     """[M, C/group, kernel...]: every group reduces its own C/group."""
     value = _at(inputs, weight)
-    if value is not None and (_rank(value) or 3) >= 3:
+    if value is not None and (rank_of(value) or 3) >= 3:
         yield Operand(value, 1, 0, zero=_name(node, zero), zero_axes=(0,))
 
 
@@ -138,7 +128,7 @@ def _conv_transpose(
 ) -> Iterable[Operand]:
     """[C, M/group, kernel...]: every group reduces its own part of C."""
     value = _at(inputs, weight)
-    if value is not None and (_rank(value) or 3) >= 3:
+    if value is not None and (rank_of(value) or 3) >= 3:
         groups = max(1, number(node, "group", 1))
         yield Operand(value, 0, 1, groups, zero=_name(node, zero), zero_axes=(1,))
 
@@ -155,7 +145,7 @@ def _weights(
     """Weights in inputs of their own; by default [in, out]."""
     for i, place in enumerate(places):
         value = _at(inputs, place)
-        if value is not None and (_rank(value) or 2) >= 2:
+        if value is not None and (rank_of(value) or 2) >= 2:
             zero = _name(node, zeros[i]) if i < len(zeros) else ""
             yield Operand(value, axis, n_axis, zero=zero, zero_axes=(n_axis,))
 
@@ -175,7 +165,7 @@ def _einsum(node: NodeProto, inputs: Inputs, scope: Scope) -> Iterable[Operand]:
         letters = term.replace("...", "")
         shared = [c for c in dict.fromkeys(letters) if c in others and c not in result]
         alone = [c for c in letters if c not in others and c not in result]
-        rank = _rank(value)
+        rank = rank_of(value)
         fits = len(set(letters)) == len(letters) and (
             rank is None or rank == len(letters) or ("..." in term and rank > len(letters))
         )
@@ -195,6 +185,17 @@ def _axis(term: str, letter: str) -> int:
     if dots and letter in tail:
         return tail.index(letter) - len(tail)
     return head.index(letter)
+
+
+def _packed(
+    node: NodeProto, inputs: Inputs, scope: Scope, places: Sequence[int] = (1,)
+) -> Iterable[Operand]:
+    """Weights whose layout is the operator's own: several values in a byte, blocks, or an order
+    that differs between versions."""
+    for place in places:
+        value = _at(inputs, place)
+        if value is not None and _is_weight(value, scope):
+            yield Operand(value, unknown=f"is read by {node.domain}.{node.op_type}")
 
 
 def _quantised_lstm(node: NodeProto, inputs: Inputs, scope: Scope) -> Iterable[Operand]:
@@ -244,6 +245,10 @@ READERS: dict[tuple[str, str], Reader] = {
     (MICROSOFT, "AttnLSTM"): partial(_weights, places=(1, 2), axis=-1, n_axis=-2),
     (MICROSOFT, "GatedRelativePositionBias"): partial(_weights, places=(3,)),
     (MICROSOFT, "DynamicQuantizeLSTM"): _quantised_lstm,
+    **{(MICROSOFT, op): _packed for op in ("MatMulNBits", "MatMulBnb4", "MatMulFpQ4")},
+    (MICROSOFT, "MoE"): partial(_packed, places=(2, 4, 6)),
+    (MICROSOFT, "QMoE"): partial(_packed, places=(2, 5, 8)),
+    ("com.microsoft.nchwc", "Conv"): _packed,
 }
 """Domain and operator -> how to read it."""
 
@@ -282,9 +287,8 @@ def operands(node: NodeProto, inputs: Inputs, scope: Scope) -> Iterable[Operand]
     elif not _is_harmless(domain, node.op_type):
         reason = f"is read by {domain}{'.' if domain else ''}{node.op_type}"
         for value in inputs:
-            for part in value.parts if isinstance(value, Several) else (value,):
-                if part is not None and not part.selected and _is_weight(part, scope):
-                    yield Operand(part, unknown=reason)
+            if value is not None and not value.selected and _is_weight(value, scope):
+                yield Operand(value, unknown=reason)
 
 
 def _is_harmless(domain: str, op: str) -> bool:
@@ -300,10 +304,9 @@ def _standard_operators() -> frozenset[str]:
     return frozenset(schema.name for schema in defs.get_all_schemas() if not schema.domain)
 
 
-def _is_weight(value: Stored | Opaque, scope: Scope) -> bool:
+def _is_weight(value: Value, scope: Scope) -> bool:
     """Tell whether a constant is a matrix of a type that weights have."""
-    names = (value.tensor,) if isinstance(value, Stored) else value.tensors
     return any(
         is_matrix(dims(scope, name)) and dtype_name(scope.tensors[name]) not in NO_WEIGHTS
-        for name in names
+        for name in sources([value])
     )

@@ -83,7 +83,7 @@ class Several:
     """Constants that are joined along `axis` (counted from the last), or of which one is chosen
     (None)."""
 
-    parts: tuple[Stored | Opaque, ...]
+    parts: tuple[Stored | Opaque | Several, ...]
     axis: int | None
     selected: bool = False
 
@@ -134,6 +134,24 @@ def lost(
     before = [value for value in values if isinstance(value, Opaque) and not value.selected]
     first = next((value.reason for value in before if value.tensor == names[0]), reason)
     return Opaque(tuple(names[:MAX_SOURCES]), first, selected)
+
+
+def rank_of(value: Value) -> int | None:
+    """Return how many axes a value has, None where that is not known."""
+    if isinstance(value, Stored):
+        return len(value.shape)
+    ranks = (rank_of(part) for part in value.parts) if isinstance(value, Several) else ()
+    return next((rank for rank in ranks if rank is not None), None)
+
+
+def length_of(value: Value, axis: int) -> int:
+    """Return the length of an axis, counted from the last one; 0 where it is not known."""
+    if isinstance(value, Stored):
+        return value.shape[axis] if -len(value.shape) <= axis < 0 else 0
+    if isinstance(value, Opaque):
+        return 0
+    lengths = [length_of(part, axis) for part in value.parts]
+    return sum(lengths) if axis == value.axis else max(lengths, default=0)
 
 
 def is_selected(value: Value | None) -> bool:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nmsparse_deploy.pattern import TWO_FOUR
+from nmsparse_deploy.prove import verify_onnx
 from nmsparse_deploy.prove.agreement import agreement
 from nmsparse_deploy.prove.group_counter import check
 from nmsparse_deploy.prove.onnx_graph import OnnxGraph
@@ -141,3 +142,9 @@ def test_the_weights_lie_in_one_file_beside_the_graph(exported):
         tensor for tensor in model.graph.initializer if tensor.data_location != tensor.EXTERNAL
     ]
     assert all(len(tensor.raw_data) < 1024 for tensor in inside)
+
+
+@pytest.mark.parametrize(("family", "precision", "opset"), COMBINATIONS)
+def test_every_multiplication_of_an_export_is_followed(exported, family, precision, opset):
+    report = verify_onnx(exported(family, precision, opset).path).strict()
+    assert report.ok and report.checked and not report.not_followed, report.failures()
