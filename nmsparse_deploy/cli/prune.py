@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import nmsparse_deploy as nms
 from nmsparse_deploy.cli.app import DEMO, output, say_default, verb
 from nmsparse_deploy.cli.options import Asked, Fields
+from nmsparse_deploy.cli.shapes import planned, shape_lines
 from nmsparse_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,12 +59,14 @@ def prune(
         spec = choice.spec
     run = nms.prune(model, spec, out, force, output.progress, limit)
     record = run.manifest().stages["prune"]
+    ineligible = planned(run)
     how = "as planned" if plan else f"to {spec.pattern}"
     output.result(
-        {"run": str(run.path), **record.to_json()},
+        {"run": str(run.path), **record.to_json(), "ineligible_by_shape": ineligible},
         [
             f"{run.path}: {record.layers} layers pruned {how} and verified in {record.seconds:.0f} s.",
             *_remarks(record),
+            *shape_lines(ineligible),
             f"next: nmsparse-deploy evaluate {run.path}",
         ],
     )

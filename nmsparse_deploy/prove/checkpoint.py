@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, Pattern
+from nmsparse_deploy.prove.compressed import bitmask_check, find_compressed
+from nmsparse_deploy.prove.gguf_file import read_gguf
 from nmsparse_deploy.prove.group_counter import ELEMENT_TYPES
-from nmsparse_deploy.prove.layout import Layout, Layouts, family, read_config, settle
+from nmsparse_deploy.prove.layout import Config, Layout, Layouts, family, read_config, settle
 from nmsparse_deploy.prove.report import TensorCheck, VerifyReport
-from nmsparse_deploy.prove.rows import foreign_check, masked_check, unmatched
+from nmsparse_deploy.prove.rows import foreign_check, masked_check, not_followed, unmatched
 from nmsparse_deploy.prove.scan import Scanner, countable
 from nmsparse_deploy.prove.tensor_files import StoredTensor, find_tensors
 from nmsparse_deploy.system.progress import Progress, silent
 from nmsparse_deploy.system.sparse_cores import shape_verdict
+
+WITHOUT_ZERO = ("F8_E8M0", "BOOL")
+"""Types of scales and of switches, which no layer multiplies by as weights."""
+NOTHING_CALLED = "Nothing is called"
+GGUF = Config(linear=True, said="in a GGUF file")
+"""llama.cpp turns a `Conv1D` around."""
 
 
 def verify_checkpoint(
@@ -27,7 +35,7 @@ def verify_checkpoint(
     expect: Sequence[str] = (),
     progress: Progress = silent,
 ) -> VerifyReport:
-    """Verify a .safetensors file or a folder of them.
+    """Verify a .safetensors file, a folder of them, or a .gguf file.
 
     With masks: every masked tensor is there, in the pattern of its mask, zero outside the mask,
     finite and free of minus zeros; the others make no claim. Without: every weight is judged by its
@@ -37,29 +45,20 @@ def verify_checkpoint(
     Raises `UsageError` when a file is missing or damaged.
     """
     start, scanner, path = time.perf_counter(), Scanner(), Path(path)
-    tensors = find_tensors(path)
-    total, done = sum(tensor.source.nbytes for tensor in tensors), 0
-    checks = []
-    folder = path if path.is_dir() else path.parent
-    layouts = Layouts({tensor.name: tensor.shape for tensor in tensors}, read_config(folder))
-    for tensor in tensors:
-        progress(f"verifying {path}", done, total)
-        expected = any(fnmatchcase(tensor.name, glob) for glob in expect)
-        checks.append(
-            _with_mask(tensor, masks, expected, scanner)
-            if masks is not None
-            else _without_mask(tensor, layouts.of(tensor.name), pattern, expected, scanner)
-        )
-        done += tensor.source.nbytes
-    progress(f"verifying {path}", done, total)
-    if masks is None:
-        checks = settle(checks, layouts)
+    gguf = path.suffix.lower() == ".gguf"
+    tensors = read_gguf(path) if gguf else find_tensors(path)
     names = [tensor.name for tensor in tensors]
-    problems = (
-        _missing(path, masks, names)
-        if masks is not None
-        else nothing_sparse(str(path), checks, pattern)
-    )
+    seen = _progress_over(tensors, path, progress)
+    if masks is None:
+        config = GGUF if gguf else read_config(path if path.is_dir() else path.parent)
+        checks, others = _foreign(tensors, seen, config, pattern, expect, scanner)
+        names += others
+        problems = nothing_sparse(str(path), checks, pattern)
+    else:
+        checks = [
+            _with_mask(tensor, masks, _named(expect, tensor.name), scanner) for tensor in seen
+        ]
+        problems = _missing(path, masks, names)
     problems += unmatched_globs(expect, names)
     return VerifyReport(
         "file",
@@ -69,6 +68,55 @@ def verify_checkpoint(
         scanner.bytes_read,
         time.perf_counter() - start,
     )
+
+
+def _progress_over(
+    tensors: Sequence[StoredTensor], path: Path, progress: Progress
+) -> Iterator[StoredTensor]:
+    total, done = sum(tensor.source.nbytes for tensor in tensors), 0
+    for tensor in tensors:
+        progress(f"verifying {path}", done, total)
+        yield tensor
+        done += tensor.source.nbytes
+    progress(f"verifying {path}", done, total)
+
+
+def _foreign(
+    tensors: Sequence[StoredTensor],
+    seen: Iterable[StoredTensor],
+    config: Config,
+    pattern: NMPattern,
+    expect: Sequence[str],
+    scanner: Scanner,
+) -> tuple[list[TensorCheck], list[str]]:
+    """Judge what has no masks; return the rows, and the names of weights that several tensors
+    store."""
+    layouts = Layouts({tensor.name: tensor.shape for tensor in tensors}, config)
+    stored = find_compressed(tensors)
+    checks = settle(
+        [
+            _without_mask(
+                tensor, layouts.of(tensor.name), pattern, _named(expect, tensor.name), scanner
+            )
+            for tensor in seen
+            if tensor.name not in stored.owners
+        ],
+        layouts,
+    )
+    others = []
+    for weight in stored.bitmasks:
+        names = [weight.name, f"{weight.name}.weight"]
+        checks.append(bitmask_check(weight, pattern, _named(expect, *names), scanner))
+        others += names
+    by_name = {tensor.name: tensor for tensor in tensors}
+    for packed in stored.packed:
+        row = _row(by_name[packed.name], pattern)
+        checks.append(not_followed(row, packed.why, _named(expect, packed.name)))
+    return checks, others
+
+
+def _named(expect: Sequence[str], *names: str) -> bool:
+    return any(fnmatchcase(name, glob) for glob in expect for name in names)
 
 
 def _row(tensor: StoredTensor, pattern: Pattern) -> TensorCheck:
@@ -99,6 +147,8 @@ def _without_mask(
         row = replace(row, shape_verdict=shape_verdict(*layout.gemm, pattern))
     if element is None:
         reason = f"values of type {tensor.dtype} cannot be checked"
+        if len(shape) > 1 and tensor.dtype not in WITHOUT_ZERO:
+            return not_followed(row, reason, expected)
     elif not layout.axes:
         reason = "not a weight matrix"
     elif parts > 1 and shape[0] // parts % pattern.group:
@@ -129,13 +179,20 @@ def nothing_sparse(artefact: str, checks: Sequence[TensorCheck], pattern: NMPatt
     """Return a problem when nothing in a foreign artefact claims to be sparse."""
     if any(check.skipped is None for check in checks):
         return []
+    lost = [check for check in checks if not check.followed]
+    if lost:
+        return [
+            f"Nothing in '{artefact}' could be shown to be {pattern} sparse: {len(lost)} weights were "
+            f"not followed, the first is '{lost[0].tensor}' "
+            f"({(lost[0].skipped or '').removeprefix('not followed: ')})."
+        ]
     return [f"Nothing in '{artefact}' is {pattern} sparse."]
 
 
 def unmatched_globs(expect: Sequence[str], names: Sequence[str]) -> list[str]:
     """Return a problem for every name that was expected and is not there."""
     return [
-        f"Nothing is called '{glob}', which was expected to be sparse."
+        f"{NOTHING_CALLED} '{glob}', which was expected to be sparse."
         for glob in expect
         if not any(fnmatchcase(name, glob) for name in names)
     ]

@@ -61,6 +61,14 @@ class Config:
     types: frozenset[str] = frozenset()
     linear: bool = False
     """Whether every layer that `CONV1D` does not name is linear."""
+    said: str = ""
+    """Where else that stands, in words."""
+
+    @property
+    def where(self) -> str:
+        """Say where that stands."""
+        types = " and ".join(f"'{name}'" for name in sorted(self.types)) or "the model"
+        return self.said or f"in {types} of config.json"
 
     @property
     def conv1d(self) -> frozenset[str]:
@@ -122,11 +130,10 @@ class Layouts:
         axis, leaf = self._by_bias(name, shape), _leaf(name)
         if axis is not None:
             return Layout((axis, 1 - axis), f"its bias has {shape[1 - axis]:,} values")
-        types = " and ".join(f"'{name}'" for name in sorted(self.config.types)) or "its model"
         if leaf in self.config.conv1d:
-            return Layout((0, 1), f"in {types} of config.json '{leaf}' is a Conv1D")
+            return Layout((0, 1), f"{self.config.where} '{leaf}' is a Conv1D")
         if self.config.linear and name.endswith("weight"):
-            return Layout((1, 0), f"in {types} of config.json '{leaf}' is no Conv1D")
+            return Layout((1, 0), f"{self.config.where} '{leaf}' is no Conv1D")
         if len(self._leaves[leaf]) == 1:
             (axis,) = self._leaves[leaf]
             return Layout((axis, 1 - axis), f"another '{leaf}' of the file shows it by its bias")

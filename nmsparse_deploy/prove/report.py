@@ -54,6 +54,8 @@ class TensorCheck:
     """Hash of the stored bytes, to tie an engine to what was verified here."""
     skipped: str | None = None
     """Why the tensor makes no claim."""
+    followed: bool = True
+    """Whether its values, or the axis that its reader reduces, could be looked at."""
     note: str | None = None
     """What the row takes for granted."""
     followed: bool = True

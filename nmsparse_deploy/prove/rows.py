@@ -27,6 +27,13 @@ def unmatched(row: TensorCheck, *problems: str) -> TensorCheck:
     return replace(row, skipped=None, problems=(*row.problems, *problems))
 
 
+def not_followed(row: TensorCheck, reason: str, expected: bool) -> TensorCheck:
+    """Return the row of a weight that could not be looked at; it fails if it was expected to be
+    sparse."""
+    row = replace(row, followed=False, skipped=f"not followed: {reason}")
+    return unmatched(row, f"expected to be sparse, but not followed: {reason}") if expected else row
+
+
 def masked_check(
     row: TensorCheck,
     element: ElementType,

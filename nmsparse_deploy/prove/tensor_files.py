@@ -70,11 +70,8 @@ def find_tensors(path: Path) -> list[StoredTensor]:
         raise from_os_error(error) from error
     if not there:
         raise UsageError(f"There is no checkpoint '{path}'.")
-    if path.suffix != ".safetensors":
-        raise UsageError(
-            f"'{path}' is not a .safetensors file; other formats can run code when they are opened.",
-            "save the model with safetensors and verify that",
-        )
+    if path.suffix.lower() != ".safetensors":
+        raise UsageError(f"'{path}' {_what_it_is(path)}.", _instead(path))
     tensors, metadata = read_header(path)
     if FORMAT in metadata:
         raise UsageError(
@@ -83,11 +80,47 @@ def find_tensors(path: Path) -> list[StoredTensor]:
     return tensors
 
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+OTHERS = {
+    ".ort": "is a model in ONNX Runtime's own format, which is not read here",
+    ".pb": "is a protobuf of TensorFlow or Caffe, which is not read here",
+    ".tflite": "is a TensorFlow Lite model, which is not read here",
+    ".h5": "is an HDF5 file of Keras, which is not read here",
+    ".keras": "is a Keras model, which is not read here",
+    ".msgpack": "holds the weights of a Flax model, which are not read here",
+    ".npz": "holds NumPy arrays, which are not read here",
+    ".npy": "holds a NumPy array, which is not read here",
+    ".mlpackage": "is a Core ML model, which is not read here",
+    ".xml": "describes a model of OpenVINO, which is not read here",
+    ".data": "holds values of an ONNX model, and not which layer multiplies by them",
+    ".json": "is a description without weights",
+}
+"""Files that people try, by how they end -> what they are."""
+
+
+def _what_it_is(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix in PICKLES:
+        return "is not a .safetensors file but a pickle, which can run code when it is opened"
+    return OTHERS.get(
+        suffix, "is not a file with weights that can be read (.safetensors, .gguf, .onnx)"
+    )
+
+
+def _instead(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix in (".ort", ".data"):
+        return "verify the .onnx file that it belongs to"
+    if suffix == ".json":
+        return "give the folder that it lies in"
+    return "save the model with safetensors, or export it to ONNX, and verify that"
+
+
 def _of_folder(folder: Path) -> list[StoredTensor]:
     index = next((folder / name for name in INDEXES if (folder / name).exists()), None)
     promised = _read_index(index) if index is not None else None
     if promised is None:
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(f for f in folder.iterdir() if f.suffix.lower() == ".safetensors")
     else:
         files = [folder / name for name in sorted(set(promised.values()))]
     stored: dict[str, StoredTensor] = {}
@@ -107,7 +140,11 @@ def _of_folder(folder: Path) -> list[StoredTensor]:
                 f"'{index}' promises tensor '{name}' in '{shard}', which does not hold it."
             )
     if not stored:
-        raise UsageError(f"There are no .safetensors weights in '{folder}'.")
+        other = next(
+            (f for f in sorted(folder.iterdir()) if f.suffix.lower() in (*PICKLES, *OTHERS)), None
+        )
+        named = f"; '{other.name}' {_what_it_is(other)}" if other else ""
+        raise UsageError(f"There are no .safetensors weights in '{folder}'{named}.")
     return list(stored.values())
 
 

@@ -29,6 +29,12 @@ NAMES = {
 """What a recorded field is called on a page, where its own name says too little."""
 
 
+def first_names(names: Sequence[str], most: int = 10) -> str:
+    """Return names in a row, the first `most` of them, as a terminal can show them."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", ", ".join(names[:most])) + more
+
+
 def clean(value: Any, numbers: bool = True) -> Any:
     """Copy data so that any JSON reader, browser and terminal can take it.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nmsparse_deploy.errors import UsageError, from_os_error
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.pattern import Unstructured, parse_pattern
 from nmsparse_deploy.prove import VerifyReport, verify_checkpoint, verify_onnx
+from nmsparse_deploy.prove.checkpoint import NOTHING_CALLED
 from nmsparse_deploy.prove.report import NOT_CHECKED
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.ship.onnx import LinkMap
@@ -45,8 +47,8 @@ def verify_any(
     expect: Sequence[str] = (),
     progress: Progress = silent,
 ) -> tuple[list[VerifyReport], list[dict[str, str]]]:
-    """Check a run, or a checkpoint or ONNX file that came from elsewhere; returns reports and what
-    was not checked.
+    """Check a run, or what came from elsewhere: a checkpoint, an ONNX or GGUF file, or a folder of
+    these; returns reports and what was not checked.
 
     A file without a run has no masks: its sparse tensors are reported, and `expect` names the ones
     that must be.
@@ -68,5 +70,36 @@ def verify_any(
             f"'{target}' has no masks, and zeros alone cannot show that it is {wanted}.",
             "verify the run that it belongs to",
         )
-    check = verify_onnx if target.suffix == ".onnx" else verify_checkpoint
-    return [check(target, pattern=wanted, expect=expect, progress=progress)], []
+    reports = []
+    for path in _artefacts(target):
+        check = verify_onnx if path.suffix.lower() == ".onnx" else verify_checkpoint
+        reports.append(check(path, pattern=wanted, expect=expect, progress=progress))
+    return _expected_once(reports), []
+
+
+def _artefacts(target: Path) -> list[Path]:
+    """Return what is to be verified: a file, or the checkpoint and the models in a folder."""
+    try:
+        files = sorted(target.iterdir()) if target.is_dir() else []
+    except OSError as error:
+        raise from_os_error(error) from error
+    models = [file for file in files if file.suffix.lower() in (".onnx", ".gguf")]
+    weights = any(file.suffix.lower() == ".safetensors" for file in files)
+    return [target, *models] if weights or not models else models
+
+
+def _expected_once(reports: list[VerifyReport]) -> list[VerifyReport]:
+    """Return the reports, where a name that was expected is missed only if none of them has it."""
+    first, *others = reports
+    missed = set(first.problems).intersection(*(report.problems for report in others))
+    return [
+        replace(
+            report,
+            problems=tuple(
+                problem
+                for problem in report.problems
+                if problem in missed or not problem.startswith(NOTHING_CALLED)
+            ),
+        )
+        for report in reports
+    ]

@@ -41,6 +41,7 @@ class PlannedMatrix:
     n: int
     pattern: str | None
     reason: str
+    shape_verdict: str | None = None
 
 
 @dataclass(frozen=True)
