@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.system.sparse_cores import INELIGIBLE, POSSIBLE_K, POSSIBLE_N
+
+if TYPE_CHECKING:
+    from nmsparse_deploy.runs.run_dir import RunDir
 
 
 def planned(run: RunDir) -> list[str]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     target="run folder, checkpoint (file or folder), .onnx or .engine; left out: the newest run",
     pattern="keep:group, for files without a run",
     expect="glob on tensors that have to be sparse, for files without a run",
-    strict="fail when a weight of an ONNX model could not be followed to its multiplication",
+    strict="fail when a weight could not be unpacked, or not be followed to its multiplication",
     counters="CSV of Nsight Compute, for an .engine",
 )
 def verify(
@@ -81,7 +81,8 @@ def _skipped(rows: Sequence["TensorCheck"]) -> list[str]:
         if check.skipped is not None:
             reasons.setdefault(re.sub(r"\d+", "", check.skipped), []).append(check)
     return [
-        f"  skipped, {alike[0].skipped}: {first_names([check.tensor for check in alike])}"
+        f"  {'' if not alike[0].followed else 'skipped, '}{alike[0].skipped}: "
+        f"{first_names([check.tensor for check in alike])}"
         for alike in reasons.values()
     ]
 

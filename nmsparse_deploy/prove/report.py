@@ -54,8 +54,6 @@ class TensorCheck:
     """Hash of the stored bytes, to tie an engine to what was verified here."""
     skipped: str | None = None
     """Why the tensor makes no claim."""
-    followed: bool = True
-    """Whether its values, or the axis that its reader reduces, could be looked at."""
     note: str | None = None
     """What the row takes for granted."""
     followed: bool = True
@@ -116,7 +114,8 @@ class VerifyReport:
         """Return the report of a reader who takes no weight on trust: what could not be followed
         is a problem."""
         rows = [check for check in self.checks if not check.followed and check.ok]
-        problems = [f"'{check.tensor}' at '{check.node}': {check.skipped}." for check in rows]
+        places = [f"'{c.tensor}'" + (f" at '{c.node}'" if c.node else "") for c in rows]
+        problems = [f"{place}: {check.skipped}." for place, check in zip(places, rows)]
         return replace(self, problems=(*self.problems, *problems))
 
     @property

@@ -118,6 +118,8 @@ def test_packed_codes_are_named_and_not_followed(tmp_path, scheme):
     assert verify_checkpoint(saved(tmp_path, **parts, good=good)).ok
     report = verify_checkpoint(saved(tmp_path, **parts, good=good), expect=[check.tensor])
     assert "expected to be sparse, but not followed" in report.summary()
+    strict = verify_checkpoint(saved(tmp_path, **parts, good=good)).strict()
+    assert not strict.ok and f"'{check.tensor}': not followed: " in strict.summary()
 
 
 def test_plain_weights_with_such_names_are_judged(tmp_path):
