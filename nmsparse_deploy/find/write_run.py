@@ -18,6 +18,7 @@ from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.models.permutations import Permutations
 from nmsparse_deploy.prove import verify_checkpoint
 from nmsparse_deploy.prove.report import NOT_CHECKED
+from nmsparse_deploy.prove.stored_views import FILE, views_to_json
 from nmsparse_deploy.recipe import Prune
 from nmsparse_deploy.runs.run_dir import RunDir
 
@@ -39,6 +40,8 @@ def write_model(
             if not (folder / name).exists():  # what was just written is the pruned model's own
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, folder / name)
+    if loaded.stored:
+        run.write_json(FILE, views_to_json(loaded.stored))
 
 
 def write_masks(
@@ -105,7 +108,7 @@ def stored_masks(files: Sequence[BlockFile]) -> dict[str, Mask]:
 def verify_model(run: RunDir, masks: MaskSet, how: str) -> None:
     """Check the weights as they are on disk and record it. Raises `CheckFailed` when they break a
     mask."""
-    report = verify_checkpoint(run / "model", masks)
+    report = verify_checkpoint(run / "model", masks, stored=run.stored_views())
     run.write_json("verify.json", {"reports": [report.to_json()], "not_checked": list(NOT_CHECKED)})
     if not report.ok:
         raise CheckFailed(f"The {how} model fails verification: {report.summary()}")

@@ -21,6 +21,7 @@ from nmsparse_deploy.models.model_folder import by_name, carried_files, loaded_f
 from nmsparse_deploy.models.outputs import Features, primary_output
 from nmsparse_deploy.models.preprocess import ImagePipeline
 from nmsparse_deploy.models.weight_store import IN_MEMORY, WeightStore
+from nmsparse_deploy.prove.stored_views import StoredViews
 
 Batch = dict[str, Any]
 """Keyword arguments of one forward pass."""
@@ -46,6 +47,8 @@ class LoadedModel:
     provenance: dict[str, str] = field(default_factory=dict)
     """Revision, file hashes, dtype, library versions."""
     weights: WeightStore = IN_MEMORY
+    stored: StoredViews = field(default_factory=dict)
+    """What is saved where it is not each parameter under its own name: the checkpoint's layout."""
 
     @property
     def streamed(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern, Pattern
@@ -17,6 +18,7 @@ from nmsparse_deploy.prove.layout import Config, Layout, Layouts, family, read_c
 from nmsparse_deploy.prove.report import TensorCheck, VerifyReport
 from nmsparse_deploy.prove.rows import foreign_check, masked_check, not_followed, unmatched
 from nmsparse_deploy.prove.scan import Scanner, countable
+from nmsparse_deploy.prove.stored_views import StoredViews, stored_masks
 from nmsparse_deploy.prove.tensor_files import StoredTensor, find_tensors
 from nmsparse_deploy.system.progress import Progress, silent
 from nmsparse_deploy.system.sparse_cores import shape_verdict
@@ -34,13 +36,15 @@ def verify_checkpoint(
     pattern: NMPattern = TWO_FOUR,
     expect: Sequence[str] = (),
     progress: Progress = silent,
+    stored: StoredViews = MappingProxyType({}),
 ) -> VerifyReport:
     """Verify a .safetensors file, a folder of them, or a .gguf file.
 
     With masks: every masked tensor is there, in the pattern of its mask, zero outside the mask,
-    finite and free of minus zeros; the others make no claim. Without: every weight is judged by its
-    values (`report.judge`) along the axis that its layer reduces (`layout`). A tensor that is
-    nearly in the pattern fails, and so does a checkpoint in which nothing is sparse. `expect` names
+    finite and free of minus zeros; the others make no claim. `stored` says which parts of which
+    parameters the tensors are, where they are not the parameters themselves. Without: every weight
+    is judged by its values (`report.judge`) along the axis that its layer reduces (`layout`). A
+    tensor that is nearly in the pattern fails, and so does a checkpoint in which nothing is sparse. `expect` names
     tensors (glob patterns) that have to be sparse.
     Raises `UsageError` when a file is missing or damaged.
     """
@@ -55,8 +59,10 @@ def verify_checkpoint(
         names += others
         problems = nothing_sparse(str(path), checks, pattern)
     else:
+        masks = stored_masks(masks, stored)
         checks = [
-            _with_mask(tensor, masks, _named(expect, tensor.name), scanner) for tensor in seen
+            _with_mask(tensor, masks, stored, _named(expect, tensor.name), scanner)
+            for tensor in seen
         ]
         problems = _missing(path, masks, names)
     problems += unmatched_globs(expect, names)
@@ -124,13 +130,15 @@ def _row(tensor: StoredTensor, pattern: Pattern) -> TensorCheck:
 
 
 def _with_mask(
-    tensor: StoredTensor, masks: MaskSet, expected: bool, scanner: Scanner
+    tensor: StoredTensor, masks: MaskSet, stored: StoredViews, expected: bool, scanner: Scanner
 ) -> TensorCheck:
     mask = masks.masks.get(tensor.name)
     if mask is None:
         row = replace(_row(tensor, TWO_FOUR), pattern="", skipped="not in the mask set")
         return unmatched(row, "expected to be sparse, but it has no mask") if expected else row
-    row = replace(_row(tensor, mask.pattern), parameter=tensor.name)
+    view = stored.get(tensor.name)
+    parameter = view.parameter if view else tensor.name
+    row = replace(_row(tensor, mask.pattern), parameter=parameter)
     element = ELEMENT_TYPES.get(tensor.dtype)
     if element is None:
         return unmatched(row, f"values of type {tensor.dtype} cannot be checked")

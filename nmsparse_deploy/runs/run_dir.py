@@ -5,7 +5,8 @@ resume.
       manifest.json        recipe, fingerprint, hashes of inputs, versions, hardware, finished stages
       blocks/NNN.*         finished blocks while pruning (gone when the stage is)
       model/               pruned weights that the stock library loads
-      masks.safetensors    the masks
+      masks.safetensors    the masks, by the names of parameters
+      stored.json          which part of which parameter a saved tensor is, where names or layout differ
       permutations.safetensors   how the dense channels were reordered first, where they were
       scales.safetensors   with --wbits: what the integers of each weight are multiplied by
       plan.json layers.json verify.json evaluate.json bench.json
@@ -34,6 +35,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from nmsparse_deploy.errors import NmsparseError, UsageError
+from nmsparse_deploy.prove.stored_views import FILE, StoredViews, views_from_json
 from nmsparse_deploy.recipe import differences
 from nmsparse_deploy.runs.manifest import InputsRecord, Manifest, RecipeRecord
 
@@ -144,6 +146,13 @@ class RunDir:
             raise UsageError(f"The run '{self.path}' has no {name}.") from None
         except ValueError as error:
             raise UsageError(f"'{self.path / name}' is damaged: {error}.") from error
+
+    def stored_views(self) -> StoredViews:
+        """Return which part of which parameter each saved tensor is; empty where each parameter is
+        saved under its own name. Raises `UsageError` when the file that says so is damaged."""
+        if not (self / FILE).is_file():
+            return {}
+        return views_from_json(self.read_json(FILE), str(self / FILE))
 
     def write_json(self, name: str, data: object) -> Path:
         """Write a file of the run, complete or not at all."""

@@ -23,7 +23,8 @@ def verify(run: RunDir, progress: Progress = silent) -> list[VerifyReport]:
     """Check the run's weights, every exported graph and every packed model against its masks.
     Writes `verify.json`; does not raise."""
     masks = MaskSet.load(run / "masks.safetensors")
-    reports = [verify_checkpoint(run / "model", masks, progress=progress)]
+    stored = run.stored_views()
+    reports = [verify_checkpoint(run / "model", masks, progress=progress, stored=stored)]
     for path in run.graphs():
         link = LinkMap.load(path.with_suffix(".link.json")).by_parameter()
         reports.append(verify_onnx(path, masks, link, progress=progress))

@@ -11,7 +11,7 @@ from nmsparse_deploy.models.hub_errors import unreachable
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.system.progress import Progress, silent
 
-BESIDE = ("masks.safetensors", "permutations.safetensors", "scales.safetensors")
+BESIDE = ("masks.safetensors", "stored.json", "permutations.safetensors", "scales.safetensors")
 """Published under `nmsparse/`: loaders that read every safetensors file at the top take masks for
 weights."""
 

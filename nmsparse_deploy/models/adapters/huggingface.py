@@ -13,6 +13,8 @@ import torch
 from nmsparse_deploy.errors import NmsparseError, UsageError, first_line
 from nmsparse_deploy.models import own_code, quantised
 from nmsparse_deploy.models.adapters import peft, transformers_private
+from nmsparse_deploy.models.adapters.architectures import TASKS, auto_class, family
+from nmsparse_deploy.models.adapters.checkpoint_layout import layout_of, save_module
 from nmsparse_deploy.models.adapters.gguf import SUFFIX, dequantised
 from nmsparse_deploy.models.hub_cache import cached_folder, fetch_description
 from nmsparse_deploy.models.load_errors import explained
@@ -30,29 +32,10 @@ from nmsparse_deploy.models.model_folder import by_name, carried_files, loaded_f
 from nmsparse_deploy.models.outputs import Features
 from nmsparse_deploy.models.preprocess import from_config
 from nmsparse_deploy.models.weight_store import IN_MEMORY, WeightStore
+from nmsparse_deploy.prove.stored_views import StoredViews
 
-HEADS = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForImageClassification": "AutoModelForImageClassification",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-}
-"""How an architecture's name ends -> what loads it with its head; anything else is loaded without
-one."""
-TASKS = {
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-    "ForMaskedLM": "fill-mask",
-    "ForImageClassification": "image-classification",
-    "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification",
-}
-"""How an architecture's name ends -> what a hub calls its job; for others the hub is told
-nothing."""
-GENERATES = "ForConditionalGeneration"
-"""Loaded by its own class: several automatic ones claim this ending."""
+SHARD = 50 * 10**9
+"""Bytes of a file of weights that is written from memory, as Transformers has it."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +77,15 @@ class HuggingFaceAdapter(ModelAdapter):
             stored = Path(place) if Path(place).exists() else cached_folder(place)
             scheme = getattr(checkpoint.config, "quantization_config", None)
             quantised.refuse(place if checkpoint.adapter else source, stored, scheme)
-            module, weights = (_stream if stream else _load)(checkpoint, dtype)
+            module, weights, layout = (_stream if stream else _load)(checkpoint, stored, dtype)
             facts = {
                 **checkpoint.provenance,
                 "class": type(module).__name__,
                 "dtype": str(module.dtype).removeprefix("torch."),
             }
-            return self._loaded(module, source, checkpoint, facts, weights)
+            loaded = self._loaded(module, source, checkpoint, facts, weights)
+            loaded.stored = layout
+            return loaded
 
     def meta_model(self, folder: Path, dtype: torch.dtype) -> LoadedModel:
         with explained(str(folder)):
@@ -165,8 +150,10 @@ class HuggingFaceAdapter(ModelAdapter):
 
         module: Any = model.module
         if isinstance(model.weights, StreamedWeights):
-            model.weights.save(folder, changed or {})
-        else:  # the older names that the library would restore are not the ones that masks are stored under
+            model.weights.save(folder, changed or {}, model.stored)
+        elif model.stored:
+            save_module(module, folder, model.stored, module.state_dict().__getitem__, SHARD)
+        else:
             module.save_pretrained(folder, save_original_format=False)
         if not isinstance(model.processor, MissingTokenizer):
             model.processor.save_pretrained(folder)
@@ -359,7 +346,9 @@ def read_config(place: str, **options: Any) -> Any:
     return config
 
 
-def _load(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, WeightStore]:
+def _load(
+    checkpoint: Checkpoint, folder: Path | None, dtype: torch.dtype | None
+) -> tuple[Any, WeightStore, StoredViews]:
     import transformers
 
     auto = getattr(transformers, checkpoint.auto)
@@ -381,12 +370,16 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, Weigh
     if info["unexpected_keys"]:
         unused = sorted(info["unexpected_keys"])
         checkpoint.provenance["unused_tensors"] = f"{len(unused)}: {', '.join(unused[:10])}"
+    folder = folder or cached_folder(checkpoint.place)  # it may have just been downloaded
+    layout = layout_of(module, folder, module.state_dict().__getitem__, checkpoint.provenance)
     if checkpoint.adapter is not None:
         module = peft.merged(module, checkpoint.adapter)
-    return module, IN_MEMORY
+    return module, IN_MEMORY, layout
 
 
-def _stream(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, WeightStore]:
+def _stream(
+    checkpoint: Checkpoint, folder: Path | None, dtype: torch.dtype | None
+) -> tuple[Any, WeightStore, StoredViews]:
     """Make the module without values, and its weights in the files of the checkpoint."""
     from nmsparse_deploy.models.adapters.streamed import StreamedWeights, stored_dtype
 
@@ -402,19 +395,8 @@ def _stream(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Any, Wei
     dtype = dtype or config.dtype or stored_dtype(folder)
     module = unfilled(checkpoint, dtype)
     transformers_private.restore_generation(module, place)
-    return module, StreamedWeights(module, folder, dtype)
-
-
-def auto_class(config: Any) -> str:
-    """Name the class of Transformers that loads a model of this config with its head."""
-    import transformers
-
-    architecture = (config.architectures or [""])[0]
-    if architecture.endswith(GENERATES) and hasattr(transformers, architecture):
-        return str(architecture)
-    auto = next((name for end, name in HEADS.items() if architecture.endswith(end)), "AutoModel")
-    known = transformers_private.takes(getattr(transformers, auto), config)
-    return auto if known or not hasattr(transformers, architecture) else str(architecture)
+    weights = StreamedWeights(module, folder, dtype)
+    return module, weights, layout_of(module, folder, weights.dense, checkpoint.provenance)
 
 
 def unfilled(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
@@ -427,15 +409,6 @@ def unfilled(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
         module = transformers_private.module_from_config(auto, checkpoint.config, dtype)
     module.tie_weights()
     return module
-
-
-def family(module: Any, auto: str) -> str:
-    """`llm`, `encoder`, `seq2seq` or `vision`."""
-    if getattr(module.config, "is_encoder_decoder", False):
-        return "seq2seq"
-    if module.main_input_name == "pixel_values":
-        return "vision"
-    return "llm" if auto == "AutoModelForCausalLM" or auto.endswith(GENERATES) else "encoder"
 
 
 def _processor(checkpoint: Checkpoint, kind: str) -> Any:

@@ -10,42 +10,24 @@ mapped: mapped pages would count as this process's memory.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.models.adapters import transformers_private
+from nmsparse_deploy.models.adapters.checkpoint_layout import DTYPES, read, save_module
 from nmsparse_deploy.models.discovery import find_blocks
 from nmsparse_deploy.models.forwards import within
-from nmsparse_deploy.prove.tensor_files import StoredTensor, find_tensors
+from nmsparse_deploy.prove.stored_views import StoredView, StoredViews
+from nmsparse_deploy.prove.tensor_files import find_tensors
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-CHUNK = 16 << 20
-"""Bytes that are read at a time."""
 SHARD = 256 << 20
 """Bytes of a shard that is written; one is in memory at a time."""
-PATTERN = "model{suffix}.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
 class StreamedWeights:
@@ -110,39 +92,21 @@ class StreamedWeights:
             value: torch.Tensor = self.module.get_parameter(name).detach()
             return value
 
-    def save(self, folder: Path, changed: Mapping[str, Callable[[], torch.Tensor]]) -> None:
-        """Write config and weights shard by shard, as the library saves them; `changed` gives other
-        values by name."""
-        from huggingface_hub import split_torch_state_dict_into_shards
-
-        self.module.config.architectures = [type(self.module).__name__]
-        self.module.config.save_pretrained(folder)
-        if self.module.can_generate():
-            self.module.generation_config.save_pretrained(folder)
-        saved = {
-            name: value
+    def save(
+        self, folder: Path, changed: Mapping[str, Callable[[], torch.Tensor]], stored: StoredViews
+    ) -> None:
+        """Write config and weights shard by shard, as the checkpoint has them (`stored`, or the
+        module's own names); `changed` gives other values by name."""
+        own = {
+            name: StoredView.whole(name, tuple(value.shape))
             for name, value in self.module.state_dict(keep_vars=True).items()
             if transformers_private.is_saved(self.module, name, self._empty)
         }
-        plan = split_torch_state_dict_into_shards(
-            saved, filename_pattern=PATTERN, max_shard_size=SHARD
-        )
-        for file, names in plan.filename_to_tensors.items():
-            save_file(
-                {
-                    name: (changed[name]() if name in changed else self.dense(name))
-                    .cpu()
-                    .contiguous()
-                    for name in names
-                },
-                folder / file,
-                {"format": "pt"},
-            )
-        if plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            (folder / INDEX).write_text(
-                json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-            )
+
+        def value(name: str) -> torch.Tensor:
+            return changed[name]() if name in changed else self.dense(name)
+
+        save_module(self.module, folder, stored or own, value, SHARD)
 
     def _inside(self, path: str) -> list[str]:
         prefix = f"{path}." if path else ""
@@ -168,7 +132,7 @@ class StreamedWeights:
         if keys:
             wrong = transformers_private.fill(
                 self.module,
-                {key: _read(self._stored[key]) for key in keys},
+                {key: read(self._stored[key]) for key in keys},
                 self._dtype,
                 self.device,
             )
@@ -188,16 +152,6 @@ class StreamedWeights:
 def _put(module: nn.Module, name: str, value: torch.Tensor) -> None:
     path, _, last = name.rpartition(".")
     setattr(module.get_submodule(path), last, value)
-
-
-def _read(tensor: StoredTensor) -> torch.Tensor:
-    if tensor.dtype not in DTYPES:
-        raise UsageError(f"Values of type {tensor.dtype} ('{tensor.name}') cannot be streamed.")
-    raw, done = torch.empty(tensor.source.nbytes, dtype=torch.uint8), 0
-    for chunk in tensor.source.chunks(CHUNK):
-        raw[done : done + chunk.size] = torch.from_numpy(chunk)
-        done += chunk.size
-    return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
 def _parts(module: nn.Module, blocks: Collection[str]) -> tuple[list[str], list[str]]:

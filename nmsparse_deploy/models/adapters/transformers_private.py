@@ -7,10 +7,14 @@ which version.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from nmsparse_deploy.prove.stored_views import StoredView
 
 
 def image_processor_settings(place: str) -> Mapping[str, Any] | None:
@@ -86,6 +90,22 @@ def fill(
 def checkpoint_targets(module: Any, stored: Collection[str]) -> dict[str, list[str]]:
     """Map each tensor of a checkpoint to the module's parameters and buffers that its loader makes
     of it."""
+    return _loading(module, stored).targets
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """What the loader makes of the names in a checkpoint."""
+
+    targets: dict[str, list[str]]
+    """Tensor in the file -> the module's."""
+    converted: set[str]
+    """Tensors that are not only renamed."""
+    used: list[Any]
+    """The library's rules that had to do with any."""
+
+
+def _loading(module: Any, stored: Collection[str]) -> _Loading:
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     mapping = _conversions(module)
@@ -96,6 +116,7 @@ def checkpoint_targets(module: Any, stored: Collection[str]) -> dict[str, list[s
     }
     own, prefix = module.state_dict(), module.base_model_prefix
     targets: dict[str, list[str]] = {}
+    converted: set[str] = set()
     for key in stored:
         name, pattern = rename_source_key(key, renamings, converters, prefix, own)
         if name not in own and key in own:
@@ -104,8 +125,99 @@ def checkpoint_targets(module: Any, stored: Collection[str]) -> dict[str, list[s
         if pattern is not None:
             first, *others = made_by[pattern].target_patterns
             names += [name.replace(first, other) for other in others]
+            converted.add(key)
         targets[key] = [name for name in names if name in own]
-    return {key: names for key, names in targets.items() if names}
+    targets = {key: names for key, names in targets.items() if names}
+    used = [entry for entry in mapping if entry.was_used()]
+    return _Loading(targets, converted & targets.keys(), used)
+
+
+def stored_views(module: Any, stored: Mapping[str, tuple[int, ...]]) -> dict[str, StoredView]:
+    """Map what is saved to parts of the module's parameters, so that it has the names and shapes
+    that the checkpoint has; empty where these are the module's own.
+
+    `stored` has the shapes of the checkpoint's tensors. Raises `ValueError` for a conversion that
+    cannot be expressed, or that the library cannot turn round.
+    """
+    loading = _loading(module, stored)
+    own = module.state_dict(keep_vars=True)
+    shapes = {name: tuple(value.shape) for name, value in own.items()}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    saved = [name for name in own if is_saved(module, name, parameters)]
+    views = _converted_views(module, stored, loading, shapes)
+    covered = {id(own[view.parameter]) for view in views.values()}
+    renamed = {
+        name: key
+        for key, names in loading.targets.items()
+        for name in names
+        if key not in loading.converted and stored[key] == shapes[name]
+    }
+    in_file = {id(own[name]) for name in renamed}
+    for name in [*saved, *renamed]:  # of tied ones the first that is in the file stands for all
+        mark = id(own[name])
+        if mark not in covered and (name in renamed or mark not in in_file):
+            covered.add(mark)
+            views[renamed.get(name, name)] = StoredView.whole(name, shapes[name])
+    plain = all(views[name] == StoredView.whole(name, shapes.get(name, ())) for name in views)
+    return {} if plain else views
+
+
+def _converted_views(
+    module: Any,
+    stored: Mapping[str, tuple[int, ...]],
+    loading: _Loading,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, StoredView]:
+    """Turn the library's conversions round on tensors without values, which remember where in
+    their parameter they lie."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    sources: dict[str, list[str]] = {}
+    for key in loading.converted:
+        for name in loading.targets[key]:
+            sources.setdefault(name, []).append(key)
+    traced = {name: _Traced.of(shapes[name]) for name in sources}
+    parameter = {value.untyped_storage()._cdata: name for name, value in traced.items()}
+    before = getattr(module, "_weight_conversions", None)
+    module._weight_conversions = loading.used
+    try:
+        parts = revert_weight_conversion(module, {**traced}) if traced else {}
+    except Exception as error:  # the library's conversions fail in many ways
+        raise ValueError(str(error)) from error
+    finally:
+        module._weight_conversions = before
+    views: dict[str, StoredView] = {}
+    for name, part in parts.items():
+        owner = parameter.get(part.untyped_storage()._cdata, "")
+        keys = [key for key in sources.get(owner, ()) if _same_name(key, name)]
+        if len(keys) != 1 or stored[keys[0]] != tuple(part.shape):
+            raise ValueError(f"'{name}' is in the checkpoint in another layout")
+        views[keys[0]] = StoredView(
+            owner, tuple(part.shape), tuple(part.stride()), part.storage_offset()
+        )
+    for name, keys in sources.items():
+        if sum(math.prod(views[key].shape) for key in keys if key in views) != math.prod(
+            shapes[name]
+        ):
+            raise ValueError(f"'{name}' is not made of what the checkpoint has of it alone")
+    return views
+
+
+def _same_name(one: str, two: str) -> bool:
+    """Tell whether two names differ in what stands before them at most."""
+    return f".{one}".endswith(f".{two}") or f".{two}".endswith(f".{one}")
+
+
+class _Traced(torch.Tensor):
+    """A tensor without values, whose views keep their places in its storage."""
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...]) -> _Traced:
+        return torch.empty(shape, device="meta").as_subclass(cls)
+
+    def contiguous(self, *_args: Any, **_named: Any) -> _Traced:
+        """Return the view itself: a copy would say nothing of its place."""
+        return self
 
 
 def _conversions(module: Any) -> Any:
