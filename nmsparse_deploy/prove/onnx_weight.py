@@ -3,7 +3,6 @@ its zero point."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,14 @@ from nmsparse_deploy.prove.group_counter import ELEMENT_TYPES, ElementType
 from nmsparse_deploy.prove.onnx_graph import WeightUse
 from nmsparse_deploy.prove.onnx_tensor import element_name, source_of, used_values
 from nmsparse_deploy.prove.report import judge
-from nmsparse_deploy.prove.scan import ByteSource, MemoryBytes, Scanned, Scanner, countable
+from nmsparse_deploy.prove.scan import (
+    ByteSource,
+    MemoryBytes,
+    Scanned,
+    Scanner,
+    countable,
+    stored_digest,
+)
 
 if TYPE_CHECKING:
     from onnx import TensorProto
@@ -119,7 +125,7 @@ class UsedWeight:
         source = MemoryBytes(values.reshape(-1).view(np.uint8))
         axes = self._axes(element, pattern)
         scanned = scanner.scan(source, element, self.shape, axes, pattern)
-        return replace(scanned, sha256=_digest(self._stored()) if digest else None)
+        return replace(scanned, sha256=stored_digest(self._stored()) if digest else None)
 
     def _stored(self) -> ByteSource:
         return source_of(self.tensor, self.folder)
@@ -133,11 +139,3 @@ class UsedWeight:
             if other != axis and countable(self.shape, other, element, pattern)
         ]
         return [axis, *others]
-
-
-def _digest(source: ByteSource) -> str:
-    """Hash the stored bytes."""
-    sha = hashlib.sha256()
-    for chunk in source.chunks(1 << 20):
-        sha.update(chunk)
-    return sha.hexdigest()

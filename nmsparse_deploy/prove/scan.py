@@ -108,6 +108,14 @@ class Nibbles:
             left -= size
 
 
+def stored_digest(source: ByteSource) -> str:
+    """Return the SHA-256 of the bytes as they are stored: of packed integers, packed."""
+    stored, sha = source.packed if isinstance(source, Nibbles) else source, hashlib.sha256()
+    for chunk in stored.chunks(CHUNK):
+        sha.update(chunk)
+    return sha.hexdigest()
+
+
 @dataclass(frozen=True)
 class Scanned:
     """The findings of one pass over a tensor."""
@@ -157,7 +165,7 @@ class Scanner:
         }
         size = _chunk_size(element, shape, axes, pattern)
         mismatch = 0 if mask is not None else None
-        sha = hashlib.sha256() if digest else None
+        sha = hashlib.sha256() if digest and not isinstance(source, Nibbles) else None
         done = 0
         for chunk in source.chunks(size):
             for axis, counter in counters.items():
@@ -179,7 +187,7 @@ class Scanner:
         return Scanned(
             totals,
             mismatch,
-            sha.hexdigest() if sha else None,
+            sha.hexdigest() if sha else stored_digest(source) if digest else None,
             {axis: rows[axis].result() for axis in totals if axis in rows},
         )
 

@@ -1,5 +1,6 @@
 """Weight uses and verification of ONNX graphs."""
 
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -431,6 +432,17 @@ def test_foreign_rules_hold_for_graphs(tmp_path):
 
 def link_row(name, axis, node_name=""):
     return SimpleNamespace(node=node_name, tensor=name, axis=axis)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "I8", "U8", "I4"])
+def test_hashes_are_of_the_stored_bytes(tmp_path, dtype):
+    stored = tensor("w", np.sign(KN) * 3 if dtype != "U8" else np.abs(np.sign(KN)) * 3, dtype)
+    nodes = [node("DequantizeLinear", "w s", "d"), node("MatMul", "x d", "y")]
+    if dtype[0] == "F":
+        nodes = [node("MatMul", "x w", "y")]
+    file = saved(tmp_path, nodes, [stored, tensor("s", np.float32(0.1))])
+    (check,) = [check for check in verify_onnx(file).checks if check.tensor == "w"]
+    assert check.sha256 == hashlib.sha256(stored.raw_data).hexdigest()
 
 
 @pytest.fixture

@@ -209,6 +209,40 @@ def test_not_eligible_is_said_only_when_every_name_is_understood():
     assert evidence(replace(dense, log=counted))[1]["down"].reason == "unknown"
 
 
+@pytest.mark.parametrize("kind", ["eligible", "chosen"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "{ForeignNode[q...down]}",
+        "{ForeignNode[down]}",
+        "{q...down}",
+        "{up + relu...down}",
+        "up + {ForeignNode[q...down]}",
+        "{ForeignNode[q...v]} || up",
+        "PWN({ForeignNode[q...down]}, up)",
+        "up_myl0_2 + {ForeignNode[{q}...down]} [profile 1]",
+        "{ForeignNode[q...do",
+        "up + {ForeignNode[q...do",
+        "up + ForeignNode[q...down]",
+        "up + q...down",
+    ],
+)
+def test_a_range_of_nodes_leaves_what_it_does_not_name_unknown(name, kind):
+    """Neither "not eligible" nor "dense was faster" is said of a node that may be inside, however
+    the engine's own layers are called."""
+    other = "eligible" if kind == "chosen" else "chosen"
+    words = {
+        "eligible": "(Sparsity) Found {} layer(s) eligible to use sparse tactics: {}",
+        "chosen": "(Sparsity) Chose {} layer(s) using sparse tactics: {}",
+    }
+    every = ", ".join(gemm.node for gemm in GEMMS)
+    log = parse_log(f"{words[kind].format(1, name)}\n{words[other].format(5, every)}")
+    for layers in ((), (EngineLayer(name, "myelin", "", (), "{}"),)):
+        found, by = evidence(replace(FULL, log=log, layers=layers, kernels=None, counters=None))
+        stops = {layer.reason for layer in by.values() if kind not in layer.proofs}
+        assert stops == {"unknown"} and found.unplaced
+
+
 def test_a_sparse_kernel_of_a_layer_with_two_products_belongs_to_neither():
     both = EngineLayer("__myl_fused_myl0_4", "fusion", SPARSE + "_silu", ("up", "down"), "{}")
     found, by = evidence(replace(FULL, layers=(MERGED, both), kernels=None, counters=None))

@@ -52,6 +52,7 @@ _JOINT = re.compile(r"\+|\|\||, |PWN\(|\)(?=\)*\s*(?:$|\+|\|\||, ))")
 """What stands between the names of fused nodes."""
 _RANGE = re.compile(r"\{[^{}]*\}")
 """Fused nodes of which the first and the last are named."""
+_HIDING = ("{", "}", "...", "ForeignNode")
 _PROFILE = re.compile(r" \[profile \d+\]$")
 
 
@@ -235,8 +236,8 @@ def layer_nodes(layer: EngineLayer, known: Collection[str]) -> tuple[str, ...]:
 
 def hides_nodes(name: str) -> bool:
     """Tell whether a name stands for nodes that it does not name, as `{ForeignNode[first...last]}`
-    does."""
-    return bool(_RANGE.search(name))
+    does, also when it is cut off."""
+    return any(mark in name for mark in _HIDING)
 
 
 def _parts(name: str) -> Iterator[str]:
