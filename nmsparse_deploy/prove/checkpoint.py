@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,7 +18,7 @@ from nmsparse_deploy.prove.layout import Config, Layout, Layouts, family, read_c
 from nmsparse_deploy.prove.report import TensorCheck, VerifyReport
 from nmsparse_deploy.prove.rows import foreign_check, masked_check, not_followed, unmatched
 from nmsparse_deploy.prove.scan import Scanner, countable
-from nmsparse_deploy.prove.stored_views import StoredViews, stored_masks
+from nmsparse_deploy.prove.stored_views import StoredViews, labelled, stored_masks, stored_pieces
 from nmsparse_deploy.prove.tensor_files import StoredTensor, find_tensors
 from nmsparse_deploy.system.progress import Progress, silent
 from nmsparse_deploy.system.sparse_cores import shape_verdict
@@ -60,11 +60,17 @@ def verify_checkpoint(
         problems = nothing_sparse(str(path), checks, pattern)
     else:
         masks = stored_masks(masks, stored)
+        parameters = {
+            label: view.parameter
+            for name, pieces in stored.items()
+            for label, view in labelled(name, pieces).items()
+        }
         checks = [
-            _with_mask(tensor, masks, stored, _named(expect, tensor.name), scanner)
+            _with_mask(piece, masks, parameters, _named(expect, tensor.name), scanner)
             for tensor in seen
+            for piece in stored_pieces(tensor, stored)
         ]
-        problems = _missing(path, masks, names)
+        problems = _missing(path, masks, [check.tensor for check in checks])
     problems += unmatched_globs(expect, names)
     return VerifyReport(
         "file",
@@ -130,14 +136,17 @@ def _row(tensor: StoredTensor, pattern: Pattern) -> TensorCheck:
 
 
 def _with_mask(
-    tensor: StoredTensor, masks: MaskSet, stored: StoredViews, expected: bool, scanner: Scanner
+    tensor: StoredTensor,
+    masks: MaskSet,
+    parameters: Mapping[str, str],
+    expected: bool,
+    scanner: Scanner,
 ) -> TensorCheck:
     mask = masks.masks.get(tensor.name)
     if mask is None:
         row = replace(_row(tensor, TWO_FOUR), pattern="", skipped="not in the mask set")
         return unmatched(row, "expected to be sparse, but it has no mask") if expected else row
-    view = stored.get(tensor.name)
-    parameter = view.parameter if view else tensor.name
+    parameter = parameters.get(tensor.name, tensor.name)
     row = replace(_row(tensor, mask.pattern), parameter=parameter)
     element = ELEMENT_TYPES.get(tensor.dtype)
     if element is None:

@@ -71,11 +71,26 @@ def family(name: str):
     return lambda folder: FAMILIES[name].build(folder)
 
 
+def nomic(folder: Path) -> None:
+    """Three projections in one matrix and one vector, under older names."""
+    torch.manual_seed(0)
+    config = transformers.NomicBertConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=pico.VOCABULARY,
+    )
+    pico.save(transformers.NomicBertModel(config).eval(), folder)
+    assert any(name.endswith("attn.Wqkv.weight") for name in shapes(folder))
+
+
 CHECKPOINTS = {
     "experts of Mixtral": family("Mixtral"),
     "experts of Qwen2-MoE": family("Qwen2-MoE"),
     "older names of GPT-NeoX": family("GPT-NeoX"),
     "older names of ViT": family("ViT"),
+    "joined projections of NomicBERT": nomic,
     "a prefix": with_prefix,
     "no prefix": without_prefix,
     "a vision-language model": vision_language,
@@ -157,14 +172,37 @@ def test_views_that_are_no_parts_are_refused():
     mask = Mask.pack(torch.tensor([[True, True, False, False]] * 2), 1, TWO_FOUR, "")
     masks = MaskSet({"w": mask})
     assert stored_masks(masks, {}) is masks
-    rows = {"a": StoredView("w", (1, 4), (4, 1), 0), "b": StoredView("w", (4, 1), (1, 4), 4)}
+    rows = {"a": (StoredView("w", (1, 4), (4, 1), 0),), "b": (StoredView("w", (4, 1), (1, 4), 4),)}
     assert {name: part.axis for name, part in stored_masks(masks, rows).masks.items()} == {
         "a": 1,
         "b": 0,
     }
     for view in (StoredView("w", (2, 2), (4, 1), 0), StoredView("w", (9, 4), (4, 1), 0)):
         with pytest.raises(UsageError, match="no part of 'w'"):
-            stored_masks(masks, {"a": view})
+            stored_masks(masks, {"a": (view,)})
+    with pytest.raises(UsageError, match="not all of 'w'"):
+        stored_masks(masks, {"a": rows["a"]})
+    joined = {"x": (StoredView.whole("w", (2, 4)), StoredView.whole("w", (2, 4)))}
+    assert [*stored_masks(masks, joined).masks] == ["x[0:2]", "x[2:4]"]
+
+
+def test_a_part_of_a_joined_matrix_is_found_by_its_rows(tmp_path):
+    nomic(tmp_path / "model")
+    spec = Prune(method="magnitude", exclude=["*layers.0*k_proj*"])
+    run = prune(str(tmp_path / "model"), spec, tmp_path / "run")
+    assert verify(run)[0].ok  # a part of it is dense
+    file = run / "model/model.safetensors"
+    state = load_file(file)
+    name = next(name for name in state if name.endswith("layers.1.attn.Wqkv.weight"))
+    rows = state[name][64:128]
+    rows[rows == 0] = 1.0
+    save_file(state, file, {"format": "pt"})
+    report = verify(run)[0]
+    assert [check.tensor for check in report.checks if check.problems] == [f"{name}[64:128]"]
+    views = json.loads((run / "stored.json").read_text())
+    (run / "stored.json").write_text(json.dumps(views | {name: views[name][:2]}))
+    with pytest.raises(UsageError, match="another shape"):
+        verify(run)
 
 
 def swapped(real):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.models.adapters import transformers_private
-from nmsparse_deploy.prove.stored_views import StoredView, StoredViews
+from nmsparse_deploy.prove.stored_views import StoredView, StoredViews, shape_of
 from nmsparse_deploy.prove.tensor_files import StoredTensor, find_tensors
 
 DTYPES = {
@@ -85,14 +85,13 @@ def _probe(views: StoredViews, stored: ReadParameter, dense: ReadParameter) -> N
     """Compare values of one parameter of each kind that is not only renamed with the file; layers
     differ in their numbers alone. Raises `ValueError`."""
     parts: dict[str, list[str]] = {}
-    for name, view in views.items():
-        if view != StoredView.whole(view.parameter, view.shape):
-            parts.setdefault(view.parameter, []).append(name)
+    for name, pieces in views.items():
+        if pieces != (StoredView.whole(pieces[0].parameter, pieces[0].shape),):
+            parts.setdefault(pieces[0].parameter, []).append(name)
     kinds = {re.sub(r"\d+", "0", parameter): parameter for parameter in parts}
-    for parameter in kinds.values():
-        value = dense(parameter)
-        for name in parts[parameter]:
-            if not _same_values(views[name].of(value), stored(name)):
+    for names in (parts[parameter] for parameter in kinds.values()):
+        for name, part in _parts({name: views[name] for name in names}, dense):
+            if not _same_values(part, stored(name)):
                 raise ValueError(f"'{name}' is not where the library says it is")
 
 
@@ -129,8 +128,8 @@ def save_module(
         module.generation_config.save_pretrained(folder)
     own = module.state_dict(keep_vars=True)
     empty = {
-        name: torch.empty(view.shape, dtype=own[view.parameter].dtype, device="meta")
-        for name, view in views.items()
+        name: torch.empty(shape_of(pieces), dtype=own[pieces[0].parameter].dtype, device="meta")
+        for name, pieces in views.items()
     }
     plan = split_torch_state_dict_into_shards(empty, filename_pattern=PATTERN, max_shard_size=shard)
     for file, names in plan.filename_to_tensors.items():
@@ -142,15 +141,14 @@ def save_module(
         (folder / INDEX).write_text(text, encoding="utf-8")
 
 
-def _parts(
-    views: Mapping[str, StoredView], value: ReadParameter
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a file; a parameter is read once for all of its parts."""
-    of_parameter: dict[str, list[str]] = {}
-    for name, view in views.items():
-        of_parameter.setdefault(view.parameter, []).append(name)
-    for parameter, names in of_parameter.items():
-        whole = value(parameter).detach().cpu().contiguous()
+def _parts(views: StoredViews, value: ReadParameter) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors as they are in a file; a parameter is read once for all of its parts."""
+    made_of: dict[tuple[str, ...], list[str]] = {}
+    for name, pieces in views.items():
+        made_of.setdefault(tuple(view.parameter for view in pieces), []).append(name)
+    for parameters, names in made_of.items():
+        whole = {name: value(name).detach().cpu().contiguous() for name in parameters}
         for name in names:
-            part = views[name].of(whole)
-            yield name, part if part.shape == whole.shape else part.clone().contiguous()
+            parts = [view.of(whole[view.parameter]) for view in views[name]]
+            as_it_is = len(parts) == 1 and parts[0].stride() == whole[parameters[0]].stride()
+            yield name, parts[0] if as_it_is else torch.cat(parts).contiguous()

@@ -98,7 +98,7 @@ class StreamedWeights:
         """Write config and weights shard by shard, as the checkpoint has them (`stored`, or the
         module's own names); `changed` gives other values by name."""
         own = {
-            name: StoredView.whole(name, tuple(value.shape))
+            name: (StoredView.whole(name, tuple(value.shape)),)
             for name, value in self.module.state_dict(keep_vars=True).items()
             if transformers_private.is_saved(self.module, name, self._empty)
         }

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nmsparse_deploy.prove.stored_views import StoredView
+from nmsparse_deploy.prove.stored_views import Pieces, StoredView, shape_of
 
 
 def image_processor_settings(place: str) -> Mapping[str, Any] | None:
@@ -132,7 +132,7 @@ def _loading(module: Any, stored: Collection[str]) -> _Loading:
     return _Loading(targets, converted & targets.keys(), used)
 
 
-def stored_views(module: Any, stored: Mapping[str, tuple[int, ...]]) -> dict[str, StoredView]:
+def stored_views(module: Any, stored: Mapping[str, tuple[int, ...]]) -> dict[str, Pieces]:
     """Map what is saved to parts of the module's parameters, so that it has the names and shapes
     that the checkpoint has; empty where these are the module's own.
 
@@ -145,7 +145,7 @@ def stored_views(module: Any, stored: Mapping[str, tuple[int, ...]]) -> dict[str
     parameters = dict(module.named_parameters(remove_duplicate=False))
     saved = [name for name in own if is_saved(module, name, parameters)]
     views = _converted_views(module, stored, loading, shapes)
-    covered = {id(own[view.parameter]) for view in views.values()}
+    covered = {id(own[view.parameter]) for pieces in views.values() for view in pieces}
     renamed = {
         name: key
         for key, names in loading.targets.items()
@@ -157,8 +157,8 @@ def stored_views(module: Any, stored: Mapping[str, tuple[int, ...]]) -> dict[str
         mark = id(own[name])
         if mark not in covered and (name in renamed or mark not in in_file):
             covered.add(mark)
-            views[renamed.get(name, name)] = StoredView.whole(name, shapes[name])
-    plain = all(views[name] == StoredView.whole(name, shapes.get(name, ())) for name in views)
+            views[renamed.get(name, name)] = (StoredView.whole(name, shapes[name]),)
+    plain = all(views[name] == (StoredView.whole(name, shapes.get(name, ())),) for name in views)
     return {} if plain else views
 
 
@@ -167,7 +167,7 @@ def _converted_views(
     stored: Mapping[str, tuple[int, ...]],
     loading: _Loading,
     shapes: Mapping[str, tuple[int, ...]],
-) -> dict[str, StoredView]:
+) -> dict[str, Pieces]:
     """Turn the library's conversions round on tensors without values, which remember where in
     their parameter they lie."""
     from transformers.core_model_loading import revert_weight_conversion
@@ -186,19 +186,27 @@ def _converted_views(
         raise ValueError(str(error)) from error
     finally:
         module._weight_conversions = before
-    views: dict[str, StoredView] = {}
-    for name, part in parts.items():
-        owner = parameter.get(part.untyped_storage()._cdata, "")
-        keys = [key for key in sources.get(owner, ()) if _same_name(key, name)]
-        if len(keys) != 1 or stored[keys[0]] != tuple(part.shape):
-            raise ValueError(f"'{name}' is in the checkpoint in another layout")
-        views[keys[0]] = StoredView(
-            owner, tuple(part.shape), tuple(part.stride()), part.storage_offset()
+    views: dict[str, Pieces] = {}
+    held = dict.fromkeys(sources, 0)
+    for name, whole in parts.items():
+        pieces = tuple(
+            StoredView(
+                parameter.get(part.untyped_storage()._cdata, ""),
+                tuple(part.shape),
+                tuple(part.stride()),
+                part.storage_offset(),
+            )
+            for part in (getattr(whole, "joined", ()) or (whole,))
         )
-    for name, keys in sources.items():
-        if sum(math.prod(views[key].shape) for key in keys if key in views) != math.prod(
-            shapes[name]
-        ):
+        keys = [key for key in sources.get(pieces[0].parameter, ()) if _same_name(key, name)]
+        known = all(view.parameter in held for view in pieces)
+        if len(keys) != 1 or not known or stored[keys[0]] != shape_of(pieces):
+            raise ValueError(f"'{name}' is in the checkpoint in another layout")
+        views[keys[0]] = pieces
+        for view in pieces:
+            held[view.parameter] += math.prod(view.shape)
+    for name, count in held.items():
+        if count != math.prod(shapes[name]):
             raise ValueError(f"'{name}' is not made of what the checkpoint has of it alone")
     return views
 
@@ -211,9 +219,19 @@ def _same_name(one: str, two: str) -> bool:
 class _Traced(torch.Tensor):
     """A tensor without values, whose views keep their places in its storage."""
 
+    joined: tuple[torch.Tensor, ...] = ()
+    """What it was joined from along the first axis."""
+
     @classmethod
     def of(cls, shape: tuple[int, ...]) -> _Traced:
         return torch.empty(shape, device="meta").as_subclass(cls)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if func is torch.cat and not (kwargs or {}).get("dim"):
+            result.joined = tuple(args[0])
+        return result
 
     def contiguous(self, *_args: Any, **_named: Any) -> _Traced:
         """Return the view itself: a copy would say nothing of its place."""
