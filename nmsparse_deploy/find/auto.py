@@ -23,6 +23,8 @@ from nmsparse_deploy.system.progress import Progress, silent
 NAME = "auto"
 MINUTES = 10.0
 SLACK = 2.0
+FEWEST = 8
+"""Calibration samples that a recipe is never shortened below."""
 CLOSED = CLOSED_FORM.model_dump(include={"method", "refine", "sequential"})
 LADDER: dict[str, Json] = {
     "reconstructed, the last block on predictions": {
@@ -93,4 +95,40 @@ def choose(
     raise UsageError(
         f"Even '{name}' is predicted to take {predicted:.0f} min, more than the {minutes:g} allowed.",
         "raise --time-budget, lower --samples, or choose --method magnitude",
+    )
+
+
+@dataclass(frozen=True)
+class Shortened:
+    """A prune section with fewer calibration samples, and what it and the whole one are predicted
+    to take, in seconds."""
+
+    spec: Prune
+    seconds: float
+    whole: float
+
+
+def shorten(model: str, spec: Prune, seconds: float, progress: Progress = silent) -> Shortened:
+    """Halve the calibration sample of `spec` until pruning `model` is predicted to fit into
+    `seconds`, or `FEWEST` samples are left."""
+    progress(f"loading {model} to choose a sample", 0, 0)
+    loaded = load_fitting(model)
+    plan, device = planned(loaded, spec), hardware.device()
+    rates = Rates.measure(hardware.compute_dtype(spec.compute, device))
+    settled = spec.settled(gpu=device.type == "cuda")
+
+    def predicted(samples: int) -> float:
+        return SLACK * estimate(loaded, plan, _sampled(settled, samples), rates).seconds
+
+    samples = spec.calibration.samples
+    while predicted(samples) > seconds and samples > FEWEST:
+        samples //= 2
+    return Shortened(
+        _sampled(spec, samples), predicted(samples), predicted(spec.calibration.samples)
+    )
+
+
+def _sampled(spec: Prune, samples: int) -> Prune:
+    return spec.model_copy(
+        update={"calibration": spec.calibration.model_copy(update={"samples": samples})}
     )
