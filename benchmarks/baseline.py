@@ -43,6 +43,13 @@ ROWS: dict[str, dict[str, Any]] = {
 """Name in the table -> the prune section of its recipe."""
 
 
+def held_out() -> dict[str, TokenSample]:
+    """The texts that every row is scored on."""
+    tokenizer = models.load("demo").processor
+    texts = ["bbc", *(["wikitext2"] if os.environ.get("NMSPARSE_DATA") else [])]
+    return {name: evaluation_sample(load_text(name), tokenizer, TOKENS, CONTEXT) for name in texts}
+
+
 def score(source: str, samples: dict[str, TokenSample], label: str) -> dict[str, Any]:
     loaded = models.load(source)
     loaded.module.to(compute_dtype("auto", torch.device("cpu")))
@@ -113,11 +120,8 @@ def main() -> None:
         "--collect", action="store_true", help="only what is finished already; prune nothing"
     )
     options = parser.parse_args()
-    tokenizer = models.load("demo").processor
-    texts = ["bbc", *(["wikitext2"] if os.environ.get("NMSPARSE_DATA") else [])]
-    samples = {
-        name: evaluation_sample(load_text(name), tokenizer, TOKENS, CONTEXT) for name in texts
-    }
+    samples = held_out()
+    texts = list(samples)
     options.runs.mkdir(parents=True, exist_ok=True)
     kept = options.runs / "dense.json"
     if not kept.is_file():
