@@ -64,3 +64,13 @@ def test_what_needs_the_whole_model_is_left_out_where_it_does_not_fit(slow, llam
     first, second, *_ = LADDER
     assert f"'{first}'" in choose(str(llama_dir), {}, 1e9, max_memory=1 << 40).why
     assert f"'{second}'" in choose(str(llama_dir), {}, 1e9, max_memory=1).why
+
+
+def test_a_sample_is_halved_until_it_fits(slow, llama_dir):
+    spec = validate(Prune, {"method": "sparsegpt", "calibration": {"samples": 64, "length": 32}})
+    plenty = auto.shorten(str(llama_dir), spec, 1e9)
+    assert plenty.spec == spec and plenty.seconds == plenty.whole
+    half = auto.shorten(str(llama_dir), spec, 0.6 * plenty.whole)
+    assert half.spec.calibration.samples == 32 and half.seconds <= 0.6 * half.whole
+    none = auto.shorten(str(llama_dir), spec, 0.0)
+    assert none.spec.calibration.samples == auto.FEWEST and none.seconds > 0
