@@ -69,6 +69,8 @@ def prune(
     identity = fingerprint(model, spec)
     path = out or _default_path(model, spec, identity)
     team = distributed.current()
+    if team.first:
+        RunDir(path).refuse_foreign(force)  # before anything is read
     begun = not force and (path / "manifest.json").is_file()
     if begun:  # refuses another recipe before anything is read
         run = RunDir.create(path, recipe, identity, force=False)

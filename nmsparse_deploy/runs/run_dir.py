@@ -87,12 +87,8 @@ class RunDir:
         `force` is not given, and for foreign files at all times.
         """
         run = cls(path)
+        run.refuse_foreign(force)
         if force and (path / "manifest.json").is_file():
-            if not run._is_ours():
-                raise UsageError(
-                    f"'{path}' is not deleted: its manifest.json is not that of a run.",
-                    "choose another --out, or delete the folder yourself",
-                )
             shutil.rmtree(path)
         if (path / "manifest.json").is_file():
             manifest = run.manifest()
@@ -108,11 +104,21 @@ class RunDir:
             if inputs is not None:
                 run.check_inputs(inputs)
             return run
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UsageError(f"'{path}' exists and is not a run folder.", "choose another --out")
         path.mkdir(parents=True, exist_ok=True)
         run.write_json("manifest.json", Manifest.new(recipe, fingerprint, inputs).to_json())
         return run
+
+    def refuse_foreign(self, force: bool) -> None:
+        """Raise `UsageError` when the folder holds what is no run, which `force` does not delete."""
+        path = self.path
+        if (path / "manifest.json").is_file():
+            if force and not self._is_ours():
+                raise UsageError(
+                    f"'{path}' is not deleted: its manifest.json is not that of a run.",
+                    "choose another --out, or delete the folder yourself",
+                )
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(f"'{path}' exists and is not a run folder.", "choose another --out")
 
     def _is_ours(self) -> bool:
         """Decide whether this tool, of whatever version, wrote the manifest."""

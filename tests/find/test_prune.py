@@ -147,6 +147,24 @@ def test_a_finished_run_is_kept_and_another_recipe_refused(llama_dir, texts, tmp
     assert run.manifest().recipe.method == "wanda"
 
 
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("name", ["manifest.json", "mine.txt"])
+def test_a_foreign_folder_is_refused_before_the_model_is_loaded(
+    llama_dir, texts, tmp_path, force, name
+):
+    (tmp_path / name).write_text('{"name": "an app"}')
+    said = []
+    with pytest.raises(UsageError, match=r"not that of a run|not a run folder|not written by"):
+        prune(
+            str(llama_dir),
+            spec(texts, "magnitude"),
+            tmp_path,
+            force,
+            progress=lambda text, *_: said.append(text),
+        )
+    assert not said and [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_default_folders_of_two_recipes_differ(llama_dir, texts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one = prune(str(llama_dir), spec(texts, "wanda"))

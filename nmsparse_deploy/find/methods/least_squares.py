@@ -15,6 +15,25 @@ def conjugate_gradients(
 ) -> torch.Tensor:
     """Solve `x_S H_SS = wanted_S` for every row of `[R, n]`, starting from `x`; a row that is
     solved stays as it is."""
+    factor = _far_from_one(wanted * mask, x)
+    if bool((factor != 1).any()):
+        return _solve(hessian, wanted / factor, x / factor, mask, steps) * factor
+    return _solve(hessian, wanted, x, mask, steps)
+
+
+def _far_from_one(wanted: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return by row the power of two that brings values near 1 whose squares, or their rounding,
+    would not be normal numbers; 1 for the other rows. Dividing by it changes no bit."""
+    sizes = [torch.linalg.vector_norm(values, torch.inf, 1, True) for values in (wanted, x)]
+    exponent = torch.frexp(torch.maximum(*sizes)).exponent
+    far = (exponent < -40) | (exponent > 60)
+    exponent = torch.where(far, exponent, 0).clamp(-120, 120)
+    return torch.exp2(exponent.to(x.dtype))
+
+
+def _solve(
+    hessian: torch.Tensor, wanted: torch.Tensor, x: torch.Tensor, mask: torch.Tensor, steps: int
+) -> torch.Tensor:
     keep = mask.to(x.dtype)
     x = x.clone()
     residual = torch.addmm(wanted, x, hessian, alpha=-1).mul_(keep)

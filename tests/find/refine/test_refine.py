@@ -100,6 +100,20 @@ def test_full_blend_is_the_best_answer_to_the_dense_stream(seed):
         assert error(best) <= error(best + 0.05 * nudge) * (1 + 1e-4)
 
 
+@pytest.mark.parametrize("exponent", [-90, -60, -41, -20, 0, 40, 61])
+@pytest.mark.parametrize("seed", [0, 1476])
+def test_weights_of_any_size_are_refitted_to_the_same_bits(seed, exponent):
+    """Squares of tiny weights are no normal numbers, and a step too far turned them into NaN."""
+    weight, mask, stats, *_ = problem(seed)
+    settings = {"blend": 0.25, "residual": 0.0, "steps": 600, "damping": 0.01}
+    small, power = weight.clone(), 2.0**exponent
+    small[1:] *= power  # the sizes of other rows change nothing
+    fitted = refit(weight, weight, mask, stats, **settings)
+    scaled = refit(small, small, mask, stats, **settings)
+    assert torch.equal(scaled[0], fitted[0]) and torch.equal(scaled[1:], fitted[1:] * power)
+    assert not refit(weight * 1e-38, weight * 1e-38, mask, stats, **settings).isnan().any()
+
+
 @given(seeds, st.sampled_from([1e-18, 1.0, 1e12]))
 def test_solved_rows_stay_solved(seed, size):
     """Hundreds of steps past the optimum, at any scale of the weights, change nothing and never
