@@ -102,6 +102,9 @@ class Layouts:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], config: Config) -> None:
         self.shapes, self.config = shapes, config
+        names = config.conv1d
+        self.renamed = bool(names) and not any(_leaf(name) in names for name in shapes)
+        """Whether config.json is of a model with `Conv1D` layers, and no name here is theirs."""
         self._leaves: dict[str, set[int]] = defaultdict(set)
         for name, shape in shapes.items():
             axis = self._by_bias(name, shape) if len(shape) == 2 else None
@@ -132,7 +135,7 @@ class Layouts:
             return Layout((axis, 1 - axis), f"its bias has {shape[1 - axis]:,} values")
         if leaf in self.config.conv1d:
             return Layout((0, 1), f"{self.config.where} '{leaf}' is a Conv1D")
-        if self.config.linear and name.endswith("weight"):
+        if self.config.linear and name.endswith("weight") and not self.renamed:
             return Layout((1, 0), f"{self.config.where} '{leaf}' is no Conv1D")
         if len(self._leaves[leaf]) == 1:
             (axis,) = self._leaves[leaf]
@@ -235,7 +238,11 @@ def settle(rows: Sequence[TensorCheck], layouts: Layouts) -> list[TensorCheck]:
                 f"of {votes.total()} like it hold along axis {usual[row.tensor]}",
             )
         elif family(row.shape) != "stack" and row.axis == 0:
-            settled[row.tensor] = _inputs_first(row, believed[family(row.shape)])
+            kind = family(row.shape)
+            reason = "as everything here that is sparse" if believed[kind] else ""
+            if kind == "matrix" and layouts.renamed:
+                reason = "which the model of config.json has"
+            settled[row.tensor] = _inputs_first(row, reason)
     return [settled.get(row.tensor, row) for row in rows]
 
 
@@ -249,19 +256,16 @@ def _agree(claims: Iterable[TensorCheck], usual: Mapping[str, int], kind: Family
     return len(held) > 1 and set(held) == {0}
 
 
-def _inputs_first(row: TensorCheck, believed: bool) -> TensorCheck:
+def _inputs_first(row: TensorCheck, reason: str) -> TensorCheck:
+    """Return the row of a weight along its first axis: believed for a reason, or failed."""
     stored, rule = KINDS[family(row.shape)]
-    if believed:
-        return replace(row, note=f"taken for {stored}, as everything here that is sparse")
-    first = (
-        "its first axis and not along its second"
-        if len(row.shape) > 2
-        else ("its first axis and not along its last")
-    )
+    if reason:
+        return replace(row, note=f"taken for {stored}, {reason}")
+    other = "second" if len(row.shape) > 2 else "last"
     return _failed(
         row,
-        f"it is {row.pattern} along {first}: right for {stored}, worth nothing for {rule}, and "
-        "neither a bias nor a config.json shows which it is",
+        f"it is {row.pattern} along its first axis and not along its {other}: right for {stored}, "
+        f"worth nothing for {rule}, and neither a bias nor a config.json shows which it is",
     )
 
 

@@ -61,6 +61,14 @@ def test_config_json_decides(tmp_path, shape, table, ok, as_file):
     assert report.checks[0].axis == 0 and report.checks[0].note is None
 
 
+def test_a_model_with_conv1d_layers_under_other_names_is_believed(tmp_path):
+    config(tmp_path, model_type="gpt2")
+    report = verify_checkpoint(saved(tmp_path, fc__weight=pruned(64, 64, axis=0)))
+    assert report.ok and "which the model of config.json has" in report.checks[0].note
+    names = {"fc__weight": pruned(64, 64, axis=0), "h__0__c_fc__weight": pruned(64, 96, axis=0)}
+    assert failed(verify_checkpoint(saved(tmp_path, **names))) == {"fc.weight"}
+
+
 def test_a_conv1d_that_is_pruned_like_a_linear_layer_fails(tmp_path):
     config(tmp_path, model_type="gpt2")
     weights = {f"h__{i}__mlp__c_fc__weight": pruned(64, 96, axis=0, seed=i) for i in range(3)}
