@@ -49,6 +49,7 @@ def prune(
         raise UsageError("--plan decides the pattern; leave --pattern out.")
     if plan:
         decided = load(plan)
+        decided.check_model(model, plan)
         settings |= {"pattern": decided.pattern, "patterns": decided.patterns}
     limit = parse_size(max_memory) if max_memory else None
     spec = asked.read(nms.Prune)

@@ -139,7 +139,7 @@ def import_result(
         recipe,
         fingerprint(f"{model} {masks} {sparse}", spec),
         True,
-        read_inputs(models.files(dense.source), spec),
+        read_inputs(models.files(dense.source), spec.calibration.data),
     )
     with run.lock():
         write_model(run, pruned)

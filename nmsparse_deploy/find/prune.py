@@ -75,7 +75,8 @@ def prune(
     if begun:  # refuses another recipe before anything is read
         run = RunDir.create(path, recipe, identity, force=False)
     files = models.files(model) if team.first else {}
-    inputs = read_inputs(files, spec, progress) if team.first else InputsRecord()
+    read = (spec.calibration.data, spec.learn.prior_files if spec.learn else (), progress)
+    inputs = read_inputs(files, *read) if team.first else InputsRecord()
     if begun:
         run.check_inputs(inputs)
         if run.finished("prune"):
@@ -100,7 +101,7 @@ def prune(
     sample = None if idle else draw(loaded, spec.calibration, progress, compute)
     if team.first:
         if (loaded_from := models.files(loaded.source)) != files:  # it has just been downloaded
-            inputs = read_inputs(loaded_from, spec, progress)
+            inputs = read_inputs(loaded_from, *read)
         inputs = inputs.model_copy(update={"sample": sample and sample_hash(sample)})
         RunDir.create(path, recipe, identity, force, inputs)
     team.wait()

@@ -3,12 +3,11 @@ always read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nmsparse_deploy.data.calibration_sample import source_files
-from nmsparse_deploy.recipe import Prune
 from nmsparse_deploy.runs.manifest import InputsRecord
 from nmsparse_deploy.system.assets import digest
 from nmsparse_deploy.system.progress import Progress, silent
@@ -20,13 +19,12 @@ LARGE = 1 << 30
 
 
 def read_inputs(
-    files: Mapping[str, Path], spec: Prune, progress: Progress = silent
+    files: Mapping[str, Path], data: str, priors: Sequence[str] = (), progress: Progress = silent
 ) -> InputsRecord:
-    """Hash `files` of a model, and those that pruning it as `spec` says reads besides; the sample
-    is not drawn yet."""
-    priors = spec.learn.prior_files if spec.learn else ()
-    data = source_files(spec.calibration.data) | {name: Path(name) for name in priors}
-    there = {name: file for name, file in data.items() if file.is_file()}
+    """Hash `files` of a model, local calibration `data`, and mask files that learning starts from;
+    the sample is not drawn yet."""
+    beside = source_files(data) | {name: Path(name) for name in priors}
+    there = {name: file for name, file in beside.items() if file.is_file()}
     return InputsRecord(model=hashes(files, progress), data=hashes(there, progress))
 
 

@@ -228,3 +228,20 @@ def test_the_command_exits_2_in_one_sentence(inputs, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "model.safetensors" in error and "Traceback" not in error
     assert invoke(lambda: app([*command, "--force"])) == 0
+
+
+def test_a_plan_belongs_to_the_weights_it_was_made_from(inputs, tmp_path, capsys):
+    folder, texts = inputs
+    data = ["--data", str(texts["calibration"]), "--samples", "2", "--length", "32"]
+    plan = tmp_path / "plan.yaml"
+    asked = ["plan", str(folder), "--budget", "0.5", *data, "--out", str(plan)]
+    follow = ["prune", str(folder), "--method", "magnitude", "--plan", str(plan), "--force"]
+    follow += ["--out", str(tmp_path / "run")]
+    assert invoke(lambda: app(asked)) == 0 and invoke(lambda: app(follow)) == 0
+    other_weights(folder, folder)
+    capsys.readouterr()
+    assert invoke(lambda: app(follow)) == 2
+    error = capsys.readouterr().err
+    assert "model.safetensors" in error and "made from other inputs" in " ".join(error.split())
+    plan.write_text(plan.read_text().replace("inputs:", "before:"))  # it does not say
+    assert invoke(lambda: app(follow)) == 0

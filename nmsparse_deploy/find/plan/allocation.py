@@ -290,6 +290,8 @@ class PlanFacts:
     unit: str
     latency: LatencySource
     calibration: Json
+    inputs: Json
+    """Hashes of what the plan was made from."""
     seconds: float
 
     def to_json(self) -> Json:

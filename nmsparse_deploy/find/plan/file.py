@@ -10,6 +10,9 @@ import yaml
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.facts import Json
+from nmsparse_deploy.models import files
+from nmsparse_deploy.runs.inputs import hashes
+from nmsparse_deploy.runs.manifest import InputsRecord
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -21,6 +24,21 @@ class PlanFile:
     model: str
     pattern: str
     patterns: dict[str, str]
+    weights: dict[str, str]
+    """SHA-256 of the model's files; empty where the plan does not say."""
+
+    def check_model(self, model: str, path: Path) -> None:
+        """Raise `UsageError` when `model` is the one of this plan, which is at `path`, and its
+        files have changed since."""
+        model = str(Path(model).resolve()) if Path(model).exists() else model
+        if model != self.model or not self.weights:
+            return
+        made_from, now = InputsRecord(model=self.weights), InputsRecord(model=hashes(files(model)))
+        if changed := made_from.changes(now):
+            raise UsageError(
+                f"The plan '{path}' was made from other inputs; changed since: {', '.join(changed[:3])}.",
+                "nmsparse-deploy plan makes it again",
+            )
 
 
 def check_name(path: Path) -> None:
@@ -61,7 +79,8 @@ def load(path: Path) -> PlanFile:
             else yaml.safe_load(path.read_text())
         )
         patterns = {str(name): str(text) for name, text in data["patterns"].items()}
-        return PlanFile(str(data["model"]), str(data["pattern"]), patterns)
+        weights = dict((data.get("inputs") or {}).get("model") or {})
+        return PlanFile(str(data["model"]), str(data["pattern"]), patterns, weights)
     except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = " ".join(f"{type(error).__name__} {error}".split())
         raise UsageError(

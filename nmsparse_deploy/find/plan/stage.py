@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from nmsparse_deploy import models
-from nmsparse_deploy.data.calibration_sample import draw
+from nmsparse_deploy.data.calibration_sample import draw, sample_hash
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.methods.base import Method
 from nmsparse_deploy.find.plan.allocation import (
@@ -41,6 +41,7 @@ from nmsparse_deploy.models.objective import Objective, objective
 from nmsparse_deploy.models.roofline import count_flops
 from nmsparse_deploy.pattern import Pattern, Unstructured, parse_pattern
 from nmsparse_deploy.recipe import DEFAULT_MODEL, Allocate
+from nmsparse_deploy.runs.inputs import read_inputs
 from nmsparse_deploy.system import hardware
 from nmsparse_deploy.system.progress import Progress, silent
 
@@ -62,6 +63,7 @@ def plan(
     model = str(Path(model).resolve()) if Path(model).exists() else model
     progress(f"loading {model}", 0, 0)
     loaded = models.load(model)
+    inputs = read_inputs(models.files(loaded.source), spec.calibration.data, progress=progress)
     if spec.max_ppl_increase is not None and loaded.family != "llm":
         raise UsageError(
             "Only language models have a perplexity.", "give --budget or --min-speedup"
@@ -111,6 +113,7 @@ def plan(
         trials.measure.unit,
         latencies,
         sample.to_json(),
+        inputs.model_copy(update={"sample": sample_hash(sample)}).to_json(),
         round(time.perf_counter() - start, 1),
     )
     return Allocation(
