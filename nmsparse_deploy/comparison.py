@@ -29,6 +29,7 @@ from nmsparse_deploy.measure.report.compare import (
 from nmsparse_deploy.measure.report.views import html, markdown
 from nmsparse_deploy.recipe import DEFAULT_MODEL, Evaluate, Prune, Recipe, validate
 from nmsparse_deploy.registry import check_method
+from nmsparse_deploy.runs.inputs import is_current
 from nmsparse_deploy.runs.run_dir import RUNS, RunDir
 from nmsparse_deploy.runs.stage_file import read_stage
 from nmsparse_deploy.system.environment import environment, now
@@ -84,7 +85,7 @@ def compare(
         progress(f"recipe {number + 1} of {len(recipes)}: {name}", number, len(recipes))
         run = prune(model, prune_spec, folder / name, progress=progress)
         manifest = run.manifest()
-        if manifest.spec("evaluate") != spec.model_dump(mode="json"):
+        if not is_current(manifest, "evaluate", spec):
             evaluate(run, spec, progress)
         dense, pruned = (_score(run, label) for label in ("dense", "pruned"))
         record = manifest.stages["prune"]

@@ -10,6 +10,7 @@ from nmsparse_deploy.measure.bench.cpu import bench
 from nmsparse_deploy.measure.evaluate.stage import evaluate
 from nmsparse_deploy.measure.report.stage import report
 from nmsparse_deploy.recipe import Recipe
+from nmsparse_deploy.runs.inputs import is_current
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.ship.build import build
 from nmsparse_deploy.ship.onnx.stage import export
@@ -33,7 +34,7 @@ def run_recipe(
     }
     manifest = run.manifest()
     for name, (stage, spec) in stages.items():
-        if spec is not None and manifest.spec(name) != spec.model_dump(mode="json"):
+        if spec is not None and not is_current(manifest, name, spec):
             stage(run, spec, progress)
     progress("writing the report", 0, 0)
     report(run)

@@ -74,3 +74,13 @@ def test_names_and_files(tmp_path):
 def test_bad_names_are_one_sentence(names, sentence):
     with pytest.raises(UsageError, match=sentence):
         load(names)
+
+
+def test_other_held_out_text_is_scored_again(llama_dir, texts, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(texts["held_out"].read_bytes())
+    settings = {"data": str(text), "tokens": 128, "context": 64, "continuation": 0, "photos": ""}
+    held_out, only = validate(Evaluate, settings), {"a": spec(texts, "magnitude")}
+    first = compare(only, str(llama_dir), held_out, tmp_path / "c").rows[0].value
+    text.write_text(text.read_text().replace("a", "q"))
+    assert compare(only, str(llama_dir), held_out, tmp_path / "c").rows[0].value != first

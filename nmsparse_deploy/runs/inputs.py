@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from nmsparse_deploy.data.calibration_sample import source_files
-from nmsparse_deploy.runs.manifest import InputsRecord
+from nmsparse_deploy.recipe import Evaluate
+from nmsparse_deploy.runs.manifest import InputsRecord, Manifest
 from nmsparse_deploy.system.assets import digest
 from nmsparse_deploy.system.progress import Progress, silent
 
@@ -38,3 +41,16 @@ def hashes(files: Mapping[str, Path], progress: Progress = silent) -> dict[str, 
             if sum(sizes) > LARGE:
                 progress(f"hashing {name}", sum(sizes[: len(digests)]), sum(sizes))
     return dict(zip(files, digests))
+
+
+def evaluation_inputs(spec: Evaluate) -> dict[str, str]:
+    """Hash the local files that an evaluation reads."""
+    return hashes(source_files(spec.data) | source_files(spec.photos))
+
+
+def is_current(manifest: Manifest, stage: str, spec: BaseModel) -> bool:
+    """Tell whether a stage has finished with these settings, on data that is still the same."""
+    if manifest.spec(stage) != spec.model_dump(mode="json"):
+        return False
+    read = manifest.stages[stage].inputs
+    return read is None or not isinstance(spec, Evaluate) or read == evaluation_inputs(spec)

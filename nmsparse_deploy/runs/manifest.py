@@ -111,6 +111,8 @@ class StageRecord(Recorded):
     calibration: Json | None = None
     experts_by_magnitude: ExpertsRecord | None = None
     learned: LearnedRecord | None = None
+    inputs: dict[str, str] | None = None
+    """SHA-256 of the local files that the stage read besides the run."""
     ambiguous: dict[str, int] | None = None
     """Imported masks: groups whose kept places had to be guessed, by parameter."""
 

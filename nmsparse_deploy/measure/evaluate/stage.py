@@ -26,6 +26,7 @@ from nmsparse_deploy.measure.evaluate.result import Continuation, EvalResult, Ev
 from nmsparse_deploy.measure.evaluate.vision import evaluate_vision
 from nmsparse_deploy.models.loaded import LoadedModel
 from nmsparse_deploy.recipe import AUTO, Evaluate
+from nmsparse_deploy.runs.inputs import evaluation_inputs
 from nmsparse_deploy.runs.load import load_dense, load_pruned
 from nmsparse_deploy.runs.run_dir import RunDir
 from nmsparse_deploy.system import hardware
@@ -71,7 +72,7 @@ def evaluate(
 
     Raises `NmsparseError` when the samples overlap with the calibration data.
     """
-    start = time.perf_counter()
+    start, inputs = time.perf_counter(), evaluation_inputs(spec)
     recipe = run.manifest().recipe
     pruned = load_pruned(run)
     if pruned.family == "seq2seq" and pruned.input_name != "input_ids":
@@ -105,6 +106,7 @@ def evaluate(
         "evaluate",
         time.perf_counter() - start,
         spec=spec.model_dump(mode="json"),
+        inputs=inputs,
         peak_memory_mb=peak_memory_mb(),
     )
     return data
