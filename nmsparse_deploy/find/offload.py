@@ -78,9 +78,19 @@ def load_fitting(model: str, limit: int | None = None) -> LoadedModel:
 
 
 def planned(loaded: LoadedModel, spec: Prune) -> Plan:
-    """Plan what `spec` asks to be pruned in `loaded`."""
+    """Plan what `spec` asks to be pruned in `loaded`.
+
+    Raises `NmsparseError` when a block runs several times, and the recipe wants to know on what.
+    """
+    discovery = loaded.discover()
+    if discovery.shared and (spec.needs != "none" or spec.learn or spec.finetune):
+        raise NmsparseError(
+            f"The block '{discovery.shared[0]}' runs several times in one forward pass, so there is no "
+            "single place in the model that it could be calibrated at.",
+            "--method magnitude needs no calibration",
+        )
     return make_plan(
-        loaded.discover(), parse_pattern(spec.pattern), spec.include, spec.exclude, spec.patterns
+        discovery, parse_pattern(spec.pattern), spec.include, spec.exclude, spec.patterns
     )
 
 

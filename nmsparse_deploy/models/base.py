@@ -46,6 +46,9 @@ class Skipped:
     name: str
     shape: tuple[int, ...]
     reason: str
+    gemm: bool = True
+    """Is it multiplied? A table that is looked up or added is not, nor is the second name of a
+    weight."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Discovery:
     blocks: tuple[str, ...]
     targets: tuple[Target, ...]
     skipped: tuple[Skipped, ...]
+    shared: tuple[str, ...] = ()
+    """Blocks that run several times in one forward pass."""
 
     def of_block(self, index: int) -> list[Target]:
         return [t for t in self.targets if t.block == index]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from nmsparse_deploy.models.base import block_index, weights
 from nmsparse_deploy.models.forwards import within
@@ -28,24 +30,31 @@ class Read:
 
 @dataclass
 class InputTrace:
-    """Reads by parameter name, and the blocks in the order in which they were entered."""
+    """Reads by parameter name, and the blocks in the order in which they were entered; in
+    `everything`, what multiplies outside them too."""
 
     reads: dict[str, Read] = field(default_factory=dict)
     entered: list[str] = field(default_factory=list)
+    everything: list[str] = field(default_factory=list)
+
+    wrapped: set[str] = field(default_factory=set)
+    """Blocks that take their hidden states as one of several things in a list."""
 
     @property
     def order(self) -> tuple[str, ...]:
-        return tuple(self.entered)
+        return tuple(dict.fromkeys(self.entered))
 
 
 def group_axis(layer: nn.Module) -> int | None:
     """Return the reduction axis of a layer's weight, or None when the layer is no GEMM.
 
     Last axis of `nn.Linear`, first of the transposed `Conv1D` of Transformers' GPT-2, input
-    channels of `Conv2d`.
+    channels of `Conv2d` and of a pointwise `Conv1d`.
     """
     if isinstance(layer, (nn.Linear, nn.Conv2d)):
         return 1
+    if isinstance(layer, nn.Conv1d):
+        return 1 if layer.kernel_size == (1,) else None
     if (
         type(layer).__name__ == "Conv1D"
         and hasattr(layer, "nf")
@@ -82,7 +91,7 @@ def trace(
         )
         key = (block_index(blocks, path), *place(x), tuple(x.shape), x.stride(), geometry)
         alive.append(x)
-        width = x.shape[1] if x.ndim == 4 else x.shape[-1]
+        width = x.shape[-len(layer.kernel_size) - 1 if isinstance(layer, _ConvNd) else -1]
         axis = group_axis(layer)
         assert axis is not None
         traced.reads.setdefault(
@@ -109,11 +118,23 @@ def trace(
         )
         for path, layer in gemms(module)
     ]
+
+    def enters(path: str, args: tuple[Any, ...]) -> None:
+        traced.entered.append(path)
+        traced.everything.append(path)
+        if args and not isinstance(args[0], torch.Tensor):
+            traced.wrapped.add(path)
+
     handles += [
         module.get_submodule(path).register_forward_pre_hook(
-            lambda _m, _args, path=path: traced.entered.append(path)
+            lambda _m, args, path=path: enters(path, args)
         )
         for path in blocks
+    ]
+    handles += [
+        child.register_forward_pre_hook(lambda _m, _args, path=path: traced.everything.append(path))
+        for path, child in module.named_modules()
+        if path and block_index(blocks, path) is None and any(gemms(child))
     ]
 
     def observer(index: int) -> MatmulObserver:

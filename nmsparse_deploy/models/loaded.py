@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +17,7 @@ from torch import nn
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.models.base import Discovery
-from nmsparse_deploy.models.discovery import discover
+from nmsparse_deploy.models.discovery import RefusedInputs, discover
 from nmsparse_deploy.models.hub_cache import cached_folder
 from nmsparse_deploy.models.model_folder import by_name, carried_files, loaded_files
 from nmsparse_deploy.models.outputs import Features, primary_output
@@ -47,6 +49,8 @@ class LoadedModel:
     provenance: dict[str, str] = field(default_factory=dict)
     """Revision, file hashes, dtype, library versions."""
     weights: WeightStore = IN_MEMORY
+    guess: int | None = None
+    """Which of `other_inputs` the model takes; None: the adapter's ordinary ones."""
     stored: StoredViews = field(default_factory=dict)
     """What is saved where it is not each parameter under its own name: the checkpoint's layout."""
 
@@ -75,6 +79,9 @@ class LoadedModel:
     def sample_inputs(self, batch: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
         """Make keyword arguments for one forward pass of the right shapes; `length` is in tokens
         (text only)."""
+        if self.guess is not None:
+            guessed = self.adapter.other_inputs(self, batch, length)
+            return next(islice(guessed, self.guess, None))
         return self.adapter.sample_inputs(self, batch, length)
 
     def batches(self, inputs: Mapping[str, torch.Tensor], size: int) -> list[Batch]:
@@ -85,7 +92,15 @@ class LoadedModel:
     def discover(self) -> Discovery:
         """Find blocks, targets and what stays dense, by one forward pass. Raises
         `NmsparseError`."""
-        return discover(self.module, self.sample_inputs(), self.weights)
+        try:
+            return discover(self.module, self.sample_inputs(), self.weights)
+        except RefusedInputs:
+            for number, inputs in enumerate(self.adapter.other_inputs(self, 2, 16)):
+                with suppress(RefusedInputs):
+                    found = discover(self.module, inputs, self.weights)
+                    self.guess = number
+                    return found
+            raise
 
     def save(self, folder: Path, changed: Changed | None = None) -> None:
         """Write a folder that the stock library loads; of a streamed model `changed` has what is
@@ -171,6 +186,12 @@ class ModelAdapter(Protocol):
     def sample_inputs(self, model: LoadedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
         """Make keyword arguments for one forward pass of the right shapes; `length` is in tokens
         (text only)."""
+
+    def other_inputs(
+        self, model: LoadedModel, batch: int, length: int
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield guesses at the inputs of a model that does not take `sample_inputs`."""
+        return iter(())
 
     def knows(self, name: str) -> bool:
         """Decide whether a bare name, which is no model of the hub, is one of this library's

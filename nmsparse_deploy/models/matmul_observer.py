@@ -61,6 +61,16 @@ class MatmulObserver(TorchDispatchMode):
             self._weights.setdefault(place(tensor)[0], []).append((name, tensor))
         self._seen = seen
 
+    def __enter__(self) -> MatmulObserver:
+        self._fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # one operator, in which nothing is seen
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.backends.mha.set_fastpath_enabled(self._fast)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
     ) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from transformers import (
     DepthAnythingConfig,
     DepthAnythingForDepthEstimation,
@@ -17,6 +18,7 @@ from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.find.inspect import inspect
 from nmsparse_deploy.find.prune import prune
 from nmsparse_deploy.masks import MaskSet
+from nmsparse_deploy.models.adapters.architectures import family
 from nmsparse_deploy.models.discovery import discover
 from nmsparse_deploy.recipe import Prune, validate
 from tests.fixtures import pico
@@ -98,3 +100,41 @@ def test_a_model_that_no_automatic_class_loads_is_loaded_by_its_own(tmp_path):
     loaded = models.load(str(tmp_path))
     assert isinstance(loaded.module, DepthAnythingForDepthEstimation)
     assert len(loaded.discover().blocks) >= 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "name"),
+    [
+        ("VideoMAE", {"image_size": 16, "patch_size": 8, "num_frames": 4}, "pixel_values"),
+        ("Wav2Vec2", {"conv_dim": [8] * 7, "num_conv_pos_embedding_groups": 4}, "input_values"),
+        ("AST", {"max_length": 64, "num_mel_bins": 32}, "input_values"),
+    ],
+)
+def test_models_that_read_something_else_are_tried_with_likely_inputs(
+    kind, settings, name, tmp_path
+):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, **settings
+    )
+    getattr(transformers, f"{kind}Model")(config).eval().save_pretrained(tmp_path / "model")
+    run = prune(str(tmp_path / "model"), Prune(method="magnitude"), tmp_path / "run")
+    masks = MaskSet.load(run / "masks.safetensors").masks
+    assert len(masks) == 12
+    loaded = models.load(str(tmp_path / "model"))
+    loaded.discover()
+    assert set(loaded.sample_inputs()) == {name}
+
+
+def test_a_detector_is_a_vision_model_though_it_has_a_decoder():
+    config = transformers.DetrConfig(
+        use_timm_backbone=False,
+        backbone_config=transformers.ResNetConfig(depths=[1, 1, 1, 1]),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+    )
+    assert config.is_encoder_decoder
+    with torch.device("meta"):
+        module = transformers.DetrModel(config)
+    assert family(module, "AutoModel") == "vision"

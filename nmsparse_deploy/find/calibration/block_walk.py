@@ -186,7 +186,8 @@ class BlockWalk:
             total.update(layer, trace.reads[fusion], dense_input, drift, wanted)
 
     def _inside(self, index: int, name: str) -> str:
-        return name.removeprefix(self.blocks[index] + ".")
+        path = self.blocks[index]
+        return "" if name == path else name.removeprefix(path + ".")
 
     def _writers(self, block: nn.Module, index: int) -> dict[str, str]:
         """Find what writes to the residual stream, once for each make of block."""

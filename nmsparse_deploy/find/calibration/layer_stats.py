@@ -205,6 +205,8 @@ def as_rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Return a layer's inputs as the fp32 matrix `[tokens, reduction]` that `to_rows` of its weight
     multiplies."""
     x = x.float()
+    if isinstance(layer, nn.Conv1d):  # pointwise: others are no targets
+        x = x[..., :: layer.stride[0]].transpose(-1, -2)
     if not isinstance(layer, nn.Conv2d):
         return x.reshape(-1, x.shape[-1])
     padding: Any = layer.padding

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -40,6 +42,8 @@ class Plan:
     skipped: tuple[Skipped, ...]
     blocks: tuple[str, ...]
     """Paths of all repeated blocks, in the order in which they run."""
+    shared: tuple[str, ...] = ()
+    """Those that run several times in one forward pass."""
 
     def pruned(self, block: int | None = None) -> list[PlanRow]:
         """Return the targets that get a pattern, of one block or of all."""
@@ -48,15 +52,23 @@ class Plan:
         ]
 
     def summary(self) -> str:
-        """Say in one sentence how many matrices and weights are selected."""
+        """Say how many matrices and weights are selected, of all that are multiplied, and what stays
+        dense for which reason, the most first."""
         chosen = self.pruned()
         values = sum(row.target.k * row.target.n for row in chosen)
-        inside = sum(row.target.k * row.target.n for row in self.rows)
-        left = len(self.rows) - len(chosen)
+        dense: Counter[str] = Counter()
+        for row in self.rows:
+            if not row.pattern:
+                dense[row.reason.partition(" as ")[0]] += row.target.k * row.target.n
+        for skipped in self.skipped:
+            if skipped.gemm:
+                dense[skipped.reason] += math.prod(skipped.shape)
+        every = values + dense.total()
+        why = "".join(f"; {size / every:.1%} {reason}" for reason, size in dense.most_common())
         return (
-            f"{len(chosen)} of {len(self.rows)} prunable matrices in {len(self.blocks)} blocks selected "
-            f"({values / 1e6:.1f} of {inside / 1e6:.1f} M weights); {left} stay dense, "
-            f"{len(self.skipped)} others are never pruned."
+            f"{len(chosen)} of {len(self.rows)} prunable matrices in {len(self.blocks)} blocks selected: "
+            f"{values / 1e6:.1f} of {every / 1e6:.1f} M weights that are multiplied "
+            f"({values / every:.1%}){'; dense' if why else ''}{why.removeprefix(';')}."
         )
 
     def to_json(self) -> Json:
@@ -122,7 +134,7 @@ def make_plan(
             if reason
             else PlanRow(target, wanted[target.name], chosen)
         )
-    plan = Plan(tuple(rows), discovery.skipped, discovery.blocks)
+    plan = Plan(tuple(rows), discovery.skipped, discovery.blocks, discovery.shared)
     _check_merged(plan)
     if not plan.pruned():
         why = rows[0].reason if rows else "no weight lies in the repeated blocks"

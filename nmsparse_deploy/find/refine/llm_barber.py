@@ -190,5 +190,5 @@ def _per_sample(calls: list[Call], batch: int) -> Iterator[torch.Tensor]:
 
 def _columns(layer: nn.Module, gradient: torch.Tensor) -> torch.Tensor:
     """Return the gradient at a layer's output as `[R, tokens]`."""
-    channels = gradient.movedim(1, -1) if isinstance(layer, nn.Conv2d) else gradient
+    channels = gradient.movedim(1, -1) if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else gradient
     return channels.float().flatten(0, -2).T

@@ -45,8 +45,14 @@ def auto_class(config: Any) -> str:
 
 def family(module: Any, auto: str) -> str:
     """`llm`, `encoder`, `seq2seq` or `vision`."""
-    if getattr(module.config, "is_encoder_decoder", False):
+    detects = module.main_input_name == "pixel_values" and vocabulary(module.config) is None
+    if getattr(module.config, "is_encoder_decoder", False) and not detects:
         return "seq2seq"
     if module.main_input_name == "pixel_values":
         return "vision"
     return "llm" if auto == "AutoModelForCausalLM" or auto.endswith(GENERATES) else "encoder"
+
+
+def vocabulary(config: Any) -> int | None:
+    """Return how many tokens the text that a model reads has; None where it reads none."""
+    return getattr(config.get_text_config(), "vocab_size", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ import torch
 from nmsparse_deploy.errors import NmsparseError, UsageError, first_line
 from nmsparse_deploy.models import own_code, quantised
 from nmsparse_deploy.models.adapters import peft, transformers_private
-from nmsparse_deploy.models.adapters.architectures import TASKS, auto_class, family
+from nmsparse_deploy.models.adapters.architectures import TASKS, auto_class, family, vocabulary
 from nmsparse_deploy.models.adapters.checkpoint_layout import layout_of, save_module
 from nmsparse_deploy.models.adapters.gguf import SUFFIX, dequantised
+from nmsparse_deploy.models.adapters.guessed_inputs import guesses
+from nmsparse_deploy.models.discovery import RefusedInputs
 from nmsparse_deploy.models.hub_cache import cached_folder, fetch_description
 from nmsparse_deploy.models.load_errors import explained
 from nmsparse_deploy.models.loaded import (
@@ -221,8 +223,13 @@ class HuggingFaceAdapter(ModelAdapter):
             return {
                 "pixel_values": _noise(model, (batch, len(model.processor.mean), height, width))
             }
-        vocabulary = config.get_text_config().vocab_size
-        ids = (torch.arange(batch * length, device=model.device) % vocabulary).view(batch, length)
+        tokens = vocabulary(config)
+        if tokens is None:
+            raise RefusedInputs(
+                f"{type(model.module).__name__} reads neither text nor single images "
+                f"({model.module.main_input_name}), and nothing else is known of its inputs."
+            )
+        ids = (torch.arange(batch * length, device=model.device) % tokens).view(batch, length)
         if model.family == "seq2seq":
             return {**_encoder_inputs(model, ids), "decoder_input_ids": ids.flip(1)}
         # Decoders look into positions for want of a mask, encoders into the mask; without memory
@@ -230,6 +237,11 @@ class HuggingFaceAdapter(ModelAdapter):
         given = model.family == ("llm" if ids.is_meta else "encoder")
         mask = {"attention_mask": torch.ones_like(ids)} if given else {}
         return {"input_ids": ids, **mask}
+
+    def other_inputs(
+        self, model: LoadedModel, batch: int, length: int
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        return guesses(model.module, batch, length)
 
     def batches(
         self, model: LoadedModel, inputs: Mapping[str, torch.Tensor], size: int

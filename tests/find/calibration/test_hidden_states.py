@@ -48,8 +48,8 @@ LIBRARY = {
     "t5": ("T5ForConditionalGeneration", "T5Config", {**TEXT, **SMALL}, 6, {0, 1, 3, 4}),
     "bart": ("BartForConditionalGeneration", "BartConfig", {**TEXT, **SPEECH}, 5, {0, 2}),
     "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, 5, {0, 2}),
-    "swin": ("SwinModel", "SwinConfig", STAGES, 4, {0, 2}),
-    "convnext": ("ConvNextModel", "ConvNextConfig", CONV, 3, {0, 2}),
+    "swin": ("SwinModel", "SwinConfig", STAGES, 5, {0}),
+    "convnext": ("ConvNextModel", "ConvNextConfig", CONV, 4, {0, 2}),
 }
 
 
@@ -264,6 +264,20 @@ def test_a_stage_is_not_a_block_but_experts_are_not_blocks_either():
     assert find_blocks(case("convnext")[0])[-1] == "encoder.stages.1.layers.0"
 
 
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("swin", "encoder.layers.0.downsample"),
+        ("convnext", "encoder.stages.1.downsampling_layer.1"),
+    ],
+)
+def test_what_runs_between_two_blocks_is_a_block(name, beside):
+    module, batches, _, _ = case(name)
+    found = discover(module, batches[0])
+    assert found.blocks[2] == beside and set(found.blocks) == {*find_blocks(module), beside}
+    assert [target.module.startswith(beside) for target in found.of_block(2)] == [True]
+
+
 class Shared(Named):
     def forward(self, x):
         for _ in range(2):
@@ -271,9 +285,9 @@ class Shared(Named):
         return x
 
 
-def test_shared_blocks_are_refused():
-    with pytest.raises(NmsparseError, match=r"'blocks\.0' runs several times"):
-        discover(Shared(), {"x": torch.randn(2, 5, 8)})
+def test_a_block_that_runs_several_times_is_discovered_and_said_to():
+    found = discover(Shared(), {"x": torch.randn(2, 5, 8)})
+    assert found.shared == found.blocks
 
 
 class Random(Named):
