@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import statistics
 import sys
 from functools import partial
 from pathlib import Path
@@ -153,6 +154,37 @@ def families_table() -> str:
     return "\n".join(
         [markdown(("family", *COLUMNS.values()), rows), *(["", *notes] if notes else [])]
     )
+
+
+def sweep_table(name: str) -> str:
+    """Return what share of the weights of every architecture is selected, and why the rest is
+    not."""
+    sweep = result(name)
+    if sweep is None:
+        return "Not measured yet: `python -m benchmarks.architectures`."
+    rows, unbuilt = [], []
+    for kind, row in sweep["rows"].items():
+        if "not_built" in row:
+            unbuilt.append(f"`{kind}`")
+            continue
+        if "selected" not in row or "pruned" not in row:
+            said = row.get("refused") or f"FAILS: {row['failed']}"
+            rows.append((f"`{kind}`", "", "", said.replace("|", "\\|")[:240]))
+            continue
+        why = [
+            f"{part['share']:.1%} {reason}"
+            for reason, part in row["dense"].items()
+            if part["share"] > 0.01
+        ]
+        rows.append((f"`{kind}`", f"{row['selected']:.1%}", str(row["blocks"]), "; ".join(why)))
+    done = [row["selected"] for row in sweep["rows"].values() if "pruned" in row]
+    head = (
+        f"{len(done)} of {len(rows)} pruned and verified, {statistics.median(done):.0%} of the weights "
+        "selected at the median."
+    )
+    table = markdown(("model", "selected", "blocks", "above 1 % and dense, or refused"), rows)
+    missing = ["", f"Not built small, or not without another package: {', '.join(unbuilt)}."]
+    return "\n".join([head, "", table, *(missing if unbuilt else [])])
 
 
 def deploy_table() -> str:
@@ -514,6 +546,8 @@ TABLES: dict[str, Any] = {
     "learned": learned_table,
     "refinements": refinements_table,
     "families": families_table,
+    "architectures": partial(sweep_table, "architectures"),
+    "timm": partial(sweep_table, "timm"),
     "learned_small": small_table,
     "learned_demo": demo_table,
     "learned_cost": cost_table,
