@@ -342,8 +342,14 @@ def _concat(node: NodeProto, inputs: Inputs, scope: Scope) -> Result:
     axis, (rank,) = number(node, "axis", -1), ranks
     if not -rank <= axis < rank:
         return None
-    followed = (part.then("Concat") if isinstance(part, Stored) else part for part in parts)
-    return Several(tuple(followed), axis % rank - rank, any(part.selected for part in parts))
+    axis = axis % rank - rank
+    followed: list[Stored | Opaque | Several] = []
+    for part in parts:
+        if isinstance(part, Several) and part.axis == axis:
+            followed += part.parts
+        else:
+            followed.append(part.then("Concat") if isinstance(part, Stored) else part)
+    return Several(tuple(followed), axis, any(part.selected for part in parts))
 
 
 def _sequence(node: NodeProto, inputs: Inputs, scope: Scope) -> Result:

@@ -27,8 +27,11 @@ from nmsparse_deploy.prove.onnx_values import (
     Scope,
     Several,
     Stored,
+    Value,
     along,
+    has_matrix,
     is_matrix,
+    is_selected,
     label_of,
     lost,
     number,
@@ -134,17 +137,15 @@ def _multiply(node: NodeProto, inputs: Inputs, scope: Scope) -> Result:
     a, b = inputs
     if isinstance(a, Stored) and isinstance(b, Stored) and not (a.selected or b.selected):
         return _product(node, a, b, scope)
-    place = 0 if isinstance(a, Stored) else 1
-    value = inputs[place]
-    if not isinstance(value, Stored) or (node.op_type == "Div" and place):
+    place = 1 if is_selected(a) and not is_selected(b) else 0 if a is not None else 1
+    value, other = inputs[place], node.input[1 - place]
+    if value is None or (node.op_type == "Div" and place):
         return None
-    other = node.input[1 - place]
     factor = scope.constant(other)
-    if factor is None:
-        known = inputs[1 - place]
-        return (
-            None if known is not None and not known.selected else _scaled(node, value, other, scope)
-        )
+    if factor is None and is_selected(inputs[1 - place]):
+        return _scaled(node, value, node.input[place], other, scope)
+    if factor is None or not isinstance(value, Stored):
+        return None
     try:
         shape = np.broadcast_shapes(value.shape, factor.shape)
     except ValueError:
@@ -184,39 +185,40 @@ def _extent(value: Stored, scope: Scope) -> int:
     return min(math.prod(value.shape), math.prod(used))
 
 
-def _scaled(node: NodeProto, value: Stored, factor: str, scope: Scope) -> Result:
+def _scaled(node: NodeProto, value: Value, name: str, factor: str, scope: Scope) -> Result:
     """Follow a weight through a factor that is computed at run time. One with more axes is an
     activation that the constant scales."""
-    if not is_matrix(value.shape):
+    ours = value.shape if isinstance(value, Stored) else scope.shape(name)
+    theirs = scope.shape(factor)
+    if not has_matrix(value, scope) or (isinstance(value, Stored) and not is_matrix(value.shape)):
         return None
-    shape = scope.shape(factor)
-    if shape is None:
+    if ours is None or theirs is None:
         return lost([value], scope, f"is scaled by '{factor}', whose shape is not known", True)
-    lead = len(shape) - len(value.shape)
-    ours = (1,) * lead + value.shape
-    theirs = (1,) * -lead + shape
-    if any(mine == 1 != their for mine, their in zip(ours, theirs)):
-        return None
-    return replace(broadcast(value, ours), selected=True).then(node.op_type)
+    rank = max(len(ours), len(theirs))
+    ours, theirs = (1,) * (rank - len(ours)) + ours, (1,) * (rank - len(theirs)) + theirs
+    enlarged = any(mine == 1 != their for mine, their in zip(ours, theirs))
+    if enlarged or not isinstance(value, Stored):
+        return lost([value], scope, f"is scaled by '{factor}'", True, weak=enlarged)
+    shape = (1,) * (rank - len(value.shape)) + value.shape
+    return replace(broadcast(value, shape), selected=True).then(node.op_type)
 
 
 def _mixed(node: NodeProto, inputs: Inputs, scope: Scope) -> Result:
     """Say that a matrix is changed at run time; an activation that a constant is added to has more
     axes."""
-    matrices = [v for v in inputs if isinstance(v, Stored) and is_matrix(v.shape)]
+    matrices = [value for value in inputs if value is not None and has_matrix(value, scope)]
     computed = [
         name
         for value, name in zip(inputs, node.input)
-        if name and (value is None or value.selected) and scope.constant(name) is None
+        if name and is_selected(value) and scope.constant(name) is None
     ]
     if not computed or not matrices:
         return None
-    ranks = [scope.shape(name) for name in computed]
-    if any(shape is None or len(shape) > 2 for shape in ranks) or any(
-        len(value.shape) > 2 for value in matrices
-    ):
-        return None
-    return lost(matrices, scope, f"passes through {node.op_type} with values {RUN_TIME}", True)
+    shapes = [scope.shape(name) for name in computed]
+    shapes += [value.shape for value in matrices if isinstance(value, Stored)]
+    weak = any(shape is None or len(shape) > 2 for shape in shapes)
+    reason = f"passes through {node.op_type} with values {RUN_TIME}"
+    return lost(matrices, scope, reason, selected=True, weak=weak)
 
 
 def _where(node: NodeProto, inputs: Inputs, scope: Scope) -> Result:
@@ -266,6 +268,20 @@ def _made(node: NodeProto, inputs: Inputs, scope: Scope) -> Result:
     return Opaque((node.output[0],), f"is made by {node.op_type}") if node.output else None
 
 
+def carried(node: NodeProto, inputs: Inputs, scope: Scope) -> Opaque | None:
+    """Return what is left of a constant that run-time values choose from or lay out; None for an
+    activation."""
+    domain = "" if node.domain in STANDARD else node.domain
+    if (domain, node.op_type) in CARRYING:
+        values = list(inputs[:1])
+    elif domain == "" and node.op_type in ("Mul", "Div") and None not in inputs:
+        values = list(inputs)
+    else:
+        return None
+    known = [value for value in values if value is not None and has_matrix(value, scope)]
+    return lost(known, scope, f"passes through {node.op_type}", True) if known else None
+
+
 FOLLOW: dict[tuple[str, str], Follow] = {
     **{("", op): rule for op, rule in LAYOUT.items()},
     **{("", op): _same for op in ("Identity", "Cast", "CastLike", "Neg", "Dropout")},
@@ -277,8 +293,14 @@ FOLLOW: dict[tuple[str, str], Follow] = {
     ("", "Mul"): _multiply,
     ("", "Div"): _multiply,
     ("", "Sub"): _sub,
-    ("", "Add"): _mixed,
+    **{("", op): _mixed for op in ("Add", "Sum", "Mean", "Max", "Min", "Clip", "Pow")},
+    **{("", op): _mixed for op in ("ScatterND", "ScatterElements")},
     ("", "Where"): _where,
     **{("", op): _made for op in ("Shape", "Size", "ConstantOfShape", "Range")},
     **{("", op): _picked for op in ("GatherElements", "Tile", "Pad", "Compress")},
 }
+"""Domain and operator -> its rule."""
+CARRYING = frozenset(
+    key for key, rule in FOLLOW.items() if rule in (_same, _quantize, _picked, *LAYOUT.values())
+)
+"""Operators that take one value and give it, or parts of it, in another layout."""

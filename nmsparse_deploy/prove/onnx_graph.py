@@ -9,7 +9,7 @@ sums is a weight use, and what does so on a way that is not followed is said to.
 from __future__ import annotations
 
 import ast
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,10 +21,13 @@ import numpy as np
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.prove.onnx_file import load_model, subgraphs
 from nmsparse_deploy.prove.onnx_fold import Constants, Shape, inferred_shapes
-from nmsparse_deploy.prove.onnx_follow import follow, zero_pointed
+from nmsparse_deploy.prove.onnx_follow import carried, follow, zero_pointed
 from nmsparse_deploy.prove.onnx_readers import READERS, Operand, operands
 from nmsparse_deploy.prove.onnx_tensor import decode, dtype_name
 from nmsparse_deploy.prove.onnx_values import (
+    MAX_NESTED,
+    MAX_PARTS,
+    MAX_PATH,
     STANDARD,
     Opaque,
     Several,
@@ -47,7 +50,6 @@ if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto, TensorProto
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-MAX_PATH = 64
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class OnnxGraph:
         self.untraced: list[Untraced] = []
         self.plain: dict[str, str] = {}
         """The name in the file of a tensor that shares it with a tensor of another branch."""
+        self._shared: Counter[str] = Counter()
         self._values: ChainMap[str, Value | None] = ChainMap()
         self._model = load_model(path)
         opset = max(
@@ -190,7 +193,8 @@ class OnnxGraph:
     def _store(self, tensor: TensorProto, name: str, where: str) -> None:
         label = name
         if name in self.tensors and name not in self._values:
-            same = sum(other == name for other in self.plain.values())
+            same = self._shared[name]
+            self._shared[name] += 1
             label = f"{name}@{where}" + (f"#{same}" if same else "")
             self.plain[label] = name
         shape = tuple(tensor.dims)
@@ -235,7 +239,8 @@ class OnnxGraph:
             return [self._bounded(followed)]
         constant = [value for value, name in zip(inputs, node.input) if name]
         if not constant or any(is_selected(value) for value in constant):
-            return []
+            moved = carried(node, inputs, self)
+            return [moved for _ in node.output]
         # A product of constants is like an activation; its factors have rows of their own.
         product = (node.domain if node.domain not in STANDARD else "", node.op_type) in READERS
         reason = f"passes through {node.op_type}"
@@ -243,8 +248,11 @@ class OnnxGraph:
 
     def _bounded(self, value: Value) -> Value:
         if isinstance(value, Stored) and len(value.path) > MAX_PATH:
-            reason = f"passes through more than {MAX_PATH} operators"
-            return Opaque((value.tensor,), reason, value.selected)
+            return lost(
+                [value], self, f"passes through more than {MAX_PATH} operators", value.selected
+            )
+        if isinstance(value, Several) and (value.count > MAX_PARTS or value.depth > MAX_NESTED):
+            return lost([value], self, "is joined to too many others", value.selected)
         return value
 
     # --- control flow ---

@@ -14,6 +14,7 @@ from nmsparse_deploy.prove.onnx_tensor import dtype_name
 from nmsparse_deploy.prove.onnx_values import (
     MICROSOFT,
     STANDARD,
+    Opaque,
     Scope,
     Value,
     dims,
@@ -61,6 +62,8 @@ def _name(node: NodeProto, place: int) -> str:
 def _computed(others: Iterable[Value | None], value: Value) -> bool:
     """Tell whether something beside a value is computed at run time, and not from the same
     constant."""
+    if isinstance(value, Opaque) and value.weak:
+        return False
     mine = set(sources([value]))
     return any(
         other is None or (other.selected and not mine & set(sources([other]))) for other in others

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 STANDARD = ("", "ai.onnx")
 MICROSOFT = "com.microsoft"
 MAX_SOURCES = 32
+MAX_PATH, MAX_PARTS, MAX_NESTED = 64, 256, 16
+"""Operators that a value passes through, and parts that it is made of, before it is given up."""
 MAX_AXIS = 1 << 24
 """Longest axis that is cut by index."""
 
@@ -71,6 +73,9 @@ class Opaque:
     tensors: tuple[str, ...]
     reason: str
     selected: bool = False
+    weak: bool = False
+    """More likely an activation that a constant scales or shifts, unless it stands in the place of a
+    kernel."""
 
     @property
     def tensor(self) -> str:
@@ -86,6 +91,16 @@ class Several:
     parts: tuple[Stored | Opaque | Several, ...]
     axis: int | None
     selected: bool = False
+
+    @property
+    def depth(self) -> int:
+        """How deep its parts are nested."""
+        return 1 + max((p.depth for p in self.parts if isinstance(p, Several)), default=0)
+
+    @property
+    def count(self) -> int:
+        """How many parts it has, those of its parts counted."""
+        return sum(p.count if isinstance(p, Several) else 1 for p in self.parts)
 
 
 Value = Stored | Opaque | Several
@@ -125,15 +140,20 @@ def sources(values: Iterable[Value | None]) -> Iterable[str]:
 
 
 def lost(
-    values: Sequence[Value | None], scope: Scope, reason: str, selected: bool = False
+    values: Sequence[Value | None],
+    scope: Scope,
+    reason: str,
+    selected: bool = False,
+    weak: bool = False,
 ) -> Opaque:
     """Return what is left of constants that cannot be followed any further; what was lost before
     keeps its reason."""
     names = list(dict.fromkeys(sources(values)))
     names.sort(key=lambda name: math.prod(dims(scope, name)), reverse=True)
-    before = [value for value in values if isinstance(value, Opaque) and not value.selected]
+    before = [value for value in values if isinstance(value, Opaque)]
     first = next((value.reason for value in before if value.tensor == names[0]), reason)
-    return Opaque(tuple(names[:MAX_SOURCES]), first, selected)
+    weak = weak or any(value.weak for value in before)
+    return Opaque(tuple(names[:MAX_SOURCES]), first, selected, weak)
 
 
 def rank_of(value: Value) -> int | None:
@@ -157,6 +177,11 @@ def length_of(value: Value, axis: int) -> int:
 def is_selected(value: Value | None) -> bool:
     """Tell whether run-time values have a part in it, so that it may be an activation."""
     return value is None or value.selected
+
+
+def has_matrix(value: Value, scope: Scope) -> bool:
+    """Tell whether any stored tensor behind a value is a matrix."""
+    return any(is_matrix(dims(scope, name)) for name in sources([value]))
 
 
 def is_matrix(shape: Iterable[int]) -> bool:

@@ -100,6 +100,42 @@ NOT_FOLLOWED = {
         (3, K, N),
         "Gather with a computed index",
     ),
+    "computed index, another layout": (
+        [
+            node("NonZero", "x", "i"),
+            node("Gather", "w i", "u"),
+            node("Transpose", "u", "v"),
+            node("Cast", "v", "t", to=1),
+            node("MatMul", "h t", "y"),
+        ],
+        (3, K, N),
+        "Gather with a computed index",
+    ),
+    "a shape of run time behind what is not followed": (
+        [node("Relu", "w", "u"), node("Reshape", "u x", "t"), node("MatMul", "h t", "y")],
+        (K, N),
+        "passes through Relu",
+    ),
+    "a scale of run time behind what is not followed": (
+        [
+            node("Relu", "w", "u"),
+            node("Reshape", "h n", "m"),
+            node("Mul", "m u", "t"),
+            node("MatMul", "h t", "y"),
+        ],
+        (K, N),
+        "passes through Relu",
+    ),
+    "a kernel that is modulated at run time": (
+        [node("Mul", "w h", "u"), node("Reshape", "u x", "t"), node("Conv", "h t", "y")],
+        (16, 16, 3, 3),
+        "scaled by 'h'",
+    ),
+    "values that are written into it": (
+        [node("Reshape", "x n", "m"), node("Max", "w m", "t"), node("MatMul", "h t", "y")],
+        (K, N),
+        "passes through Max",
+    ),
     "a computed change": (
         [
             node("MatMul", "x g", "a"),
@@ -315,6 +351,17 @@ def test_tables_masks_and_scales_of_activations_are_no_weights(tmp_path):
     stored = [tensor("e", table), tensor("p", table), tensor("w", W), ints("i", 0)]
     graph = OnnxGraph(saved(tmp_path, nodes, stored))
     assert [use.tensor for use in graph.uses] == ["w"] and not graph.untraced
+
+
+def test_joining_again_and_again_ends(tmp_path):
+    """Each doubles what the one before it made."""
+    for axes in ((0,), (0, 1)):
+        chain = [
+            node("Concat", f"w{i} w{i}", f"w{i + 1}", axis=axes[i % len(axes)]) for i in range(60)
+        ]
+        file = saved(tmp_path, [*chain, node("MatMul", "x w60", "y")], [tensor("w0", W)])
+        report = verify_onnx(file)
+        assert "joined to too many" in report.checks[0].skipped
 
 
 # --- zero points ---
