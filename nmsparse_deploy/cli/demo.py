@@ -34,13 +34,13 @@ def demo(
     )
 
 
-def _full(model: str) -> nms.Recipe:
+def _full(model: str) -> "nms.Recipe":
     from nmsparse_deploy.recipe import CLOSED_FORM
 
     return nms.Recipe(model=model, prune=CLOSED_FORM)
 
 
-def _short(model: str, folder: Path, force: bool) -> nms.Recipe:
+def _short(model: str, folder: Path, force: bool) -> "nms.Recipe":
     """Return the recipe with as many samples as fit; of a run that is there already, those that it
     has."""
     from nmsparse_deploy.find.auto import shorten

@@ -8,10 +8,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from nmsparse_deploy.errors import NmsparseError
+
+SECONDS = 5.0
+"""Between two lines of progress in a log."""
 
 
 class Output:
@@ -21,6 +25,7 @@ class Output:
     _bar: Any = None
     _task: Any = None
     _last_line = ""
+    _next_line = 0.0
 
     def listen(self, as_json: bool, quiet: bool) -> None:
         """Take --json and --quiet, typed before the verb or after it; of several processes the
@@ -30,11 +35,18 @@ class Output:
         self.quiet |= quiet or not first
 
     def progress(self, text: str, done: int = 0, total: int = 0) -> None:
-        """Show a message (0 of 0) or a bar with the time left; nothing under --quiet."""
+        """Show a message (0 of 0) or a bar with the time left; nothing under --quiet.
+
+        In a log, where there are no bars, a line says every few seconds how far it is.
+        """
         if total and sys.stderr.isatty() and not self.quiet:
             self._show_bar(text, done, total)
             return
         self.close()
+        if total:
+            if time.monotonic() < self._next_line:
+                return
+            self._next_line = time.monotonic() + SECONDS
         line = f"{text} [{done}/{total}]" if total else text
         if line != self._last_line:
             self.message(line)
