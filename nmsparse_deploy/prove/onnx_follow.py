@@ -10,15 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nmsparse_deploy.prove.onnx_axes import (
-    LAYOUT,
-    RUN_TIME,
-    Follow,
-    Inputs,
-    Result,
-    broadcast,
-    moved_axis,
-)
+from nmsparse_deploy.prove.onnx_axes import LAYOUT, Follow, Inputs, Result, broadcast, moved_axis
 from nmsparse_deploy.prove.onnx_tensor import dtype_name
 from nmsparse_deploy.prove.onnx_values import (
     MICROSOFT,
@@ -217,8 +209,9 @@ def _mixed(node: NodeProto, inputs: Inputs, scope: Scope) -> Result:
     shapes = [scope.shape(name) for name in computed]
     shapes += [value.shape for value in matrices if isinstance(value, Stored)]
     weak = any(shape is None or len(shape) > 2 for shape in shapes)
-    reason = f"passes through {node.op_type} with values {RUN_TIME}"
-    return lost(matrices, scope, reason, selected=True, weak=weak)
+    reason = f"passes through {node.op_type} with what is computed at run time"
+    fixed = [value for value in matrices if not value.selected]
+    return lost(fixed or matrices, scope, reason, selected=True, weak=weak)
 
 
 def _where(node: NodeProto, inputs: Inputs, scope: Scope) -> Result:

@@ -160,6 +160,8 @@ def _einsum(node: NodeProto, inputs: Inputs, scope: Scope) -> Iterable[Operand]:
     terms = left.split(",")
     if not arrow:  # the result has every letter that stands once, in the order of the alphabet
         result = "".join(sorted(c for c in set(left) if left.count(c) == 1 and c.isalpha()))
+    if len(terms) != len(inputs):
+        terms = [""] * len(inputs)
     for place, (term, value) in enumerate(zip(terms, inputs)):
         others = "".join(terms[:place] + terms[place + 1 :])
         beside = [*inputs[:place], *inputs[place + 1 :]]
@@ -172,7 +174,7 @@ def _einsum(node: NodeProto, inputs: Inputs, scope: Scope) -> Iterable[Operand]:
         fits = len(set(letters)) == len(letters) and (
             rank is None or rank == len(letters) or ("..." in term and rank > len(letters))
         )
-        if not others or not (shared or alone) or (rank is not None and rank < 2):
+        if (fits and not (shared or alone)) or (rank is not None and rank < 2):
             continue  # it scales, like a Mul
         if len(shared) != 1 or alone or not fits:
             yield Operand(value, unknown="is read by Einsum, which reduces not one of its axes")

@@ -86,6 +86,11 @@ NOT_FOLLOWED = {
         (4, 8, N),
         "reduces not one",
     ),
+    "Einsum that does not say what it reads": (
+        [node("Einsum", "h w", "y", equation="bk->bk")],
+        (K, N),
+        "reduces not one",
+    ),
     "MatMulNBits": ([ms("MatMulNBits", "h w s")], (N, 2, 16), "read by com.microsoft.MatMulNBits"),
     "MoE": ([ms("MoE", "h h w")], (4, N, K), "read by com.microsoft.MoE"),
     "nchwc": (
