@@ -222,9 +222,8 @@ class _Stage:
     def _finish(
         self, records: Sequence[LayerRecord], retuned: Mapping[str, Mask], seconds: float
     ) -> None:
-        if self.loaded.streamed:  # its files were read until now
-            files = models.files(self.loaded.source)
-            self.run.check_inputs(InputsRecord(model=hashes(files, self.progress)))
+        files = models.files(self.loaded.source)  # read until now: weights in memory are mapped
+        self.run.check_inputs(InputsRecord(model=hashes(files, self.progress)))
         self.progress("saving and verifying", 0, 0)
         masks = write_blocks(
             self.run, self.loaded, self.spec, self.files, records, self.refinements, retuned

@@ -164,18 +164,23 @@ def test_shards_and_files_of_pytorch(inputs, tmp_path):
         prune(str(old), spec(texts, "magnitude"), tmp_path / "old-run")
 
 
-def test_weights_that_change_while_they_are_streamed(inputs, tmp_path, monkeypatch):
-    """Blocks before and after are of two checkpoints, so nothing is saved."""
+@pytest.mark.parametrize("streamed", [False, True])
+def test_weights_that_change_while_they_are_read(streamed, inputs, tmp_path, monkeypatch):
+    """Blocks before and after are of two checkpoints, so nothing is saved: weights that are read
+    into memory are pages of their file."""
     folder, texts = inputs
 
-    def replace_at_block_1(text: str, done: int = 0, total: int = 0) -> None:
+    def overwrite_at_block_1(text: str, done: int = 0, total: int = 0) -> None:
         if "block 1" in text:
-            other_weights(folder, folder)
+            other = pico.save(pico.llama(seed=1), tmp_path / "other")
+            with open(folder / "model.safetensors", "r+b") as file:
+                file.write((other / "model.safetensors").read_bytes())
 
-    monkeypatch.setattr(offload, "footprint", lambda *_: Footprint(10**15, 0, 0))
-    monkeypatch.setattr(memory, "free_memory", lambda: 1)
+    if streamed:
+        monkeypatch.setattr(offload, "footprint", lambda *_: Footprint(10**15, 0, 0))
+        monkeypatch.setattr(memory, "free_memory", lambda: 1)
     with pytest.raises(UsageError, match=r"'model.safetensors'"):
-        prune(str(folder), spec(texts), tmp_path / "run", progress=replace_at_block_1)
+        prune(str(folder), spec(texts), tmp_path / "run", progress=overwrite_at_block_1)
     assert not (tmp_path / "run/model").exists()
 
 
