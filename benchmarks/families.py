@@ -33,6 +33,7 @@ def main(names: list[str]) -> None:
             "text": pico.text(folder, "calibration.txt", 1),
             "pictures": small.labelled(folder / "pictures"),
         }
+        data["both"] = f"{data['pictures']}+{data['text']}"
         for number, name in enumerate(names or FAMILIES):
             (folder / str(number)).mkdir()
             rows[name] = check(name, folder / str(number), data)

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from nmsparse_deploy.data.image_source import SUFFIXES
+from nmsparse_deploy.data.image_text import image_text_sample, sources
 from nmsparse_deploy.data.images import ImageSample, calibration_images
 from nmsparse_deploy.data.latents import calibration_latents, holds_latents
 from nmsparse_deploy.data.self_generated import GENERATED, generated
@@ -80,6 +81,8 @@ def draw(
             f"'{loaded.source}' reads {loaded.input_name}, so it cannot be calibrated on text.",
             f"give inputs of its forward pass: --data FILE{ENDING}",
         )
+    if loaded.image_text is not None:
+        return _pictures_and_text(loaded, source, spec, compute, progress)
     progress(f"sampling {spec.samples} x {spec.length} tokens of {source}", 0, 0)
     drawn = _text(loaded, source, spec, compute, progress)
     return _in_vocabulary(
@@ -165,6 +168,23 @@ def _text(
         )
         left -= len(parts[-1].ids)
     return mixed(parts, spec.seed) if len(parts) > 1 else parts[0]
+
+
+def _pictures_and_text(
+    loaded: LoadedModel, source: str, spec: Calibration, compute: torch.dtype, progress: Progress
+) -> Sample:
+    """Draw pictures and text; what the source does not name of both is packaged."""
+    assert loaded.image_text is not None
+    pictures, words = sources(
+        "" if spec.data == AUTO else source, DEFAULTS["vision"], DEFAULTS["llm"]
+    )
+    progress(f"sampling {spec.samples} pictures of {pictures} and text of {words}", 0, 0)
+    text = _text(loaded, words, spec, compute, progress)
+    drawn = image_text_sample(
+        loaded.image_text, pictures, text, loaded.processor, spec.seed, progress
+    )
+    loaded.check_length(drawn.inputs["input_ids"].shape[-1], "--length")
+    return _in_vocabulary(drawn, loaded)
 
 
 def _sources(source: str) -> list[str]:

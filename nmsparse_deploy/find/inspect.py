@@ -66,7 +66,7 @@ def price(recipe: Recipe, progress: Progress = silent) -> Cost | NotPriced:
 
 
 def _cost(loaded: LoadedModel, spec: Prune) -> Cost:
-    inputs = loaded.sample_inputs()
+    inputs = loaded.trial_inputs()
     discovery = discover(loaded.module, inputs, loaded.weights)
     plan = make_plan(
         discovery, parse_pattern(spec.pattern), spec.include, spec.exclude, spec.patterns

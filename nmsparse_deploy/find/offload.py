@@ -106,6 +106,8 @@ def open_model(
     loaded = load_fitting(model, limit)
     progress(models.described(model, loaded), 0, 0)
     plan = planned(loaded, spec)
+    if note := loaded.provenance.get("pictures"):
+        progress(note, 0, 0)
     need = footprint(loaded, plan, spec, compute)
     if not loaded.streamed:
         _refuse_over(limit, need.whole, "and this kind of model cannot be streamed from its files")

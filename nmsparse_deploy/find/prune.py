@@ -282,7 +282,8 @@ class _Stage:
         may be permuted."""
         if not self.spec.permute:
             return None
-        batches = self.loaded.batches(self.loaded.sample_inputs(), 2)
+        inputs = self.loaded.trial_inputs()
+        batches = self.loaded.batches(inputs, max(map(len, inputs.values())))
         return BlockWalk(
             self.loaded.module, self.plan.blocks, batches[:1], weights=self.loaded.weights
         )

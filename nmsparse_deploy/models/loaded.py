@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from nmsparse_deploy.errors import UsageError
+from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.models.base import Discovery
 from nmsparse_deploy.models.discovery import RefusedInputs, discover
 from nmsparse_deploy.models.hub_cache import cached_folder
+from nmsparse_deploy.models.image_text import ImageTextProcessor
 from nmsparse_deploy.models.model_folder import by_name, carried_files, loaded_files
 from nmsparse_deploy.models.outputs import Features, primary_output
 from nmsparse_deploy.models.preprocess import ImagePipeline
@@ -53,6 +54,8 @@ class LoadedModel:
     """Which of `other_inputs` the model takes; None: the adapter's ordinary ones."""
     stored: StoredViews = field(default_factory=dict)
     """What is saved where it is not each parameter under its own name: the checkpoint's layout."""
+    image_text: ImageTextProcessor | None = None
+    """Of a vision-language model: what shows it pictures; without, it only reads text."""
 
     @property
     def streamed(self) -> bool:
@@ -84,6 +87,13 @@ class LoadedModel:
             return next(islice(guessed, self.guess, None))
         return self.adapter.sample_inputs(self, batch, length)
 
+    def trial_inputs(self, batch: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
+        """Make keyword arguments for one forward pass in which as much as possible of the model
+        runs: pictures too, where `sample_inputs` has only text."""
+        if self.image_text is None:
+            return self.sample_inputs(batch, length)
+        return self.adapter.trial_inputs(self, batch, length)
+
     def batches(self, inputs: Mapping[str, torch.Tensor], size: int) -> list[Batch]:
         """Split inputs `[samples, ...]` into forward passes of `size` samples each, on the model's
         device."""
@@ -92,6 +102,12 @@ class LoadedModel:
     def discover(self) -> Discovery:
         """Find blocks, targets and what stays dense, by one forward pass. Raises
         `NmsparseError`."""
+        if self.image_text is not None:
+            try:
+                return discover(self.module, self.trial_inputs(), self.weights)
+            except NmsparseError as error:  # a processor that is not this model's: text still goes
+                self.image_text = None
+                self.provenance["pictures"] = f"only text is calibrated: {error.message}"
         try:
             return discover(self.module, self.sample_inputs(), self.weights)
         except RefusedInputs:
@@ -266,6 +282,10 @@ class ModelAdapter(Protocol):
         each."""
         parts = {name: value.to(model.device).split(size) for name, value in inputs.items()}
         return [dict(zip(parts, row)) for row in zip(*parts.values())]
+
+    def trial_inputs(self, model: LoadedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
+        """Make inputs in which as much as possible of the model runs."""
+        return self.sample_inputs(model, batch, length)
 
     def max_length(self, model: LoadedModel) -> int | None:
         """Return how many tokens the model reads at once; None where it does not say."""

@@ -163,7 +163,8 @@ class Engine(Protocol):
     def verify(cls, artefact: Path, masks: MaskSet, progress: Progress) -> VerifyReport:
         """Check an artefact against the masks of its run."""
         link = LinkMap.load(artefact.with_suffix(".link.json"))
-        return verify_onnx(artefact, masks, link.by_parameter(), progress=progress)
+        here = link.masks_here(masks)
+        return verify_onnx(artefact, here, link.by_parameter(), progress=progress)
 
     @classmethod
     def arms(cls, run: RunDir) -> dict[str, dict[str, Case]]:

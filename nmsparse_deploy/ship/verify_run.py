@@ -26,8 +26,9 @@ def verify(run: RunDir, progress: Progress = silent) -> list[VerifyReport]:
     stored = run.stored_views()
     reports = [verify_checkpoint(run / "model", masks, progress=progress, stored=stored)]
     for path in run.graphs():
-        link = LinkMap.load(path.with_suffix(".link.json")).by_parameter()
-        reports.append(verify_onnx(path, masks, link, progress=progress))
+        link = LinkMap.load(path.with_suffix(".link.json"))
+        here = link.masks_here(masks)
+        reports.append(verify_onnx(path, here, link.by_parameter(), progress=progress))
     reports += [verify_packed(folder, masks) for folder in packed_models(run)]
     run.write_json(
         "verify.json",
@@ -39,7 +40,21 @@ def verify(run: RunDir, progress: Progress = silent) -> list[VerifyReport]:
 def not_checked(run: RunDir) -> list[dict[str, str]]:
     """Return steps of the chain that were not taken; a run with engines has its evidence in
     `engines.json`."""
-    return [] if (run / "engines.json").is_file() else list(NOT_CHECKED)
+    engines = [] if (run / "engines.json").is_file() else list(NOT_CHECKED)
+    return [*engines, *_in_no_graph(run)]
+
+
+def _in_no_graph(run: RunDir) -> list[dict[str, str]]:
+    """Return the pruned weights of a vision-language model that were not exported, by precision."""
+    rows = []
+    for precision in sorted({path.parent for path in run.graphs()}):
+        links = [LinkMap.load(path) for path in sorted(precision.glob("*.link.json"))]
+        linked = {row.parameter for link in links for row in link.rows}
+        left = {name for link in links for name in link.elsewhere} - linked
+        if left:
+            why = f"{len(left)} weights that only pictures reach are in no {precision.name} graph"
+            rows.append({"place": "onnx", "why": why})
+    return rows
 
 
 def verify_any(

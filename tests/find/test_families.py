@@ -55,10 +55,8 @@ def test_the_table_has_every_family_and_the_promised_ones_pass():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("data")
-    return {
-        "text": pico.text(folder, "calibration.txt", 1),
-        "pictures": small.labelled(folder / "pictures"),
-    }
+    text, pictures = pico.text(folder, "calibration.txt", 1), small.labelled(folder / "pictures")
+    return {"text": text, "pictures": pictures, "both": f"{pictures}+{text}"}
 
 
 @pytest.mark.parametrize(

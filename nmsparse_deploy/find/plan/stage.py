@@ -160,7 +160,7 @@ def fusion_groups(base: Plan) -> list[list[PlanRow]]:
 def flop_share(loaded: LoadedModel, base: Plan, length: int) -> float:
     """Return the share of the groups' GEMMs in all FLOPs of one sample of `length` tokens (text
     only)."""
-    inputs = loaded.sample_inputs(1, length)
+    inputs = loaded.trial_inputs(1, length)
     reads = trace_inputs(loaded.module, base.blocks, inputs)
     inside = sum(
         2 * reads[row.target.name].rows * row.target.k * row.target.outputs for row in base.pruned()

@@ -19,6 +19,7 @@ from nmsparse_deploy.models.adapters.gguf import SUFFIX, dequantised
 from nmsparse_deploy.models.adapters.guessed_inputs import guesses
 from nmsparse_deploy.models.discovery import RefusedInputs
 from nmsparse_deploy.models.hub_cache import cached_folder, fetch_description
+from nmsparse_deploy.models.image_text import image_text_processor, joined
 from nmsparse_deploy.models.load_errors import explained
 from nmsparse_deploy.models.loaded import (
     Batch,
@@ -142,9 +143,13 @@ class HuggingFaceAdapter(ModelAdapter):
     ) -> LoadedModel:
         kind = family(module, checkpoint.auto)
         processor = _processor(checkpoint, kind)
-        return LoadedModel(
+        loaded = LoadedModel(
             module.eval(), source, checkpoint.name, kind, self, processor, provenance, weights
         )
+        if kind == "llm":  # and none that only compares pictures with text
+            place, config = checkpoint.place, checkpoint.config
+            loaded.image_text = image_text_processor(place, config, provenance)
+        return loaded
 
     def save(self, model: LoadedModel, folder: Path, changed: Changed | None = None) -> None:
         """Write config, weights and tokenizer so that stock `from_pretrained` loads them."""
@@ -243,13 +248,22 @@ class HuggingFaceAdapter(ModelAdapter):
     ) -> Iterator[dict[str, torch.Tensor]]:
         return guesses(model.module, batch, length)
 
+    def trial_inputs(self, model: LoadedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
+        given = self.sample_inputs(model, batch, length)
+        assert model.image_text is not None
+        dtype = next(model.module.parameters()).dtype
+        return model.image_text.trial(given["input_ids"], model.device, dtype)
+
     def batches(
         self, model: LoadedModel, inputs: Mapping[str, torch.Tensor], size: int
     ) -> list[Batch]:
         # A cache would only cost memory.
         extra: Batch = {"use_cache": False} if model.family in ("llm", "seq2seq") else {}
         size = 1 if _one_at_a_time(model) else size
-        return [{**batch, **extra} for batch in super().batches(model, inputs, size)]
+        split = super().batches(model, inputs, size)
+        if model.image_text is not None and inputs["input_ids"].ndim == 3:
+            split = [joined(batch) for batch in split]
+        return [{**batch, **extra} for batch in split]
 
     def max_length(self, model: LoadedModel) -> int | None:
         config: Any = getattr(model.module, "config", None)

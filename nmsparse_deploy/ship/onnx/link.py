@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from nmsparse_deploy.errors import CheckFailed, UsageError
+from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.models.base import Target
 from nmsparse_deploy.prove.group_counter import TORCH_ELEMENTS
 
@@ -47,6 +48,7 @@ class LinkRow:
 
 
 _ROWS = TypeAdapter(tuple[LinkRow, ...])
+_NAMES = TypeAdapter(tuple[str, ...])
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class LinkMap:
 
     onnx: str
     rows: tuple[LinkRow, ...]
+    elsewhere: tuple[str, ...] = ()
+    """Pruned parameters that this graph has no use for: those of the model's other tower."""
 
     def of(self, parameter: str) -> tuple[LinkRow, ...]:
         return tuple(row for row in self.rows if row.parameter == parameter)
@@ -64,7 +68,14 @@ class LinkMap:
         return {name: self.of(name) for name in dict.fromkeys(row.parameter for row in self.rows)}
 
     def as_dict(self) -> dict[str, object]:
-        return {"format": FORMAT, "onnx": self.onnx, "rows": [asdict(row) for row in self.rows]}
+        rows = [asdict(row) for row in self.rows]
+        elsewhere = {"elsewhere": list(self.elsewhere)} if self.elsewhere else {}
+        return {"format": FORMAT, "onnx": self.onnx, "rows": rows, **elsewhere}
+
+    def masks_here(self, masks: MaskSet) -> MaskSet:
+        """Return the masks of what this graph should hold."""
+        here = {name: mask for name, mask in masks.masks.items() if name not in self.elsewhere}
+        return MaskSet(here, masks.info)
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
@@ -78,7 +89,11 @@ class LinkMap:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["format"] != FORMAT:
                 raise ValueError(f"its format is '{data['format']}', not '{FORMAT}'")
-            return cls(data["onnx"], _ROWS.validate_json(json.dumps(data["rows"]), strict=True))
+            return cls(
+                data["onnx"],
+                _ROWS.validate_json(json.dumps(data["rows"]), strict=True),
+                _NAMES.validate_python(data.get("elsewhere", [])),
+            )
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(str(part) for part in first["loc"])

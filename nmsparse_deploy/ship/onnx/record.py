@@ -35,6 +35,23 @@ class CachedGraphs:
 
 
 @dataclass(frozen=True)
+class VisionGraph:
+    """The graph of the tower that sees pictures: how it agrees with the model, or why there is
+    none."""
+
+    links: int = 0
+    agreement: Agreement | NotCompared | None = None
+    not_exported: str | None = None
+
+    def line(self) -> str:
+        """Return the record in a sentence."""
+        if self.agreement is None:
+            return f"  no graph of the tower that sees pictures: {self.not_exported}"
+        words = f"{self.links} weights linked and verified; {compared(self.agreement)}"
+        return f"  vision.onnx, the tower that sees pictures: {words}"
+
+
+@dataclass(frozen=True)
 class CompileOutcome:
     """A compiler's summary of a graph, why it refuses it, or that it is not here to ask: one of the
     three."""
@@ -66,10 +83,14 @@ class ExportedGraph(TracedGraph):
     quantisation: Quantisation | None = None
     cached: CachedGraphs | None = None
     tensorrt_rtx: dict[str, CompileOutcome] = field(default_factory=dict)
+    vision: VisionGraph | None = None
 
     def to_json(self) -> dict[str, object]:
         compiled = {name: outcome.to_json() for name, outcome in self.tensorrt_rtx.items()}
-        return {**asdict(self), "size_note": self.size_note, "tensorrt_rtx": compiled}
+        facts = asdict(self)
+        if self.vision is None:
+            del facts["vision"]
+        return {**facts, "size_note": self.size_note, "tensorrt_rtx": compiled}
 
     def lines(self, path: str) -> list[str]:
         """Return the record in sentences; `path` is where the graph lies."""
@@ -88,6 +109,8 @@ class ExportedGraph(TracedGraph):
                 f"  {' and '.join(self.cached.graphs)} on the same weights, prefill and steps: "
                 f"{compared(self.cached.agreement)}"
             )
+        if self.vision is not None:
+            lines.append(self.vision.line())
         compiled = self.tensorrt_rtx
         if all(outcome.not_checked for outcome in compiled.values()):
             return [*lines, f"  not checked here: TensorRT-RTX ({compiled[GRAPH].hint})"]

@@ -4,6 +4,8 @@ where that can be."""
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,8 +29,10 @@ from nmsparse_deploy.ship.onnx.record import (
     CompileOutcome,
     ExportedGraph,
     Quantisation,
+    VisionGraph,
 )
 from nmsparse_deploy.ship.onnx.share import share_weights
+from nmsparse_deploy.ship.onnx.towers import VISION, Towers, compare_tower, towers_of
 from nmsparse_deploy.ship.quantise import BASE, FORMATS, Range, activation_ranges
 from nmsparse_deploy.ship.tensorrt.rtx import TensorRtRtx
 from nmsparse_deploy.ship.verify_run import verify
@@ -52,6 +56,7 @@ def export_one(
     targets = [target for target in discovery.targets if eight or target.name in masks.masks]
     if eight and not ranges:
         ranges |= activation_ranges(run, loaded, targets, progress)
+    towers = towers_of(loaded, discovery.blocks, targets)
     cached: tuple[CacheGraph, ...] = ()
     quantised = None
     with run.replacing(f"onnx/{precision}") as folder:
@@ -61,23 +66,28 @@ def export_one(
             loaded.sample_inputs(),
             folder,
             GRAPH,
-            targets,
+            towers.own,
             precision=BASE if eight else precision,
             opset=spec.opset,
             progress=progress,
         )
+        vision = _vision(towers, loaded, folder, BASE if eight else precision, spec, progress)
         if loaded.family == "llm" and spec.cache:
             cached = export_cached(
                 loaded.module,
                 folder,
-                targets,
+                towers.own,
                 precision=BASE if eight else precision,
                 opset=spec.opset,
                 progress=progress,
             )
         if eight:
             progress(f"quantising to {precision}", 0, 0)
-            quantised = _quantise(folder, result, cached, precision, spec, masks, ranges)
+            more: list[CacheGraph | ExportResult] = [*cached]
+            more += [vision] if isinstance(vision, ExportResult) else []
+            quantised = _quantise(folder, result, more, precision, spec, masks, ranges)
+        if towers.vision is not None:
+            _divide(folder, towers, masks)
         if cached:
             share_weights(folder, [GRAPH, *(graph.name for graph in cached)])
         files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
@@ -86,6 +96,13 @@ def export_one(
     progress(f"comparing ONNX {precision} with the model", 0, 0)
     same = compare_with_model(loaded, lambda inputs: _session(path, eight).run(inputs))
     steps = CachedGraphs(tuple(sorted(graphs)), _steps(graphs, loaded, eight)) if cached else None
+    shown = None
+    if isinstance(vision, ExportResult):
+        graphs[VISION] = file = path.with_name(f"{VISION}.onnx")
+        agreed = compare_tower(towers, loaded, lambda inputs: _session(file, eight).run(inputs))
+        shown = VisionGraph(len(vision.link.by_parameter()), agreed)
+    elif vision is not None:
+        shown = VisionGraph(not_exported=vision)
     compiled = {name: _compiled(file, progress) for name, file in {GRAPH: path, **graphs}.items()}
     return ExportedGraph(
         result.name,
@@ -104,13 +121,57 @@ def export_one(
         quantised,
         steps,
         compiled,
+        shown,
     )
+
+
+def _vision(
+    towers: Towers,
+    loaded: LoadedModel,
+    folder: Path,
+    precision: str,
+    spec: Export,
+    progress: Progress,
+) -> ExportResult | str | None:
+    """Write the graph of the tower that sees pictures, or say why it cannot be traced; None where
+    nothing of it is pruned."""
+    if towers.vision is None:
+        return None
+    inputs = towers.inputs(loaded)
+    try:
+        return export_onnx(
+            towers.vision,
+            inputs,
+            folder,
+            VISION,
+            towers.seen,
+            precision=precision,
+            opset=spec.opset,
+            progress=progress,
+        )
+    except CheckFailed:
+        raise
+    except NmsparseError as error:
+        numbers = [name for name, value in inputs.items() if value.dtype == torch.int64]
+        if not numbers:
+            return error.message
+        return (
+            f"the sizes in it follow from the values of {', '.join(numbers)}, which no graph allows"
+        )
+
+
+def _divide(folder: Path, towers: Towers, masks: MaskSet) -> None:
+    """Write into every link map which pruned weights are not its graph's."""
+    for path in folder.glob("*.link.json"):
+        others = towers.own if path.name.startswith(f"{VISION}.") else towers.seen
+        names = tuple(t.name for t in (*others, *towers.between) if t.name in masks.masks)
+        replace(LinkMap.load(path), elsewhere=names).save(path)
 
 
 def _quantise(
     folder: Path,
     result: ExportResult,
-    cached: tuple[CacheGraph, ...],
+    others: Sequence[CacheGraph | ExportResult],
     precision: str,
     spec: Export,
     masks: MaskSet,
@@ -133,7 +194,7 @@ def _quantise(
         return Quantisation(done.gemms, done.requantised, done.vanished, spec.scales)
 
     whole = rewrite(GRAPH, result.link)
-    for graph in cached:
+    for graph in others:
         rewrite(graph.name, graph.link)
     return whole
 

@@ -4,6 +4,7 @@ weights."""
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import tempfile
@@ -261,9 +262,9 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
-            yield
+            yield  # torch prints the whole graph of what it cannot trace
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)

@@ -40,7 +40,8 @@ def verify_engine(
     link = LinkMap.load(beside) if beside.is_file() else None
     masks = onnx.parents[2] / "masks.safetensors" if len(onnx.parents) > 2 else None
     if link is not None and masks is not None and masks.is_file():
-        report = verify_onnx(onnx, MaskSet.load(masks), link.by_parameter(), progress=progress)
+        here = link.masks_here(MaskSet.load(masks))
+        report = verify_onnx(onnx, here, link.by_parameter(), progress=progress)
     else:
         report = verify_onnx(onnx, progress=progress)
     return gather(engine, sidecar, report, link, read_counters(counters) if counters else None)
