@@ -105,6 +105,15 @@ class MaskSet:
         header = json.dumps({"info": self.info, "masks": table}, sort_keys=True)
         save_file({name: m.bits for name, m in self.masks.items()}, path, {FORMAT: header})
 
+    @staticmethod
+    def wrote(path: Path) -> bool:
+        """Tell whether a safetensors file is a mask file of this tool."""
+        try:
+            with safe_open(path, framework="numpy") as file:
+                return FORMAT in (file.metadata() or {})
+        except (SafetensorError, OSError):
+            return False
+
     @classmethod
     def load(cls, path: Path) -> MaskSet:
         """Read a mask file. Raises `UsageError` when it is missing, truncated or not a mask

@@ -1,10 +1,11 @@
-"""Read masks that other tools wrote.
+"""Read masks that other tools wrote, or another run.
 
 * `.npz`: one array per weight, the bits of the row-major mask packed eight to a byte, highest
   first, under the weight's name with `.mask` (MaskLLM, Fang et al., 2024, as released).
 * `.pt` or `.safetensors`: a table of masks by name; or a folder with one file per weight, named
   after it (ProxSparse and MaskPro as released). Pickles are read with `weights_only=True`; code in
   a file is never run.
+* `masks.safetensors` of a run.
 * a checkpoint of NVIDIA ModelOpt that was saved before its export: dense weights, each with its
   `_weight_mask`.
 """
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 
 from nmsparse_deploy.errors import UsageError, first_line
+from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.models.base import Target
 from nmsparse_deploy.models.state_dict import read_state_dict
 
@@ -47,7 +49,13 @@ def read_masks(
         raise UsageError(
             f"'{path}' is no kind of mask file that is known here.", f"one of: {', '.join(FILES)}"
         )
-    table: Mapping[str, Any] = _npz(path) if path.suffix == ".npz" else read_state_dict(path)
+    table: Mapping[str, Any]
+    if path.suffix == ".npz":
+        table = _npz(path)
+    elif MaskSet.wrote(path):
+        table = {name: mask.unpack() for name, mask in MaskSet.load(path).masks.items()}
+    else:
+        table = read_state_dict(path)
     table = {key: value for key, value in table.items() if key.endswith(MODELOPT)} or table
     if not table:
         raise UsageError(f"'{path}' holds no masks.")

@@ -15,7 +15,7 @@ import nmsparse_deploy as nms
 from nmsparse_deploy import models
 from nmsparse_deploy.errors import CheckFailed, NmsparseError, UsageError
 from nmsparse_deploy.find.import_masks import import_result, mask_of
-from nmsparse_deploy.masks import MaskSet, mask_follows, project
+from nmsparse_deploy.masks import Mask, MaskSet, mask_follows, project
 from nmsparse_deploy.measure.report.build import build_report
 from nmsparse_deploy.pattern import TWO_FOUR, NMPattern
 from nmsparse_deploy.runs.load import load_dense
@@ -53,6 +53,9 @@ def save_masks(folder, truth, kind):
             {f"{name.removesuffix('.weight')}.mask": mask.float() for name, mask in truth.items()},
             path,
         )
+    elif kind == "own":
+        path = folder / "own.safetensors"
+        MaskSet({name: Mask.pack(mask, 1, TWO_FOUR, "") for name, mask in truth.items()}).save(path)
     elif kind == "safetensors":
         save_file({name: mask.to(torch.uint8) for name, mask in truth.items()}, path)
     elif (
@@ -73,7 +76,7 @@ def save_masks(folder, truth, kind):
     return path
 
 
-@pytest.mark.parametrize("kind", ["npz", "pt", "pth", "safetensors", "folder"])
+@pytest.mark.parametrize("kind", ["npz", "pt", "pth", "safetensors", "own", "folder"])
 def test_every_form_of_a_mask_gives_the_same_run(dense, truth, tmp_path, kind):
     done = import_result(str(dense), save_masks(tmp_path, truth, kind), out=tmp_path / "run")
     stored = MaskSet.load(done.run / "masks.safetensors").masks
