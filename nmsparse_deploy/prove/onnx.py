@@ -22,7 +22,7 @@ from nmsparse_deploy.prove.onnx_tensor import dtype_name, element_name, source_o
 from nmsparse_deploy.prove.onnx_weight import UsedWeight
 from nmsparse_deploy.prove.report import TensorCheck, VerifyReport, judge
 from nmsparse_deploy.prove.rows import foreign_check, masked_check, unmatched
-from nmsparse_deploy.prove.scan import Scanned, Scanner
+from nmsparse_deploy.prove.scan import Scanned, Scanner, stored_digest
 from nmsparse_deploy.system.progress import Progress, silent
 from nmsparse_deploy.system.sparse_cores import shape_verdict
 
@@ -100,7 +100,9 @@ class _Run:
         self.graph, self.pattern, self.expect, self.progress = graph, pattern, expect, progress
         self.scanner = Scanner()
         self.checks: list[TensorCheck] = []
-        self._scans: dict[tuple[str, int, int], Scanned] = {}
+        self._scans: dict[object, tuple[Scanned, dict[int, str], list[str]]] = {}
+        """By tensor, axis and part: the counts, the verdicts, what a zero point does."""
+        self._digests: dict[str, str] = {}
         self._total = sum(
             stored_bytes(graph.tensors[name]) for name in {use.tensor for use in graph.uses}
         )
@@ -253,21 +255,15 @@ class _Run:
             return (row if row.problems else replace(row, skipped=reason)), None
         key = (use.tensor, use.axis, values.key)
         if key not in self._scans:
-            self._scans[key] = values.scan(self.scanner, self.pattern)
-        scanned = self._scans[key]
-        verdicts = {
-            axis: judge(count, self.pattern, scanned.outputs.get(axis))
-            for axis, count in scanned.counts.items()
-        }
+            self._scans[key] = self._scanned(use, values)
+        scanned, verdicts, moved = self._scans[key]
         claims = expected or verdicts[use.axis] in ("sparse", "near miss")
         problems = list(use.doubts) if claims else []
         if use.blind:
             if not claims:
                 return _missed(row, use.blind, bool(row.problems)), None
             problems.append(use.blind)
-        if use.zero is not None:
-            problems += values.moved(self.scanner, self.pattern, verdicts[use.axis])
-        row = replace(row, problems=(*row.problems, *problems))
+        row = replace(row, problems=(*row.problems, *problems, *moved))
         own = replace(scanned, counts={use.axis: scanned.counts[use.axis]})
         checked = foreign_check(row, self.pattern, own, expected)
         first = checked.first_bad
@@ -276,6 +272,21 @@ class _Run:
         if verdicts[use.axis] in ("sparse", "near miss") and not expected:
             return checked, None
         return checked, next((axis for axis, said in verdicts.items() if said == "sparse"), None)
+
+    def _scanned(
+        self, use: WeightUse, values: UsedWeight
+    ) -> tuple[Scanned, dict[int, str], list[str]]:
+        """Count what a node multiplies by, once for all nodes that do."""
+        scanned = values.scan(self.scanner, self.pattern)
+        if scanned.sha256 is None:
+            if use.tensor not in self._digests:
+                self._digests[use.tensor] = stored_digest(values.source)
+            scanned = replace(scanned, sha256=self._digests[use.tensor])
+        verdicts: dict[int, str] = {
+            axis: judge(count, self.pattern, scanned.outputs.get(axis))
+            for axis, count in scanned.counts.items()
+        }
+        return scanned, verdicts, values.moved(self.scanner, self.pattern, verdicts[use.axis])
 
     def _untraced(self, item: Untraced) -> list[TensorCheck]:
         """Return a row for every matrix that went into what was not followed."""

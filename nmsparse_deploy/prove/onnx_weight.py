@@ -3,7 +3,7 @@ its zero point."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,14 +15,7 @@ from nmsparse_deploy.prove.group_counter import ELEMENT_TYPES, ElementType
 from nmsparse_deploy.prove.onnx_graph import WeightUse
 from nmsparse_deploy.prove.onnx_tensor import element_name, source_of, used_values
 from nmsparse_deploy.prove.report import judge
-from nmsparse_deploy.prove.scan import (
-    ByteSource,
-    MemoryBytes,
-    Scanned,
-    Scanner,
-    countable,
-    stored_digest,
-)
+from nmsparse_deploy.prove.scan import ByteSource, MemoryBytes, Scanned, Scanner, countable
 
 if TYPE_CHECKING:
     from onnx import TensorProto
@@ -39,9 +32,20 @@ class UsedWeight:
     use: WeightUse
 
     @property
-    def key(self) -> int:
-        """What tells two uses of one tensor along one axis apart; 0 for the whole tensor."""
-        return id(self.use) if self.use.picks or self.use.zero is not None else 0
+    def key(self) -> object:
+        """What tells two uses of one tensor along one axis apart."""
+        zero, picks = self.use.zero, self.use.picks
+        parts = tuple(None if places is None else places.tobytes() for places in picks)
+        return parts, None if zero is None else (
+            zero.name,
+            zero.values.shape,
+            zero.values.tobytes(),
+        )
+
+    @property
+    def source(self) -> ByteSource:
+        """The stored bytes."""
+        return source_of(self.tensor, self.folder)
 
     @property
     def element(self) -> ElementType | None:
@@ -81,11 +85,10 @@ class UsedWeight:
             return self._counted(
                 scanner, pattern, used_values(self.tensor, self.folder, use.picks, zero)
             )
-        source = source_of(self.tensor, self.folder)
         element = self.element
         assert element is not None
         axes = self._axes(element, pattern)
-        return scanner.scan(source, element, self.shape, axes, pattern, digest=True)
+        return scanner.scan(self.source, element, self.shape, axes, pattern, digest=True)
 
     def moved(self, scanner: Scanner, pattern: NMPattern, verdict: str) -> list[str]:
         """Return what a zero point that is not zero does to a pattern: one in the values is lost in
@@ -98,7 +101,7 @@ class UsedWeight:
                 f"it is {pattern} in real values, which is lost in the stored integers: {point.moved()}"
             ]
         codes = self._counted(
-            scanner, pattern, used_values(self.tensor, self.folder, self.use.picks, None), False
+            scanner, pattern, used_values(self.tensor, self.folder, self.use.picks, None)
         )
         axis = self.use.axis
         said = judge(codes.counts[axis], pattern, codes.outputs.get(axis))
@@ -114,9 +117,7 @@ class UsedWeight:
             at if places is None else int(places[at]) for at, places in zip(place, self.use.picks)
         )
 
-    def _counted(
-        self, scanner: Scanner, pattern: NMPattern, values: np.ndarray, digest: bool = True
-    ) -> Scanned:
+    def _counted(self, scanner: Scanner, pattern: NMPattern, values: np.ndarray) -> Scanned:
         """Count values that are in memory."""
         element = self.element
         assert element is not None
@@ -124,11 +125,7 @@ class UsedWeight:
             element = ELEMENT_TYPES["U8"]
         source = MemoryBytes(values.reshape(-1).view(np.uint8))
         axes = self._axes(element, pattern)
-        scanned = scanner.scan(source, element, self.shape, axes, pattern)
-        return replace(scanned, sha256=stored_digest(self._stored()) if digest else None)
-
-    def _stored(self) -> ByteSource:
-        return source_of(self.tensor, self.folder)
+        return scanner.scan(source, element, self.shape, axes, pattern)
 
     def _axes(self, element: ElementType, pattern: NMPattern) -> list[int]:
         """Return the axes to count along, the one that is reduced first."""

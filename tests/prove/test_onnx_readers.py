@@ -1,6 +1,8 @@
 """Every operator that multiplies and sums, and every way of a constant to one: the axis that its
 definition reduces, or a sentence."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from onnx import helper
@@ -293,6 +295,17 @@ def test_a_bad_group_of_a_part_is_named_where_it_is_stored(tmp_path):
         saved(tmp_path, nodes, [tensor("w", stored), ints("b", 2), ints("e", K + 2)])
     )
     assert report.checks[0].bad == 1 and report.checks[0].first_bad == (10, 5)
+    stored_bytes = stored.astype(np.float32).tobytes()
+    assert report.checks[0].sha256 == hashlib.sha256(stored_bytes).hexdigest()
+
+
+def test_a_part_that_many_nodes_read_is_read_once(tmp_path):
+    nodes = []
+    for i in range(20):
+        nodes += [node("Slice", "w b e", f"t{i}"), node("MatMul", f"x t{i}", f"y{i}")]
+    stored = [tensor("w", dense(64, 64)), ints("b", 4), ints("e", 60)]
+    report = verify_onnx(saved(tmp_path, nodes, stored))
+    assert len(report.checks) == 20 and report.bytes_read == 56 * 64 * 4
 
 
 def test_parts_of_a_split_and_of_a_concat_are_judged_each_on_its_own(tmp_path):
