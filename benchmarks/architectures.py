@@ -5,8 +5,8 @@ magnitude`.
     python -m benchmarks.architectures timm [NAME ...]             writes results/timm.json
 
 Each is built small with random weights, in a process of its own with a time limit; nothing is
-downloaded. A row is written as soon as it is known, and a repeated command goes on from there
-(`--fresh` starts over). Names run a part and print it only.
+downloaded. A row is written as soon as it is known; a repeated command goes on from there and tries
+again what failed (`--fresh` starts over). Names run a part and print it only.
 """
 
 from __future__ import annotations
@@ -226,6 +226,7 @@ def main(library: str, arguments: list[str]) -> None:
     file = FILES[library]
     known = {} if names or "--fresh" in arguments else (read_json(file) or {"rows": {}})["rows"]
     rows: dict[str, Row] = {}
+    known = {name: found for name, found in known.items() if "failed" not in found}
     for name in names or every():
         rows[name] = known.get(name) or in_a_process(name, work)
         print(name, json.dumps(rows[name]), file=sys.stderr, flush=True)
