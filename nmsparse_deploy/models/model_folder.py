@@ -67,16 +67,20 @@ def carried_files(folder: Path) -> dict[str, Path]:
     """List what a pruned copy of a model takes over from its folder, by name: everything that is
     no weight, and the modules that stand behind the model in a folder of sentence-transformers.
 
-    Hidden folders, other runs, a trainer's checkpoints and descriptions of quantised or adapted
-    weights stay behind.
+    Hidden folders, other runs, a trainer's checkpoints, descriptions of quantised or adapted
+    weights, and links to files elsewhere stay behind: what a stranger's link leads to is not to be
+    published with the model.
     """
+    snapshot = folder.parent.name == "snapshots"  # of the hub's cache, whose files are links
+    home = (folder.parents[1] if snapshot else folder).resolve()
     own = [folder / path for path in _modules(folder)]
     carried: dict[str, Path] = {}
     for place, inner, names in os.walk(folder):
         inner[:] = sorted(name for name in inner if _belongs(Path(place, name)))
         for file in sorted(Path(place, name) for name in names):
             wanted = not is_weight(file) or any(file.is_relative_to(module) for module in own)
-            if wanted and file.is_file() and not LEFT_BEHIND.search(file.name):
+            inside = Path(os.path.realpath(file)).is_relative_to(home)
+            if wanted and inside and file.is_file() and not LEFT_BEHIND.search(file.name):
                 carried[file.relative_to(folder).as_posix()] = file
     return carried
 

@@ -154,3 +154,17 @@ def test_paths_of_modules_do_not_leave_the_folder(tmp_path):
         (folder / "model.safetensors").write_text("x")
         (folder / "adapter_config.json").write_text("{}")
         assert [*carried_files(folder)] == ["modules.json"]
+
+
+def test_links_out_of_the_folder_are_not_followed_but_those_of_the_hubs_cache(tmp_path):
+    """A stranger's folder may link to a private file, which would be published with the model."""
+    (tmp_path / "secret").write_text("private")
+    snapshot = tmp_path / "models--a--b/snapshots/0"
+    blobs = tmp_path / "models--a--b/blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    (blobs / "1").write_text("{}")
+    (snapshot / "preprocessor_config.json").symlink_to("../../blobs/1")
+    (snapshot / "notes.txt").symlink_to(tmp_path / "secret")
+    (snapshot / "loop.txt").symlink_to("loop.txt")
+    assert [*carried_files(snapshot)] == ["preprocessor_config.json"]
