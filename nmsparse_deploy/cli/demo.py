@@ -43,14 +43,13 @@ def _full(model: str) -> "nms.Recipe":
 def _short(model: str, folder: Path, force: bool) -> "nms.Recipe":
     """Return the recipe with as many samples as fit; of a run that is there already, those that it
     has."""
-    from nmsparse_deploy.find.auto import shorten
+    from nmsparse_deploy.find.auto import sampled, shorten
     from nmsparse_deploy.recipe import Evaluate, Export
 
     recipe = _full(model)
     if (folder / "manifest.json").is_file() and not force:
         samples = nms.RunDir(folder).manifest().recipe.calibration.samples
-        calibration = recipe.prune.calibration.model_copy(update={"samples": samples})
-        spec = recipe.prune.model_copy(update={"calibration": calibration})
+        spec = sampled(recipe.prune, samples)
     else:
         shortened = shorten(model, recipe.prune, MINUTES * 60, output.progress)
         spec = shortened.spec

@@ -118,17 +118,18 @@ def shorten(model: str, spec: Prune, seconds: float, progress: Progress = silent
     settled = spec.settled(gpu=device.type == "cuda")
 
     def predicted(samples: int) -> float:
-        return SLACK * estimate(loaded, plan, _sampled(settled, samples), rates).seconds
+        return SLACK * estimate(loaded, plan, sampled(settled, samples), rates).seconds
 
     samples = spec.calibration.samples
     while predicted(samples) > seconds and samples > FEWEST:
         samples //= 2
     return Shortened(
-        _sampled(spec, samples), predicted(samples), predicted(spec.calibration.samples)
+        sampled(spec, samples), predicted(samples), predicted(spec.calibration.samples)
     )
 
 
-def _sampled(spec: Prune, samples: int) -> Prune:
+def sampled(spec: Prune, samples: int) -> Prune:
+    """Return `spec` with another number of calibration samples."""
     return spec.model_copy(
         update={"calibration": spec.calibration.model_copy(update={"samples": samples})}
     )

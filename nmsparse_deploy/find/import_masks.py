@@ -90,7 +90,7 @@ def import_result(
             "Masks come from a file (--masks) or from a checkpoint (--sparse), not from both."
         )
     wanted = NMPattern.parse(pattern)
-    model = str(Path(model).resolve()) if Path(model).exists() else model
+    model = models.absolute(model)
     path = out or RUNS / f"{models.short_name(model)}-imported-{str(wanted).replace(':', '-')}"
     _refuse_finished(path)
     progress(f"loading {model}", 0, 0)

@@ -64,7 +64,7 @@ def prune(
     pattern. Several processes (`torchrun`) share the calibration sequences, or what is learned
     through the whole model; the first one writes.
     """
-    model = str(Path(model).resolve()) if Path(model).exists() else model
+    model = models.absolute(model)
     recipe = RecipeRecord.of(model, spec)
     identity = fingerprint(model, spec)
     path = out or _default_path(model, spec, identity)

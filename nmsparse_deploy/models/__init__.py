@@ -63,29 +63,36 @@ def _named_architecture(source: str, asked: ModelAdapter) -> ModelAdapter | None
     return next((other for other in others if other.knows(source)), None)
 
 
+def absolute(model: str) -> str:
+    """Return MODEL as a run records it: a path from the root, whatever folder it was typed in."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def _place(source: str) -> str:
+    """Return what an adapter is asked for: of a packaged model the place of its files."""
+    asset = packaged_model(source)
+    return source if asset is None else location(asset)
+
+
 def files(source: str) -> dict[str, Path]:
     """List the files on this machine that MODEL is loaded from, by name; none for a hub model that
     is not here yet."""
-    asset = packaged_model(source)
-    place = source if asset is None else location(asset)
+    place = _place(source)
     adapter = adapter_for(place)
     read = adapter.files(place)
-    other = None if read or asset else _named_architecture(place, adapter)
+    other = None if read else _named_architecture(place, adapter)
     return other.files(f"{other.prefix}{place}") if other else read
 
 
 def carried(loaded: LoadedModel) -> dict[str, Path]:
     """List what a pruned copy of a model takes over from where it was loaded, by name."""
-    asset = packaged_model(loaded.source)
-    place = loaded.source if asset is None else location(asset)
-    return loaded.adapter.carried(place, loaded.provenance.get("revision"))
+    return loaded.adapter.carried(_place(loaded.source), loaded.provenance.get("revision"))
 
 
 def checkpoint(source: str) -> Path | None:
     """Return the folder of safetensors files that MODEL stands for, if it can be streamed and is on
     this machine."""
-    asset = packaged_model(source)
-    place = source if asset is None else location(asset)
+    place = _place(source)
     return adapter_for(place).checkpoint(place)
 
 

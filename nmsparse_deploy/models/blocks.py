@@ -91,7 +91,7 @@ def _is_repeated(container: nn.Module, mixed: bool = False) -> bool:
     if isinstance(container, nn.Sequential) and all(_count(item) < 2 for item in items):
         return False  # the layers of a plain chain
     return alike and all(
-        next(item.children(), None) is not None and _has_gemm(item) for item in items
+        next(item.children(), None) is not None and any(gemms(item)) for item in items
     )
 
 
@@ -100,7 +100,7 @@ def _stage(path: str, item: nn.Module) -> list[str]:
     change of resolution."""
     if isinstance(item, (nn.ModuleList, nn.Sequential)):
         return [f"{path}.{name}" for name, _ in item.named_children()] if _is_repeated(item) else []
-    inside = [(name, child) for name, child in item.named_children() if _has_gemm(child)]
+    inside = [(name, child) for name, child in item.named_children() if any(gemms(child))]
     lists = [
         (name, child)
         for name, child in inside
@@ -126,7 +126,7 @@ def _chain(module: nn.Module) -> list[str]:
 
 def _links(path: str, module: nn.Module) -> list[str]:
     """Split a module into its children where it seems to do no more than to run them in turn."""
-    inside = [(name, child) for name, child in module.named_children() if _has_gemm(child)]
+    inside = [(name, child) for name, child in module.named_children() if any(gemms(child))]
     alike = len({type(child) for _, child in inside}) == 1 and all(
         sum(1 for _ in gemms(child)) > 1 for _, child in inside
     )
@@ -162,10 +162,6 @@ def between(module: nn.Module, blocks: Sequence[str], entered: Sequence[str]) ->
         if block_index(tuple(found), path) is None and not holds_block and only_between(path):
             found.append(path)
     return found
-
-
-def _has_gemm(module: nn.Module) -> bool:
-    return any(group_axis(child) is not None for child in module.modules())
 
 
 def _count(module: nn.Module) -> int:

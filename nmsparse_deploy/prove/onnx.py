@@ -20,8 +20,8 @@ from nmsparse_deploy.prove.group_counter import ELEMENT_TYPES
 from nmsparse_deploy.prove.onnx_graph import OnnxGraph, Untraced, WeightUse
 from nmsparse_deploy.prove.onnx_tensor import dtype_name, element_name, source_of, stored_bytes
 from nmsparse_deploy.prove.onnx_weight import UsedWeight
-from nmsparse_deploy.prove.report import TensorCheck, VerifyReport, judge
-from nmsparse_deploy.prove.rows import foreign_check, masked_check, unmatched
+from nmsparse_deploy.prove.report import CLAIMS, TensorCheck, VerifyReport, judge
+from nmsparse_deploy.prove.rows import foreign_check, masked_check, missed, unmatched
 from nmsparse_deploy.prove.scan import Scanned, Scanner, stored_digest
 from nmsparse_deploy.system.progress import Progress, silent
 from nmsparse_deploy.system.sparse_cores import shape_verdict
@@ -257,7 +257,7 @@ class _Run:
         if key not in self._scans:
             self._scans[key] = self._scanned(use, values)
         scanned, verdicts, moved = self._scans[key]
-        claims = expected or verdicts[use.axis] in ("sparse", "near miss")
+        claims = expected or verdicts[use.axis] in CLAIMS
         problems = list(use.doubts) if claims else []
         if use.blind:
             if not claims:
@@ -269,7 +269,7 @@ class _Run:
         first = checked.first_bad
         if first is not None:
             checked = replace(checked, first_bad=values.stored_place(first))
-        if verdicts[use.axis] in ("sparse", "near miss") and not expected:
+        if verdicts[use.axis] in CLAIMS and not expected:
             return checked, None
         return checked, next((axis for axis, said in verdicts.items() if said == "sparse"), None)
 
@@ -309,9 +309,8 @@ class _Run:
 
 
 def _missed(row: TensorCheck, reason: str, fails: bool) -> TensorCheck:
-    """Return the row of a weight that could not be looked at."""
-    skipped = None if fails else f"not followed: {reason.removeprefix('is ')}"
-    return replace(row, followed=False, skipped=skipped)
+    """Return the row of a weight whose `reason` goes on from its name."""
+    return missed(row, reason.removeprefix("is "), fails)
 
 
 def _conflict(row: TensorCheck, rows: Sequence[TensorCheck]) -> TensorCheck:

@@ -14,13 +14,11 @@ from nmsparse_deploy.pattern import NMPattern
 from nmsparse_deploy.prove.group_counter import ELEMENT_TYPES, ElementType
 from nmsparse_deploy.prove.onnx_graph import WeightUse
 from nmsparse_deploy.prove.onnx_tensor import element_name, source_of, used_values
-from nmsparse_deploy.prove.report import judge
+from nmsparse_deploy.prove.report import CLAIMS, judge
 from nmsparse_deploy.prove.scan import ByteSource, MemoryBytes, Scanned, Scanner, countable
 
 if TYPE_CHECKING:
     from onnx import TensorProto
-
-CLAIMS = ("sparse", "near miss")
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,10 @@ def describe_outputs(outputs: OutputCount, bad: int) -> str | None:
     )
 
 
+CLAIMS = ("sparse", "near miss")
+"""Verdicts on a tensor that is meant to be sparse."""
+
+
 def judge(
     count: GroupCount, pattern: NMPattern, outputs: OutputCount | None = None
 ) -> Literal["sparse", "near miss", "by chance", "dense"]:

@@ -12,6 +12,7 @@ from nmsparse_deploy.masks import Mask
 from nmsparse_deploy.pattern import NMPattern, Pattern, Unstructured
 from nmsparse_deploy.prove.group_counter import ElementType, group_origin
 from nmsparse_deploy.prove.report import (
+    CLAIMS,
     TensorCheck,
     describe_count,
     describe_outputs,
@@ -27,10 +28,15 @@ def unmatched(row: TensorCheck, *problems: str) -> TensorCheck:
     return replace(row, skipped=None, problems=(*row.problems, *problems))
 
 
+def missed(row: TensorCheck, reason: str, fails: bool) -> TensorCheck:
+    """Return the row of a weight that could not be looked at; one that fails is not skipped."""
+    return replace(row, followed=False, skipped=None if fails else f"not followed: {reason}")
+
+
 def not_followed(row: TensorCheck, reason: str, expected: bool) -> TensorCheck:
     """Return the row of a weight that could not be looked at; it fails if it was expected to be
     sparse."""
-    row = replace(row, followed=False, skipped=f"not followed: {reason}")
+    row = missed(row, reason, fails=False)
     return unmatched(row, f"expected to be sparse, but not followed: {reason}") if expected else row
 
 
@@ -131,7 +137,7 @@ def foreign_check(
     best_first: Sequence[str] = ("sparse", "near miss", "by chance", "dense")
     axis = min(verdicts, key=lambda a: best_first.index(verdicts[a]))
     row, verdict = replace(row, axis=axis), verdicts[axis]
-    if expected or row.problems or verdict in ("sparse", "near miss"):
+    if expected or row.problems or verdict in CLAIMS:
         return claim(row, pattern, scanned, law4=False)
     reason = (
         "dense" if verdict == "dense" else "too empty or too small to tell the pattern from chance"

@@ -38,6 +38,7 @@ from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.prove.stored_views import FILE, StoredViews, views_from_json
 from nmsparse_deploy.recipe import differences
 from nmsparse_deploy.runs.manifest import InputsRecord, Manifest, RecipeRecord
+from nmsparse_deploy.runs.wording import first_names
 
 RUNS = Path("runs")
 GRAPH = "model"
@@ -137,10 +138,9 @@ class RunDir:
         begun_with = self.manifest().inputs
         changed = begun_with.changes(now) if begun_with else []
         if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise UsageError(
                 f"'{self.path}' was begun with other inputs; changed since: "
-                f"{', '.join(changed[:3])}{more}.",
+                f"{first_names(changed, 3)}.",
                 "put back what it was begun with, choose another --out, or --force to start over",
             )
 

@@ -18,7 +18,7 @@ from pydantic import JsonValue
 
 from nmsparse_deploy.errors import CheckFailed, UsageError
 from nmsparse_deploy.masks import MaskSet
-from nmsparse_deploy.prove import VerifyReport, verify_onnx
+from nmsparse_deploy.prove import VerifyReport
 from nmsparse_deploy.prove.agreement import Agreement, NotCompared, compared
 from nmsparse_deploy.recipe import Build, Frozen, validate
 from nmsparse_deploy.runs.load import load_pruned
@@ -28,7 +28,7 @@ from nmsparse_deploy.runs.stage_file import read_stage
 from nmsparse_deploy.runs.wording import facts, megabytes, quantity
 from nmsparse_deploy.ship.evidence import EngineEvidence
 from nmsparse_deploy.ship.model_agreement import compare_with_model
-from nmsparse_deploy.ship.onnx.link import LinkMap
+from nmsparse_deploy.ship.onnx.link import LinkMap, verify_linked
 from nmsparse_deploy.system.environment import environment
 from nmsparse_deploy.system.progress import Progress
 
@@ -163,8 +163,7 @@ class Engine(Protocol):
     def verify(cls, artefact: Path, masks: MaskSet, progress: Progress) -> VerifyReport:
         """Check an artefact against the masks of its run."""
         link = LinkMap.load(artefact.with_suffix(".link.json"))
-        here = link.masks_here(masks)
-        return verify_onnx(artefact, here, link.by_parameter(), progress=progress)
+        return verify_linked(artefact, masks, link, progress)
 
     @classmethod
     def arms(cls, run: RunDir) -> dict[str, dict[str, Case]]:

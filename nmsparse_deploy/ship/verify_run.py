@@ -13,7 +13,7 @@ from nmsparse_deploy.prove import VerifyReport, verify_checkpoint, verify_onnx
 from nmsparse_deploy.prove.checkpoint import NOTHING_CALLED
 from nmsparse_deploy.prove.report import NOT_CHECKED
 from nmsparse_deploy.runs.run_dir import RunDir
-from nmsparse_deploy.ship.onnx import LinkMap
+from nmsparse_deploy.ship.onnx.link import LinkMap, verify_linked
 from nmsparse_deploy.ship.torch_sparse.artefact import verify_packed
 from nmsparse_deploy.ship.torch_sparse.record import packed_models
 from nmsparse_deploy.system.progress import Progress, silent
@@ -27,8 +27,7 @@ def verify(run: RunDir, progress: Progress = silent) -> list[VerifyReport]:
     reports = [verify_checkpoint(run / "model", masks, progress=progress, stored=stored)]
     for path in run.graphs():
         link = LinkMap.load(path.with_suffix(".link.json"))
-        here = link.masks_here(masks)
-        reports.append(verify_onnx(path, here, link.by_parameter(), progress=progress))
+        reports.append(verify_linked(path, masks, link, progress))
     reports += [verify_packed(folder, masks) for folder in packed_models(run)]
     run.write_json(
         "verify.json",

@@ -61,6 +61,8 @@ class BlockMemo:
         self._events: list[tuple[str, bool]] = []
         """Of a run of `_block`, in order: a module is entered (True), or done (False)."""
         self._records: dict[int, _Record] = {}
+        self._held = 0
+        """Bytes of the records."""
         self._known: frozenset[str] = frozenset()
         self._resumed = ""
 
@@ -133,9 +135,11 @@ class BlockMemo:
             yield
         self._ends |= recorder.ends
         self._events = self._events or recorder.events
-        self._records[number] = recorder.finish({layer for layer, _ in self._ends.values()})
-        if sum(record.size for record in self._records.values()) > self.budget:
-            self._records[number] = _Record(recorder.given)
+        record = recorder.finish({layer for layer, _ in self._ends.values()})
+        others = self._held - last.size
+        if others + record.size > self.budget:
+            record = _Record(recorder.given)
+        self._records[number], self._held = record, others + record.size
 
 
 class _Recorder:

@@ -9,7 +9,7 @@ library version.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,7 +120,8 @@ class BlockWalk:
         pruned = self._working_copy(index, weights) if weights else dense
         readers = {t.fusion: t for t in reversed(targets)}
         twin = self._dense is not None and need == "gram"
-        writers = self._writers(dense, index) if twin else {}
+        wanted = self._wanted(index, readers.values(), self._writers(dense, index) if twin else {})
+        changing = [self._inside(index, target.module) for target in targets]
         device = self.hidden[0].device
         sums = {
             fusion: accumulator(need, target, device, twin) for fusion, target in readers.items()
@@ -137,11 +138,9 @@ class BlockWalk:
                 dense_trace = None
                 if self._dense is not None and (twin or last):
                     dense_trace = self._trace(
-                        dense, index, number, self._dense, targets, writers, last, keep=not last
+                        dense, index, number, self._dense, wanted, last, None if last else changing
                     )
-                trace = self._trace(
-                    pruned, index, number, self._stream, targets, writers, False, keep=True
-                )
+                trace = self._trace(pruned, index, number, self._stream, wanted, False, changing)
                 self._add(sums, readers, index, pruned, trace, dense_trace if twin else None)
                 yield dense_trace.output if dense_trace else None
 
@@ -185,6 +184,17 @@ class BlockWalk:
                 wanted = wanted if bias is None else wanted - bias
             total.update(layer, trace.reads[fusion], dense_input, drift, wanted)
 
+    def _wanted(
+        self, index: int, readers: Collection[Target], writers: Mapping[str, str]
+    ) -> Wanted:
+        """Return what a run of the block records: what each fusion group's reader reads."""
+        layers = {self._inside(index, t.module): t.fusion for t in readers if not t.watched}
+        return Wanted(
+            layers,
+            {self._inside(index, t.name): t.fusion for t in readers if t.watched},
+            {layer: writers[layer] for layer in layers if layer in writers},
+        )
+
     def _inside(self, index: int, name: str) -> str:
         path = self.blocks[index]
         return "" if name == path else name.removeprefix(path + ".")
@@ -205,23 +215,16 @@ class BlockWalk:
         index: int,
         number: int,
         stream: CalibrationStream,
-        targets: Sequence[Target],
-        writers: Mapping[str, str],
+        wanted: Wanted,
         whole: bool,
-        keep: bool,
+        until: Sequence[str] | None,
     ) -> BlockTrace:
-        """Run a block on a batch and record what the targets read. With `keep` what it puts out
-        before them is remembered for the next run.
+        """Run a block on a batch and record. What it puts out before the layers `until` is
+        remembered for the next run; None remembers nothing.
 
-        The first run that remembers anything is compared with one that computes everything.
+        The first run in which anything answers from memory is compared with one that computes
+        everything.
         """
-        readers = {target.fusion: target for target in reversed(targets)}.values()
-        layers = {self._inside(index, t.module): t.fusion for t in readers if not t.watched}
-        wanted = Wanted(
-            layers,
-            {self._inside(index, t.name): t.fusion for t in readers if t.watched},
-            {layer: writers[layer] for layer in layers if layer in writers},
-        )
 
         def trace() -> BlockTrace:
             return trace_block(
@@ -233,10 +236,9 @@ class BlockWalk:
                 silent=stream is self._stream,
             )
 
-        changing = [self._inside(index, target.module) for target in targets] if keep else None
-        with stream.memo.running(block, number, changing):
+        with stream.memo.running(block, number, until):
             done = trace()
-        if self._untried(block, stream, [*layers]) and not done.same(plain := trace()):
+        if self._untried(block, stream, [*wanted.layers]) and not done.same(plain := trace()):
             self._distrust()
             return plain
         if done.output is not None:

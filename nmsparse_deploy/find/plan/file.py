@@ -10,9 +10,10 @@ import yaml
 
 from nmsparse_deploy.errors import UsageError
 from nmsparse_deploy.find.facts import Json
-from nmsparse_deploy.models import files
+from nmsparse_deploy.models import absolute, files
 from nmsparse_deploy.runs.inputs import hashes
 from nmsparse_deploy.runs.manifest import InputsRecord
+from nmsparse_deploy.runs.wording import first_names
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -30,13 +31,13 @@ class PlanFile:
     def check_model(self, model: str, path: Path) -> None:
         """Raise `UsageError` when `model` is the one of this plan, which is at `path`, and its
         files have changed since."""
-        model = str(Path(model).resolve()) if Path(model).exists() else model
-        if model != self.model or not self.weights:
+        if absolute(model) != self.model or not self.weights:
             return
         made_from, now = InputsRecord(model=self.weights), InputsRecord(model=hashes(files(model)))
         if changed := made_from.changes(now):
             raise UsageError(
-                f"The plan '{path}' was made from other inputs; changed since: {', '.join(changed[:3])}.",
+                f"The plan '{path}' was made from other inputs; changed since: "
+                f"{first_names(changed, 3)}.",
                 "nmsparse-deploy plan makes it again",
             )
 

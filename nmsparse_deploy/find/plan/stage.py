@@ -60,7 +60,7 @@ def plan(
     asked = parse_pattern(spec.pattern)
     mixed = isinstance(asked, Unstructured)
     patterns: list[Pattern] = [asked] if isinstance(asked, Unstructured) else [*candidates(spec)]
-    model = str(Path(model).resolve()) if Path(model).exists() else model
+    model = models.absolute(model)
     progress(f"loading {model}", 0, 0)
     loaded = models.load(model)
     inputs = read_inputs(models.files(loaded.source), spec.calibration.data, progress=progress)

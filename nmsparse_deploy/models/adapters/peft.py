@@ -3,7 +3,6 @@ they were trained for, and merged into its weights."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from nmsparse_deploy.errors import NmsparseError, UsageError
 from nmsparse_deploy.models.hub_cache import cached_folder
+from nmsparse_deploy.system.assets import digest
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -45,8 +45,8 @@ class AdapterFolder:
 
     def provenance(self) -> dict[str, str]:
         """Return what a run keeps of it."""
-        digest = hashlib.sha256((self.folder / WEIGHTS).read_bytes()).hexdigest()
-        return {"adapter": self.kind, "adapter_base": self.base, "adapter_sha256": digest}
+        sha256 = digest(self.folder / WEIGHTS)
+        return {"adapter": self.kind, "adapter_base": self.base, "adapter_sha256": sha256}
 
 
 def adapter_folder(source: str) -> AdapterFolder | None:

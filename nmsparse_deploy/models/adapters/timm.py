@@ -57,8 +57,10 @@ class TimmAdapter(ModelAdapter):
             return Path(source)
         name = self.reference(source)
         owned = re.sub("^hf[-_]hub:", "", name)
-        if "?" in source or owned != name:
-            return None if "?" in source else _cached({"hf_hub_id": owned})
+        if "?" in source:
+            return None
+        if owned != name:
+            return _cached({"hf_hub_id": owned})
         try:
             about = _timm().get_pretrained_cfg(name)
         except RuntimeError:  # loading it says why

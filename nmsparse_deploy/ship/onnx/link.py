@@ -22,7 +22,9 @@ from torch import nn
 from nmsparse_deploy.errors import CheckFailed, UsageError
 from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.models.base import Target
+from nmsparse_deploy.prove import VerifyReport, verify_onnx
 from nmsparse_deploy.prove.group_counter import TORCH_ELEMENTS
+from nmsparse_deploy.system.progress import Progress, silent
 
 if TYPE_CHECKING:
     from nmsparse_deploy.prove.onnx_graph import OnnxGraph, WeightUse
@@ -102,6 +104,13 @@ class LinkMap:
             ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"The link file '{path}' is damaged: {error}.") from error
+
+
+def verify_linked(
+    path: Path, masks: MaskSet, links: LinkMap, progress: Progress = silent
+) -> VerifyReport:
+    """Verify an exported graph against the masks of what it should hold."""
+    return verify_onnx(path, links.masks_here(masks), links.by_parameter(), progress=progress)
 
 
 def link(path: Path, module: nn.Module, targets: Sequence[Target]) -> LinkMap:

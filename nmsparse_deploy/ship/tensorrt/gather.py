@@ -13,8 +13,8 @@ from nmsparse_deploy.masks import MaskSet
 from nmsparse_deploy.prove import VerifyReport, verify_onnx
 from nmsparse_deploy.ship.evidence import EngineEvidence
 from nmsparse_deploy.ship.ladder import Counters, Kernels, Sources, climb
-from nmsparse_deploy.ship.onnx import LinkMap
 from nmsparse_deploy.ship.onnx.gemms import gemms
+from nmsparse_deploy.ship.onnx.link import LinkMap, verify_linked
 from nmsparse_deploy.ship.tensorrt.log import parse_inspector, parse_log
 from nmsparse_deploy.ship.tensorrt.sidecar import KERNELS, LAYERS, LOG, Sidecar
 from nmsparse_deploy.system.progress import Progress, silent
@@ -40,8 +40,7 @@ def verify_engine(
     link = LinkMap.load(beside) if beside.is_file() else None
     masks = onnx.parents[2] / "masks.safetensors" if len(onnx.parents) > 2 else None
     if link is not None and masks is not None and masks.is_file():
-        here = link.masks_here(MaskSet.load(masks))
-        report = verify_onnx(onnx, here, link.by_parameter(), progress=progress)
+        report = verify_linked(onnx, MaskSet.load(masks), link, progress)
     else:
         report = verify_onnx(onnx, progress=progress)
     return gather(engine, sidecar, report, link, read_counters(counters) if counters else None)
